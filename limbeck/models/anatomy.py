@@ -1,0 +1,110 @@
+"""Where a causal language model keeps its parts: the backbone, the head, and the sizes that decide its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from limbeck.errors import ModelError
+from limbeck.models.attention import PACKED_ATTENTION
+
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Config fields that say the logits are more than a product with the head."""
+
+
+class Head(NamedTuple):
+    """The output projection: logits = hidden @ weight.T (+ bias)."""
+
+    weight: Tensor
+    """[V D]."""
+    bias: Tensor | None
+    """[V]."""
+
+
+class Sizes(NamedTuple):
+    """What a forward and a backward pass multiply, a token."""
+
+    linear_weights: int
+    """Weights of the backbone's linear layers."""
+    trainable_linear_weights: int
+    """Those of them that need a gradient."""
+    attention_width: int
+    """Layers x query heads x head size."""
+    hidden_size: int
+    """D."""
+    vocab_size: int
+    """V of the head."""
+    num_parameters: int
+    """All parameters, shared ones once."""
+    is_head_trainable: bool
+    """Whether the head needs a gradient."""
+
+
+def causal_lm_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside, below a LoRA wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The part that turns token ids into last hidden states."""
+    lm = causal_lm_of(model)
+    backbone = getattr(lm, "model", None)
+    if backbone is None or not hasattr(lm, "lm_head"):
+        raise ModelError(
+            f"{type(lm).__name__} is not laid out as backbone `model` and head `lm_head`; supported are Llama-type models "
+            "(Llama, Mistral, Qwen2, Qwen3, SmolLM2 ...)."
+        )
+    return backbone
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output projection.
+
+    Raises: ModelError when the model does more to its logits than multiply and add.
+    """
+    lm = causal_lm_of(model)
+    backbone_of(model)
+    for field in SOFTCAP_FIELDS:
+        if getattr(lm.config, field, None) not in (None, 1, 1.0):
+            raise ModelError(f"{type(lm).__name__} changes its logits ({field} is set); only a plain head is supported.")
+    return Head(lm.lm_head.weight, getattr(lm.lm_head, "bias", None))  # type: ignore[union-attr,arg-type]
+
+
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, positions: Tensor, sequence_lengths: Sequence[int] | None = None
+) -> Tensor:
+    """Last hidden states [B T D] of a batch.
+
+    Args:
+      model: a causal LM; packed batches need it loaded with the packed attention.
+      input_ids: int64 [B T].
+      positions: int64 [B T], restarting with every sequence.
+      sequence_lengths: lengths of the packed sequences of the one row; None for a right-padded batch.
+    """
+    extra: dict[str, Any] = {}
+    if sequence_lengths is not None:
+        if causal_lm_of(model).config._attn_implementation != PACKED_ATTENTION:  # type: ignore[union-attr]
+            raise ModelError("packed batches need the packed attention; load the model with layout packed.")
+        extra["sequence_lengths"] = tuple(sequence_lengths)
+    return backbone_of(model)(
+        input_ids=input_ids, position_ids=positions, use_cache=False, **extra
+    ).last_hidden_state
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """The sizes that the FLOP formulas of the ledger read."""
+    lm = causal_lm_of(model)
+    config: Any = lm.config
+    linear = [module for module in backbone_of(model).modules() if isinstance(module, nn.Linear)]
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Sizes(
+        linear_weights=sum(module.weight.numel() for module in linear),
+        trainable_linear_weights=sum(module.weight.numel() for module in linear if module.weight.requires_grad),
+        attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
+        hidden_size=config.hidden_size,
+        vocab_size=head_of(model).weight.shape[0],
+        num_parameters=sum({id(p): p.numel() for p in model.parameters()}.values()),
+        is_head_trainable=head_of(model).weight.requires_grad,
+    )

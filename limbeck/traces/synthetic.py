@@ -1,0 +1,104 @@
+"""The embedded task family: chains of modular steps, with traces that restate, derive, then check another way.
+
+A problem is a start digit and n labelled steps modulo 10, for example `7 a+4 b*3 c-8 d+9`. Every step is one lookup
+in a table of at most 10 x 9 entries per operator, and the label makes the running position explicit, so a very small
+transformer can learn it; the number of steps sets the difficulty. The trace restates the problem, derives the answer
+forwards, then undoes the steps backwards from the answer and compares each value with the one derived before:
+
+    Given 7a+4b*3c-8d+9
+    a 7+4=1
+    ...
+    So 4
+    Check
+    d 4-9=5 c=5 ok
+    ...
+    a 1-4=7 start=7 ok
+
+The line `So 4`, the first derivation, falls a little after the middle of the sequence.
+"""
+
+from __future__ import annotations
+
+import random
+
+from limbeck.errors import ConfigError
+from limbeck.traces.trace import Trace
+
+LABELS = "abcdefghijklmnop"
+UNITS = (3, 7, 9)
+"""Factors that have an inverse modulo 10, so that every step can be undone."""
+
+Step = tuple[str, int]
+
+
+def generate(num_traces: int, seed: int, min_steps: int, max_steps: int) -> list[Trace]:
+    """`num_traces` distinct problems of `min_steps` to `max_steps` steps with their worked solutions, seeded.
+
+    Raises: ConfigError when the step range is empty, beyond the labels, or too small for so many distinct problems.
+    """
+    if not 1 <= min_steps <= max_steps <= len(LABELS):
+        raise ConfigError(
+            f"builtin:chain: min_steps {min_steps} and max_steps {max_steps}; expected 1 <= min <= max <= {len(LABELS)}."
+        )
+    possible = sum(10 * 21**steps for steps in range(min_steps, max_steps + 1))
+    if num_traces > possible // 2:
+        raise ConfigError(
+            f"builtin:chain: {num_traces} distinct problems asked for, {possible} exist with these steps; ask for at "
+            f"most {possible // 2} or allow more steps."
+        )
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    traces: list[Trace] = []
+    while len(traces) < num_traces:
+        start, steps = draw_problem(rng, rng.randint(min_steps, max_steps))
+        text = problem_text(start, steps)
+        if text not in seen:
+            seen.add(text)
+            traces.append(make_trace(start, steps, source=f"builtin:chain seed {seed} number {len(traces)}"))
+    return traces
+
+
+def draw_problem(rng: random.Random, num_steps: int) -> tuple[int, list[Step]]:
+    """A start digit and `num_steps` uniformly drawn steps."""
+    steps = []
+    for _ in range(num_steps):
+        operator = rng.choice("+-*")
+        steps.append((operator, rng.choice(UNITS) if operator == "*" else rng.randint(1, 9)))
+    return rng.randint(0, 9), steps
+
+
+def apply_step(value: int, step: Step) -> int:
+    """The value after `step`, modulo 10."""
+    operator, operand = step
+    return (value + operand if operator == "+" else value - operand if operator == "-" else value * operand) % 10
+
+
+def problem_text(start: int, steps: list[Step]) -> str:
+    """The prompt, for example `7 a+4 b*3`."""
+    return str(start) + "".join(f" {label}{op}{operand}" for label, (op, operand) in zip(LABELS, steps, strict=False))
+
+
+def make_trace(start: int, steps: list[Step], source: str = "") -> Trace:
+    """The problem with its worked solution; `reference` is the answer and `correct` is True."""
+    values = [start]
+    for step in steps:
+        values.append(apply_step(values[-1], step))
+    named = list(zip(LABELS, steps, strict=False))
+    lines = [f"Given {start}" + "".join(f"{label}{op}{operand}" for label, (op, operand) in named)]
+    lines += [f"{label} {values[i]}{op}{operand}={values[i + 1]}" for i, (label, (op, operand)) in enumerate(named)]
+    lines += [f"So {values[-1]}", "Check"]
+    inverse = {"+": "-", "-": "+", "*": "/"}
+    for i in range(len(steps) - 1, -1, -1):
+        label, (op, operand) = named[i]
+        before = LABELS[i - 1] if i else "start"
+        lines.append(f"{label} {values[i + 1]}{inverse[op]}{operand}={values[i]} {before}={values[i]} ok")
+    answer = str(values[-1])
+    return Trace(
+        messages=({"role": "user", "content": problem_text(start, steps)},),
+        cot="\n".join(lines),
+        answer=answer,
+        source=source,
+        reference=answer,
+        correct=True,
+        metadata={"num_steps": len(steps)},
+    )
