@@ -1,0 +1,143 @@
+"""Checkpoint: a directory with a manifest. Every stage reads and writes them; nothing half-written gets the final name.
+
+`limbeck.json` holds what made the directory: stage, resolved config and its hash, inputs by hash, seeds, versions,
+the cost ledger and the metrics. A stage works in `<out>.partial` and renames it when all is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from limbeck import __version__
+from limbeck.config import config_hash, to_dict
+from limbeck.errors import CheckpointError
+
+MANIFEST = "limbeck.json"
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "datasets")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A directory that a stage made, or a bare model directory without a manifest."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest.
+
+        Raises: CheckpointError when it is missing or damaged.
+        """
+        file = self.path / MANIFEST
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.path}: no {MANIFEST}; this is no finished limbeck output.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: not valid JSON ({' '.join(str(error).split())}); make the output again.") from error
+        if not isinstance(tree, dict) or "stage" not in tree:
+            raise CheckpointError(f"{file}: not a limbeck manifest (no `stage`).")
+        return tree
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a readable manifest is there."""
+        return (self.path / MANIFEST).is_file()
+
+
+@contextmanager
+def output_directory(out: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+    """A working directory that takes the name `out` when the block ends well.
+
+    Args:
+      out: the final directory; it must not exist unless `overwrite`.
+      overwrite: replace an existing output, after the new one is complete.
+      resume: go on in the working directory of an interrupted run; without it that directory is emptied.
+    Raises: CheckpointError when `out` exists.
+    """
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out}: exists already. Choose another output or pass --overwrite.")
+    working = out.with_name(out.name + ".partial")
+    if working.exists() and not resume:
+        shutil.rmtree(working)
+    is_fresh = not working.exists()
+    working.mkdir(parents=True, exist_ok=True)
+    try:
+        yield working
+    except BaseException:
+        # A run that failed before it wrote anything leaves nothing; one with state stays for --resume.
+        if is_fresh and not any(working.iterdir()):
+            working.rmdir()
+        raise
+    if out.exists():
+        shutil.rmtree(out)
+    working.rename(out)
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    stage: str,
+    config: Any,
+    inputs: Mapping[str, str],
+    ledger: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    counts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `limbeck.json`; call it last, since its presence says that the output is complete."""
+    write_json(
+        directory / MANIFEST,
+        {
+            "stage": stage,
+            "limbeck_version": __version__,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "config": to_dict(config),
+            "config_hash": config_hash(config),
+            "inputs": dict(inputs),
+            "versions": versions(),
+            "machine": {"system": platform.system(), "processor": platform.machine(), "python": platform.python_version()},
+            "ledger": dict(ledger or {}),
+            "metrics": dict(metrics or {}),
+            "counts": dict(counts or {}),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write JSON through a temporary name."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def hash_path(path: Path) -> str:
+    """Sixteen hex digits of a file's bytes, or of the model files in a directory (weights, config, tokenizer)."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST)
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
