@@ -1,0 +1,156 @@
+"""Records of the common trace formats to traces: one function a format, each pure.
+
+A parser gives one `Parsed` for each reply in the record and raises TraceFormatError when there is none.
+A message begins with a short fixed reason, then a colon and the details: the reasons are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import NoneType
+from typing import Any
+
+from limbeck.errors import TraceFormatError
+from limbeck.traces.chat import prompt_messages
+from limbeck.traces.chat_formats import parse_messages, parse_prompt_completion, parse_sharegpt
+from limbeck.traces.column_formats import (
+    COT_COLUMNS,
+    GSM8K_MARKER,
+    PROMPT_COLUMNS,
+    parse_columns,
+    parse_gsm8k,
+    parse_reasoning_gym,
+)
+from limbeck.traces.record import Parsed, Record
+from limbeck.traces.thought import Markers, Thought, join_thought, unclosed_thought
+from limbeck.traces.trace import Trace, from_json
+
+Parser = Callable[[Record, Markers | None], list[Parsed]]
+
+_LIMBECK_TYPES: dict[str, tuple[type, ...]] = {
+    "limbeck_trace": (int,),
+    "messages": (list,),
+    "cot": (str, NoneType),
+    "answer": (str, NoneType),
+    "cot_closed": (bool,),
+    "source": (str,),
+    "reference": (str, NoneType),
+    "correct": (bool, NoneType),
+    "metadata": (dict,),
+}
+
+
+def parse_record(record: Any, format_name: str, markers: Markers | None = None) -> list[Parsed]:
+    """The traces of one record; a problem of the whole record is one `Parsed` without a trace.
+
+    Args:
+        record: a decoded line, row or list entry.
+        format_name: a key of `FORMATS`.
+        markers: the markers around the thought, where the format has any; None finds the known ones.
+    """
+    try:
+        if not isinstance(record, Mapping):
+            raise TraceFormatError(f"not an object: the record is {type(record).__name__}")
+        return [_refuse_surrogates(parsed) for parsed in FORMATS[format_name](record, markers)]
+    except TraceFormatError as error:
+        return [Parsed(None, str(error))]
+
+
+def detect(record: Any) -> str:
+    """The name of the format that `record` is in.
+
+    Raises: TraceFormatError, naming the formats and the record's keys, when none fits.
+    """
+    if not isinstance(record, Mapping):
+        raise TraceFormatError(f"not an object: the record is {type(record).__name__}")
+    for name, fits in _SIGNS.items():
+        if fits(record):
+            return name
+    keys = ", ".join(str(key) for key in record)[:200] or "none"
+    raise TraceFormatError(
+        f"unknown format: the record's keys are {keys}; known formats are {', '.join(FORMATS)}: "
+        "name one with format, or rename keys with fields"
+    )
+
+
+def parse_limbeck(record: Record, markers: Markers | None) -> list[Parsed]:
+    """limbeck's own format, as `trace.to_json` writes it."""
+    _check_limbeck(record)
+    messages = prompt_messages(record.get("messages"))
+    cot, answer = record.get("cot"), record.get("answer")
+    if not record.get("cot_closed", True):
+        if answer is not None:
+            raise TraceFormatError(
+                "answer after an open thought: cot_closed is false, so answer must be null"
+            )
+        thought = unclosed_thought(cot or "", "missing end marker: cot_closed is false")
+    elif answer is None or not answer.strip():
+        raise TraceFormatError("empty answer")
+    elif cot is None:
+        thought = Thought(None, answer, problem="no thought: cot is null")
+    else:
+        thought = join_thought(cot, answer)
+    return [Parsed(from_json({**record, "messages": messages}), thought.problem)]
+
+
+def _check_limbeck(record: Record) -> None:
+    if record.get("limbeck_trace") != 1:
+        raise TraceFormatError(
+            f"unknown version: limbeck_trace is {record.get('limbeck_trace')!r}, 1 is accepted"
+        )
+    for name, value in record.items():
+        if name not in _LIMBECK_TYPES:
+            raise TraceFormatError(f"unknown key: {name!r}; known are {', '.join(_LIMBECK_TYPES)}")
+        if not isinstance(value, _LIMBECK_TYPES[name]):
+            accepted = " or ".join(kind.__name__ for kind in _LIMBECK_TYPES[name])
+            raise TraceFormatError(f"wrong type: {name} is {type(value).__name__}, expected {accepted}")
+
+
+FORMATS: dict[str, Parser] = {
+    "limbeck": parse_limbeck,
+    "messages": parse_messages,
+    "sharegpt": parse_sharegpt,
+    "prompt_completion": parse_prompt_completion,
+    "columns": parse_columns,
+    "gsm8k": parse_gsm8k,
+    "reasoning_gym": parse_reasoning_gym,
+}
+
+
+def _has_columns(record: Record) -> bool:
+    has_thought = any(record.get(name) is not None for name in ("generations", *COT_COLUMNS))
+    return has_thought and any(name in record for name in PROMPT_COLUMNS)
+
+
+# In this order: OpenR1-Math rows hold `messages` too, but only those of the first generation.
+_SIGNS: dict[str, Callable[[Record], bool]] = {
+    "limbeck": lambda record: "limbeck_trace" in record,
+    "columns": _has_columns,
+    "messages": lambda record: "messages" in record,
+    "sharegpt": lambda record: "conversations" in record,
+    "prompt_completion": lambda record: "prompt" in record and "completion" in record,
+    "reasoning_gym": lambda record: (
+        {"question", "answer"} <= record.keys() and isinstance(record.get("metadata"), Mapping)
+    ),
+    "gsm8k": lambda record: "question" in record and GSM8K_MARKER in str(record.get("answer")),
+}
+
+
+def _refuse_surrogates(parsed: Parsed) -> Parsed:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer and no file can take."""
+    trace = parsed.trace
+    if trace is None:
+        return parsed
+    for text in _texts(trace):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return Parsed(None, "not valid Unicode: the text holds half of a surrogate pair")
+    return parsed
+
+
+def _texts(trace: Trace) -> Iterator[str]:
+    for message in trace.messages:
+        yield from message.values()
+    yield from (text for text in (trace.cot, trace.answer, trace.reference) if text)
+    yield from (value for value in trace.metadata.values() if isinstance(value, str))
