@@ -1,0 +1,279 @@
+"""What the loss looks like where an optimizer stands, and what its noise will do there.
+
+Curvature comes from Hessian-vector products (double backward) and the Lanczos method, for many points at
+once. The predictions are closed forms: how long an escape takes, how much the noise costs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from limbeck.errors import CheckpointError
+
+Loss = Callable[[Tensor], Tensor]
+"""Points `[P, *shape]` to one loss each `[P]`."""
+Product = Callable[[Tensor], Tensor]
+"""A symmetric matrix a point, applied to one vector a point: `[P, n]` to `[P, n]`."""
+
+MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
+
+
+class Curvature(NamedTuple):
+    """The smallest Hessian eigenvalue of each of P points, as the Lanczos method found it."""
+
+    eigenvalue: Tensor
+    """Ritz value `[P]`: never below the smallest eigenvalue, up to rounding."""
+    residual: Tensor
+    """Norm of H v - eigenvalue v `[P]`: some eigenvalue lies this near to the Ritz value."""
+    direction: Tensor
+    """The Ritz vector v, of norm 1: `[P, n]`."""
+    num_products: int
+    """Hessian-vector products a point."""
+
+
+class SecondOrder(NamedTuple):
+    """Whether each of P points is an (eps, curvature_tolerance) second-order stationary point."""
+
+    passes: Tensor
+    """Both conditions hold: `[P]`, bool."""
+    gradient_norm: Tensor
+    """Norm of the full gradient: `[P]`."""
+    curvature: Curvature
+    """The smallest Hessian eigenvalue, measured."""
+
+
+def smallest_eigenvalue(product: Product, start: Tensor, num_products: int) -> Curvature:
+    """The smallest eigenvalue of P symmetric matrices at once: Lanczos, fully reorthogonalised.
+
+    Args:
+      product: applies the matrices, `[P, n]` to `[P, n]`.
+      start: random start vectors `[P, n]`; float64 keeps the basis orthogonal to rounding.
+      num_products: length of the Krylov basis; `min(num_products, n)` products are taken.
+    """
+    tiny = torch.finfo(start.dtype).tiny
+    basis = [start / start.norm(dim=-1, keepdim=True)]
+    diagonal: list[Tensor] = []
+    coupling: list[Tensor] = []
+    for _ in range(min(num_products, start.shape[-1])):
+        image = product(basis[-1])
+        diagonal.append((image * basis[-1]).sum(-1))
+        image, scale = _orthogonal(image, basis), image.norm(dim=-1)
+        norm = image.norm(dim=-1)
+        # The Krylov space of this point is exhausted: go on in a fresh direction, coupled to none so far.
+        exhausted = norm <= 1e3 * torch.finfo(start.dtype).eps * scale.clamp_min(tiny)
+        fresh = torch.randn(start.shape, dtype=start.dtype, generator=_generator(len(basis)))
+        following = torch.where(exhausted.unsqueeze(-1), _orthogonal(fresh, basis), image)
+        coupling.append(torch.where(exhausted, 0.0, norm))
+        basis.append(following / following.norm(dim=-1, keepdim=True).clamp_min(tiny))
+    matrix = torch.diag_embed(torch.stack(diagonal, -1))
+    if len(coupling) > 1:
+        beside = torch.stack(coupling[:-1], -1)
+        matrix = matrix + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    weights = vectors[..., 0]
+    direction = torch.einsum("pkn,pk->pn", torch.stack(basis[:-1], -2), weights)
+    return Curvature(values[..., 0], coupling[-1] * weights[..., -1].abs(), direction, len(diagonal))
+
+
+def products_needed(num_scalars: int, smoothness: float, tolerance: float, failure: float = 0.01) -> int:
+    """Lanczos products that find the smallest eigenvalue to `tolerance` with probability 1 - failure.
+
+    0.5 ln(d / failure^2) sqrt(L / tolerance) + 1, and never more than d.
+
+    Source: Kuczynski and Wozniakowski 1992, as quoted in the saddle-escape literature; the constant is not
+    re-derived here.
+    """
+    bound = 0.5 * math.log(num_scalars / failure**2) * math.sqrt(smoothness / tolerance) + 1
+    return max(1, min(num_scalars, math.ceil(bound)))
+
+
+def curvature_at(loss: Loss, points: Tensor, num_products: int = 40, seed: int = 0) -> Curvature:
+    """The smallest Hessian eigenvalue of `loss` at every point `[P, *shape]`, in the dtype of the points."""
+    leaf = points.detach().clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(leaf).sum(), leaf, create_graph=True)
+
+    def product(vectors: Tensor) -> Tensor:
+        if not slope.requires_grad:
+            return torch.zeros_like(vectors)
+        inner = (slope * vectors.view_as(slope)).sum()
+        (image,) = torch.autograd.grad(inner, leaf, retain_graph=True, materialize_grads=True)
+        return image.flatten(1)
+
+    start = torch.randn(points.flatten(1).shape, dtype=points.dtype, generator=_generator(seed))
+    return smallest_eigenvalue(product, start, num_products)
+
+
+def model_curvature(
+    loss: Callable[[], Tensor], parameters: Iterable[Tensor], num_products: int = 40, seed: int = 0
+) -> Curvature:
+    """The smallest Hessian eigenvalue of the scalar `loss()` in all `parameters` together: P = 1."""
+    leaves = [parameter for parameter in parameters if parameter.requires_grad]
+    product = hessian_product(loss(), leaves)
+    start = torch.randn(1, sum(leaf.numel() for leaf in leaves), generator=_generator(seed)).to(leaves[0])
+    return smallest_eigenvalue(lambda vectors: product(vectors[0]).unsqueeze(0), start, num_products)
+
+
+def hessian_product(loss: Tensor, leaves: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function that applies the Hessian of the scalar `loss` in `leaves` to a flat vector `[n]`."""
+    slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+
+    def product(vector: Tensor) -> Tensor:
+        parts = vector.split([leaf.numel() for leaf in leaves])
+        inner = sum((slope * part.view_as(slope)).sum() for slope, part in zip(slopes, parts, strict=True))
+        if not isinstance(inner, Tensor) or not inner.requires_grad:
+            return torch.zeros_like(vector)
+        images = torch.autograd.grad(inner, leaves, retain_graph=True, materialize_grads=True)
+        return torch.cat([image.flatten() for image in images])
+
+    return product
+
+
+def second_order(
+    loss: Loss, points: Tensor, eps: float, curvature_tolerance: float, num_products: int = 40, seed: int = 0
+) -> SecondOrder:
+    """Test every point for ||grad f|| <= eps and lambda_min(H) >= -curvature_tolerance.
+
+    Args:
+      loss: the exact loss, not a mini-batch's.
+      points: `[P, *shape]`.
+      eps: bound on the gradient norm.
+      curvature_tolerance: sqrt(rho eps) where the Hessian's Lipschitz constant rho is known.
+      num_products: Lanczos products; the Ritz value errs upwards, so too few may let a saddle pass (see
+      `products_needed`).
+    """
+    leaf = points.detach().clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(leaf).sum(), leaf)
+    norm = slope.flatten(1).norm(dim=-1)
+    curvature = curvature_at(loss, points, num_products, seed)
+    return SecondOrder((norm <= eps) & (curvature.eigenvalue >= -curvature_tolerance), norm, curvature)
+
+
+def growth(lr: float, negative_curvature: float, momentum: float = 0.0) -> float:
+    """Factor a step by which (heavy-ball) descent grows along negative curvature gamma.
+
+    The larger root of z^2 - (1 + momentum + lr gamma) z + momentum = 0, which is 1 + lr gamma without
+    momentum.
+    """
+    return _roots(lr, negative_curvature, momentum)[0]
+
+
+def predicted_slope(lr: float, negative_curvature: float, momentum: float = 0.0) -> float:
+    """Steps of escape time for each unit of ln d: 1 / (2 ln z), z = `growth(...)`."""
+    return 0.5 / math.log(growth(lr, negative_curvature, momentum))
+
+
+def predicted_escape_steps(
+    lr: float,
+    negative_curvature: float,
+    num_scalars: int,
+    noise_radius: float,
+    distance: float,
+    momentum: float = 0.0,
+) -> float:
+    """Median steps from one kick at a saddle to |a| = distance along the way out, where f is quadratic.
+
+    T = [ln(distance / (m r c)) + 0.5 ln d] / ln z: m is the median of |N(0, 1)|, c = (z - momentum) / (z -
+    z') the share of a kick from rest that goes into the growing mode, z and z' the roots of `growth`.
+
+    Args:
+      noise_radius: r, root mean square norm of the kick over all d coordinates.
+      distance: how far out counts as escaped, in the units of the parameters.
+    """
+    large, small = _roots(lr, negative_curvature, momentum)
+    share = (large - momentum) / (large - small)
+    kick = MEDIAN_OF_ABSOLUTE_NORMAL * noise_radius * share
+    return (math.log(distance / kick) + 0.5 * math.log(num_scalars)) / math.log(large)
+
+
+def predicted_loss_bump(
+    loss: Callable[[], Tensor],
+    parameters: Iterable[Tensor],
+    noise_radius: float,
+    num_probes: int = 8,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Expected rise of the loss by one kick of energy r^2:  0.5 r^2 tr(H) / d, and its standard error.
+
+    The trace is Hutchinson's estimate from `num_probes` random sign vectors; 2 or more give a standard error.
+    """
+    leaves = [parameter for parameter in parameters if parameter.requires_grad]
+    product = hessian_product(loss(), leaves)
+    num_scalars = sum(leaf.numel() for leaf in leaves)
+    signs = torch.randint(2, (num_probes, num_scalars), generator=_generator(seed)).to(leaves[0]) * 2 - 1
+    traces = torch.stack([(product(probe) * probe).sum() for probe in signs]).double()
+    scale = 0.5 * noise_radius**2 / num_scalars
+    error = float(traces.std() / math.sqrt(num_probes)) if num_probes > 1 else math.inf
+    return scale * float(traces.mean()), scale * error
+
+
+class FiresLog:
+    """The steps at which a gate fired, from `optimizer.stats()`; nothing leaves the device before `rows`."""
+
+    def __init__(self) -> None:
+        self._stats: list[tuple[int, dict[str, Any]]] = []
+
+    def add(self, step: int, stats: Mapping[str, Any]) -> None:
+        """Note `optimizer.stats()` after a step; tensors are copied, because the optimizer may reuse them."""
+        kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in stats.items()}
+        self._stats.append((step, kept))
+
+    def rows(self) -> list[dict[str, float]]:
+        """One row for each noted step at which the number of fires rose."""
+        rows: list[dict[str, float]] = []
+        fires = 0.0
+        for step, stats in self._stats:
+            row = {"step": float(step), **{name: float(value) for name, value in stats.items()}}
+            if row["fires"] > fires:
+                rows.append(row)
+            fires = row["fires"]
+        return rows
+
+    def write(self, path: Path) -> None:
+        """Write the rows as JSON lines."""
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows()), encoding="utf-8")
+
+
+def read_fires(path: Path) -> list[dict[str, float]]:
+    """The rows that `FiresLog.write` wrote.
+
+    Raises: CheckpointError when the file is missing or a line is not a JSON object.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such fires log. Name a file that FiresLog.write made.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CheckpointError(
+                f"{path}, line {number}: not JSON ({error.msg}). Write it again."
+            ) from error
+        if not isinstance(row, dict):
+            raise CheckpointError(f"{path}, line {number}: found {line[:40]!r}, expected an object.")
+        rows.append(row)
+    return rows
+
+
+def _roots(lr: float, negative_curvature: float, momentum: float) -> tuple[float, float]:
+    middle = 1 + momentum + lr * negative_curvature
+    spread = math.sqrt(middle**2 - 4 * momentum)
+    return (middle + spread) / 2, (middle - spread) / 2
+
+
+def _orthogonal(vectors: Tensor, basis: list[Tensor]) -> Tensor:
+    # Twice is enough (Parlett): the second pass removes what rounding left of the first.
+    stacked = torch.stack(basis, -2)
+    for _ in range(2):
+        vectors = vectors - torch.einsum("pkn,pk->pn", stacked, torch.einsum("pkn,pn->pk", stacked, vectors))
+    return vectors
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
