@@ -1,4 +1,4 @@
-"""What the loss looks like where an optimizer stands, and what its noise will do there.
+"""What the loss looks like where an optimizer stands, and when its gate fired.
 
 Curvature comes from Hessian-vector products (double backward) and the Lanczos method, for many points at
 once. The predictions are closed forms: how long an escape takes, how much the noise costs.
@@ -21,8 +21,6 @@ Loss = Callable[[Tensor], Tensor]
 """Points `[P, *shape]` to one loss each `[P]`."""
 Product = Callable[[Tensor], Tensor]
 """A symmetric matrix a point, applied to one vector a point: `[P, n]` to `[P, n]`."""
-
-MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
 
 
 class Curvature(NamedTuple):
@@ -155,62 +153,22 @@ def second_order(
     return SecondOrder((norm <= eps) & (curvature.eigenvalue >= -curvature_tolerance), norm, curvature)
 
 
-def growth(lr: float, negative_curvature: float, momentum: float = 0.0) -> float:
-    """Factor a step by which (heavy-ball) descent grows along negative curvature gamma.
-
-    The larger root of z^2 - (1 + momentum + lr gamma) z + momentum = 0, which is 1 + lr gamma without
-    momentum.
-    """
-    return _roots(lr, negative_curvature, momentum)[0]
-
-
-def predicted_slope(lr: float, negative_curvature: float, momentum: float = 0.0) -> float:
-    """Steps of escape time for each unit of ln d: 1 / (2 ln z), z = `growth(...)`."""
-    return 0.5 / math.log(growth(lr, negative_curvature, momentum))
-
-
-def predicted_escape_steps(
-    lr: float,
-    negative_curvature: float,
-    num_scalars: int,
-    noise_radius: float,
-    distance: float,
-    momentum: float = 0.0,
-) -> float:
-    """Median steps from one kick at a saddle to |a| = distance along the way out, where f is quadratic.
-
-    T = [ln(distance / (m r c)) + 0.5 ln d] / ln z: m is the median of |N(0, 1)|, c = (z - momentum) / (z -
-    z') the share of a kick from rest that goes into the growing mode, z and z' the roots of `growth`.
-
-    Args:
-      noise_radius: r, root mean square norm of the kick over all d coordinates.
-      distance: how far out counts as escaped, in the units of the parameters.
-    """
-    large, small = _roots(lr, negative_curvature, momentum)
-    share = (large - momentum) / (large - small)
-    kick = MEDIAN_OF_ABSOLUTE_NORMAL * noise_radius * share
-    return (math.log(distance / kick) + 0.5 * math.log(num_scalars)) / math.log(large)
-
-
-def predicted_loss_bump(
-    loss: Callable[[], Tensor],
-    parameters: Iterable[Tensor],
-    noise_radius: float,
-    num_probes: int = 8,
-    seed: int = 0,
+def hessian_trace(
+    loss: Callable[[], Tensor], parameters: Iterable[Tensor], num_probes: int = 8, seed: int = 0
 ) -> tuple[float, float]:
-    """Expected rise of the loss by one kick of energy r^2:  0.5 r^2 tr(H) / d, and its standard error.
+    """Trace of the Hessian of the scalar `loss()` in all `parameters`, and its standard error (2 probes or more).
 
-    The trace is Hutchinson's estimate from `num_probes` random sign vectors; 2 or more give a standard error.
+    `theory.predicted_loss_bump` turns it into what one kick of noise costs.
+
+    Source: Hutchinson 1990: the mean of v^T H v over random sign vectors v.
     """
     leaves = [parameter for parameter in parameters if parameter.requires_grad]
     product = hessian_product(loss(), leaves)
     num_scalars = sum(leaf.numel() for leaf in leaves)
     signs = torch.randint(2, (num_probes, num_scalars), generator=_generator(seed)).to(leaves[0]) * 2 - 1
     traces = torch.stack([(product(probe) * probe).sum() for probe in signs]).double()
-    scale = 0.5 * noise_radius**2 / num_scalars
     error = float(traces.std() / math.sqrt(num_probes)) if num_probes > 1 else math.inf
-    return scale * float(traces.mean()), scale * error
+    return float(traces.mean()), error
 
 
 class FiresLog:
@@ -259,12 +217,6 @@ def read_fires(path: Path) -> list[dict[str, float]]:
             raise CheckpointError(f"{path}, line {number}: found {line[:40]!r}, expected an object.")
         rows.append(row)
     return rows
-
-
-def _roots(lr: float, negative_curvature: float, momentum: float) -> tuple[float, float]:
-    middle = 1 + momentum + lr * negative_curvature
-    spread = math.sqrt(middle**2 - 4 * momentum)
-    return (middle + spread) / 2, (middle - spread) / 2
 
 
 def _orthogonal(vectors: Tensor, basis: list[Tensor]) -> Tensor:

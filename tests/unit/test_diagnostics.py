@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from limbeck.errors import CheckpointError
-from limbeck.optim import diagnostics
+from limbeck.optim import diagnostics, theory
 from limbeck.optim.problems import QuadraticSaddle, QuarticSaddle, make
 
 
@@ -87,9 +87,9 @@ def test_second_order_tells_a_saddle_a_slope_and_a_minimum_apart():
 
 
 def test_growth_is_one_plus_lr_gamma_and_larger_with_momentum():
-    assert diagnostics.growth(0.5, 0.2) == pytest.approx(1.1)
-    assert diagnostics.predicted_slope(0.5, 0.2) == pytest.approx(1 / (2 * math.log(1.1)))
-    assert diagnostics.predicted_slope(0.5, 0.1, momentum=0.9) == pytest.approx(2.7, abs=0.05)
+    assert theory.growth_per_step(0.5, 0.2) == pytest.approx(1.1)
+    assert theory.escape_slope(0.5, 0.2) == pytest.approx(1 / (2 * math.log(1.1)))
+    assert theory.escape_slope(0.5, 0.1, momentum=0.9) == pytest.approx(2.7, abs=0.05)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -103,7 +103,7 @@ def test_the_predicted_escape_time_is_the_median_of_simulated_escapes(momentum):
         steps += inside
         buffer = momentum * buffer - gamma * position
         position = position - lr * buffer
-    predicted = diagnostics.predicted_escape_steps(lr, gamma, num_dims, radius, 1.0, momentum)
+    predicted = theory.predicted_escape_steps(lr, gamma, num_dims, radius, 1.0, momentum)
     assert float(steps.median()) == pytest.approx(predicted, abs=0.02 * predicted + 0.6)
 
 
@@ -111,14 +111,13 @@ def test_the_predicted_loss_bump_is_the_mean_rise_over_kicks():
     problem = make("matrix_factorisation", 5)
     point = torch.nn.Parameter(problem.facts().minima[0].double())
     radius, num_kicks = 1e-2, 20000
-    bump, error = diagnostics.predicted_loss_bump(
-        lambda: problem.loss(point), [point], radius, num_probes=200
-    )
+    trace, error = diagnostics.hessian_trace(lambda: problem.loss(point), [point], num_probes=200)
+    bump = theory.predicted_loss_bump(radius, trace, problem.num_scalars)
     kicks = torch.randn(num_kicks, *problem.shape, generator=torch.Generator().manual_seed(0)).double()
     rises = problem.loss(point.detach() + kicks * radius / math.sqrt(problem.num_scalars))
     noise = float(rises.std()) / math.sqrt(num_kicks)
-    assert bump == pytest.approx(float(rises.mean()), abs=4 * (error + noise))
-    assert 0 < error < 0.1 * bump
+    assert bump == pytest.approx(float(rises.mean()), abs=4 * (noise + bump * error / trace))
+    assert 0 < error < 0.1 * trace
 
 
 def test_the_fires_log_keeps_the_steps_that_fired_and_survives_a_round_trip(tmp_path):

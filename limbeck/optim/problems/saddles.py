@@ -112,8 +112,8 @@ class ValleySaddle(TiltedProblem):
     """`gamma / tail * (1 + a^2)^(-tail/2) + curvature/2 ||y||^2`, a = x_1: a saddle, then an endless valley.
 
     Far out the gradient falls as `gamma a^-(tail + 1)`: gradient descent with a fixed step reaches gradient
-    eps in about `eps^-p` steps, `p = (tail + 2) / (tail + 1)`, and with a step of order eps^2, which the noise
-    of a constant batch asks for, in `eps^-(2 + p)`: near the worst case eps^-4 for a small tail. There is no
+    eps in about `eps^-p` steps, `p = (tail + 2) / (tail + 1)`, and with a step of order eps^2, which noise
+    at a constant batch asks for, in `eps^-(2 + p)`: near the worst case eps^-4 for a small tail. There is no
     minimum: the infimum, 0, is at infinity.
     """
 
