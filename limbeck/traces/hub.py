@@ -5,13 +5,14 @@ The hub is the only thing in the trace stages that reaches the network.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from limbeck.errors import TraceFormatError
-from limbeck.traces.files import Located, choose_split
+from limbeck.traces.files import SUFFIXES, Located, choose_split
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -22,8 +23,10 @@ def is_saved_dataset(directory: Path) -> bool:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` looks like `owner/name`; whether it is a path is for the caller to rule out first."""
-    return _HUB_ID.fullmatch(source) is not None and not source.endswith((".jsonl", ".json", ".parquet"))
+    """Whether `source`, not a path itself, is `owner/name`, not a mistyped path (the owner is no folder here)."""
+    if not _HUB_ID.fullmatch(source) or source.endswith(SUFFIXES):
+        return False
+    return not Path(source).parent.is_dir()
 
 
 def read_saved(directory: Path, split: str | None) -> Iterator[Located]:
@@ -45,16 +48,22 @@ def read_saved(directory: Path, split: str | None) -> Iterator[Located]:
 
 
 def read_hub(name: str, subset: str | None, split: str | None) -> Iterator[Located]:
-    """The rows of one split of a hub data set, `train` unless told otherwise, from the cache or the network."""
+    """The rows of one split of a hub data set, `train` by default, from the cache or the network."""
     import datasets
 
+    # The hub client logs a line for each of its retries; one error at the end says the same.
+    client_log = logging.getLogger("huggingface_hub")
+    level = client_log.level
+    client_log.setLevel(logging.ERROR)
     try:
         dataset = datasets.load_dataset(name, name=subset, split=split or "train")
     except Exception as error:
         raise TraceFormatError(
             f"{name}: no such file or directory, and it cannot be read from the Hugging Face hub "
-            f"({type(error).__name__}: {_one_line(error)}); give a path, or check id, subset, split and connection."
+            f"({type(error).__name__}: {_one_line(error)}); give a path, or check id, split and connection."
         ) from error
+    finally:
+        client_log.setLevel(level)
     yield from _rows(dataset, name)
 
 

@@ -31,8 +31,8 @@ class TraceConfig:
 
     source: str
     """A .jsonl, .json or .parquet file; a directory of .jsonl or .parquet files, or one that
-    datasets.save_to_disk wrote; reasoning-gym:TASK or builtin:chain, which make traces; else a Hugging Face hub
-    id, the only source that uses the network."""
+    datasets.save_to_disk wrote; reasoning-gym:TASK or builtin:chain, which make traces; else a hub id
+    (owner/name), the only source that uses the network."""
     format: str = "auto"
     """Format of the records: limbeck, messages, sharegpt, prompt_completion, columns, gsm8k or reasoning_gym;
     auto finds it."""
@@ -45,7 +45,7 @@ class TraceConfig:
     split: str | None = None
     """Split to read; null takes train, or the only one."""
     on_bad: Literal["error", "skip", "keep"] = "error"
-    """What to do with a bad record: stop, leave it out, or keep it if only its thought or end marker is missing."""
+    """What to do with a bad record: stop, skip it, or keep it if only its thought or end marker is missing."""
     num_traces: int | None = None
     """At most this many traces are read; a source that makes traces makes this many and needs the number."""
     seed: int = 0
@@ -100,8 +100,8 @@ class ReadCounts:
 def read_traces(config: TraceConfig) -> tuple[list[Trace], ReadCounts]:
     """All traces of a source, in its order, and what became of its records.
 
-    Raises: TraceFormatError, naming file, line and reason, for a bad record when `on_bad` is error, for a source
-        that cannot be read, and when nothing is left; ConfigError for a task that does not exist.
+    Raises: TraceFormatError, naming file, line and reason, for a bad record when `on_bad` is error, for a
+        source that cannot be read, and when nothing is left; ConfigError for a task that does not exist.
     """
     traces: list[Trace] = []
     counts: Counter[str] = Counter()
@@ -137,6 +137,7 @@ def read_traces(config: TraceConfig) -> tuple[list[Trace], ReadCounts]:
 def _parse_all(config: TraceConfig) -> Iterator[tuple[str, Parsed]]:
     """Every reply of the source; the first record of a file that fits a format settles it for that file."""
     if config.source == BUILTIN_CHAIN:
+        _refuse_splits(config, "a task that makes its traces")
         made = generate(config.num_traces or 0, config.seed, config.min_steps, config.max_steps)
         yield from ((trace.source, Parsed(trace)) for trace in made)
         return
@@ -158,9 +159,11 @@ def _parse_all(config: TraceConfig) -> Iterator[tuple[str, Parsed]]:
 
 def _locate(config: TraceConfig) -> Iterator[Located]:
     if config.source.startswith(GYM_PREFIX):
+        _refuse_splits(config, "a task that makes its traces")
         return read_gym(config.source.removeprefix(GYM_PREFIX), config.num_traces or 0, config.seed)
     path = Path(config.source)
     if path.is_file():
+        _refuse_splits(config, "a single file")
         return read_file(path)
     if path.is_dir():
         if is_saved_dataset(path):
@@ -169,9 +172,17 @@ def _locate(config: TraceConfig) -> Iterator[Located]:
     if is_hub_id(config.source):
         return read_hub(config.source, config.subset, config.split)
     raise TraceFormatError(
-        f"{config.source}: no such file or directory; expected a path, a hub id (owner/name), {GYM_PREFIX}TASK "
-        f"or {BUILTIN_CHAIN}."
+        f"{config.source}: no such file or directory; expected a path, a hub id (owner/name), "
+        f"{GYM_PREFIX}TASK or {BUILTIN_CHAIN}."
     )
+
+
+def _refuse_splits(config: TraceConfig, kind: str) -> None:
+    for name in ("split", "subset"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}: {getattr(config, name)!r}, but {config.source} is {kind}; leave {name} out."
+            )
 
 
 def _rename(record: Any, fields: Mapping[str, str]) -> Any:
