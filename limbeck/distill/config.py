@@ -1,0 +1,185 @@
+"""What one distillation run is: every field of `limbeck distill`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from limbeck.distill.divergence import DivergenceConfig
+from limbeck.errors import ConfigError
+from limbeck.models.tiny import ScratchConfig
+from limbeck.optim.build import OptimizerConfig
+from limbeck.optim.schedules import ScheduleConfig
+from limbeck.traces.batch import Layout
+from limbeck.traces.render import RenderConfig
+from limbeck.traces.select import SelectConfig
+from limbeck.traces.sources import TraceConfig
+from limbeck.traces.supervise import SupervisionConfig
+from limbeck.traces.truncate import TruncationConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """The model that is trained: an existing one, or a small one from scratch."""
+
+    model: str | None = None
+    """Directory, alias (tiny-student, tiny-teacher, smollm2-135m) or Hugging Face hub id of the starting weights."""
+    scratch: ScratchConfig | None = None
+    """Shape of a randomly initialised model instead."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.scratch is None):
+            raise ConfigError("student needs exactly one of model and scratch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """Who gives the targets of the KD term. With neither field set the run is supervised fine-tuning on the text."""
+
+    model: str | None = None
+    """Directory, alias or hub id of a live teacher with the student's tokenizer."""
+    targets: Path | None = None
+    """Directory of stored top-k targets that hold every sequence of this run."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.targets is not None:
+            raise ConfigError("teacher takes a model or stored targets, not both")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters instead of full training (Hu et al., arXiv 2106.09685), through peft."""
+
+    rank: int = 16
+    """Rank r of the adapters."""
+    alpha: float = 32.0
+    """Scale: the update is alpha / rank times the product of the adapters."""
+    dropout: float = 0.0
+    """Dropout in front of the adapters."""
+    target_modules: str = "all-linear"
+    """all-linear, or a regular expression of module names."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1; found {self.rank}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """(1 - kd_ratio) CE + kd_ratio T^2 D(teacher, student)."""
+
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    """The divergence D and its parameters."""
+    kd_ratio: float | None = None
+    """Share of the KD term, 0 <= x <= 1. When not set: 0.5 with a teacher (as in the paper), 0 without."""
+    temperature: float = 1.0
+    """Softmax temperature T of the KD term, > 0."""
+    normalization: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """token_mean: each supervised token of a step weighs the same; sequence_mean: each sequence does (the paper's runs)."""
+    chunk_bytes: int = 64 * 2**20
+    """Memory budget of the logits in bytes; they exist only a chunk at a time."""
+
+    def __post_init__(self) -> None:
+        if self.kd_ratio is not None and not 0 <= self.kd_ratio <= 1:
+            raise ConfigError(f"kd_ratio must be in [0, 1]; found {self.kd_ratio}")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature must be greater than 0; found {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The loop."""
+
+    epochs: float = 1.0
+    """Passes over the traces; may be partial. Not used when max_steps or max_tokens is set."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps."""
+    max_tokens: int | None = None
+    """Stop after so many tokens, repeating the traces as needed: runs with equal tokens."""
+    batch_size: int | None = 8
+    """Sequences in an optimizer step, over all ranks."""
+    batch_tokens: int | None = None
+    """Tokens in an optimizer step instead of a number of sequences (set batch_size to null)."""
+    microbatch_tokens: int = 4096
+    """Most tokens in one forward pass. Bounds the memory; the gradient of the step does not change."""
+    layout: Layout = "packed"
+    """packed: no padding, sequences isolated by attention; padded: right padding, for any attention backend."""
+    bucket_batches: int = 16
+    """Batches a window that is sorted by length before it is cut; 1 keeps the order fully random."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast products over float32 weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one more forward."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    seed: int = 0
+    """Seed of the order of the traces and of dropout."""
+    validate_every_steps: int = 0
+    """Validate every so many steps, and always at the end; 0 only at the end."""
+    save_every_steps: int = 0
+    """Write a state to resume from every so many steps; 0 never."""
+    num_threads: int | None = None
+    """CPU threads; torch's choice when not set."""
+
+    def __post_init__(self) -> None:
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            raise ConfigError("exactly one of batch_size and batch_tokens must be set (set the other to null)")
+        for name in ("max_steps", "max_tokens", "batch_size", "batch_tokens", "microbatch_tokens", "bucket_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; found {value}")
+        if not self.epochs > 0:
+            raise ConfigError(f"epochs must be greater than 0; found {self.epochs}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """One student: which traces, how much of them, from whom, with which loss."""
+
+    student: StudentConfig
+    """The model that is trained."""
+    traces: TraceConfig
+    """Where the traces come from."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Who gives soft targets."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Which traces are used."""
+    num_validation: int = 64
+    """Traces held out, by hash of the prompt and before any cut, for the validation loss. 0 for none."""
+    max_trace_tokens: int | None = None
+    """Leave out traces that are longer than this in tokens, before any cut."""
+    render: RenderConfig = field(default_factory=RenderConfig)
+    """How text becomes tokens."""
+    truncation: TruncationConfig = field(default_factory=TruncationConfig)
+    """Which part of every trace is kept."""
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    """Which segments carry loss."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The objective."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The loop."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning-rate schedule."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights; the output holds the merged model."""
+
+    def __post_init__(self) -> None:
+        if not self.has_teacher and self.loss.kd_ratio:
+            raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model or teacher.targets")
+        if self.num_validation < 0:
+            raise ConfigError(f"num_validation must be at least 0; found {self.num_validation}")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether any teacher is named."""
+        return self.teacher.model is not None or self.teacher.targets is not None
+
+    @property
+    def kd_ratio(self) -> float:
+        """The share of KD in force."""
+        if self.loss.kd_ratio is not None:
+            return self.loss.kd_ratio
+        return 0.5 if self.has_teacher else 0.0

@@ -1,0 +1,89 @@
+"""Traces to examples: read, select, split, render, cut. All of it happens once, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from limbeck.distill.config import DistillConfig
+from limbeck.errors import ConfigError
+from limbeck.progress import track
+from limbeck.traces.batch import Example, make_example
+from limbeck.traces.render import RenderConfig, render
+from limbeck.traces.sample import Sample
+from limbeck.traces.select import select_traces, split_traces
+from limbeck.traces.sources import read_traces
+from limbeck.traces.supervise import SupervisionConfig
+from limbeck.traces.trace import Trace
+from limbeck.traces.truncate import TruncationConfig
+
+UNCUT = TruncationConfig()
+RESPONSE = SupervisionConfig(preset="cot+answer")
+
+
+class Data(NamedTuple):
+    """What a run reads."""
+
+    train: list[Example]
+    validation: list[Example]
+    """Uncut, thought and answer supervised, whatever the run's own cut and supervision are."""
+    counts: dict[str, Any]
+    """What was read, dropped and cut, for the manifest."""
+
+
+def prepare(config: DistillConfig, tokenizer: Any) -> Data:
+    """All examples of a run.
+
+    Raises: ConfigError when no supervised token is left, and what reading and rendering raise.
+    """
+    traces, read = read_traces(config.traces)
+    traces, selected = select_traces(traces, config.select)
+    train_traces, validation_traces = split_traces(traces, config.training.seed, num_validation=config.num_validation)
+    train, too_long = render_all(train_traces, tokenizer, config.render, config.max_trace_tokens)
+    validation, _ = render_all(validation_traces, tokenizer, config.render, config.max_trace_tokens)
+    examples = [make_example(sample, config.truncation, config.supervision) for sample in train]
+    if not any(example.ce_weight.any() or example.kd_weight.any() for example in examples):
+        raise ConfigError(
+            f"no supervised token is left in {len(examples)} traces after truncation; supervise another segment or keep more."
+        )
+    counts = {
+        "read": asdict(read),
+        "selected": asdict(selected),
+        "too_long": too_long,
+        "train_traces": len(train),
+        "validation_traces": len(validation),
+        **cut_counts(train, examples),
+    }
+    return Data(examples, [make_example(sample, UNCUT, RESPONSE) for sample in validation], counts)
+
+
+def render_all(
+    traces: Sequence[Trace], tokenizer: Any, config: RenderConfig, max_tokens: int | None
+) -> tuple[list[Sample], int]:
+    """Samples of the traces that are not too long, and how many were.
+
+    Raises: ConfigError when all were too long.
+    """
+    samples = [render(trace, tokenizer, config) for trace in track(traces, "rendering")]
+    kept = [sample for sample in samples if max_tokens is None or len(sample) <= max_tokens]
+    if samples and not kept:
+        shortest = min(len(sample) for sample in samples)
+        raise ConfigError(f"max_trace_tokens {max_tokens} leaves out all traces; the shortest has {shortest} tokens.")
+    return kept, len(samples) - len(kept)
+
+
+def cut_counts(samples: Sequence[Sample], examples: Sequence[Example]) -> dict[str, Any]:
+    """What the cut took from the traces: tokens, and the traces that lost their end marker or their derivation."""
+    kept, whole = sum(len(example) for example in examples), sum(len(sample) for sample in samples)
+    had_ending = [i for i, sample in enumerate(samples) if sample.ending_start < len(sample)]
+    had_derivation = [i for i, sample in enumerate(samples) if sample.derivation_end is not None]
+    lost_ending = sum(examples[i].sample.ending_start >= len(examples[i]) for i in had_ending)
+    lost_derivation = sum(examples[i].sample.derivation_end is None for i in had_derivation)
+    return {
+        "tokens_before_cut": whole,
+        "tokens_after_cut": kept,
+        "lost_end_marker_fraction": lost_ending / max(1, len(had_ending)),
+        "lost_first_derivation_fraction": lost_derivation / max(1, len(had_derivation)),
+        "without_any_supervision": sum(not (e.ce_weight.any() or e.kd_weight.any()) for e in examples),
+    }

@@ -1,0 +1,148 @@
+"""The objective of one micro-batch: student forward, teacher's targets, the fused loss. Exact under any split of a step.
+
+A step's loss is a weighted mean over its supervised targets (or over its sequences). The denominators are taken over
+the whole step, all ranks and micro-batches, before the first forward; every micro-batch then adds its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limbeck.distill.config import LossConfig
+from limbeck.distill.fused import FusedLoss, fused_loss
+from limbeck.ledger import (
+    Ledger,
+    backbone_backward_flops,
+    backbone_forward_flops,
+    head_flops,
+)
+from limbeck.models.anatomy import Sizes, head_of, hidden_states
+from limbeck.teacher.targets import TeacherTargets
+from limbeck.traces.batch import Batch, Example
+
+
+class Teacher(Protocol):
+    """Gives targets at the supervised positions of a batch."""
+
+    def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> TeacherTargets:
+        """Targets for the tokens at flat indices `rows` of the batch, in that order; charges its cost to the ledger."""
+        ...
+
+
+class Totals(NamedTuple):
+    """Denominators of a step."""
+
+    ce: float
+    """Sum of CE weights (token_mean), or number of sequences with any (sequence_mean)."""
+    kd: float
+    """The same of KD weights."""
+
+
+def step_totals(examples: Sequence[Example], normalization: str) -> Totals:
+    """Denominators over all examples of a step, whichever rank or micro-batch they fall to."""
+    sums = np.array([[e.ce_weight.sum(dtype=np.float64), e.kd_weight.sum(dtype=np.float64)] for e in examples])
+    if normalization == "sequence_mean":
+        sums = (sums > 0).astype(np.float64)
+    ce, kd = sums.sum(axis=0)
+    return Totals(float(ce), float(kd))
+
+
+def coefficients(
+    batch: Batch, rows: Tensor, totals: Totals, kd_ratio: float, normalization: str
+) -> tuple[Tensor, Tensor]:
+    """What every row adds to the step's loss: float32 [N] for CE and for KD.
+
+    A term without any weight in the step has a coefficient of 0, so empty supervision gives 0, never NaN.
+    """
+    weights = [batch.ce_weight.flatten(), batch.kd_weight.flatten()]
+    if normalization == "sequence_mean":
+        weights = [_per_sequence(batch, weight) for weight in weights]
+    ce_scale = (1 - kd_ratio) / totals.ce if totals.ce else 0.0
+    kd_scale = kd_ratio / totals.kd if totals.kd else 0.0
+    return weights[0][rows] * ce_scale, weights[1][rows] * kd_scale
+
+
+def microbatch_loss(
+    student: Any,
+    student_sizes: Sizes,
+    teacher: Teacher | None,
+    batch: Batch,
+    examples: Sequence[Example],
+    totals: Totals,
+    config: LossConfig,
+    kd_ratio: float,
+    ledger: Ledger,
+    vocab_size: int | None = None,
+) -> FusedLoss | None:
+    """Forward pass of a micro-batch and its share of the step's loss; None when nothing in it is supervised.
+
+    Args:
+      student: the model, packed or padded as the batch is.
+      batch: on the student's device; `examples` are the same ones, in order.
+      totals: the step's denominators.
+      vocab_size: the tokenizer's real vocabulary; head rows beyond it are padding.
+    """
+    rows = batch.target_rows()
+    ce_coef, kd_coef = coefficients(batch, rows, totals, kd_ratio, config.normalization)
+    used = (ce_coef != 0) | (kd_coef != 0)
+    rows, ce_coef, kd_coef = rows[used], ce_coef[used], kd_coef[used]
+    if len(rows) == 0:
+        return None
+    needs_teacher = teacher is not None and bool((kd_coef != 0).any())
+    targets = teacher.targets(batch, examples, rows, ledger) if teacher is not None and needs_teacher else None
+    with ledger.phase("student"):
+        packed = batch.sequence_lengths if batch.layout == "packed" else None
+        hidden = hidden_states(student, batch.input_ids, batch.positions, packed).flatten(0, 1)[rows - 1]
+    with ledger.phase("head"):
+        head = head_of(student)
+        loss = fused_loss(
+            hidden,
+            head.weight,
+            batch.input_ids.flatten()[rows],
+            head_bias=head.bias,
+            ce_coef=ce_coef,
+            kd_coef=kd_coef,
+            targets=targets,
+            divergence=config.divergence,
+            temperature=config.temperature,
+            vocab_size=vocab_size,
+            chunk_bytes=config.chunk_bytes,
+        )
+    _charge(ledger, student_sizes, batch, len(rows))
+    return loss
+
+
+def computed_lengths(batch: Batch) -> list[int]:
+    """Lengths that a forward pass really computes: padding included when padded."""
+    if batch.layout == "packed":
+        return list(batch.sequence_lengths)
+    rows, width = batch.input_ids.shape
+    return [width] * rows
+
+
+def _charge(ledger: Ledger, sizes: Sizes, batch: Batch, num_rows: int) -> None:
+    lengths = computed_lengths(batch)
+    flops = backbone_forward_flops(sizes, lengths)
+    head = head_flops(sizes, num_rows)
+    if torch.is_grad_enabled():
+        flops += backbone_backward_flops(sizes, lengths)
+        ledger.count(
+            tokens=batch.num_tokens,
+            padded_tokens=sum(lengths) - batch.num_tokens,
+            supervised_tokens=num_rows,
+            sequences=len(batch.sequence_lengths),
+        )
+        ledger.add_flops(student=flops, head=head)
+
+
+def _per_sequence(batch: Batch, weight: Tensor) -> Tensor:
+    """Weights divided by their sum within each sequence."""
+    lengths = torch.tensor(computed_lengths(batch), device=weight.device)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=weight.device), lengths)
+    sums = torch.zeros(len(lengths), dtype=weight.dtype, device=weight.device).index_add_(0, owner, weight)
+    return weight / sums.clamp_min(torch.finfo(weight.dtype).tiny)[owner]

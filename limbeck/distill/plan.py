@@ -1,0 +1,148 @@
+"""Which examples make up each step: a pure function of the lengths and the seed, so a resumed run sees the same order.
+
+1. Examples are shuffled, seeded by (seed, epoch).
+2. Within windows of `bucket_batches` batches they are sorted by length, so that a batch holds like with like.
+3. Windows are cut into batches of `batch_size` sequences, or under `batch_tokens` tokens; the batches are shuffled.
+4. A batch is dealt to the ranks, longest first to the emptiest, and each rank's share is cut into micro-batches under
+   `microbatch_tokens` tokens. Micro-batches bound the memory; they do not change the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from limbeck.traces.batch import Layout
+
+
+class Step(NamedTuple):
+    """One optimizer step."""
+
+    microbatches: tuple[tuple[tuple[int, ...], ...], ...]
+    """[rank][micro-batch] -> indices of examples. A rank may have none."""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """All examples of the step, over the ranks."""
+        return tuple(index for rank in self.microbatches for group in rank for index in group)
+
+
+def plan_steps(
+    lengths: Sequence[int],
+    *,
+    epochs: float,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    microbatch_tokens: int,
+    layout: Layout,
+    bucket_batches: int,
+    seed: int,
+    max_steps: int | None = None,
+    max_tokens: int | None = None,
+    world_size: int = 1,
+) -> list[Step]:
+    """All steps of a run.
+
+    Args:
+      lengths: tokens of each example.
+      epochs: passes over the examples; the last may be partial. Ignored in favour of whichever limit comes first below.
+      batch_size: sequences a step; or None, with `batch_tokens`: tokens a step.
+      microbatch_tokens: most tokens in one forward pass (padding included when padded); a longer sequence goes alone.
+      layout: packed or padded, which decides what a micro-batch costs.
+      bucket_batches: batches a window that is sorted by length; 1 leaves the order fully random.
+      max_steps, max_tokens: stop after so many; when one is given, epochs repeat until it is reached.
+      world_size: number of ranks.
+    """
+    is_limited = max_steps is not None or max_tokens is not None
+    sequences_left = round(epochs * len(lengths))
+    steps: list[Step] = []
+    tokens = 0
+    epoch = 0
+    while is_limited or sequences_left > 0:
+        for batch in _epoch_batches(lengths, batch_size, batch_tokens, bucket_batches, seed, epoch):
+            if not is_limited:
+                batch = batch[:sequences_left]
+                sequences_left -= len(batch)
+            steps.append(_split_step(batch, lengths, microbatch_tokens, layout, world_size))
+            tokens += sum(lengths[index] for index in batch)
+            if max_steps is not None and len(steps) >= max_steps:
+                return steps
+            if max_tokens is not None and tokens >= max_tokens:
+                return steps
+            if not is_limited and sequences_left <= 0:
+                return steps
+        epoch += 1
+    return steps
+
+
+def _epoch_batches(
+    lengths: Sequence[int],
+    batch_size: int | None,
+    batch_tokens: int | None,
+    bucket_batches: int,
+    seed: int,
+    epoch: int,
+) -> list[list[int]]:
+    rng = np.random.default_rng((seed, epoch))
+    order = [int(i) for i in rng.permutation(len(lengths))]
+    mean_length = max(1.0, float(np.mean(lengths)))
+    per_batch = batch_size if batch_size is not None else max(1, int((batch_tokens or 1) / mean_length))
+    window = max(1, per_batch * bucket_batches)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), window):
+        members = order[start : start + window]
+        if bucket_batches > 1:
+            members.sort(key=lambda index: lengths[index])
+        batches.extend(_cut_batches(members, lengths, batch_size, batch_tokens))
+    return [batches[i] for i in rng.permutation(len(batches))] if bucket_batches > 1 else batches
+
+
+def _cut_batches(
+    members: Sequence[int], lengths: Sequence[int], batch_size: int | None, batch_tokens: int | None
+) -> Iterator[list[int]]:
+    if batch_size is not None:
+        yield from (list(members[i : i + batch_size]) for i in range(0, len(members), batch_size))
+        return
+    batch: list[int] = []
+    total = 0
+    for index in members:
+        if batch and total + lengths[index] > (batch_tokens or 0):
+            yield batch
+            batch, total = [], 0
+        batch.append(index)
+        total += lengths[index]
+    if batch:
+        yield batch
+
+
+def _split_step(
+    batch: Sequence[int], lengths: Sequence[int], microbatch_tokens: int, layout: Layout, world_size: int
+) -> Step:
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for index in sorted(batch, key=lambda i: (-lengths[i], i)):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += lengths[index]
+    return Step(tuple(tuple(_cut_microbatches(share, lengths, microbatch_tokens, layout)) for share in shares))
+
+
+def _cut_microbatches(
+    share: Sequence[int], lengths: Sequence[int], microbatch_tokens: int, layout: Layout
+) -> Iterator[tuple[int, ...]]:
+    group: list[int] = []
+    for index in share:
+        candidate = [*group, index]
+        cost = (
+            sum(lengths[i] for i in candidate)
+            if layout == "packed"
+            else len(candidate) * max(lengths[i] for i in candidate)
+        )
+        if group and cost > microbatch_tokens:
+            yield tuple(group)
+            candidate = [index]
+        group = candidate
+    if group:
+        yield tuple(group)

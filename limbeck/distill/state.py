@@ -1,0 +1,100 @@
+"""What a run needs to go on with the same bits: weights, optimizer state, ledger and the number of steps done.
+
+The order of the traces and the dropout are functions of (seed, step), so there is no generator state to keep. Tensors
+go to safetensors, numbers to JSON; a state is written under a temporary name and renamed, and the one before it is
+deleted only then, so a kill at any moment leaves a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from limbeck.checkpoint import write_json
+from limbeck.errors import CheckpointError
+from limbeck.ledger import Ledger
+
+
+class Resumed(NamedTuple):
+    """Where an interrupted run goes on."""
+
+    step: int
+    """Steps already done."""
+
+
+def save_state(
+    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: Ledger, config_hash: str
+) -> None:
+    """Write the state after `step` steps below `directory`."""
+    final = directory / f"state-{step:08d}"
+    partial = directory / "state.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(weights, partial / "weights.safetensors")
+    tensors, numbers = _flatten(optimizer.state_dict()["state"])
+    save_file(tensors, partial / "optimizer.safetensors")
+    write_json(
+        partial / "state.json",
+        {"step": step, "config_hash": config_hash, "optimizer": numbers, "ledger": ledger.as_dict()},
+    )
+    older = list(directory.glob("state-*"))
+    partial.rename(final)
+    for path in older:
+        shutil.rmtree(path)
+
+
+def load_state(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: Ledger, config_hash: str
+) -> Resumed | None:
+    """Restore the newest whole state below `directory`, in place; None when there is none.
+
+    Raises: CheckpointError when it is damaged or belongs to another config.
+    """
+    states = sorted(directory.glob("state-*"))
+    if not states:
+        return None
+    path = states[-1]
+    try:
+        tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        weights = load_file(path / "weights.safetensors")
+        tensors = load_file(path / "optimizer.safetensors")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged state ({error}); delete the directory and start the run anew.") from error
+    if tree["config_hash"] != config_hash:
+        raise CheckpointError(f"{path}: this state belongs to another config; use the same one or drop --resume.")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
+    state = optimizer.state_dict()
+    state["state"] = _unflatten(tensors, tree["optimizer"])
+    optimizer.load_state_dict(state)
+    ledger.restore(tree["ledger"])
+    return Resumed(int(tree["step"]))
+
+
+def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, numbers = {}, {}
+    for index, entries in state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{index}.{name}"] = value
+    return tensors, numbers
+
+
+def _unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    return state

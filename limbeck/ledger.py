@@ -1,0 +1,186 @@
+"""The cost ledger: tokens, floating-point operations, seconds and peak memory of a run, split by who spends them.
+
+FLOPs follow torch's own counting rules: a product of [m k] and [k n] is 2 m k n, attention is counted as the full
+square although a causal kernel skips half of it, and the backward of attention is 2.5 times its forward. Element-wise
+work is not counted, as there. The first step of a run is also counted by torch's counter, and the ledger keeps both.
+
+Formulas, for a forward over sequences of T_i tokens (T in all), P weights in linear layers, A = layers x heads x
+head size, N supervised positions, V vocabulary, D width:
+
+    backbone forward   2 P T + 4 A sum T_i^2
+    backbone backward  2 P T + 2 P_trainable T + 10 A sum T_i^2
+    head               2 N V D forward, as much for the hidden gradient, as much for the head's own when it trains
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from limbeck.models.anatomy import Sizes
+
+FLOP_PARTS = ("teacher", "student", "head")
+COUNTS = ("tokens", "padded_tokens", "supervised_tokens", "sequences", "steps")
+
+
+class Ledger:
+    """Accumulates the cost of one run; `as_dict` goes into the manifest, `restore` continues an interrupted run."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.flops = dict.fromkeys(FLOP_PARTS, 0)
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self.audit: dict[str, float] = {}
+        release_memory()
+        self.baseline_bytes = memory_bytes(self.device)
+
+    def count(self, **amounts: int) -> None:
+        """Add to the counts of COUNTS."""
+        for name, amount in amounts.items():
+            self.counts[name] += amount
+
+    def add_flops(self, **amounts: int) -> None:
+        """Add FLOPs to the parts teacher, student, head."""
+        for name, amount in amounts.items():
+            self.flops[name] += amount
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge the seconds and the peak memory of the block to `name`."""
+        reset_peak(self.device)
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+            peak = peak_memory_bytes(self.device) - self.baseline_bytes
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of everything but validation, saving and the audit of the first step."""
+        return sum(value for name, value in self.seconds.items() if name not in ("validation", "saving", "audit"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {
+            **self.counts,
+            "flops": {**self.flops, "total": sum(self.flops.values())},
+            "flops_audit": dict(self.audit),
+            "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
+            "train_seconds": round(self.train_seconds, 6),
+            "peak_bytes": {**self.peak_bytes, "total": max(self.peak_bytes.values(), default=0)},
+            "baseline_bytes": self.baseline_bytes,
+        }
+
+    def restore(self, tree: Mapping[str, Any]) -> None:
+        """Go on from the `as_dict` of an interrupted run."""
+        self.counts = {name: int(tree[name]) for name in COUNTS}
+        self.flops = {name: int(tree["flops"][name]) for name in FLOP_PARTS}
+        self.audit = dict(tree["flops_audit"])
+        for name, value in tree["seconds"].items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        for name, value in tree["peak_bytes"].items():
+            if name != "total":
+                self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), value)
+
+
+def backbone_forward_flops(sizes: Sizes, lengths: Sequence[int]) -> int:
+    """FLOPs of one forward of the backbone over sequences of `lengths` tokens (padding included where there is any)."""
+    return 2 * sizes.linear_weights * sum(lengths) + 4 * sizes.attention_width * sum(n * n for n in lengths)
+
+
+def backbone_backward_flops(sizes: Sizes, lengths: Sequence[int]) -> int:
+    """FLOPs of one backward of the backbone."""
+    products = 2 * (sizes.linear_weights + sizes.trainable_linear_weights) * sum(lengths)
+    return products + 10 * sizes.attention_width * sum(n * n for n in lengths)
+
+
+def head_forward_flops(sizes: Sizes, num_positions: int) -> int:
+    """FLOPs of the logits of `num_positions` positions."""
+    return 2 * num_positions * sizes.vocab_size * sizes.hidden_size
+
+
+def head_flops(sizes: Sizes, num_positions: int) -> int:
+    """FLOPs of the student's head: logits, hidden gradient, and the head's gradient when it trains."""
+    return (3 if sizes.is_head_trainable else 2) * head_forward_flops(sizes, num_positions)
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, taught the CPU's fused attention, which it does not know."""
+    aten = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad_out, query, key, value)
+
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes in use now: resident set on CPU, allocated on an accelerator."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status_bytes("VmRSS") or _max_resident_bytes()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest bytes in use since `reset_peak`. Where the kernel cannot reset it (not Linux), since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status_bytes("VmHWM") or _max_resident_bytes()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new measurement of the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system, so that resident bytes mean bytes in use."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status_bytes(field: str) -> int:
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith(field + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def _max_resident_bytes() -> int:
+    value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return value if sys.platform == "darwin" else value * 1024
