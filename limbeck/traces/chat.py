@@ -32,7 +32,7 @@ def split_chat(turns: Any, system: Any = None) -> tuple[tuple[Message, ...], Rep
     """Prompt messages and the reply to them.
 
     Args:
-        turns: list of mappings with `role` and `content`, or `from` and `value`; the last one is the assistant's.
+        turns: list of mappings with `role` and `content`, or `from` and `value`; the assistant's last.
         system: a system prompt kept apart from the turns; None or blank when there is none.
 
     Raises: TraceFormatError for whatever is not such a chat.

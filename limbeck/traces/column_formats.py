@@ -30,7 +30,7 @@ COT_COLUMNS = {
     "thinking_trajectories": "attempt",
     "deepseek_reasoning": "deepseek_solution",
 }
-"""Column of the thought: column of the answer to it. Of several pairs in a record the first listed is read."""
+"""Column of the thought: column of the answer to it. Of several pairs in a record the first is read."""
 REFERENCE_COLUMNS = ("reference", "ground_truth_solution", "solution")
 VERDICT_COLUMNS = ("correct", "deepseek_grade")
 
@@ -82,7 +82,7 @@ def parse_gsm8k(record: Record, markers: Markers | None) -> list[Parsed]:
 def parse_reasoning_gym(record: Record, markers: Markers | None) -> list[Parsed]:
     """reasoning-gym: question, answer, and for gsm_symbolic a worked solution in metadata.answer_cot.
 
-    The answer is the official one; whether the solution ends in the same number ("16.0" for 16) is its verdict.
+    The answer is the official one; its verdict is whether the solution ends in that number (16.0 for 16).
     """
     messages = user_prompt(field(record, "question"))
     answer = text_of(field(record, "answer"), "answer").strip()

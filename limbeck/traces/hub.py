@@ -23,7 +23,7 @@ def is_saved_dataset(directory: Path) -> bool:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source`, not a path itself, is `owner/name`, not a mistyped path (the owner is no folder here)."""
+    """Whether `source`, which is no path, is `owner/name`; with a folder as owner it is a mistyped path."""
     if not _HUB_ID.fullmatch(source) or source.endswith(SUFFIXES):
         return False
     return not Path(source).parent.is_dir()
@@ -37,7 +37,9 @@ def read_saved(directory: Path, split: str | None) -> Iterator[Located]:
     try:
         saved = datasets.load_from_disk(str(directory))
     except Exception as error:
-        raise TraceFormatError(f"{directory}: damaged data set: {_one_line(error)}; save it anew.") from error
+        raise TraceFormatError(
+            f"{directory}: damaged or empty data set: {_one_line(error)}; save it anew."
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         saved = saved[choose_split(sorted(saved), split, str(directory))]
     elif split is not None and str(saved.split) != split:

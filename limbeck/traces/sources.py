@@ -45,7 +45,7 @@ class TraceConfig:
     split: str | None = None
     """Split to read; null takes train, or the only one."""
     on_bad: Literal["error", "skip", "keep"] = "error"
-    """What to do with a bad record: stop, skip it, or keep it if only its thought or end marker is missing."""
+    """What to do with a bad record: stop, skip it, or keep it if only thought or end marker is missing."""
     num_traces: int | None = None
     """At most this many traces are read; a source that makes traces makes this many and needs the number."""
     seed: int = 0

@@ -1,7 +1,7 @@
 """Splitting what a model wrote into its thought and its answer.
 
-Only the reply is looked at, never the prompt, so a prompt that quotes the markers cannot move a boundary. What cannot
-be used at all raises; what can be used with a loss is returned with its `problem`.
+Only the reply is looked at, never the prompt, so a prompt that quotes the markers cannot move a boundary.
+What cannot be used at all raises; what can be used with a loss is returned with its `problem`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Thought(NamedTuple):
     """None when the reply ends inside the thought."""
     cot_closed: bool = True
     problem: str | None = None
-    """`reason` or `reason: detail` when the reply is usable only if the user asked to keep such; else None."""
+    """`reason` or `reason: detail` when the reply is usable only if the user asked to keep it; else None."""
 
 
 def split_thought(reply: str, markers: Markers | None = None) -> Thought:
@@ -68,7 +68,7 @@ def split_thought(reply: str, markers: Markers | None = None) -> Thought:
 def join_thought(cot: str, answer: str, markers: Markers = THINK, problem: str | None = None) -> Thought:
     """Thought and answer that came apart already, stripped and checked.
 
-    Raises: TraceFormatError for an empty answer, or a marker inside the thought: a template would end it there.
+    Raises: TraceFormatError for an empty answer, or a marker inside the thought (templates split there).
     """
     cot, answer = cot.strip(), answer.strip()
     for marker in (*THINK, *markers):
