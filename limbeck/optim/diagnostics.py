@@ -156,7 +156,7 @@ def second_order(
 def hessian_trace(
     loss: Callable[[], Tensor], parameters: Iterable[Tensor], num_probes: int = 8, seed: int = 0
 ) -> tuple[float, float]:
-    """Trace of the Hessian of the scalar `loss()` in all `parameters`, and its standard error (2 probes or more).
+    """Trace of the Hessian of the scalar `loss()` in all `parameters`, and its standard error.
 
     `theory.predicted_loss_bump` turns it into what one kick of noise costs.
 

@@ -40,6 +40,8 @@ def test_the_gradient_is_that_of_finite_differences(name):
     problem = problems.make(name, SIZE)
     points = random_points(problem, 2).mul(0.7).requires_grad_()
     assert torch.autograd.gradcheck(problem.loss, (points,), eps=1e-6, atol=1e-5)
+    exact = points.detach()
+    torch.testing.assert_close(problem.gradient(exact), gradient(problem, exact))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,6 +95,7 @@ def test_the_mean_of_batch_gradients_is_the_gradient(name):
     batch = problem.draw(num_batches, 8, generator)
     leaf = point.expand(num_batches, *problem.shape).clone().requires_grad_()
     sampled = torch.autograd.grad(problem.batch_loss(leaf, batch).sum(), leaf)[0].flatten(1)
+    torch.testing.assert_close(problem.batch_gradient(leaf.detach(), batch).flatten(1), sampled)
     error = sampled.mean(0) - gradient(problem, point).flatten()
     spread = sampled.std(0) / math.sqrt(num_batches)
     assert (error.abs() <= 5 * spread + 1e-9).all()

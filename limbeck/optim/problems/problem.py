@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,10 @@ class Problem:
         """The exact loss of every point: `[..., *shape]` to `[...]`, in the dtype of `x`."""
         raise NotImplementedError
 
+    def gradient(self, x: Tensor) -> Tensor:
+        """The exact gradient of every point: `[..., *shape]` to the same."""
+        return _gradient(self.loss, x)
+
     def facts(self) -> Facts:
         """What is known about the problem."""
         raise NotImplementedError
@@ -58,6 +63,10 @@ class Problem:
     def batch_loss(self, x: Tensor, batch: Tensor) -> Tensor:
         """The loss on a mini-batch, `[num_points, *shape]` to `[num_points]`; its mean is `loss`."""
         raise NotImplementedError
+
+    def batch_gradient(self, x: Tensor, batch: Tensor) -> Tensor:
+        """The gradient of `batch_loss`: `[num_points, *shape]` to the same."""
+        return _gradient(lambda leaf: self.batch_loss(leaf, batch), x)
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest feasible point, which is `x` itself unless the problem lives on a sphere."""
@@ -94,9 +103,20 @@ class TiltedProblem(Problem):
         """The tilted loss of every point."""
         return self.loss(x) + (x * batch.to(x.dtype)).sum(self.event_dims)
 
+    def batch_gradient(self, x: Tensor, batch: Tensor) -> Tensor:
+        """The exact gradient plus the tilt, without a graph for the tilt."""
+        return self.gradient(x).add_(batch)
+
 
 def unit_vector(num_scalars: int, seed: int) -> Tensor:
     """A unit vector `[num_scalars]` in a uniformly random direction, float64."""
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(num_scalars, generator=generator, dtype=torch.float64)
     return direction / direction.norm()
+
+
+def _gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(loss(leaf).sum(), leaf)
+    return slope
