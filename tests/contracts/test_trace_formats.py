@@ -261,10 +261,9 @@ def test_parquet_equals_json_lines(tmp_path: Path, case: Case) -> None:
     ]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.format != "limbeck"])
 def test_whitespace_around_segments_is_not_theirs(tmp_path: Path, case: Case) -> None:
-    if case.format == "limbeck":
-        pytest.skip("limbeck's own format keeps every character")
+    """limbeck's own format is left out: it keeps every character."""
     (trace,), _ = read(tmp_path, [case.build("Hm?", f"\n \n{COT}\n\n\n", f"\n{ANSWER} \n")], **case.config)
     assert (trace.cot, trace.answer) == (COT, ANSWER)
 
