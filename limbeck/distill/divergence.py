@@ -2,9 +2,9 @@
 
     divergence(log_student [N V], log_teacher [N V]) -> (value [N], gradient [N V])
 
-`gradient` is the partial derivative of the value by each student log-probability, the teacher held fixed. By the
-student's logits z (log_student = log_softmax(z)) it is `gradient - p * gradient.sum(-1)` with p = exp(log_student),
-in closed form, so that no graph is ever kept.
+`gradient` is the partial derivative of the value by each student log-probability, the teacher held fixed. By
+the student's logits z, log_student = log_softmax(z), it is `gradient - p * gradient.sum(-1)` with
+p = exp(log_student): a closed form, so that no graph is ever kept.
 
 With s and t the two distributions and every sum over the vocabulary:
 
@@ -16,16 +16,15 @@ With s and t the two distributions and every sum over the vocabulary:
     tvd               1/2 sum |s - t|
     combined_kl       rho KL(t || s) + (1 - rho) KL(s || t)
 
-Convention of `jsd`. GKD (arXiv 2306.13649, eq. 1), TRL and Liger take the same mixture m but weigh the two terms the
-other way round, beta KL(t || m) + (1 - beta) KL(s || m). That tends to 0 at both ends, so they replace it there by
-KL(t || s) and KL(s || t): a jump (12.98 at beta 0, 0.05 at beta 0.01 in one probe), and a gradient that shrinks with
-beta. Here each weight sits on the term that survives at its end: the value is KL(t || s) at beta = 0 and KL(s || t)
-at beta = 1 by the formula itself, continuous in between, and the plain Jensen-Shannon divergence, equal to GKD's,
-TRL's and Liger's, at beta = 1/2.
+Convention of `jsd`. GKD (arXiv 2306.13649, eq. 1), TRL and Liger take the same mixture m but weigh the two
+terms the other way round, beta KL(t || m) + (1 - beta) KL(s || m). That tends to 0 at both ends, so TRL and
+Liger put KL(t || s) and KL(s || t) there: a jump (12.98 at beta 0, 0.05 at beta 0.01 in one probe). Here each
+weight sits on the term that survives at its end: the value is KL(t || s) at beta 0 and KL(s || t) at beta 1 by
+the formula itself, continuous in between, and at beta 1/2 the plain Jensen-Shannon divergence, as theirs is.
 
-Zeros. A log-probability below LOG_FLOOR, -inf included, counts as LOG_FLOOR: its probability is exactly 0 in every
-float type, so it adds nothing as a weight (0 log 0 = 0), and where it stands alone inside a logarithm (a reverse KL
-against an entry that the teacher excludes) the value is large instead of infinite.
+Zeros. A log-probability below LOG_FLOOR, -inf included, counts as LOG_FLOOR: its probability is exactly 0 in
+every float type, so it adds nothing as a weight (0 log 0 = 0), and where it stands alone inside a logarithm
+(a reverse KL against an entry that the teacher excludes) the value is large instead of infinite.
 """
 
 from __future__ import annotations
@@ -58,13 +57,15 @@ class DivergenceConfig:
     beta: float = 0.5
     """Of jsd, in [0, 1]: 0 is forward KL, 1 is reverse KL, 0.5 the Jensen-Shannon divergence."""
     skew_alpha: float = 0.1
-    """Of skew_kl and skew_reverse_kl, in [0, 1): share of the first distribution that is mixed into the second."""
+    """Of skew_kl and skew_reverse_kl, in [0, 1): share of the first distribution in the mixture."""
     forward_ratio: float = 0.5
     """Of combined_kl, in [0, 1]: weight of forward KL; reverse KL has the rest."""
 
     def __post_init__(self) -> None:
         if self.name not in DIVERGENCES:
-            raise ConfigError(f"divergence: unknown name {self.name!r}; {nearest(str(self.name), DIVERGENCES)}")
+            raise ConfigError(
+                f"divergence: unknown name {self.name!r}; {nearest(str(self.name), DIVERGENCES)}"
+            )
         for field, closed in (("beta", True), ("forward_ratio", True), ("skew_alpha", False)):
             value = getattr(self, field)
             if not (0.0 <= value < 1.0 or (closed and value == 1.0)):
@@ -117,13 +118,15 @@ def jsd(log_student: Tensor, log_teacher: Tensor, *, beta: float) -> tuple[Tenso
     Returns: value [N]; gradient [N V] = beta s (log s - log m + 1) - r ((1 - beta) t + beta s), where
         r = (1 - beta) s / m is the student's share of the mixture.
 
-    Source: Agarwal et al., GKD, arXiv 2306.13649, eq. 1; the weights change places (see the top of this file).
+    Source: Agarwal et al., GKD, arXiv 2306.13649, eq. 1, with the two weights exchanged (see above).
     """
     log_student, log_teacher = _finite(log_student), _finite(log_teacher)
     log_mixture, share = _mixture(log_student, log_teacher, student_weight=1.0 - beta)
     student, teacher = log_student.exp(), log_teacher.exp()
     student_ratio = log_student - log_mixture
-    value = (1.0 - beta) * _dot(teacher, log_mixture.neg_().add_(log_teacher)) + beta * _dot(student, student_ratio)
+    value = (1.0 - beta) * _dot(teacher, log_mixture.neg_().add_(log_teacher)) + beta * _dot(
+        student, student_ratio
+    )
     gradient = student_ratio.add_(1.0).sub_(share).mul_(student).mul_(beta)
     return value, gradient.sub_(share.mul_(teacher).mul_(1.0 - beta))
 
@@ -136,7 +139,7 @@ def skew_kl(log_student: Tensor, log_teacher: Tensor, *, alpha: float) -> tuple[
         log_teacher: [N V] log-probabilities.
         alpha: in [0, 1); 0 is forward KL.
 
-    Returns: value [N]; gradient [N V] = -t r, where r = (1 - alpha) s / m is the student's share of the mixture.
+    Returns: value [N]; gradient [N V] = -t r, where r = (1 - alpha) s / m is the student's share of m.
 
     Source: Ko et al., DistiLLM, arXiv 2402.03898, section 3.1.
     """
