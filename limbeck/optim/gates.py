@@ -1,0 +1,172 @@
+"""What a gate measures: how close to stationary the parameters are, S, an estimate of ||grad f||."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from limbeck.optim.sharding import is_sharded, local, local_like, sum_over_shards
+
+BLOCK = 65_536
+"""Elements summed between two looks at the limit."""
+MARGIN = 1e-3
+"""Relative error that the quick sum may have; closer to the limit than this, the exact sum decides."""
+MEDIAN_STEP = 1.05
+"""Factor by which the running median moves towards a new value."""
+
+
+class Vector(NamedTuple):
+    """Tensors that together make one vector, times one factor."""
+
+    params: list[Tensor]
+    """The parameters that the tensors belong to, as handed to the optimizer."""
+    tensors: list[Tensor]
+    """Local parts."""
+    scale: float = 1.0
+
+
+def vector_norm(vectors: Sequence[Vector], limit: float) -> float | Tensor:
+    """||(scale_1 v_1, scale_2 v_2, ...)||, over all shards.
+
+    On the CPU the sum stops once it has passed `limit`: what comes back is then a lower bound above the limit, and costs next
+    to nothing. Below it the sum is exact to float32, whatever the sharding. An accelerator's result stays there, as a scalar.
+    """
+    params = [p for vector in vectors for p in vector.params]
+    if any(t.device.type != "cpu" for vector in vectors for t in vector.tensors):
+        return _total(params, _device_squares(vectors)).sqrt()
+    ceiling = (limit * (1 + MARGIN)) ** 2
+    quick = _quick_squares(vectors, ceiling)
+    if is_sharded(params):
+        quick = float(_total(params, torch.tensor(quick, dtype=torch.float64)))
+    else:
+        quick = math.fsum(quick)
+    if quick > ceiling:
+        return math.sqrt(quick)
+    return float(_total(params, _exact_squares(vectors)).sqrt().float())
+
+
+def observed_norm(mean: float | Tensor, weight: float) -> Tensor:
+    """sqrt of the bias-corrected average of unbiased estimates of ||grad f||^2; 0 where noise made the average negative."""
+    return (torch.as_tensor(mean, dtype=torch.float64) / weight).clamp(min=0).sqrt()
+
+
+def observed_snr(mean: float | Tensor, square: float | Tensor, weight: float, beta: float) -> Tensor:
+    """The average of the estimates of ||grad f||^2 over twice its standard error: up to 1 it cannot be told from noise.
+
+    Args:
+      mean, square: running averages of the estimate and of its square, not bias-corrected.
+      weight: sum of the weights of both averages.
+      beta: decay of the averages, whose variance is (1 - beta) / (1 + beta) of one estimate's.
+    """
+    average = torch.as_tensor(mean, dtype=torch.float64) / weight
+    variance = torch.as_tensor(square, dtype=torch.float64) / weight - average**2
+    error = (variance.clamp(min=0) * (1 - beta) / (1 + beta)).sqrt()
+    # One estimate alone says nothing about its error, so a positive one leaves the gate shut.
+    return torch.where(average <= 0, 0.0, average / (2 * error))
+
+
+def cross_product(params: list[Tensor], halves: list[Tensor]) -> Tensor:
+    """<g_A, g_B> of two half-batches: an unbiased estimate of ||grad f||^2, float64.
+
+    Args:
+      params: their `.grad` is the gradient of the whole batch, (g_A + g_B) / 2.
+      halves: what `.grad` was after the first half, g_A / 2, in the same order.
+    """
+    products = []
+    for param, half in zip(params, halves, strict=True):
+        first = local(half).double()
+        assert param.grad is not None
+        products.append((first * (local_like(param.grad, param).double() - first)).sum())
+    return 4 * _total(params, torch.stack(products))
+
+
+def next_median(median: float | Tensor, value: float | Tensor) -> float | Tensor:
+    """The running median after one more value: a fixed factor towards it (0 stands for no value so far)."""
+    if isinstance(value, Tensor):
+        moved = median * MEDIAN_STEP ** (2.0 * (value > median) - 1)
+        return torch.where(torch.as_tensor(median, device=value.device) == 0, value, moved)
+    if median == 0:
+        return value
+    return median * (MEDIAN_STEP if value > median else 1 / MEDIAN_STEP)
+
+
+class RankSquares:
+    """The cross gate from data-parallel ranks instead of half-batches, with DistributedDataParallel.
+
+        ranks = RankSquares()
+        ddp_model.register_comm_hook(ranks, RankSquares.hook)
+        loss.backward();  optimizer.observe(ranks.estimate(ddp_model.parameters()));  optimizer.step()
+
+    With K ranks,  (K ||mean g||^2 - mean ||g_k||^2) / (K - 1)  is the average of <g_j, g_k> over pairs of ranks.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.process_group = process_group
+        self._local: list[Tensor] = []
+
+    def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Note the squared norm of this rank's gradients, then average them as DDP does by default."""
+        self._local.append(bucket.buffer().double().square().sum())
+        return allreduce_hook(self.process_group or dist.group.WORLD, bucket)  # type: ignore[arg-type]
+
+    def estimate(self, params: Any) -> Tensor:
+        """The unbiased estimate of ||grad f||^2 for `optimizer.observe`, the same on every rank; forgets the noted norms."""
+        ranks = dist.get_world_size(self.process_group)
+        squares = torch.stack(self._local).sum()
+        self._local = []
+        dist.all_reduce(squares, group=self.process_group)
+        mean_square = torch.stack(
+            [p.grad.double().square().sum() for p in params if p.grad is not None]
+        ).sum()
+        return (ranks * mean_square - squares / ranks) / (ranks - 1)
+
+
+def exact_squares(tensors: list[Tensor]) -> Tensor:
+    """[P] squared norms in float64, which rounding to float32 makes independent of how a tensor was split."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).square()
+
+
+def _quick_squares(vectors: Sequence[Vector], ceiling: float) -> list[float]:
+    squares, total = [], 0.0
+    for vector in vectors:
+        factor = vector.scale**2
+        for tensor in vector.tensors:
+            square = 0.0 if total > ceiling else _until(tensor, factor, ceiling - total)
+            squares.append(square)
+            total += square
+    return squares
+
+
+def _until(tensor: Tensor, factor: float, ceiling: float) -> float:
+    flat, square = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten(), 0.0
+    for start in range(0, flat.numel(), BLOCK):
+        block = flat[start : start + BLOCK]
+        if block.dtype not in (torch.float32, torch.float64):
+            block = block.float()
+        square += factor * torch.dot(block, block).item()
+        if square > ceiling:
+            break
+    return square
+
+
+def _exact_squares(vectors: Sequence[Vector]) -> Tensor:
+    return torch.cat([exact_squares(vector.tensors) * vector.scale**2 for vector in vectors])
+
+
+def _device_squares(vectors: Sequence[Vector]) -> Tensor:
+    norms = [
+        norm.float() * vector.scale for vector in vectors for norm in torch._foreach_norm(vector.tensors)
+    ]
+    return torch.stack(norms).square()
+
+
+def _total(params: list[Tensor], squares: Tensor) -> Tensor:
+    return sum_over_shards(params, squares).sum()

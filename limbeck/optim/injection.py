@@ -1,0 +1,522 @@
+"""The gate and the noise, for any optimizer. `NoisyOptimizer` is the common part of the Langevin family and of `Perturb`.
+
+A step of it is: the descent (the subclass's own), then `_measure` (how stationary), `_decide` (how much noise a group gets,
+and whether the gate fired), `_add_noise`. Every hyperparameter and counter lies in `param_groups` as a plain number, so that
+checkpoints of any kind carry them and schedulers can reach them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from limbeck.errors import ConfigError, nearest
+from limbeck.optim import gates
+from limbeck.optim.noise import NoiseKey, add_noise_, draw, parameter_id, uniform
+from limbeck.optim.sharding import Layout, layout, local, local_like, sum_over_shards
+from limbeck.optim.theory import escape_window
+
+Mode = Literal["gated", "smooth", "annealed", "constant"]
+Gate = Literal["norm", "ema", "cross", "snr"]
+NoiseShape = Literal["gaussian", "sphere", "ball"]
+NoiseScale = Literal["energy", "relative", "coordinate"]
+LowPrecision = Literal["stochastic", "master", "nearest"]
+
+NEVER = -(2**31)
+"""`last_fire` of a group that has not fired."""
+AUTO_FRACTION = 0.1
+"""grad_threshold="auto" is this share of the running median of S."""
+NOISE_DEFAULTS: dict[str, Any] = {
+    "grad_threshold": None,
+    "noise_radius": None,
+    "escape_steps": None,
+    "mode": "gated",
+    "gate": "norm",
+    "gate_beta": 0.9,
+    "noise": "gaussian",
+    "noise_scale": "energy",
+    "step_boost": 1.0,
+    "boost_steps": 1,
+    "anneal_power": 0.55,
+    "noise_steps": None,
+    "low_precision": "stochastic",
+    "seed": 0,
+}
+COUNTERS: dict[str, Any] = {
+    "noise_step": 0,
+    "last_fire": NEVER,
+    "fires": 0,
+    "gate_weight": 0.0,
+    "gate_mean": 0.0,
+    "gate_square": 0.0,
+    "gate_median": 0.0,
+}
+_CHOICES = {
+    "mode": ("gated", "smooth", "annealed", "constant"),
+    "gate": ("norm", "ema", "cross", "snr"),
+    "noise": ("gaussian", "sphere", "ball"),
+    "noise_scale": ("energy", "relative", "coordinate"),
+    "low_precision": ("stochastic", "master", "nearest"),
+}
+_WHOLE = ("gate", "gate_beta", "noise", "noise_scale")
+"""Settings that cannot differ between groups: they speak of all parameters together."""
+_LOW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class Block:
+    """The parameters of one group that have a gradient, in the forms that a step needs."""
+
+    group: dict[str, Any]
+    positions: list[int]
+    """Of its parameters, among all parameters of the optimizer."""
+    params: list[Tensor]
+    """As handed to the optimizer: DTensor, complex ..."""
+    values: list[Tensor]
+    """What the step changes: local, real; masters where there are any."""
+    grads: list[Tensor]
+    """Local, real, not negated."""
+
+    @property
+    def numel(self) -> int:
+        """Real numbers in the logical parameters."""
+        return sum(p.numel() * (2 if p.is_complex() else 1) for p in self.params)
+
+
+class NoisyOptimizer(Optimizer):
+    """An optimizer with a gate and noise; a subclass writes `step` out of the parts below."""
+
+    _needs_radius = True
+    """Whether modes without a gate need `noise_radius`; False where the subclass has its own measure of noise."""
+    _half: list[Tensor] | None = None
+    _observed = False
+    _statistic: float | Tensor = math.inf
+    _noise_square: float | Tensor = 0.0
+    _warned = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it starts at the step that the others have reached.
+
+        Raises: ConfigError for hyperparameters that cannot work, or that must agree with the other groups' and do not.
+        """
+        super().add_param_group(param_group)
+        self._prepare_group(self.param_groups[-1])
+
+    def stats(self) -> dict[str, Tensor]:
+        """What the last step measured and did; reading it is up to the caller, nothing is synchronised here.
+
+        Returns: `statistic` (S; a lower bound while the gate is clearly shut, inf when it was not measured), `fires` (so
+        far), `steps_since_fire` (inf before the first), `noise_norm` (of the noise added by the last step that drew any),
+        `boosted_next` (whether the next step is a boosted one); for the group with the most fires.
+        """
+        group = (
+            max(self.param_groups, key=lambda group: int(group["fires"]))
+            if self._on_host()
+            else self.param_groups[0]
+        )
+        since = torch.as_tensor(group["noise_step"] - 1 - group["last_fire"], dtype=torch.float64)
+        return {
+            "statistic": torch.as_tensor(self._statistic),
+            "fires": torch.as_tensor(group["fires"]),
+            "steps_since_fire": torch.where(torch.as_tensor(group["fires"]) > 0, since, math.inf),
+            "noise_norm": torch.as_tensor(self._noise_square).sqrt(),
+            "boosted_next": torch.as_tensor((self._boost(group) != 1.0)),
+        }
+
+    def observe(self, square: float | Tensor) -> None:
+        """Tell the gates cross and snr an unbiased estimate of ||grad f||^2, once before each step."""
+        value = torch.as_tensor(square, dtype=torch.float64)
+        estimate: float | Tensor = value if value.device.type != "cpu" else float(value)
+        first = self.param_groups[0]
+        beta = first["gate_beta"]
+        averages = {
+            "gate_weight": beta * first["gate_weight"] + (1 - beta),
+            "gate_mean": beta * first["gate_mean"] + (1 - beta) * estimate,
+            "gate_square": beta * first["gate_square"] + (1 - beta) * estimate**2,
+        }
+        for group in self.param_groups:
+            group.update(averages)
+        self._observed = True
+
+    @torch.no_grad()
+    def observe_half(self, scale: float = 1.0) -> None:
+        """Call after the backward pass of the first half-batch, and again after that of the second; clip after that.
+
+        The halves' losses are each divided by 2, as gradient accumulation does.
+
+        Args:
+          scale: GradScaler's scale while the gradients are still multiplied by it.
+        """
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self._half is None:
+            self._half = [p.grad.detach().clone() for p in params]
+            return
+        if len(params) != len(self._half):
+            raise ConfigError(
+                "observe_half: the two half-batches gave gradients to different parameters; use gate='norm'."
+            )
+        self.observe(gates.cross_product(params, self._half) / scale**2)
+        self._half = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with every counter as a plain number."""
+        return with_plain_counters(super().state_dict())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in COUNTERS.items():
+                group.setdefault(name, value)
+
+    # -- what a subclass may say differently ------------------------------------------------------------------------
+
+    def _radius(self, group: dict[str, Any]) -> float:
+        """r of this step, before the gate; a coordinate's standard deviation when noise_scale is "coordinate"."""
+        if group["noise_radius"] is not None:
+            return float(group["noise_radius"])
+        return float(group["lr"]) * self._threshold(group)
+
+    def _averages(self, blocks: list[Block]) -> list[gates.Vector]:
+        """Bias-corrected averages of the gradient, for the gate "ema"; updates them."""
+        vectors = []
+        for block in blocks:
+            beta, states = block.group["gate_beta"], [self.state[p] for p in block.params]
+            for state, param in zip(states, block.params, strict=True):
+                if "gradient_ema" not in state:
+                    state["gradient_ema"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                    state["gradient_ema_steps"] = 0
+                state["gradient_ema_steps"] += 1
+            averages = [local(state["gradient_ema"]) for state in states]
+            torch._foreach_lerp_(averages, block.grads, 1 - beta)
+            vectors += [
+                gates.Vector([param], [average], 1 / (1 - beta ** state["gradient_ema_steps"]))
+                for param, average, state in zip(block.params, averages, states, strict=True)
+            ]
+        return vectors
+
+    # -- the step, in parts -----------------------------------------------------------------------------------------
+
+    def _gather(self) -> list[Block]:
+        blocks, first = [], 0
+        for group in self.param_groups:
+            positions = [first + i for i, p in enumerate(group["params"]) if p.grad is not None]
+            params = [group["params"][i - first] for i in positions]
+            for param in params:
+                _refuse_sparse(param.grad)
+            grads = [local_like(p.grad, p) for p in params]
+            blocks.append(Block(group, positions, params, [local(p.detach()) for p in params], grads))
+            first += len(group["params"])
+        return blocks
+
+    def _boost(self, group: dict[str, Any]) -> float | Tensor:
+        """psi of the coming step."""
+        boost = group["step_boost"]
+        if boost == 1.0:
+            return 1.0
+        since = group["noise_step"] - group["last_fire"]
+        boosted = (since > 0) & (since <= group["boost_steps"])
+        if isinstance(boosted, Tensor):
+            return torch.where(boosted, boost, 1.0)
+        return float(boost) if boosted else 1.0
+
+    def _decide(self, blocks: list[Block]) -> list[float | Tensor]:
+        """Measure, fire, count the step; the noise radius r * phi of each block comes back."""
+        domain = sum(block.numel for block in blocks if self._radius(block.group) != 0)
+        waiting = [
+            self._escape_steps(block.group, domain or sum(b.numel for b in blocks)) for block in blocks
+        ]
+        asking = [
+            b for b, steps in zip(blocks, waiting, strict=True) if b.params and self._asks(b.group, steps)
+        ]
+        self._statistic = self._measure(blocks, asking) if asking else math.inf
+        self._observed = False
+        amounts = [
+            self._amount(block, block in asking, steps) for block, steps in zip(blocks, waiting, strict=True)
+        ]
+        for block in blocks:
+            block.group["noise_step"] += 1
+        return amounts
+
+    def _amount(self, block: Block, asks: bool, escape_steps: int) -> float | Tensor:
+        group = block.group
+        step, radius = group["noise_step"], self._radius(group)
+        if not self._is_on(group):
+            return 0.0
+        if group["mode"] == "constant":
+            return radius
+        if group["mode"] == "annealed":
+            return radius * (1 + step) ** (-group["anneal_power"] / 2)
+        if not asks:
+            return 0.0
+        threshold = self._threshold(group)
+        fired = (self._statistic <= threshold) & (step - group["last_fire"] > escape_steps)
+        group["last_fire"] = group["last_fire"] + fired * (step - group["last_fire"])
+        group["fires"] = group["fires"] + fired * 1
+        if radius == 0:
+            return 0.0
+        return radius * (fired * 1.0 if group["mode"] == "gated" else _smooth(self._statistic / threshold))
+
+    def _asks(self, group: dict[str, Any], escape_steps: int) -> bool:
+        """Whether the group wants to know S at this step."""
+        if group["mode"] not in ("gated", "smooth") or not self._is_on(group):
+            return False
+        if self._radius(group) == 0 and group["step_boost"] == 1.0:
+            return False
+        waits = (
+            isinstance(group["last_fire"], int) and group["noise_step"] - group["last_fire"] <= escape_steps
+        )
+        # Running values must see every step.
+        return (
+            not waits
+            or group["mode"] == "smooth"
+            or group["grad_threshold"] == "auto"
+            or group["gate"] == "ema"
+        )
+
+    def _measure(self, blocks: list[Block], asking: list[Block]) -> float | Tensor:
+        first = self.param_groups[0]
+        if first["gate"] in ("cross", "snr"):
+            return self._observation(first)
+        automatic = any(block.group["grad_threshold"] == "auto" for block in asking)
+        limit = math.inf if automatic else max(self._threshold(block.group) for block in asking)
+        blocks = [block for block in blocks if block.params]
+        vectors = (
+            [gates.Vector(b.params, b.grads) for b in blocks]
+            if first["gate"] == "norm"
+            else self._averages(blocks)
+        )
+        statistic = gates.vector_norm(vectors, limit)
+        if automatic:
+            median = gates.next_median(first["gate_median"], statistic)
+            for group in self.param_groups:
+                group["gate_median"] = median
+        return statistic
+
+    def _observation(self, first: dict[str, Any]) -> float | Tensor:
+        if not self._observed:
+            raise ConfigError(
+                f"gate={first['gate']!r} got no estimate since the last step. Call observe_half() after each of two "
+                "half-batches' backward passes, or observe(), before step()."
+            )
+        if first["gate"] == "cross":
+            value = gates.observed_norm(first["gate_mean"], first["gate_weight"])
+        else:
+            value = gates.observed_snr(
+                first["gate_mean"], first["gate_square"], first["gate_weight"], first["gate_beta"]
+            )
+        return value if value.device.type != "cpu" else float(value)
+
+    def _threshold(self, group: dict[str, Any]) -> Any:
+        if group["gate"] == "snr":
+            return 1.0
+        if group["grad_threshold"] == "auto":
+            return AUTO_FRACTION * group["gate_median"]
+        return float(group["grad_threshold"])
+
+    def _escape_steps(self, group: dict[str, Any], numel: int) -> int:
+        return escape_window(numel) if group["escape_steps"] is None else int(group["escape_steps"])
+
+    def _is_on(self, group: dict[str, Any]) -> bool:
+        return group["noise_steps"] is None or group["noise_step"] < group["noise_steps"]
+
+    def _on_host(self) -> bool:
+        return all(not isinstance(group["fires"], Tensor) for group in self.param_groups)
+
+    # -- the noise --------------------------------------------------------------------------------------------------
+
+    def _add_noise(
+        self,
+        blocks: list[Block],
+        amounts: Sequence[float | Tensor],
+        joint: Sequence[Joint | None] | None = None,
+    ) -> None:
+        """Add noise of radius `amounts[i]` to block i; a Joint descent is done in the same float32 sum."""
+        noisy = [i for i, amount in enumerate(amounts) if isinstance(amount, Tensor) or amount != 0.0]
+        if not noisy:
+            return
+        self._warn_if_lost(blocks, amounts)
+        domain = [block for block in blocks if self._radius(block.group) != 0 and block.params]
+        stds = _unit_stds(domain, self.param_groups[0]["noise_scale"])
+        draws = {id(block): self._draws(block) for block in domain}
+        factor = self._shape_factor(domain, stds, draws)
+        params, squares = [], []
+        for i in noisy:
+            block, descent = blocks[i], joint[i] if joint else None
+            for j, (key, where) in enumerate(draws[id(block)]):
+                value, std = block.values[j], amounts[i] * (stds[id(block)][j] * factor)
+                extra = descent.of(j) if descent and value.dtype in _LOW else {}
+                stochastic = value.dtype in _LOW and block.group["low_precision"] == "stochastic"
+                squares.append(add_noise_(value, key, where, std, stochastic=stochastic, **extra))
+                params.append(block.params[j])
+        self._noise_square = _total(params, squares)
+
+    def _draws(self, block: Block) -> list[tuple[NoiseKey, Layout]]:
+        group = block.group
+        names: Any = block.positions
+        if "param_names" in group:
+            where = {id(p): name for p, name in zip(group["params"], group["param_names"], strict=True)}
+            names = [where[id(p)] for p in block.params]
+        # noise_step already counts this step.
+        keys = [NoiseKey(group["seed"], group["noise_step"] - 1, parameter_id(name)) for name in names]
+        return [(key, layout(param)) for key, param in zip(keys, block.params, strict=True)]
+
+    def _shape_factor(
+        self, domain: list[Block], stds: dict[int, list[float]], draws: dict[int, list[Any]]
+    ) -> float | Tensor:
+        """1 for Gaussian noise; else what brings its norm to 1 (sphere), or to U^(1/d) (ball)."""
+        shape = self.param_groups[0]["noise"]
+        if shape == "gaussian":
+            return 1.0
+        params, squares = [], []
+        for block in domain:
+            for j, (key, where) in enumerate(draws[id(block)]):
+                params.append(block.params[j])
+                squares.append(
+                    gates.exact_squares([draw(key, where, block.values[j].device)])[0]
+                    * stds[id(block)][j] ** 2
+                )
+        # float32 hides the order in which shards were added up.
+        norm = sum_over_shards(params, torch.stack(squares)).sum().sqrt().float()
+        size = 1.0
+        if shape == "ball":
+            key = draws[id(domain[0])][0][0]
+            size = uniform(key._replace(parameter=0)) ** (1 / sum(block.numel for block in domain))
+        return size / (float(norm) if norm.device.type == "cpu" else norm)
+
+    def _warn_if_lost(self, blocks: list[Block], amounts: Sequence[float | Tensor]) -> None:
+        low = [
+            v for b in blocks for v in b.values if v.dtype in _LOW and b.group["low_precision"] != "master"
+        ]
+        if self._warned or not low:
+            return
+        self._warned = True
+        numel = sum(block.numel for block in blocks)
+        rms = math.sqrt(float(gates.exact_squares(low).sum()) / max(1, sum(v.numel() for v in low)))
+        step = rms * torch.finfo(low[0].dtype).eps
+        spread = 1.0 if blocks[0].group["noise_scale"] == "coordinate" else math.sqrt(numel)
+        std = max(float(amount) for amount in amounts) / spread
+        if 0 < std < step / 4:
+            warnings.warn(
+                f"{type(self).__name__}: the noise's standard deviation {std:.1e} is below a quarter of the rounding step "
+                f"{step:.1e} of {low[0].dtype} parameters, so rounding drowns it; use float32 parameters or "
+                "low_precision='master'.",
+                stacklevel=4,
+            )
+
+    # -- checks -----------------------------------------------------------------------------------------------------
+
+    def _prepare_group(self, group: dict[str, Any]) -> None:
+        for name, value in {**NOISE_DEFAULTS, **COUNTERS}.items():
+            group.setdefault(name, value)
+        first = self.param_groups[0]
+        group["noise_step"] = first["noise_step"]
+        for name in _WHOLE:
+            if group[name] != first[name]:
+                raise ConfigError(
+                    f"{name} is {group[name]!r} in one group and {first[name]!r} in another; it must be the same."
+                )
+        _check_group(type(self).__name__, group, self._needs_radius)
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """The descent of a block whose low-precision parameters are summed with their noise in float32 and rounded once."""
+
+    directions: list[Tensor]
+    lr: float | Tensor
+    decay: float
+
+    def of(self, index: int) -> dict[str, Any]:
+        """The arguments of `add_noise_` for one parameter."""
+        return {"direction": self.directions[index], "lr": self.lr, "decay": self.decay}
+
+
+def with_plain_counters(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with the counters that an accelerator holds as scalars turned into numbers, in place."""
+    for group in state_dict["param_groups"]:
+        for name in COUNTERS:
+            if isinstance(group[name], Tensor):
+                group[name] = group[name].item()
+    return state_dict
+
+
+def _smooth(ratio: float | Tensor) -> float | Tensor:
+    if isinstance(ratio, Tensor):
+        return (1 - ratio * ratio).clamp(min=0)
+    return max(0.0, 1 - ratio * ratio)
+
+
+def _unit_stds(domain: list[Block], noise_scale: str) -> dict[int, list[float | Tensor]]:
+    """A coordinate's standard deviation at radius 1, for every parameter of every block."""
+    if noise_scale == "coordinate":
+        return {id(block): [1.0] * len(block.params) for block in domain}
+    if noise_scale == "energy":
+        std = 1 / math.sqrt(sum(block.numel for block in domain))
+        return {id(block): [std] * len(block.params) for block in domain}
+    params = [p for block in domain for p in block.params]
+    squares = sum_over_shards(params, gates.exact_squares([v for block in domain for v in block.values]))
+    if squares.device.type == "cpu" and not squares.any():
+        return _unit_stds(domain, "energy")
+    sizes = torch.tensor([p.numel() * (2 if p.is_complex() else 1) for p in params], device=squares.device)
+    stds = iter((squares / squares.sum() / sizes).sqrt().float())
+    return {id(block): [_plain(next(stds)) for _ in block.params] for block in domain}
+
+
+def _total(params: list[Tensor], squares: list[float | Tensor]) -> float | Tensor:
+    values = torch.stack([torch.as_tensor(square, dtype=torch.float32) for square in squares])
+    return _plain(sum_over_shards(params, values).sum())
+
+
+def _plain(value: Tensor) -> float | Tensor:
+    return float(value) if value.device.type == "cpu" else value
+
+
+def _refuse_sparse(grad: Tensor | None) -> None:
+    if grad is not None and grad.layout != torch.strided:
+        raise ConfigError(
+            f"a gradient of layout {grad.layout} cannot be perturbed as a whole; build the embedding with sparse=False."
+        )
+
+
+def _check_group(name: str, group: dict[str, Any], needs_radius: bool) -> None:
+    for field, known in _CHOICES.items():
+        if group[field] not in known:
+            raise ConfigError(f"{name}: {field} is {group[field]!r}; {nearest(str(group[field]), known)}")
+    for field in (
+        "noise_radius",
+        "escape_steps",
+        "noise_steps",
+        "boost_steps",
+        "step_boost",
+        "anneal_power",
+        "lr",
+    ):
+        if group[field] is not None and not group[field] >= 0:
+            raise ConfigError(f"{name}: {field} is {group[field]}; it must not be negative.")
+    if not 0 <= group["gate_beta"] < 1:
+        raise ConfigError(f"{name}: gate_beta is {group['gate_beta']}; it lies in [0, 1).")
+    threshold, gated = (
+        group["grad_threshold"],
+        group["mode"] in ("gated", "smooth") and group["gate"] != "snr",
+    )
+    if isinstance(threshold, str) and threshold != "auto":
+        raise ConfigError(f"{name}: grad_threshold is {threshold!r}; give a number or 'auto'.")
+    if gated and threshold is None:
+        raise ConfigError(f"{name}: mode={group['mode']!r} needs grad_threshold: a gradient norm, or 'auto'.")
+    if isinstance(threshold, int | float) and not (
+        threshold > 0 or (threshold == 0 and group["mode"] == "gated")
+    ):
+        raise ConfigError(f"{name}: grad_threshold is {threshold}; it must be positive.")
+    if needs_radius and not gated and group["noise_radius"] is None:
+        raise ConfigError(f"{name}: mode={group['mode']!r} with gate={group['gate']!r} needs noise_radius.")
+    if group["noise_scale"] == "coordinate" and group["noise"] != "gaussian":
+        raise ConfigError(
+            f"{name}: noise={group['noise']!r} has a fixed norm; noise_scale='coordinate' needs noise='gaussian'."
+        )
