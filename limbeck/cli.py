@@ -1,0 +1,247 @@
+"""The command line: a table from command to stage. Flags are the fields of the stage's config.
+
+    limbeck COMMAND [RECIPE.yaml] [--out DIR] [--overwrite] [--resume] [--field value ...]
+
+A user's mistake is one line on the console and exit code 2; `--debug` shows the stack.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from limbeck import __version__, demo
+from limbeck.config import FieldInfo, apply_flags, build, describe, read_recipe
+from limbeck.distill import train as distill
+from limbeck.distill.config import DistillConfig
+from limbeck.errors import ConfigError, LimbeckError, nearest
+from limbeck.evaluate import stage as evaluate
+from limbeck.progress import console
+from limbeck.report import page as report
+from limbeck.sweep import execute as sweep
+from limbeck.sweep.plan import SweepConfig
+from limbeck.traces import importing, show, stats
+
+OPTIONS = {
+    "--out": "directory to write; default runs/COMMAND",
+    "--overwrite": "replace an existing output",
+    "--resume": "go on with an interrupted run",
+    "--json": "print the result as JSON",
+    "--debug": "show the stack of an error",
+    "--help": "this text",
+}
+
+
+class Options(NamedTuple):
+    """What is no field of a config."""
+
+    out: Path
+    overwrite: bool
+    resume: bool
+    json: bool
+
+
+class Command(NamedTuple):
+    """One row of the table."""
+
+    config: type | None
+    """Its fields are the flags; None when the command takes paths."""
+    call: Callable[[Any, Options], Any]
+    help: str
+
+
+def _distill(config: DistillConfig, options: Options) -> dict[str, Any]:
+    checkpoint = distill.run(config, None, options.out, overwrite=options.overwrite, resume=options.resume)
+    manifest = checkpoint.manifest
+    return {
+        "out": str(options.out),
+        **manifest["metrics"],
+        "train_seconds": manifest["ledger"]["train_seconds"],
+    }
+
+
+def _evaluate(config: evaluate.EvaluateStageConfig, options: Options) -> dict[str, Any]:
+    return evaluate.run(config, None, options.out, overwrite=options.overwrite)
+
+
+def _sweep(config: SweepConfig, options: Options) -> dict[str, Any]:
+    summary = sweep.run(config, options.out)
+    page = report.run([options.out], options.out)
+    return {"out": str(options.out), "report": str(page), "runs": len(summary["runs"])}
+
+
+def _report(paths: Sequence[str], options: Options) -> dict[str, Any]:
+    if not paths:
+        raise ConfigError("limbeck report: name at least one sweep or run directory.")
+    return {"report": str(report.run([Path(path) for path in paths], options.out))}
+
+
+def _import(config: importing.ImportConfig, options: Options) -> dict[str, Any]:
+    return importing.run(config, options.out, overwrite=options.overwrite)
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        demo.DemoConfig,
+        lambda config, options: demo.run(config, options.out, overwrite=options.overwrite),
+        "the main job on the built-in models, offline: traces, truncation sweep, report",
+    ),
+    "traces import": Command(
+        importing.ImportConfig, _import, "read traces of any format into one JSONL file"
+    ),
+    "traces show": Command(
+        show.ShowConfig,
+        lambda config, _: show.run(config),
+        "print traces with their segments, weights and cut",
+    ),
+    "traces stats": Command(
+        stats.StatsConfig, lambda config, _: stats.run(config), "count segments, and what a cut would lose"
+    ),
+    "distill": Command(DistillConfig, _distill, "train one student"),
+    "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report"),
+    "evaluate": Command(evaluate.EvaluateStageConfig, _evaluate, "score a model on problems, with intervals"),
+    "report": Command(None, _report, "one page from sweep or run directories"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `limbeck` command."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    is_debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        code = _dispatch(argv)
+    except (LimbeckError, OSError) as error:
+        if is_debug:
+            traceback.print_exc()
+        _say(f"limbeck: {_one_line(error)}")
+        code = 2
+    except KeyboardInterrupt:
+        _say("limbeck: interrupted. Run the same command with --resume to go on from the last saved state.")
+        code = 130
+    sys.exit(code)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        _print_overview()
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = _command_name(argv)
+    command = COMMANDS[name]
+    if "--help" in rest or "-h" in rest:
+        _print_help(name, command)
+        return 0
+    options, rest = _take_options(name, rest)
+    if command.config is None:
+        result = command.call(rest, options)
+    else:
+        result = command.call(_read_config(command.config, rest), options)
+    if result is not None:
+        _print_result(result, options.json)
+    return 0
+
+
+def _command_name(argv: list[str]) -> tuple[str, list[str]]:
+    for length in (2, 1):
+        name = " ".join(argv[:length])
+        if name in COMMANDS:
+            return name, argv[length:]
+    asked = " ".join(argument for argument in argv[:2] if not argument.startswith("-"))
+    raise ConfigError(f"no such command {asked or argv[0]!r}; {nearest(asked, COMMANDS)}")
+
+
+def _read_config(config_class: type, arguments: list[str]) -> Any:
+    tree: dict[str, Any] = {}
+    where = "flags"
+    if arguments and not arguments[0].startswith("--"):
+        where = arguments[0]
+        tree, arguments = read_recipe(Path(arguments[0])), arguments[1:]
+    return build(config_class, apply_flags(config_class, tree, arguments), where)
+
+
+def _take_options(name: str, arguments: list[str]) -> tuple[Options, list[str]]:
+    rest: list[str] = []
+    found: dict[str, Any] = {"out": Path("runs") / name.replace(" ", "-")}
+    index = 0
+    while index < len(arguments):
+        flag, equals, value = arguments[index].partition("=")
+        if flag == "--out":
+            if not equals:
+                index += 1
+                value = arguments[index] if index < len(arguments) else ""
+            if not value or value.startswith("--"):
+                raise ConfigError("--out needs a directory.")
+            found["out"] = Path(value)
+        elif flag in ("--overwrite", "--resume", "--json") and not equals:
+            found[flag[2:]] = True
+        else:
+            rest.append(arguments[index])
+        index += 1
+    return Options(
+        found["out"], found.get("overwrite", False), found.get("resume", False), found.get("json", False)
+    ), rest
+
+
+def _print_overview() -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, command in COMMANDS.items():
+        table.add_row(f"limbeck {name}", command.help)
+    out = Console()
+    out.print(
+        "limbeck: distil a large reasoning model into a small, fast one and see what every saving costs.\n"
+    )
+    out.print(table)
+    out.print("\nlimbeck COMMAND --help shows every field of a command.")
+
+
+def _print_help(name: str, command: Command) -> None:
+    out = Console()
+    takes = "[RECIPE.yaml] [--FIELD value ...]" if command.config else "DIRECTORY ..."
+    out.print(f"limbeck {name} {takes}\n\n{command.help}\n", markup=False, highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    for flag, text in OPTIONS.items():
+        table.add_row(flag, text)
+    for info in describe(command.config) if command.config else ():
+        table.add_row("--" + info.path.replace("_", "-"), _field_text(info))
+    out.print(table, markup=False, highlight=False)
+    if command.config:
+        out.print(
+            "\nA flag may leave out the groups in front of a name that occurs once: --lead-fraction 0.5",
+            markup=False,
+        )
+
+
+def _field_text(info: FieldInfo) -> str:
+    required = info.default is dataclasses.MISSING
+    default = "required" if required else f"default {json.dumps(info.default, default=str)}"
+    return f"{info.doc} ({info.type_name}; {default})".replace("[", "\\[")
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, default=str))
+    elif isinstance(result, dict):
+        for key, value in result.items():
+            if not isinstance(value, dict | list):
+                print(f"{key}: {value}")
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,76 @@
+"""The stage `evaluate`: a model and problems in, rows and a summary with intervals out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_json, write_manifest
+from limbeck.errors import ConfigError
+from limbeck.evaluate.run import EvaluateConfig, evaluate
+from limbeck.evaluate.tasks import task_from_traces
+from limbeck.models.load import load_model, load_tokenizer, locate
+from limbeck.progress import bar
+from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
+from limbeck.traces.select import SelectConfig, select_traces
+from limbeck.traces.sources import TraceConfig, read_traces
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateStageConfig:
+    """Which model, on which problems."""
+
+    model: str
+    """Directory, alias (tiny-teacher, tiny-student, smollm2-135m) or hub id."""
+    problems: TraceConfig
+    """Traces whose prompts are the problems and whose references are the right answers."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Sampling and checking."""
+    render: RenderConfig = field(default_factory=RenderConfig)
+    """How prompts become tokens."""
+
+
+def run(
+    config: EvaluateStageConfig, source: Checkpoint | None, out: Path, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write `results.jsonl`, `summary.json` and a manifest into `out`; returns the summary."""
+    name = str(source.path) if source is not None else config.model
+    with output_directory(out, overwrite=overwrite) as working:
+        summary = score(name, config, working)
+        place = locate(name)
+        write_manifest(
+            working,
+            stage="evaluate",
+            config=config,
+            inputs={"model": hash_path(Path(place.path)) if place.is_local else name},
+            metrics=summary,
+        )
+    return summary
+
+
+def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, Any]:
+    """Generate, check and write the rows and the summary of one model into an existing directory."""
+    traces, _ = read_traces(config.problems)
+    traces, _ = select_traces(traces, SelectConfig())
+    without = sum(trace.reference is None for trace in traces)
+    if without:
+        raise ConfigError(
+            f"{config.problems.source}: {without} of {len(traces)} problems have no reference answer to check against."
+        )
+    task = task_from_traces(config.problems.source, traces)
+    tokenizer = load_tokenizer(name)
+    with bar(f"evaluating {Path(name).name}", len(traces) * config.evaluate.num_samples) as progress:
+        result = evaluate(
+            load_model(name),
+            tokenizer,
+            task,
+            config.evaluate,
+            render_prompt=lambda messages: render_prompt(tokenizer, messages, config.render),
+            stop_ids=stop_ids(tokenizer, config.render),
+            advance=progress.advance,
+        )
+    result.write(directory)
+    summary = {"model": Path(name).name, "num_problems": len(traces), **result.summary}
+    write_json(directory / "summary.json", summary)
+    return summary

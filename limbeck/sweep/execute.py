@@ -1,0 +1,306 @@
+"""Run a sweep: one teacher pass, then every run in a process of its own, then one summary. Resumable run by run.
+
+1. Plan the runs; render and cut their traces; refuse problems that are also training prompts.
+2. The teacher reads every distinct sequence once and its top-k targets are stored; sequences that are cut at their end
+   share rows with the uncut ones, so the lead fractions cost nothing more.
+3. Each run trains and is scored in a fresh process, so that its peak memory is its own. A run whose manifest has the
+   same config is not run again.
+4. Scores are set against the uncut run problem by problem.
+
+    <out>/targets/   <out>/runs/<name>/   <out>/runs/<name>/evaluation/   <out>/teacher/   <out>/base/   <out>/summary.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, versions, write_json, write_manifest
+from limbeck.config import config_hash, to_dict
+from limbeck.distill import train
+from limbeck.distill.config import DistillConfig, TeacherConfig
+from limbeck.distill.data import UNCUT, prepare, render_all
+from limbeck.errors import ConfigError, LimbeckError
+from limbeck.evaluate.metrics import paired_retention
+from limbeck.evaluate.stage import EvaluateStageConfig, score
+from limbeck.ledger import Ledger
+from limbeck.models.load import load_model, load_tokenizer
+from limbeck.progress import bar, console
+from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, reference_of
+from limbeck.teacher.store import FILE, build_store
+from limbeck.traces.sources import read_traces
+from limbeck.traces.stats import segment_stats
+
+
+def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
+    """Do what is not done yet of `sweep` in the directory `out`; returns the summary that it writes."""
+    runs = plan_runs(sweep)
+    out.mkdir(parents=True, exist_ok=True)
+    _refuse_leaks(sweep)
+    runs = _match_tokens(sweep, runs)
+    store = _in_process(_build_targets, sweep, runs, out) if _stores_targets(sweep) else None
+    models = _in_process(_score_models, sweep, out)
+    for number, planned in enumerate(runs, start=1):
+        console.print(f"run {number} of {len(runs)}: {planned.name}", highlight=False)
+        _in_process(
+            _run_one,
+            _with_targets(sweep, planned, out).config,
+            _scoring(sweep, planned.config),
+            out / "runs" / planned.name,
+        )
+    summary = summarise(sweep, runs, models, store, out)
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def summarise(
+    sweep: SweepConfig,
+    runs: Sequence[PlannedRun],
+    models: dict[str, Any],
+    store: dict[str, Any] | None,
+    out: Path,
+) -> dict[str, Any]:
+    """What the report reads: one row a run, from its manifest and its evaluation."""
+    first = runs[0].config
+    tokenizer = load_tokenizer(_tokenizer_name(first))
+    traces, _ = read_traces(first.traces)
+    samples, _ = render_all(traces, tokenizer, first.render, first.max_trace_tokens)
+    teacher, base = models.get("teacher"), models.get("base")
+    return {
+        "title": sweep.title,
+        "command": ["limbeck", *sys.argv[1:]],
+        "teacher": teacher,
+        "base": base,
+        "teacher_accuracy": teacher and teacher["accuracy"],
+        "base_accuracy": base and base["accuracy"],
+        "axes": list(runs[0].axes),
+        "match": sweep.match,
+        "task": {
+            "name": sweep.problems.source,
+            "num_problems": _evaluation(out, runs[0])["num_problems"],
+            "num_samples": sweep.evaluate.num_samples,
+            "temperature": sweep.evaluate.temperature,
+        },
+        "runs": [_row(planned, reference_of(planned, list(runs)), out) for planned in runs],
+        "store": store,
+        "trace_stats": segment_stats(samples),
+        "config": to_dict(sweep),
+        "versions": versions(),
+        "machine": Checkpoint(out / "runs" / runs[0].name).manifest["machine"],
+    }
+
+
+def _row(planned: PlannedRun, reference: PlannedRun | None, out: Path) -> dict[str, Any]:
+    manifest = Checkpoint(out / "runs" / planned.name).manifest
+    evaluation, ledger = _evaluation(out, planned), manifest["ledger"]
+    retention: dict[str, float | None] = dict.fromkeys(("retention", "retention_low", "retention_high"))
+    if reference is not None:
+        ratio = paired_retention(_scores(out, planned), _scores(out, reference))
+        values = (ratio.value, ratio.low, ratio.high)
+        retention = {
+            k: (float(v) if np.isfinite(v) else None) for k, v in zip(retention, values, strict=True)
+        }
+    return {
+        "name": planned.name,
+        "lead_fraction": planned.config.truncation.lead_fraction,
+        "keep_ending": planned.config.truncation.keep_ending,
+        "seed": planned.config.training.seed,
+        **planned.axes,
+        **{key: value for key, value in evaluation.items() if key not in ("model", "num_problems")},
+        **retention,
+        "tokens": ledger["tokens"],
+        "flops": ledger["flops"]["total"],
+        **{f"flops_{part}": ledger["flops"][part] for part in ("teacher", "student", "head")},
+        "train_seconds": ledger["train_seconds"],
+        "seconds": ledger["seconds"],
+        "peak_bytes": ledger["peak_bytes"]["total"],
+        "peak_bytes_parts": ledger["peak_bytes"],
+        "validation_ce": manifest["metrics"]["validation_ce"],
+        "lost_end_marker_fraction": manifest["counts"]["lost_end_marker_fraction"],
+        "lost_first_derivation_fraction": manifest["counts"]["lost_first_derivation_fraction"],
+        "flops_audit": ledger["flops_audit"],
+    }
+
+
+def _evaluation(out: Path, planned: PlannedRun) -> dict[str, Any]:
+    return json.loads(
+        (out / "runs" / planned.name / "evaluation" / "summary.json").read_text(encoding="utf-8")
+    )
+
+
+def _scores(out: Path, planned: PlannedRun) -> np.ndarray:
+    """Mean score of every problem, in order."""
+    file = out / "runs" / planned.name / "evaluation" / "results.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return np.array([np.mean([verdict == "right" for verdict in row["verdicts"]]) for row in rows])
+
+
+def _refuse_leaks(sweep: SweepConfig) -> None:
+    problems, _ = read_traces(sweep.problems)
+    training, _ = read_traces(sweep.distill.traces)
+    shared = {trace.prompt_key for trace in problems} & {trace.prompt_key for trace in training}
+    if shared:
+        raise ConfigError(
+            f"problems: {len(shared)} of {len(problems)} are also training prompts, so the score would not be held out; "
+            "use another seed, split or source."
+        )
+
+
+def _match_tokens(sweep: SweepConfig, runs: list[PlannedRun]) -> list[PlannedRun]:
+    """With equal tokens, every run gets the tokens that the uncut traces hold over its epochs."""
+    if sweep.match == "examples":
+        return runs
+    matched = []
+    for planned in runs:
+        tokenizer = load_tokenizer(_tokenizer_name(planned.config))
+        uncut = dataclasses.replace(planned.config, truncation=UNCUT)
+        tokens = round(prepare(uncut, tokenizer).counts["tokens_before_cut"] * planned.config.training.epochs)
+        training = dataclasses.replace(planned.config.training, max_tokens=tokens)
+        matched.append(planned._replace(config=dataclasses.replace(planned.config, training=training)))
+    return matched
+
+
+def _stores_targets(sweep: SweepConfig) -> bool:
+    return sweep.top_k > 0 and sweep.distill.teacher.model is not None
+
+
+def _with_targets(sweep: SweepConfig, planned: PlannedRun, out: Path) -> PlannedRun:
+    if not _stores_targets(sweep) or planned.config.teacher.model is None:
+        return planned
+    teacher = TeacherConfig(targets=out / "targets")
+    return planned._replace(config=dataclasses.replace(planned.config, teacher=teacher))
+
+
+def _build_targets(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
+    """Store the teacher's targets for all runs, unless a store of the same runs is there."""
+    directory = out / "targets"
+    identity = config_hash({"top_k": sweep.top_k, "runs": [to_dict(planned.config) for planned in runs]})
+    if (directory / MANIFEST).exists() and Checkpoint(directory).manifest["metrics"]["identity"] == identity:
+        return Checkpoint(directory).manifest["metrics"]
+    name = sweep.distill.teacher.model
+    assert name is not None
+    tokenizer = load_tokenizer(_tokenizer_name(sweep.distill))
+    sequences: dict[bytes, np.ndarray] = {}
+    for planned in runs:
+        for example in prepare(planned.config, tokenizer).train:
+            sequences.setdefault(example.sample.input_ids.tobytes(), example.sample.input_ids)
+    ledger = Ledger()
+    with output_directory(directory, overwrite=True) as working, bar("teacher targets, tokens") as progress:
+        counts = build_store(
+            load_model(name, layout="packed"),
+            list(sequences.values()),
+            working,
+            top_k=sweep.top_k,
+            ledger=ledger,
+            advance=progress.advance,
+        )
+        cost = ledger.as_dict()
+        counts |= {"identity": identity, "flops": cost["flops"]["total"], "seconds": cost["train_seconds"]}
+        write_manifest(
+            working,
+            stage="teacher targets",
+            config=sweep,
+            inputs={"teacher": name},
+            ledger=cost,
+            metrics=counts,
+        )
+    assert (directory / FILE).exists()
+    return counts
+
+
+def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:
+    """Teacher and base student before any training, each scored once."""
+    names = {"base": sweep.distill.student.model}
+    if sweep.evaluate_teacher:
+        names["teacher"] = sweep.distill.teacher.model
+    scored = {}
+    for role, name in names.items():
+        if name is None:
+            continue
+        stage = dataclasses.replace(_scoring(sweep, sweep.distill), model=name)
+        directory = out / role
+        if not _is_current(directory, config_hash(stage)):
+            with output_directory(directory, overwrite=True) as working:
+                summary = score(name, stage, working)
+                write_manifest(
+                    working, stage="evaluate", config=stage, inputs={"model": name}, metrics=summary
+                )
+        scored[role] = {"name": name} | Checkpoint(directory).manifest["metrics"]
+    return scored
+
+
+def _run_one(config: DistillConfig, scoring: EvaluateStageConfig, directory: Path) -> None:
+    """Train and score one run, or what is missing of it."""
+    if not _is_current(directory, config_hash(config)):
+        train.run(config, None, directory, overwrite=True, resume=config.training.save_every_steps > 0)
+    evaluation = directory / "evaluation"
+    scoring = dataclasses.replace(scoring, model=str(directory))
+    if not _is_current(evaluation, config_hash(scoring)):
+        with output_directory(evaluation, overwrite=True) as working:
+            summary = score(str(directory), scoring, working)
+            write_manifest(
+                working, stage="evaluate", config=scoring, inputs={"model": str(directory)}, metrics=summary
+            )
+
+
+def _is_current(directory: Path, identity: str) -> bool:
+    return Checkpoint(directory).is_finished and Checkpoint(directory).manifest["config_hash"] == identity
+
+
+def _scoring(sweep: SweepConfig, config: DistillConfig) -> EvaluateStageConfig:
+    return EvaluateStageConfig(
+        model="", problems=sweep.problems, evaluate=sweep.evaluate, render=config.render
+    )
+
+
+def _tokenizer_name(config: DistillConfig) -> str:
+    if config.student.model is None:
+        raise ConfigError("a sweep starts from an existing student; set distill.student.model.")
+    return config.student.model
+
+
+def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function` in a fresh process and hand back its result or its error.
+
+    The processes are forked from a server that has imported the stages and run nothing, so they start quickly, own
+    all the memory that they are charged for, and inherit no thread pool.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        kind, value = ours.recv()
+    except EOFError:
+        process.join()
+        raise LimbeckError(
+            f"{function.__name__.strip('_')}: the process died (exit code {process.exitcode}); was memory short?"
+        ) from None
+    except BaseException:
+        process.terminate()
+        raise
+    process.join()
+    if kind == "error":
+        raise value
+    return value
+
+
+def _call(pipe: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    try:
+        pipe.send(("value", function(*arguments)))
+    except (LimbeckError, OSError) as error:
+        pipe.send(("error", error))
+    except Exception as error:  # anything else is a defect: its stack is shown here, where it happened
+        traceback.print_exc()
+        pipe.send(("error", LimbeckError(f"{function.__name__.strip('_')} failed: {error!r}")))

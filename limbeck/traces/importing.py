@@ -1,0 +1,39 @@
+"""The stage `traces import`: traces of any format in, limbeck's own JSONL with a manifest out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.checkpoint import hash_path, output_directory, write_manifest
+from limbeck.traces.select import SelectConfig, select_traces
+from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.trace import write_jsonl
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportConfig:
+    """Which traces, and which of them are kept."""
+
+    traces: TraceConfig
+    """Where the traces come from."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Which traces are used."""
+
+
+def run(config: ImportConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write `traces.jsonl` and a manifest into `out`; returns the counts."""
+    traces, read = read_traces(config.traces)
+    selected, counts = select_traces(traces, config.select)
+    source = Path(config.traces.source)
+    with output_directory(out, overwrite=overwrite) as working:
+        write_jsonl(selected, working / "traces.jsonl")
+        write_manifest(
+            working,
+            stage="traces import",
+            config=config,
+            inputs={"traces": hash_path(source)} if source.exists() else {},
+            counts={"read": asdict(read), "selected": asdict(counts)},
+        )
+    return {"out": str(out / "traces.jsonl"), "read": read.read, "kept": counts.kept, "skipped": read.skipped}
