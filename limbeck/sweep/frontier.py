@@ -19,9 +19,7 @@ def on_frontier(costs: Sequence[float], qualities: Sequence[float]) -> list[bool
     Returns: one flag a run, in the order given.
     Raises: ValueError when the lengths differ.
     """
-    known = [
-        (c, -q, i) for i, (c, q) in enumerate(zip(costs, qualities, strict=True)) if not math.isnan(c + q)
-    ]
+    known = [(c, -q, i) for i, (c, q) in enumerate(zip(costs, qualities, strict=True)) if not math.isnan(c + q)]
     flags = [False] * len(costs)
     best = -math.inf
     best_cost = math.nan
