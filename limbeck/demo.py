@@ -135,12 +135,12 @@ def answer(problems: list[Trace], model_name: str, sampling: SamplingConfig) -> 
     prompts = [render_prompt(tokenizer, problem.messages, render) for problem in problems]
     with bar("teacher traces", len(prompts)) as progress:
         completions = generate(
-            load_model(model_name), prompts, sampling, stops, tokenizer.pad_token_id, progress=progress.advance
+            load_model(model_name), prompts, sampling, stops, tokenizer.pad_token_id, advance=progress.advance
         )
     traces: list[Trace | None] = []
     for problem, (completion,) in zip(problems, completions, strict=True):
-        ids = [token for token in completion.token_ids if token not in stops]
-        traces.append(_read(problem, tokenizer.decode(ids), model_name) if completion.stopped else None)
+        text = tokenizer.decode(completion.text_ids)
+        traces.append(_read(problem, text, model_name) if completion.stopped else None)
     return traces
 
 
