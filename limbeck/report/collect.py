@@ -1,0 +1,209 @@
+"""Read what runs left behind: `summary.json` of sweeps, `limbeck.json` and the evaluation of single runs.
+
+Everything becomes one list of rows. Runs from a sweep bring their axes; of single runs, the config fields that differ
+are the axes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.checkpoint import MANIFEST, Checkpoint
+from limbeck.errors import CheckpointError
+from limbeck.report.rows import FLOP_PARTS, PLACED_AXES, Row, row_of, rows_of
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What one sweep says about all of its runs."""
+
+    label: str
+    title: str = ""
+    command: tuple[str, ...] = ()
+    match: str | None = None
+    task: Mapping[str, Any] = field(default_factory=dict)
+    store: Mapping[str, Any] = field(default_factory=dict)
+    trace_stats: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    models: tuple[Row, ...] = ()
+    """Teacher and base student, as far as they were scored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """All that a report is made of."""
+
+    rows: tuple[Row, ...]
+    sources: tuple[Source, ...]
+
+    @property
+    def models(self) -> tuple[Row, ...]:
+        """Teacher and base students of all sources, each once."""
+        models = [row for source in self.sources for row in source.models]
+        return tuple({(row.name, row.get("accuracy")): row for row in models}.values())
+
+
+def collect(paths: Sequence[Path]) -> Evidence:
+    """Read sweep directories and single run directories.
+
+    Args:
+      paths: directories with a `summary.json` of a sweep, or with a `limbeck.json` of a distilled student.
+    Returns: their rows in the order given.
+    Raises: CheckpointError when a directory is neither, a file is damaged, or there is no run at all.
+    """
+    if not paths:
+        raise CheckpointError("report: no directory named; name at least one sweep or run directory.")
+    sweeps = [path for path in paths if _is_sweep(path)]
+    rows: list[Row] = []
+    sources: list[Source] = []
+    for path in paths:
+        if path in sweeps:
+            source, found = _read_sweep(path, label=path.resolve().name if len(sweeps) > 1 else "")
+            rows += found
+        else:
+            source = _read_run(path)
+        sources.append(source)
+    rows += _rows_of_runs([(path, source) for path, source in zip(paths, sources, strict=True) if path not in sweeps])
+    return Evidence(rows=tuple(rows), sources=tuple(sources))
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises: CheckpointError when the file is missing, is no JSON object, or holds NaN or infinity.
+    """
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error.strerror}); run the sweep or the evaluation again."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({' '.join(str(error).split())}); make it again.") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object; found {type(tree).__name__}. Make it again.")
+    return tree
+
+
+def _is_sweep(path: Path) -> bool:
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory. Name a directory that a sweep or a run has written.")
+    if not (path / SUMMARY).is_file() and not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path}: holds neither {SUMMARY} (a finished sweep) nor {MANIFEST} (a finished run); finish the run first."
+        )
+    return (path / SUMMARY).is_file()
+
+
+def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
+    file = path / SUMMARY
+    tree = read_object(file)
+    runs = tree.get("runs")
+    if not isinstance(runs, list) or not runs:
+        raise CheckpointError(f"{file}: `runs` must be a list with at least one run; run the sweep again.")
+    axes = tree.get("axes") or []
+    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
+        raise CheckpointError(f"{file}: `axes` must be a list of names; run the sweep again.")
+    parts: dict[str, Any] = {name: _object(tree, name, file) for name in ("task", "store", "trace_stats")}
+    parts |= {name: _object(tree, name, file) for name in ("config", "versions", "machine")}
+    models = [
+        row_of({**model, "name": f"{role}: {model.get('name', role)}"}, (), f"{file}: {role}", label)
+        for role in ("teacher", "base")
+        if (model := _object(tree, role, file))
+    ]
+    source = Source(
+        label=label or path.resolve().name,
+        title=str(tree.get("title") or ""),
+        command=_words(tree.get("command")),
+        match=str(tree["match"]) if tree.get("match") else None,
+        models=tuple(models),
+        **parts,
+    )
+    return source, rows_of(runs, axes, str(file), label)
+
+
+def _read_run(path: Path) -> Source:
+    file = path / MANIFEST
+    manifest = Checkpoint(path).manifest
+    read_object(file)
+    if manifest["stage"] != "distill":
+        raise CheckpointError(
+            f"{file}: stage {manifest['stage']!r} has no place in this report; name sweeps and distilled students."
+        )
+    parts = {name: _object(manifest, name, file) for name in ("config", "versions", "machine")}
+    return Source(label=path.resolve().name, command=_words(manifest.get("command")), **parts)
+
+
+def _rows_of_runs(runs: Sequence[tuple[Path, Source]]) -> list[Row]:
+    """Rows of single runs; the fields of their configs that differ are the axes."""
+    flat = [dict(flatten(source.config)) for _, source in runs]
+    keys = list(dict.fromkeys(key for config in flat for key in config))
+    varied = [key for key in keys if len({str(config.get(key)) for config in flat}) > 1]
+    axes = [key for key in varied if key not in PLACED_AXES]
+    rows = []
+    for (path, source), config in zip(runs, flat, strict=True):
+        tree = _run_as_row(path, source, config) | {axis: config.get(axis) for axis in axes}
+        rows.append(row_of(tree, axes, str(path / MANIFEST), ""))
+    return rows
+
+
+def _run_as_row(path: Path, source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
+    file = path / MANIFEST
+    manifest = read_object(file)
+    ledger, metrics, counts = (_object(manifest, name, file) for name in ("ledger", "metrics", "counts"))
+    flops, peak = _object(ledger, "flops", file), _object(ledger, "peak_bytes", file)
+    evaluation = path / "evaluation" / SUMMARY
+    return {
+        **counts,
+        **metrics,
+        **(read_object(evaluation) if evaluation.exists() else {}),
+        "name": source.label,
+        "lead_fraction": config.get("truncation.lead_fraction"),
+        "keep_ending": config.get("truncation.keep_ending", False),
+        "seed": config.get("training.seed"),
+        "tokens": ledger.get("tokens"),
+        "flops": flops.get("total"),
+        **{f"flops_{part}": flops.get(part) for part in FLOP_PARTS},
+        "train_seconds": ledger.get("train_seconds"),
+        "peak_bytes": peak.get("total"),
+    }
+
+
+def _object(tree: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
+    value = tree.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{file}: `{name}` must be a JSON object; found {type(value).__name__}. Make it again.")
+    return value or {}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a tree of objects by dotted path; lists count as leaves."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"found {text}, which is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"found {text}, which is out of range")
+    return value

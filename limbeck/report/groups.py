@@ -1,0 +1,135 @@
+"""Replicates put together: runs that differ in nothing but the seed are one group, with one point in a plot.
+
+A group's number is the mean over its seeds, and so are the ends of its interval. Each interval is over problems; the
+mean of the intervals therefore still speaks about the choice of problems, and the spread over seeds is shown as single
+points beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from limbeck.report.rows import Estimate, Row
+
+CUT_AXES = ("policy", "unit", "budget_tokens", "mask_only")
+"""Axes that say how traces are cut, beside lead_fraction and keep_ending."""
+UNFRACTIONED = ("budget", "first_derivation")
+"""Policies that cut although lead_fraction is 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Runs with the same settings and different seeds."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def lead_fraction(self) -> float | None:
+        """Share of the tokens kept."""
+        return self.rows[0].lead_fraction
+
+    @property
+    def keep_ending(self) -> bool:
+        """Whether the ending was re-attached behind the cut."""
+        return self.rows[0].keep_ending
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The other axes, the sweep among them where there are several."""
+        source = {"sweep": self.rows[0].source} if self.rows[0].source else {}
+        return source | dict(self.rows[0].settings)
+
+    @property
+    def line(self) -> tuple[tuple[str, str], ...]:
+        """All settings but the lead fraction: groups that agree here form one line of a plot."""
+        return (*self.settings.items(), ("keep_ending", str(self.keep_ending).lower()))
+
+    @property
+    def family(self) -> tuple[tuple[str, str], ...]:
+        """All settings but those of the cut: groups that agree here are compared with the same uncut run."""
+        return tuple((axis, value) for axis, value in self.settings.items() if short_axis(axis) not in CUT_AXES)
+
+    @property
+    def is_uncut(self) -> bool:
+        """Whether every token of every trace was kept."""
+        policies = [value for axis, value in self.settings.items() if short_axis(axis) == "policy"]
+        return self.lead_fraction == 1 and not any(policy in UNFRACTIONED for policy in policies)
+
+    def get(self, name: str) -> float | None:
+        """Mean over the seeds; None where a seed did not measure it."""
+        values = [row.get(name) for row in self.rows]
+        known = [value for value in values if value is not None]
+        return fmean(known) if len(known) == len(values) else None
+
+    def estimate(self, name: str) -> Estimate | None:
+        """Mean over the seeds of value and interval ends."""
+        value = self.get(name)
+        return None if value is None else Estimate(value, self.get(f"{name}_low"), self.get(f"{name}_high"))
+
+
+def group_rows(rows: Sequence[Row]) -> list[Group]:
+    """Groups in the order in which their first runs come."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.source, row.settings, row.lead_fraction, row.keep_ending), []).append(row)
+    return [Group(rows=tuple(members)) for members in groups.values()]
+
+
+def uncut_of(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The uncut group that differs from `group` in nothing but the cut, if there is one."""
+    uncut = [other for other in groups if other.is_uncut and other.family == group.family]
+    return next((other for other in uncut if other.line == group.line), uncut[0] if uncut else None)
+
+
+def lines_of(groups: Sequence[Group]) -> dict[tuple[tuple[str, str], ...], list[Group]]:
+    """The lines of a plot, each by rising lead fraction.
+
+    A line whose own uncut group was not run, since the uncut run is the same with and without the ending, ends in the
+    uncut group of its family.
+    """
+    lines: dict[tuple[tuple[str, str], ...], list[Group]] = {}
+    for group in groups:
+        if group.lead_fraction is not None:
+            lines.setdefault(group.line, []).append(group)
+    for members in lines.values():
+        uncut = uncut_of(members[0], groups)
+        if uncut is not None and all(group.lead_fraction != 1 for group in members):
+            members.append(uncut)
+    return {line: sorted(members, key=_lead) for line, members in lines.items()}
+
+
+def namer(groups: Sequence[Group], *, with_lead: bool = True) -> Callable[[Group], str]:
+    """A function from group to a label that names only what varies among `groups`."""
+    varied = varied_axes(groups)
+    has_endings = len({group.keep_ending for group in groups}) > 1
+
+    def name(group: Group) -> str:
+        parts = [f"{short_axis(axis)} {group.settings.get(axis, '–')}" for axis in varied]
+        if with_lead and group.lead_fraction is not None:
+            parts.insert(0, f"lead {group.lead_fraction:.4g}")
+        if has_endings and not (with_lead and group.is_uncut):
+            parts.append("ending kept" if group.keep_ending else "ending cut")
+        return ", ".join(parts) or group.rows[0].name
+
+    return name
+
+
+def varied_axes(groups: Sequence[Group]) -> list[str]:
+    """Axes beside lead fraction and ending that take more than one value."""
+    return [axis for axis in _axes(groups) if len({group.settings.get(axis) for group in groups}) > 1]
+
+
+def short_axis(axis: str) -> str:
+    """The last name of a dotted path that says something: `divergence` of `loss.divergence.name`."""
+    parts = axis.split(".")
+    return parts[-2] if parts[-1] in ("name", "model") and len(parts) > 1 else parts[-1]
+
+
+def _axes(groups: Sequence[Group]) -> list[str]:
+    return list(dict.fromkeys(axis for group in groups for axis in group.settings))
+
+
+def _lead(group: Group) -> float:
+    return group.lead_fraction or 0.0
