@@ -113,8 +113,8 @@ def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
     axes = tree.get("axes") or []
     if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
         raise CheckpointError(f"{file}: `axes` must be a list of names; run the sweep again.")
-    parts: dict[str, Any] = {name: _object(tree, name, file) for name in ("task", "store", "trace_stats")}
-    parts |= {name: _object(tree, name, file) for name in ("config", "versions", "machine")}
+    names = ("task", "store", "trace_stats", "config", "versions", "machine")
+    parts: dict[str, Any] = {name: _object(tree, name, file) for name in names}
     models = [
         row_of({**model, "name": f"{role}: {model.get('name', role)}"}, (), f"{file}: {role}", label)
         for role in ("teacher", "base")
@@ -139,7 +139,7 @@ def _read_run(path: Path) -> Source:
         raise CheckpointError(
             f"{file}: stage {manifest['stage']!r} has no place in this report; name sweeps and distilled students."
         )
-    parts = {name: _object(manifest, name, file) for name in ("config", "versions", "machine")}
+    parts: dict[str, Any] = {name: _object(manifest, name, file) for name in ("config", "versions", "machine")}
     return Source(label=path.resolve().name, command=_words(manifest.get("command")), **parts)
 
 

@@ -7,11 +7,13 @@ points beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from limbeck.report.rows import Estimate, Row
+from limbeck.sweep.frontier import on_frontier
 
 CUT_AXES = ("policy", "unit", "budget_tokens", "mask_only")
 """Axes that say how traces are cut, beside lead_fraction and keep_ending."""
@@ -52,10 +54,15 @@ class Group:
         return tuple((axis, value) for axis, value in self.settings.items() if short_axis(axis) not in CUT_AXES)
 
     @property
+    def has_fraction(self) -> bool:
+        """Whether the lead fraction says how much was kept."""
+        policies = [value for axis, value in self.settings.items() if short_axis(axis) == "policy"]
+        return self.lead_fraction is not None and not any(policy in UNFRACTIONED for policy in policies)
+
+    @property
     def is_uncut(self) -> bool:
         """Whether every token of every trace was kept."""
-        policies = [value for axis, value in self.settings.items() if short_axis(axis) == "policy"]
-        return self.lead_fraction == 1 and not any(policy in UNFRACTIONED for policy in policies)
+        return self.lead_fraction == 1 and self.has_fraction
 
     def get(self, name: str) -> float | None:
         """Mean over the seeds; None where a seed did not measure it."""
@@ -91,13 +98,23 @@ def lines_of(groups: Sequence[Group]) -> dict[tuple[tuple[str, str], ...], list[
     """
     lines: dict[tuple[tuple[str, str], ...], list[Group]] = {}
     for group in groups:
-        if group.lead_fraction is not None:
+        if group.has_fraction:
             lines.setdefault(group.line, []).append(group)
     for members in lines.values():
         uncut = uncut_of(members[0], groups)
         if uncut is not None and all(group.lead_fraction != 1 for group in members):
             members.append(uncut)
     return {line: sorted(members, key=_lead) for line, members in lines.items()}
+
+
+def frontier(groups: Sequence[Group], cost: str) -> list[bool]:
+    """Which groups no other beats in score at their cost; groups without score or cost are not on it."""
+
+    def numbers(name: str) -> list[float]:
+        values = [group.get(name) for group in groups]
+        return [math.nan if value is None else value for value in values]
+
+    return on_frontier(numbers(cost), numbers("accuracy"))
 
 
 def namer(groups: Sequence[Group], *, with_lead: bool = True) -> Callable[[Group], str]:
@@ -107,8 +124,8 @@ def namer(groups: Sequence[Group], *, with_lead: bool = True) -> Callable[[Group
 
     def name(group: Group) -> str:
         parts = [f"{short_axis(axis)} {group.settings.get(axis, '–')}" for axis in varied]
-        if with_lead and group.lead_fraction is not None:
-            parts.insert(0, f"lead {group.lead_fraction:.4g}")
+        if with_lead and group.has_fraction:
+            parts.insert(0, "whole traces" if group.is_uncut else f"lead {group.lead_fraction:.4g}")
         if has_endings and not (with_lead and group.is_uncut):
             parts.append("ending kept" if group.keep_ending else "ending cut")
         return ", ".join(parts) or group.rows[0].name

@@ -1,0 +1,245 @@
+"""What was found, in plain words, computed from the groups.
+
+A difference is claimed only where the intervals allow it: of a cut and its uncut run by the paired interval of the
+retention, of any other two groups when their intervals do not touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from limbeck.report.collect import Source
+from limbeck.report.groups import Group, frontier, namer, short_axis, uncut_of
+from limbeck.report.rows import Row
+from limbeck.report.tables import ratio
+from limbeck.report.units import digits, interval, percent, percent_interval, quantity
+
+_LISTED = 6
+_COST_WORDS = {"flops": "FLOPs", "train_seconds": "training seconds", "peak_bytes": "peak memory"}
+
+
+def findings(groups: Sequence[Group], models: Sequence[Row], sources: Sequence[Source]) -> list[str]:
+    """Sentences for the top of the page, the most telling first."""
+    if all(group.get("accuracy") is None for group in groups):
+        return ["No run has been scored yet: there are costs, but no quality to set beside them. Run limbeck evaluate."]
+    headlines = [sentence for family in _families(groups) for sentence in _headlines(family, groups)]
+    others = [
+        _models(groups, models),
+        _verdicts(groups),
+        _endings(groups),
+        _stopping(groups),
+        _frontier(groups),
+        _best(groups) if not headlines else None,
+        _undefined(groups),
+        _caveat(groups, sources),
+    ]
+    return [*headlines[:_LISTED], *(sentence for sentence in others if sentence)]
+
+
+def verdict(group: Group) -> str | None:
+    """`below` or `above` the uncut run or `not distinguishable`, by the paired interval; None where that is undefined."""
+    retention = group.estimate("retention")
+    if retention is None or retention.low is None or retention.high is None:
+        return None
+    if retention.high < 1:
+        return "below"
+    return "above" if retention.low > 1 else "not distinguishable"
+
+
+def _families(groups: Sequence[Group]) -> list[list[Group]]:
+    families: dict[object, list[Group]] = {}
+    for group in groups:
+        families.setdefault(group.family, []).append(group)
+    return list(families.values())
+
+
+def _headlines(family: Sequence[Group], groups: Sequence[Group]) -> list[str]:
+    """For the cut nearest one half, with and without the ending: what was kept, at which cost."""
+    cuts = [group for group in family if not group.is_uncut and group.has_fraction and verdict(group)]
+    if not cuts:
+        return []
+    nearest = min((group.lead_fraction or 0 for group in cuts), key=lambda fraction: abs(fraction - 0.5))
+    chosen = sorted((group for group in cuts if group.lead_fraction == nearest), key=lambda group: group.keep_ending)
+    return [_headline(group, groups) for group in chosen]
+
+
+def _headline(group: Group, groups: Sequence[Group]) -> str:
+    retention, uncut = group.estimate("retention"), uncut_of(group, groups)
+    assert retention is not None
+    shares = [(word, ratio(group, uncut, name)) for name, word in _COST_WORDS.items()]
+    costs = [f"{percent(value)} of the {word}" for word, value in shares if value is not None]
+    kept = f"{_subject(group, groups)} kept {percent_interval(retention)} of the score"
+    tail = {
+        "below": "The interval lies below 100 %: this loss is more than the choice of problems explains.",
+        "above": "The interval lies above 100 %: this gain is more than the choice of problems explains.",
+        "not distinguishable": "The interval includes 100 %: not distinguishable from whole traces on these problems.",
+    }[verdict(group) or "not distinguishable"]
+    return f"{kept}{' at ' + _listed(costs) if costs else ''} of whole traces. {tail}"
+
+
+def _subject(group: Group, groups: Sequence[Group]) -> str:
+    fraction = group.lead_fraction or 0
+    part = "Half of each trace" if fraction == 0.5 else f"{100 * fraction:.3g} % of each trace"
+    has_endings = len({other.keep_ending for other in groups}) > 1
+    ending = (" with its ending re-attached" if group.keep_ending else " and no ending") if has_endings else ""
+    varied = [axis for axis in group.settings if len({other.settings.get(axis) for other in groups}) > 1]
+    setting = ", ".join(f"{short_axis(axis)} {group.settings[axis]}" for axis in varied)
+    return f"{part}{ending}{f' ({setting})' if setting else ''}"
+
+
+def _models(groups: Sequence[Group], models: Sequence[Row]) -> str | None:
+    """Where the student started, where the teacher stands, what whole traces gave."""
+    parts = []
+    for model in models:
+        score, parameters = model.estimate("accuracy"), model.get("parameters")
+        if score is not None:
+            size = f" ({quantity(parameters, 'number')} parameters)" if parameters else ""
+            parts.append(f"{model.name}{size} scores {interval(score)}")
+    scored = [group for group in groups if group.is_uncut and group.get("accuracy") is not None]
+    if scored:
+        best = max(scored, key=_score)
+        words = "the best student of whole traces" if len(scored) > 1 else "the student of whole traces"
+        parts.append(f"{words} scores {interval(best.estimate('accuracy'))}")
+    return _capital("; ".join(parts)) + "." if parts else None
+
+
+def _verdicts(groups: Sequence[Group]) -> str | None:
+    """Which cuts can be told from whole traces, and which cannot."""
+    name = namer(groups)
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        if not group.is_uncut and (word := verdict(group)):
+            found.setdefault(word, []).append(name(group))
+    titles = {
+        "not distinguishable": "not distinguishable from whole traces",
+        "below": "below whole traces",
+        "above": "above whole traces",
+    }
+    parts = [f"{title}: {_shortened(found[word])}" for word, title in titles.items() if word in found]
+    return _capital("; ".join(parts)) + "." if parts else None
+
+
+def _endings(groups: Sequence[Group]) -> str | None:
+    """What re-attaching the ending did to the score, cut by cut."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        twins = [g for g in groups if (g.settings, g.lead_fraction) == (group.settings, group.lead_fraction)]
+        plain = next((twin for twin in twins if not twin.keep_ending), None)
+        if not group.keep_ending or group.is_uncut or plain is None:
+            continue
+        kept, cut = group.estimate("accuracy"), plain.estimate("accuracy")
+        if kept is None or cut is None:
+            continue
+        label = namer(groups)(plain).replace(", ending cut", "")
+        if kept.is_apart_from(cut):
+            word = "raised" if kept.value > cut.value else "lowered"
+            found.setdefault(word, []).append(f"{label} (from {cut.value:.2f} to {kept.value:.2f})")
+        else:
+            found.setdefault("same", []).append(label)
+    parts = [f"{word} the score at {_shortened(found[word])}" for word in ("raised", "lowered") if word in found]
+    if "same" in found:
+        parts.append(f"made no distinguishable difference at {_shortened(found['same'])}")
+    return f"Re-attaching the ending {'; it '.join(parts)}." if parts else None
+
+
+def _stopping(groups: Sequence[Group]) -> str | None:
+    """How often students stop by themselves after the smallest cut, with and without the ending, and after none."""
+    known = [group for group in groups if group.has_fraction and group.get("stop_rate") is not None]
+    cuts = [group for group in known if not group.is_uncut]
+    if not cuts:
+        return None
+    least = min(group.lead_fraction or 0 for group in cuts)
+    chosen = [group for group in cuts if group.lead_fraction == least and group.family == cuts[0].family]
+    uncut = uncut_of(chosen[0], known)
+    name = namer(groups)
+    parts = []
+    for group in [*chosen, *([uncut] if uncut else [])]:
+        rate, length = group.estimate("stop_rate"), group.get("output_tokens")
+        assert rate is not None
+        tokens = f" and wrote {digits(length)} tokens on average" if length is not None else ""
+        parts.append(f"{name(group)}: {percent_interval(rate)} of outputs stopped by themselves{tokens}")
+    return f"Stopping. {'; '.join(parts)}."
+
+
+def _frontier(groups: Sequence[Group]) -> str | None:
+    on = [group for group, flag in zip(groups, frontier(groups, "flops"), strict=True) if flag]
+    if len(groups) < 2 or not on:
+        return None
+    labels = [f"{namer(groups)(group)} ({group.get('accuracy'):.2f})" for group in sorted(on, key=_flops)]
+    return f"No run beats these in score at their FLOPs: {_shortened(labels)}. Intervals of neighbours may overlap."
+
+
+def _best(groups: Sequence[Group]) -> str | None:
+    """Without a cut to talk about: the best score, and who cannot be told from it."""
+    scored = [group for group in groups if group.get("accuracy") is not None]
+    best = max(scored, key=_score)
+    top = best.estimate("accuracy")
+    near = [g for g in scored if g is not best and (e := g.estimate("accuracy")) and top and not e.is_apart_from(top)]
+    name = namer(groups)
+    rest = f" Not distinguishable from it: {_shortened(list(map(name, near)))}." if near else ""
+    return f"The best score is {interval(top)}, by {name(best)}.{rest}"
+
+
+def _undefined(groups: Sequence[Group]) -> str | None:
+    """Which groups have no retention, and why."""
+    missing = [
+        group for group in groups if not group.is_uncut and group.get("accuracy") is not None and not verdict(group)
+    ]
+    if not missing:
+        return None
+    name = namer(groups)
+    reasons: dict[str, list[str]] = {}
+    for group in missing:
+        reasons.setdefault(_reason(uncut_of(group, groups)), []).append(name(group))
+    parts = [f"{_shortened(labels)} ({reason})" for reason, labels in reasons.items()]
+    return f"Retention is undefined for {'; '.join(parts)}."
+
+
+def _reason(uncut: Group | None) -> str:
+    score = uncut.estimate("accuracy") if uncut is not None else None
+    if score is None:
+        return "no scored uncut run has the same settings"
+    if not score.value or not score.low:
+        return "the score of the uncut run cannot be told from zero"
+    return "not compared with the uncut run problem by problem, as a sweep does"
+
+
+def _caveat(groups: Sequence[Group], sources: Sequence[Source]) -> str:
+    """What the intervals cover, and what was held equal."""
+    problems = sorted({str(s.task["num_problems"]) for s in sources if s.task.get("num_problems")})
+    over = f"the {' or '.join(problems)} problems" if problems else "the problems"
+    seeds = {len(group.rows) for group in groups}
+    replicates = (
+        "each setting was trained with one seed, so nothing is known here about another seed"
+        if seeds == {1}
+        else "values and interval ends are means over the seeds, whose spread is shown as single points"
+    )
+    equal = {"examples": "examples: every run saw the same traces", "tokens": "tokens: every run saw as many tokens"}
+    matches = [equal[s.match] for s in sources if s.match in equal]
+    tail = f" Runs are compared at equal {matches[0]}." if len(set(matches)) == 1 else ""
+    return f"Intervals are over {over} (bootstrap); {replicates}.{tail}"
+
+
+def _score(group: Group) -> float:
+    return group.get("accuracy") or 0.0
+
+
+def _flops(group: Group) -> float:
+    return group.get("flops") or 0.0
+
+
+def _shortened(labels: Sequence[str]) -> str:
+    more = [f"{len(labels) - _LISTED} more"] if len(labels) > _LISTED else []
+    return (
+        "; ".join([*labels[:_LISTED], *more])
+        if any("," in label for label in labels)
+        else _listed([*labels[:_LISTED], *more])
+    )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
