@@ -45,7 +45,7 @@ class Batch:
     segment_ids: Tensor
     """int64 [B T]; -1 at padding."""
     positions: Tensor
-    """int64 [B T]; restarts at 0 with every sequence."""
+    """int64 [B T]; restarts at 0 with every sequence and counts on in its padding."""
     ce_weight: Tensor
     """float32 [B T]."""
     kd_weight: Tensor
@@ -60,7 +60,7 @@ class Batch:
         return sum(self.sequence_lengths)
 
     def target_rows(self) -> Tensor:
-        """int64 [N]: flat indices of the supervised targets in [B T]. The hidden state that predicts one is at index - 1."""
+        """int64 [N]: flat indices of the supervised targets in [B T]; the state at index - 1 predicts one."""
         return torch.nonzero((self.ce_weight + self.kd_weight).flatten() > 0).squeeze(1)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -95,7 +95,8 @@ def collate(examples: Sequence[Example], layout: Layout, pad_id: int) -> Batch:
         shape, starts = (len(lengths), max(lengths)), np.arange(len(lengths)) * max(lengths)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     segment_ids = np.full(shape, PADDING, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
+    # Counting on in the padding matters: transformers takes a jump in the positions for a packed row and builds a mask.
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int64), shape).copy()
     ce_weight, kd_weight = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     for example, start, length in zip(examples, starts, lengths, strict=True):
         span = slice(int(start), int(start) + length)

@@ -3,8 +3,9 @@
 1. The prompt is the chat template with its generation prompt, exactly what the model is given at inference.
 2. The response is written after it: start marker, thought, end marker, blank line, answer, the template's turn end.
    A start marker that the template already wrote is not repeated; it belongs to the thought.
-3. The text is tokenized once with offsets. A token belongs to the segment of its last character, because that is the
-   segment which has to predict it.
+3. Both are tokenized with offsets, and the prompt's tokens are always those of `render_prompt`: no merge crosses from
+   the prompt into the response. A token belongs to the segment of its last character, because that is the segment
+   which has to predict it.
 
 The template never sees the response, so a template that strips or injects a thought cannot move a boundary, and
 markers quoted inside the prompt are only text. The sequence ends with the turn end: no generation prompt and no stray
@@ -17,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -30,6 +31,10 @@ Tokenizer = Any
 """A fast Hugging Face tokenizer (PreTrainedTokenizerFast)."""
 
 _SENTINEL = "limbeckSentinel"
+_WITH_THOUGHT = {"enable_thinking": True, "thinking": True}
+"""What switches the thought on in templates that have a switch (Qwen3, SmolLM3; DeepSeek V3.1, Granite)."""
+_SPACES = (" ", "▁", "Ġ")
+"""How tokenizers write the space in front of a word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +47,8 @@ class RenderConfig:
     """Closes the thought. May be several tokens."""
     chat_template: Path | None = None
     """A Jinja chat template file to use instead of the tokenizer's own; needed for base models without one."""
-    derivation_pattern: str = r"(?<![\w.]){answer}(?![\w]|\.\d)"
-    """Regular expression for the first derivation of the answer in the thought; {answer} stands for the escaped answer."""
+    derivation_pattern: str = r"(?<![\w.])(?<!\d,){answer}(?!\w|[.,]\d)"
+    """Regular expression for the first derivation of the answer in the thought; {answer} is the escaped answer."""
 
     def __post_init__(self) -> None:
         if not self.start_marker or not self.end_marker or self.start_marker == self.end_marker:
@@ -56,37 +61,43 @@ class RenderConfig:
             raise ConfigError(f"derivation_pattern is no regular expression ({error})") from error
 
 
+class _Response(NamedTuple):
+    """What follows the prompt, with landmarks in characters of `text`."""
+
+    text: str
+    thought_start: int
+    cot_end: int
+    """Before the first character of the answer; 0 when there is no thought."""
+    ending_start: int
+    """Before the end marker, or before the answer when there is no thought; the end when the thought stays open."""
+
+
+class _Encoded(NamedTuple):
+    """Tokens of a text; starts and ends are characters, never decreasing."""
+
+    input_ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
 def render(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
     """Tokens and segments of one trace.
 
     Raises: TemplateError when the tokenizer has no offsets or no chat template, or when the template fails.
     """
     header = prompt_text(trace.messages, tokenizer, config)
-    opened = header.rstrip().endswith(config.start_marker)
-    prompt_end = header.rindex(config.start_marker) if opened else len(header)
-    text, cot_start, ending_start = header, len(header), None
-    if trace.cot is not None or opened:
-        thought = (trace.cot or "").strip("\n")
-        lead_in = "" if opened and header.endswith("\n") else "\n" if opened else config.start_marker + "\n"
-        cot_start = len(header) + len(lead_in)
-        text += lead_in + thought
-        if trace.cot_closed:
-            text += "\n" if thought else ""
-            ending_start = len(text)
-            text += config.end_marker + "\n\n"
-    cot_end = len(text)
-    if trace.cot_closed:
-        text += (trace.answer or "").strip("\n") + turn_end(tokenizer, config)
-    encoded = _encode(text, tokenizer)
-    ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
-    segments = np.where(ends <= prompt_end, PROMPT, np.where(ends <= cot_end, COT, ANSWER)).astype(np.int8)
-    # A special token that the tokenizer adds itself has the empty offset (0, 0) wherever it stands.
-    segments = np.maximum.accumulate(segments)
+    prefill = _prefill(header, tokenizer, config)
+    response = _response(trace, prefill, turn_end(tokenizer, config), config)
+    encoded, num_header = _encode_parts(header, response.text, tokenizer)
+    origin = len(header)
+    segments = np.where(encoded.ends <= origin + response.cot_end, COT, ANSWER).astype(np.int8)
+    segments[num_header:][encoded.ends[num_header:] <= origin] = COT if response.cot_end else ANSWER
+    segments[:num_header] = np.where(encoded.ends[:num_header] <= origin - len(prefill), PROMPT, COT)
     return Sample(
-        input_ids=np.array(encoded["input_ids"], dtype=np.int32),
+        input_ids=encoded.input_ids,
         segment_ids=segments,
-        ending_start=len(ends) if ending_start is None else int(np.argmax(ends > ending_start)),
-        derivation_end=_derivation_end(trace, config, cot_start, ends),
+        ending_start=int(np.searchsorted(encoded.ends, origin + response.ending_start, side="right")),
+        derivation_end=_derivation_end(trace, config, origin + response.thought_start, encoded),
         trace_key=trace.key,
         source=trace.source,
     )
@@ -94,12 +105,18 @@ def render(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], config: RenderConfig) -> list[int]:
     """Token ids of the prompt with the generation prompt: what a model is given to answer."""
-    return list(_encode(prompt_text(messages, tokenizer, config), tokenizer)["input_ids"])
+    return _encode(prompt_text(messages, tokenizer, config), tokenizer).input_ids.tolist()
 
 
 def prompt_text(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: RenderConfig) -> str:
-    """The chat template over `messages`, ending in the assistant's header."""
-    return _apply(tokenizer, messages, config, generation_prompt=True)
+    """The chat template over `messages`, ending in the assistant's header.
+
+    A thought that the template closes in there, before the model wrote a word, is taken out: the trace has the thought.
+    """
+    header = _apply(tokenizer, messages, config, generation_prompt=True)
+    start, end = re.escape(config.start_marker), re.escape(config.end_marker)
+    closed = re.search(rf"(?:{start}\s*)?{end}\s*$", _generation_prompt(header, tokenizer, config))
+    return header[: closed.start() - closed.end()] if closed else header
 
 
 def turn_end(tokenizer: Tokenizer, config: RenderConfig) -> str:
@@ -107,15 +124,20 @@ def turn_end(tokenizer: Tokenizer, config: RenderConfig) -> str:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
     text = _apply(tokenizer, messages, config, generation_prompt=False)
     if _SENTINEL not in text:
-        raise TemplateError("the chat template drops the assistant's content; give another one as render.chat_template.")
+        raise TemplateError(
+            "the chat template drops the assistant's content; give another one as render.chat_template."
+        )
     suffix = text.rsplit(_SENTINEL, 1)[1]
     eos = tokenizer.eos_token or ""
     if eos and eos in suffix:
         return suffix[: suffix.index(eos) + len(eos)]
-    suffix = suffix.strip() or eos
-    if not suffix:
+    suffix = suffix.rstrip()
+    if suffix and tokenizer.encode(suffix, add_special_tokens=False)[-1] in tokenizer.added_tokens_decoder:
+        return suffix
+    # Plain text cannot end a completion: its last token may occur anywhere.
+    if not eos:
         raise TemplateError("neither the chat template nor the tokenizer has an end-of-turn token; set eos_token.")
-    return suffix
+    return suffix + eos
 
 
 def stop_ids(tokenizer: Tokenizer, config: RenderConfig) -> tuple[int, ...]:
@@ -126,23 +148,81 @@ def stop_ids(tokenizer: Tokenizer, config: RenderConfig) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _derivation_end(trace: Trace, config: RenderConfig, cot_start: int, ends: np.ndarray) -> int | None:
-    answer = trace.reference if trace.reference is not None else trace.answer
-    if not answer or trace.cot is None:
+def _response(trace: Trace, prefill: str, end_of_turn: str, config: RenderConfig) -> _Response:
+    """The response after a header that ends in `prefill`, the start marker and what follows it, or nothing."""
+    ending = (trace.answer or "").strip("\n") + end_of_turn if trace.cot_closed else ""
+    if trace.cot is None and not prefill:
+        return _Response(ending, thought_start=0, cot_end=0, ending_start=0)
+    lead_in = "" if prefill.endswith("\n") else "\n" if prefill else config.start_marker + "\n"
+    text = lead_in + _thought(trace)
+    if not trace.cot_closed:
+        return _Response(text, len(lead_in), cot_end=len(text), ending_start=len(text))
+    text += "\n"
+    cot = text + config.end_marker + "\n\n"
+    return _Response(cot + ending, len(lead_in), cot_end=len(cot), ending_start=len(text))
+
+
+def _thought(trace: Trace) -> str:
+    return (trace.cot or "").strip("\n")
+
+
+def _prefill(header: str, tokenizer: Tokenizer, config: RenderConfig) -> str:
+    """The start marker that the template wrote at the end of the header, with the space after it; "" without one."""
+    opened = re.search(re.escape(config.start_marker) + r"\s*$", _generation_prompt(header, tokenizer, config))
+    return opened.group() if opened else ""
+
+
+def _generation_prompt(header: str, tokenizer: Tokenizer, config: RenderConfig) -> str:
+    """The part of the header that follows the user's last word, so that words of the user are never taken for it."""
+    text = _apply(tokenizer, [{"role": "user", "content": _SENTINEL}], config, generation_prompt=True)
+    suffix = text.rpartition(_SENTINEL)[2]
+    return suffix if header.endswith(suffix) else ""
+
+
+def _derivation_end(trace: Trace, config: RenderConfig, thought_start: int, encoded: _Encoded) -> int | None:
+    answer = (trace.answer if trace.reference is None else trace.reference) or ""
+    if not answer.strip():
         return None
     pattern = config.derivation_pattern.replace("{answer}", re.escape(answer.strip()))
-    match = re.search(pattern, trace.cot.strip("\n"))
+    match = re.search(pattern, _thought(trace))
     if match is None:
         return None
-    return int(np.argmax(ends >= cot_start + match.end())) + 1
+    return int(np.searchsorted(encoded.starts, thought_start + match.end(), side="left"))
 
 
-def _encode(text: str, tokenizer: Tokenizer) -> Mapping[str, Any]:
+def _encode_parts(header: str, response: str, tokenizer: Tokenizer) -> tuple[_Encoded, int]:
+    """Tokens of both, and how many are the header's; those are the header's own tokens, whatever follows."""
+    head, whole = _encode(header, tokenizer), _encode(header + response, tokenizer)
+    count = len(head.input_ids)
+    if np.array_equal(whole.input_ids[:count], head.input_ids):
+        return whole, count
+    tail = _encode_inner(response, tokenizer)
+    parts = zip(head, tail._replace(starts=tail.starts + len(header), ends=tail.ends + len(header)), strict=True)
+    return _Encoded(*(np.concatenate(pair) for pair in parts)), count
+
+
+def _encode_inner(text: str, tokenizer: Tokenizer) -> _Encoded:
+    """Tokens of a text that stands inside a longer one, without the space that some tokenizers put in front."""
+    encoded = _encode(text, tokenizer)
+    if not len(encoded.input_ids) or text[0] in _SPACES:
+        return encoded
+    if tokenizer.convert_ids_to_tokens(int(encoded.input_ids[0]))[0] not in _SPACES:
+        return encoded
+    behind_newline = _encode("\n" + text, tokenizer)
+    inner = behind_newline.ends > 1
+    return _Encoded(behind_newline.input_ids[inner], behind_newline.starts[inner] - 1, behind_newline.ends[inner] - 1)
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> _Encoded:
     if not getattr(tokenizer, "is_fast", False):
         raise TemplateError(
             f"{type(tokenizer).__name__} has no character offsets; segments need a fast tokenizer (tokenizer.json)."
         )
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # Special tokens come from the template alone, as at inference; a tokenizer that adds BOS must not add a second.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    offsets = np.maximum.accumulate(offsets, axis=0)  # a token that stands for no character has the offsets (0, 0)
+    return _Encoded(np.array(encoded["input_ids"], dtype=np.int32), offsets[:, 0], offsets[:, 1])
 
 
 def _apply(
@@ -161,6 +241,7 @@ def _apply(
             chat_template=template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
+            **_WITH_THOUGHT,
         )
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
         raise TemplateError(f"the chat template refuses the messages ({' '.join(str(error).split())}).") from error

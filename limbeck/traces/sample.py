@@ -20,9 +20,10 @@ class Sample:
     segment_ids: np.ndarray
     """int8 [T]: PROMPT, COT or ANSWER for each token, never decreasing."""
     ending_start: int
-    """Index of the first token of the end marker; T when there is none. Marker, answer and end of turn are `[ending_start:]`."""
+    """Index of the first token of the end marker, or of the answer when there is no thought; T when the thought stays
+    open. End marker, answer and end of turn are `[ending_start:]`."""
     derivation_end: int | None = None
-    """One past the token that completes the first derivation of the verified answer in the thought; None when not found."""
+    """One past the token that completes the first derivation of the answer in the thought; None when not found."""
     trace_key: str = ""
     """`Trace.key` of its origin."""
     source: str = ""
@@ -30,6 +31,11 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def has_end_marker(self) -> bool:
+        """Whether the thought is closed; False also when there is none."""
+        return self.ending_start < len(self) and int(self.segment_ids[self.ending_start]) == COT
 
 
 def tokens_key(input_ids: np.ndarray) -> str:

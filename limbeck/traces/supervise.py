@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from limbeck.errors import ConfigError
+from limbeck.errors import ConfigError, nearest
 from limbeck.traces.sample import Sample
 
 Preset = Literal["prompt+cot+answer", "cot+answer", "prompt+cot", "cot", "answer", "prompt+answer"]
@@ -48,15 +48,17 @@ class SupervisionConfig:
     kd: SegmentWeights | None = None
     """Weights of the distillation term; the preset when not set."""
 
+    def __post_init__(self) -> None:
+        if self.preset not in get_args(Preset):
+            raise ConfigError(f"unknown preset {self.preset!r}; {nearest(self.preset, get_args(Preset))}")
+
     def weights(self) -> tuple[SegmentWeights, SegmentWeights]:
         """The CE weights and the KD weights in force."""
-        preset = SegmentWeights(**{name: 1.0 for name in self.preset.split("+")})
+        preset = SegmentWeights(**dict.fromkeys(self.preset.split("+"), 1.0))
         return self.ce or preset, self.kd or preset
 
 
-def token_weights(
-    sample: Sample, supervised: np.ndarray, config: SupervisionConfig
-) -> tuple[np.ndarray, np.ndarray]:
+def token_weights(sample: Sample, supervised: np.ndarray, config: SupervisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """CE and KD weight of every token as a target.
 
     Args:

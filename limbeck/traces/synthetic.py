@@ -38,7 +38,7 @@ def generate(num_traces: int, seed: int, min_steps: int, max_steps: int) -> list
     """
     if not 1 <= min_steps <= max_steps <= len(LABELS):
         raise ConfigError(
-            f"builtin:chain: min_steps {min_steps} and max_steps {max_steps}; expected 1 <= min <= max <= {len(LABELS)}."
+            f"builtin:chain: min_steps {min_steps}, max_steps {max_steps}; expected 1 <= min <= max <= {len(LABELS)}."
         )
     possible = sum(10 * 21**steps for steps in range(min_steps, max_steps + 1))
     if num_traces > possible // 2:

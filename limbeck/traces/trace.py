@@ -20,9 +20,9 @@ class Trace:
     """
 
     messages: tuple[Mapping[str, str], ...]
-    """The prompt: chat messages with `role` and `content`, the last one from the user. Earlier assistant turns are prompt too."""
+    """The prompt: messages with `role` and `content`, the last from the user; earlier assistant turns belong to it."""
     cot: str | None
-    """Chain of thought without its markers; None when the trace has no thought at all (no markers are rendered then)."""
+    """Chain of thought without its markers; None when the trace has no thought at all (no markers are rendered)."""
     answer: str | None
     """What follows the thought; None when the trace ends inside the thought (`cot_closed` is False then)."""
     cot_closed: bool = True

@@ -21,11 +21,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from limbeck.errors import ConfigError
+from limbeck.errors import ConfigError, nearest
 from limbeck.traces.sample import ANSWER, PROMPT, Sample
 
 Policy = Literal["lead", "middle", "tail", "random_span", "budget", "first_derivation"]
@@ -52,6 +52,9 @@ class TruncationConfig:
     """Seed of random_span."""
 
     def __post_init__(self) -> None:
+        for name, value, known in (("policy", self.policy, get_args(Policy)), ("unit", self.unit, get_args(Unit))):
+            if value not in known:
+                raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
         exact_fraction(self.lead_fraction)
         if (self.budget_tokens is not None) != (self.policy == "budget"):
             raise ConfigError("budget_tokens goes with policy budget, and policy budget needs it")
@@ -70,21 +73,23 @@ class Cut(NamedTuple):
     """bool [n]: which of the kept tokens may carry loss."""
 
 
-def exact_fraction(value: float | str) -> Fraction:
+def exact_fraction(value: float | str | Fraction) -> Fraction:
     """The decimal or ratio as written, as an exact number in (0, 1].
 
     Raises: ConfigError outside (0, 1] or when it is no number.
     """
     try:
-        fraction = Fraction(value.strip()) if isinstance(value, str) else Fraction(repr(float(value)))
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        if isinstance(value, bool):
+            raise TypeError("a truth value is no share")
+        fraction = Fraction(value) if isinstance(value, str | Fraction) else Fraction(repr(float(value)))
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise ConfigError(f"lead_fraction must be a number or a ratio in (0, 1]; found {value!r}") from error
     if not 0 < fraction <= 1:
         raise ConfigError(f"lead_fraction must be in (0, 1]; found {value!r}")
     return fraction
 
 
-def share_of(length: int, value: float | str) -> int:
+def share_of(length: int, value: float | str | Fraction) -> int:
     """floor(value * length), exactly, and at least 1 (0 of nothing)."""
     fraction = exact_fraction(value)
     return min(length, max(1, fraction.numerator * length // fraction.denominator))
@@ -147,15 +152,17 @@ def _span(sample: Sample, policy: TruncationConfig, start: int, stop: int) -> tu
         assert policy.budget_tokens is not None
         return start, start + min(length, policy.budget_tokens)
     count = share_of(length, policy.lead_fraction)
+    slack = length - count
     offset = {
         "lead": 0,
-        "middle": (length - count) // 2,
-        "tail": length - count,
-        "random_span": _random_offset(sample, policy.seed, length - count),
+        "middle": slack // 2,
+        "tail": slack,
+        "random_span": _random_offset(sample, policy.seed, slack),
     }[policy.policy]
     return start + offset, start + offset + count
 
 
 def _random_offset(sample: Sample, seed: int, slack: int) -> int:
+    """A seeded whole number in [0, slack]; one draw a sample, so that the spans of growing fractions are nested."""
     digest = hashlib.sha256(f"{seed}:{sample.trace_key}:{len(sample)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % (slack + 1)
+    return int.from_bytes(digest[:8], "big") * (slack + 1) >> 64
