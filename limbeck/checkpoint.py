@@ -23,6 +23,8 @@ from limbeck.config import config_hash, to_dict
 from limbeck.errors import CheckpointError
 
 MANIFEST = "limbeck.json"
+STATE_PREFIX = "state-"
+"""How the saved states of a run that is under way are named, in its working directory."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "datasets")
 
 
@@ -44,7 +46,9 @@ class Checkpoint:
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path}: no {MANIFEST}; this is no finished limbeck output.") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file}: not valid JSON ({' '.join(str(error).split())}); make the output again.") from error
+            raise CheckpointError(
+                f"{file}: not valid JSON ({' '.join(str(error).split())}); make the output again."
+            ) from error
         if not isinstance(tree, dict) or "stage" not in tree:
             raise CheckpointError(f"{file}: not a limbeck manifest (no `stage`).")
         return tree
@@ -57,31 +61,40 @@ class Checkpoint:
 
 @contextmanager
 def output_directory(out: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
-    """A working directory that takes the name `out` when the block ends well.
+    """A working directory that takes the name `out` when the block ends well, and goes when it does not.
 
     Args:
       out: the final directory; it must not exist unless `overwrite`.
       overwrite: replace an existing output, after the new one is complete.
       resume: go on in the working directory of an interrupted run; without it that directory is emptied.
-    Raises: CheckpointError when `out` exists.
+    Raises: CheckpointError when `out` exists, or when it is to be replaced and no stage made it.
     """
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists already. Choose another output or pass --overwrite.")
+    if out.exists() and not _is_replaceable(out):
+        raise CheckpointError(f"{out}: no limbeck output, so it is not overwritten. Choose another output.")
     working = out.with_name(out.name + ".partial")
     if working.exists() and not resume:
         shutil.rmtree(working)
-    is_fresh = not working.exists()
+    created = [path for path in (working, *working.parents) if not path.exists()]
     working.mkdir(parents=True, exist_ok=True)
     try:
         yield working
     except BaseException:
-        # A run that failed before it wrote anything leaves nothing; one with state stays for --resume.
-        if is_fresh and not any(working.iterdir()):
-            working.rmdir()
+        # A failed run leaves nothing, unless it has a state to resume from.
+        if not any(working.glob(STATE_PREFIX + "*")):
+            shutil.rmtree(working, ignore_errors=True)
+        for path in created:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
         raise
     if out.exists():
         shutil.rmtree(out)
     working.rename(out)
+
+
+def _is_replaceable(out: Path) -> bool:
+    return out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
 
 
 def write_manifest(
@@ -105,7 +118,11 @@ def write_manifest(
             "config_hash": config_hash(config),
             "inputs": dict(inputs),
             "versions": versions(),
-            "machine": {"system": platform.system(), "processor": platform.machine(), "python": platform.python_version()},
+            "machine": {
+                "system": platform.system(),
+                "processor": platform.machine(),
+                "python": platform.python_version(),
+            },
             "ledger": dict(ledger or {}),
             "metrics": dict(metrics or {}),
             "counts": dict(counts or {}),

@@ -45,8 +45,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe. Name an existing YAML file.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        json.dumps(tree, default=str)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML ({_one_line(error)}).") from error
     if tree is None:
         return {}
@@ -61,7 +62,7 @@ def build(config_class: type[Config], tree: Mapping[str, Any], where: str = "con
     Raises: ConfigError for an unknown key (with the nearest known one), a missing or ill-typed value, or a value that
     the class's own `__post_init__` refuses.
     """
-    _refuse_unknown(config_class, tree, where, prefix="")
+    _check_tree(config_class, tree, where, prefix="")
     try:
         return _adapter(config_class).validate_python(dict(tree))
     except pydantic.ValidationError as error:
@@ -69,7 +70,8 @@ def build(config_class: type[Config], tree: Mapping[str, Any], where: str = "con
         path = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
         message = first["msg"].removeprefix("Value error, ")
         found = "" if first["type"] in ("missing", "value_error") else f"; found {_short(first['input'])}"
-        raise ConfigError(f"{where}: {path + ': ' if path else ''}{message}{found}.".replace("..", ".")) from error
+        text = f"{where}: {path + ': ' if path else ''}{message}{found}"
+        raise ConfigError(text.removesuffix(".") + ".") from error
 
 
 def apply_flags(config_class: type, tree: Mapping[str, Any], flags: list[str]) -> dict[str, Any]:
@@ -190,15 +192,33 @@ def _adapter(config_class: type) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(config_class)
 
 
-def _refuse_unknown(config_class: type, tree: Mapping[str, Any], where: str, prefix: str) -> None:
+def _check_tree(config_class: type, tree: Mapping[str, Any], where: str, prefix: str) -> None:
+    """Refuse what pydantic would let pass: unknown fields, and true or false where a number is asked for."""
     hints = typing.get_type_hints(config_class)
     known = [field.name for field in dataclasses.fields(config_class)]
     for key, value in tree.items():
         if key not in known:
             raise ConfigError(f"{where}: unknown field {prefix + str(key)!r}; {nearest(str(key), known)}")
+        options = typing.get_args(hints[key]) or (hints[key],)
+        if isinstance(value, bool) and bool not in options and (int in options or float in options):
+            raise ConfigError(f"{where}: {prefix}{key}: expected a number; found {str(value).lower()}.")
         nested = nested_class(hints[key])
         if nested is not None and isinstance(value, Mapping):
-            _refuse_unknown(nested, value, where, f"{prefix}{key}.")
+            _check_tree(nested, value, where, f"{prefix}{key}.")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML whose keys are strings, each once in its mapping; the plain loader lets the last of two win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no field name", node.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is set twice", node.start_mark)
+        return mapping
 
 
 def _scalar(text: str) -> Any:
@@ -210,7 +230,9 @@ def _scalar(text: str) -> Any:
 
 def _is_union_branch(part: int | str) -> bool:
     # pydantic adds the name of the union member that it tried ("float", "constrained-str", "function-...") to the path.
-    return isinstance(part, str) and (not part.isidentifier() or part in ("float", "int", "str", "bool", "Path", "path"))
+    return isinstance(part, str) and (
+        not part.isidentifier() or part in ("float", "int", "str", "bool", "Path", "path")
+    )
 
 
 def _type_name(hint: Any) -> str:

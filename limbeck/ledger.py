@@ -41,6 +41,7 @@ class Ledger:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.audit: dict[str, float] = {}
+        self._is_in_phase = False
         release_memory()
         self.baseline_bytes = memory_bytes(self.device)
 
@@ -56,12 +57,17 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge the seconds and the peak memory of the block to `name`."""
+        """Charge the seconds and the peak memory of the block to `name`; within another phase, to that one."""
+        if self._is_in_phase:
+            yield
+            return
+        self._is_in_phase = True
         reset_peak(self.device)
         start = self._now()
         try:
             yield
         finally:
+            self._is_in_phase = False
             self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
             peak = peak_memory_bytes(self.device) - self.baseline_bytes
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
@@ -73,8 +79,8 @@ class Ledger:
 
     @property
     def train_seconds(self) -> float:
-        """Seconds of everything but validation, saving and the audit of the first step."""
-        return sum(value for name, value in self.seconds.items() if name not in ("validation", "saving", "audit"))
+        """Seconds of everything but validation and saving."""
+        return sum(value for name, value in self.seconds.items() if name not in ("validation", "saving"))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
@@ -146,7 +152,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest bytes in use since `reset_peak`. Where the kernel cannot reset it (not Linux), since the process began."""
+    """Largest bytes in use since `reset_peak`; since the process began where the kernel cannot reset it (not Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM") or _max_resident_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1; found {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1); found {self.dropout}")
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"alpha must be finite; found {self.alpha}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,15 +81,17 @@ class LossConfig:
     temperature: float = 1.0
     """Softmax temperature T of the KD term, > 0."""
     normalization: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """token_mean: each supervised token of a step weighs the same; sequence_mean: each sequence does (the paper's runs)."""
+    """token_mean: each supervised token of a step weighs the same; sequence_mean: each sequence (the paper's runs)."""
     chunk_bytes: int = 64 * 2**20
     """Memory budget of the logits in bytes; they exist only a chunk at a time."""
 
     def __post_init__(self) -> None:
         if self.kd_ratio is not None and not 0 <= self.kd_ratio <= 1:
             raise ConfigError(f"kd_ratio must be in [0, 1]; found {self.kd_ratio}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature must be greater than 0; found {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature must be finite and greater than 0; found {self.temperature}")
+        if self.chunk_bytes < 1:
+            raise ConfigError(f"chunk_bytes must be at least 1; found {self.chunk_bytes}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,12 +132,25 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if (self.batch_size is None) == (self.batch_tokens is None):
             raise ConfigError("exactly one of batch_size and batch_tokens must be set (set the other to null)")
-        for name in ("max_steps", "max_tokens", "batch_size", "batch_tokens", "microbatch_tokens", "bucket_batches"):
+        for name in (
+            "max_steps",
+            "max_tokens",
+            "batch_size",
+            "batch_tokens",
+            "microbatch_tokens",
+            "bucket_batches",
+            "num_threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1; found {value}")
-        if not self.epochs > 0:
-            raise ConfigError(f"epochs must be greater than 0; found {self.epochs}")
+        for name in ("validate_every_steps", "save_every_steps", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be finite and at least 0; found {getattr(self, name)}")
+        if not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs must be finite and greater than 0; found {self.epochs}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be in 0 to 2^32 - 1; found {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +191,8 @@ class DistillConfig:
             raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model or teacher.targets")
         if self.num_validation < 0:
             raise ConfigError(f"num_validation must be at least 0; found {self.num_validation}")
+        if self.max_trace_tokens is not None and self.max_trace_tokens < 1:
+            raise ConfigError(f"max_trace_tokens must be at least 1; found {self.max_trace_tokens}")
 
     @property
     def has_teacher(self) -> bool:

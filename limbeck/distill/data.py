@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -43,9 +44,11 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
     train, too_long = render_all(train_traces, tokenizer, config.render, config.max_trace_tokens)
     validation, _ = render_all(validation_traces, tokenizer, config.render, config.max_trace_tokens)
     examples = [make_example(sample, config.truncation, config.supervision) for sample in train]
-    if not any(example.ce_weight.any() or example.kd_weight.any() for example in examples):
+    ce, kd = config.kd_ratio < 1, config.kd_ratio > 0
+    if not any((ce and e.ce_weight.any()) or (kd and e.kd_weight.any()) for e in examples):
         raise ConfigError(
-            f"no supervised token is left in {len(examples)} traces after truncation; supervise another segment or keep more."
+            f"no supervised token is left in {len(examples)} traces after truncation; supervise another segment or "
+            "keep more."
         )
     counts = {
         "read": asdict(read),
@@ -56,6 +59,15 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
         **cut_counts(train, examples),
     }
     return Data(examples, [make_example(sample, UNCUT, RESPONSE) for sample in validation], counts)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Sixteen hex digits of the examples' tokens, in order: a resumed run must read the same ones."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example).to_bytes(8, "big"))
+        digest.update(example.sample.input_ids.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def render_all(

@@ -1,4 +1,4 @@
-"""The objective of one micro-batch: student forward, teacher's targets, the fused loss. Exact under any split of a step.
+"""The objective of one micro-batch: student forward, teacher's targets, the fused loss; exact under any split.
 
 A step's loss is a weighted mean over its supervised targets (or over its sequences). The denominators are taken over
 the whole step, all ranks and micro-batches, before the first forward; every micro-batch then adds its share.
@@ -89,6 +89,8 @@ def microbatch_loss(
     """
     rows = batch.target_rows()
     ce_coef, kd_coef = coefficients(batch, rows, totals, kd_ratio, config.normalization)
+    if torch.is_grad_enabled():
+        ledger.count(tokens=batch.num_tokens, sequences=len(batch.sequence_lengths))
     used = (ce_coef != 0) | (kd_coef != 0)
     rows, ce_coef, kd_coef = rows[used], ce_coef[used], kd_coef[used]
     if len(rows) == 0:
@@ -131,12 +133,7 @@ def _charge(ledger: Ledger, sizes: Sizes, batch: Batch, num_rows: int) -> None:
     head = head_flops(sizes, num_rows)
     if torch.is_grad_enabled():
         flops += backbone_backward_flops(sizes, lengths)
-        ledger.count(
-            tokens=batch.num_tokens,
-            padded_tokens=sum(lengths) - batch.num_tokens,
-            supervised_tokens=num_rows,
-            sequences=len(batch.sequence_lengths),
-        )
+        ledger.count(padded_tokens=sum(lengths) - batch.num_tokens, supervised_tokens=num_rows)
         ledger.add_flops(student=flops, head=head)
 
 

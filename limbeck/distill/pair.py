@@ -12,7 +12,7 @@ from limbeck.distill.config import DistillConfig
 from limbeck.distill.objective import Teacher
 from limbeck.errors import ConfigError, PairError
 from limbeck.models.anatomy import head_of
-from limbeck.models.load import load_model, load_scratch, load_tokenizer
+from limbeck.models.load import load_model, load_scratch, load_tokenizer, vocabulary_size
 from limbeck.teacher.live import LiveTeacher
 from limbeck.teacher.store import TargetStore
 
@@ -46,9 +46,16 @@ def load_student(config: DistillConfig, source: Checkpoint | None) -> tuple[Any,
 
 
 def load_teacher(config: DistillConfig, device: torch.device) -> Teacher | None:
-    """The teacher that the config names."""
+    """The teacher that the config names; None when the loss has no KD term.
+
+    Raises: PairError when a live teacher cannot read the ids of its own tokenizer.
+    """
+    if config.kd_ratio == 0:
+        return None
     if config.teacher.model is not None:
-        return LiveTeacher(load_model(config.teacher.model, torch.float32, config.training.layout).to(device))
+        model = load_model(config.teacher.model, torch.float32, config.training.layout)
+        _check_vocabulary(f"teacher {config.teacher.model}", model, load_tokenizer(config.teacher.model))
+        return LiveTeacher(model.to(device))
     return TargetStore(config.teacher.targets) if config.teacher.targets is not None else None
 
 
@@ -57,11 +64,7 @@ def check_pair(config: DistillConfig, student: Any, tokenizer: Any) -> None:
 
     Raises: PairError.
     """
-    rows = head_of(student).weight.shape[0]
-    if len(tokenizer) > rows:
-        raise PairError(
-            f"student: the tokenizer has {len(tokenizer)} tokens, the model only {rows}; use the tokenizer that belongs to it."
-        )
+    _check_vocabulary("student", student, tokenizer)
     if config.teacher.model is None:
         return
     other = load_tokenizer(config.teacher.model)
@@ -70,4 +73,12 @@ def check_pair(config: DistillConfig, student: Any, tokenizer: Any) -> None:
         raise PairError(
             f"teacher {config.teacher.model}: its tokenizer differs from the student's in {differing} entries; token "
             "distillation needs one tokenizer. Use a teacher of the same family, or train on its text (no teacher)."
+        )
+
+
+def _check_vocabulary(role: str, model: Any, tokenizer: Any) -> None:
+    rows, needed = head_of(model).weight.shape[0], vocabulary_size(tokenizer)
+    if needed > rows:
+        raise PairError(
+            f"{role}: the tokenizer has {needed} tokens, the model only {rows}; use the tokenizer that belongs to it."
         )

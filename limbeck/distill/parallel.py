@@ -6,11 +6,13 @@ Losses are already divided by the totals of the whole step, so a sum over ranks 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from limbeck.ledger import COUNTS, Ledger
 
 
 class Ranks(NamedTuple):
@@ -60,6 +62,23 @@ def sum_numbers(values: list[float], ranks: Ranks) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def total_cost(ledger: Ledger, ranks: Ranks) -> dict[str, Any]:
+    """The ledger's plain values over all ranks: counts and FLOPs summed, peaks the largest, seconds of this rank."""
+    cost = ledger.as_dict()
+    if ranks.world_size == 1:
+        return cost
+    parts: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(parts, cost)
+    for name in COUNTS:
+        cost[name] = sum(part[name] for part in parts)
+    for name in cost["flops"]:
+        cost["flops"][name] = sum(part["flops"][name] for part in parts)
+    for part in parts:
+        for name, value in part["peak_bytes"].items():
+            cost["peak_bytes"][name] = max(cost["peak_bytes"].get(name, 0), value)
+    return cost
 
 
 def wait(ranks: Ranks) -> None:

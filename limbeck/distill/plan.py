@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from limbeck.errors import ConfigError
 from limbeck.traces.batch import Layout
 
 
@@ -54,9 +55,12 @@ def plan_steps(
       bucket_batches: batches a window that is sorted by length; 1 leaves the order fully random.
       max_steps, max_tokens: stop after so many; when one is given, epochs repeat until it is reached.
       world_size: number of ranks.
+    Raises: ConfigError when there is no example.
     """
+    if not lengths:
+        raise ConfigError("no trace is left to train on.")
     is_limited = max_steps is not None or max_tokens is not None
-    sequences_left = round(epochs * len(lengths))
+    sequences_left = max(1, round(epochs * len(lengths)))
     steps: list[Step] = []
     tokens = 0
     epoch = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from limbeck.checkpoint import write_json
+from limbeck.checkpoint import STATE_PREFIX, write_json
 from limbeck.errors import CheckpointError
 from limbeck.ledger import Ledger
 
@@ -30,10 +31,15 @@ class Resumed(NamedTuple):
 
 
 def save_state(
-    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: Ledger, config_hash: str
+    directory: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    cost: Mapping[str, Any],
+    identity: str,
 ) -> None:
-    """Write the state after `step` steps below `directory`."""
-    final = directory / f"state-{step:08d}"
+    """Write the state after `step` steps below `directory`; `cost` is the ledger's, over all ranks."""
+    final = directory / f"{STATE_PREFIX}{step:08d}"
     partial = directory / "state.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -43,42 +49,59 @@ def save_state(
     save_file(tensors, partial / "optimizer.safetensors")
     write_json(
         partial / "state.json",
-        {"step": step, "config_hash": config_hash, "optimizer": numbers, "ledger": ledger.as_dict()},
+        {"step": step, "identity": identity, "optimizer": numbers, "ledger": dict(cost)},
     )
-    older = list(directory.glob("state-*"))
+    older = list(directory.glob(STATE_PREFIX + "*"))
     partial.rename(final)
     for path in older:
         shutil.rmtree(path)
 
 
 def load_state(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: Ledger, config_hash: str
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: Ledger, identity: str
 ) -> Resumed | None:
     """Restore the newest whole state below `directory`, in place; None when there is none.
 
-    Raises: CheckpointError when it is damaged or belongs to another config.
+    Raises: CheckpointError when it is damaged or belongs to a run of another identity (config, start, traces).
     """
-    states = sorted(directory.glob("state-*"))
+    states = sorted(directory.glob(STATE_PREFIX + "*"))
     if not states:
         return None
     path = states[-1]
     try:
         tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        weights = load_file(path / "weights.safetensors")
-        tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged state ({error}); delete the directory and start the run anew.") from error
-    if tree["config_hash"] != config_hash:
-        raise CheckpointError(f"{path}: this state belongs to another config; use the same one or drop --resume.")
+        if tree["identity"] != identity:
+            raise CheckpointError(
+                f"{path}: this state belongs to another config or other traces; use the same ones or drop --resume."
+            )
+        step = int(tree["step"])
+        _restore(model, optimizer, load_file(path / "weights.safetensors"), _optimizer_entries(path, tree))
+        ledger.restore(tree["ledger"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        what = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: damaged state ({what}); delete it and run again.") from error
+    return Resumed(step)
+
+
+def _restore(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    entries: dict[int, dict[str, Any]],
+) -> None:
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if set(trainable) != set(weights):
+        raise ValueError(f"its weights are not the student's: {sorted(set(trainable) ^ set(weights))[:3]}")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(weights[name])
-    state = optimizer.state_dict()
-    state["state"] = _unflatten(tensors, tree["optimizer"])
-    optimizer.load_state_dict(state)
-    ledger.restore(tree["ledger"])
-    return Resumed(int(tree["step"]))
+        for name, parameter in trainable.items():
+            parameter.copy_(weights[name])
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+
+
+def _optimizer_entries(path: Path, tree: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    return _unflatten(load_file(path / "optimizer.safetensors"), tree["optimizer"])
 
 
 def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,18 +19,19 @@ import torch
 from torch import nn
 
 from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_manifest
-from limbeck.config import config_hash
+from limbeck.config import config_hash, to_dict
 from limbeck.distill.config import DistillConfig
-from limbeck.distill.data import Data, prepare
-from limbeck.distill.objective import Teacher, microbatch_loss, step_totals
+from limbeck.distill.data import Data, fingerprint, prepare
+from limbeck.distill.fused import FusedLoss
+from limbeck.distill.objective import Teacher, Totals, microbatch_loss, step_totals
 from limbeck.distill.pair import check_pair, load_student, load_teacher
-from limbeck.distill.parallel import Ranks, join, sum_gradients, sum_numbers, wait
+from limbeck.distill.parallel import Ranks, join, sum_gradients, sum_numbers, total_cost, wait
 from limbeck.distill.plan import Step, plan_steps
 from limbeck.distill.state import load_state, save_state
-from limbeck.errors import LimbeckError
+from limbeck.errors import CheckpointError, ConfigError, LimbeckError
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import Sizes, causal_lm_of, sizes_of
-from limbeck.models.load import locate
+from limbeck.models.load import locate, vocabulary_size
 from limbeck.optim.build import build_optimizer
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
@@ -52,7 +55,12 @@ class Run(NamedTuple):
 
 
 def run(
-    config: DistillConfig, source: Checkpoint | None, out: Path, *, overwrite: bool = False, resume: bool = False
+    config: DistillConfig,
+    source: Checkpoint | None,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> Checkpoint:
     """Train one student.
 
@@ -69,16 +77,17 @@ def run(
     if not ranks.is_first:
         setup = _set_up(config, source, ranks)
         wait(ranks)
-        _train(setup, out.with_name(out.name + ".partial"), resume)
+        _train(setup, source, out.with_name(out.name + ".partial"), resume)
+        total_cost(setup.ledger, ranks)
         wait(ranks)
         return Checkpoint(out)
     with output_directory(out, overwrite=overwrite, resume=resume) as working:
         setup = _set_up(config, source, ranks)
         wait(ranks)
-        _train(setup, working, resume)
+        _train(setup, source, working, resume)
         _write(setup, source, working)
         for state in working.glob("state*"):
-            _remove(state)
+            shutil.rmtree(state)
     wait(ranks)
     return Checkpoint(out)
 
@@ -92,10 +101,9 @@ def validate(setup: Run) -> float | None:
     was_training = setup.model.training
     setup.model.eval()
     with setup.ledger.phase("validation"), torch.no_grad():
-        quiet = Ledger(setup.ranks.device)
         for group in _validation_groups(mine, setup.config.training.microbatch_tokens):
             totals = step_totals(group, "token_mean")
-            loss = _loss(setup, group, totals, kd_ratio=0.0, ledger=quiet)
+            loss = _loss(setup, group, totals, kd_ratio=0.0)
             total += totals.ce * (0.0 if loss is None else loss.total.item())
             weight += totals.ce
     setup.model.train(was_training)
@@ -125,19 +133,40 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
         world_size=ranks.world_size,
     )
     optimizer = build_optimizer(student, config.optimizer)
-    vocab_size = min(len(tokenizer), sizes_of(student).vocab_size)
+    _refuse_long(data, causal_lm_of(student).config.max_position_embeddings)
     return Run(
-        config, student, tokenizer, sizes_of(student), teacher, data, steps, optimizer, ledger, ranks, vocab_size
+        config,
+        student,
+        tokenizer,
+        sizes_of(student),
+        teacher,
+        data,
+        steps,
+        optimizer,
+        ledger,
+        ranks,
+        vocabulary_size(tokenizer),
     )
 
 
-def _train(setup: Run, working: Path, resume: bool) -> None:
-    config, training = setup.config, setup.config.training
-    identity = config_hash(config)
-    resumed = load_state(working, setup.model, setup.optimizer, setup.ledger, identity) if resume else None
+def _refuse_long(data: Data, limit_tokens: int) -> None:
+    longest = max(len(example) for example in [*data.train, *data.validation])
+    if longest > limit_tokens:
+        raise ConfigError(
+            f"a trace of {longest} tokens is longer than the student's {limit_tokens} positions; set max_trace_tokens."
+        )
+
+
+def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -> None:
+    training, ranks = setup.config.training, setup.ranks
+    start = None if source is None else str(source.path)
+    identity = config_hash({"config": to_dict(setup.config), "start": start, "traces": fingerprint(setup.data.train)})
+    # The saved cost is that of all ranks, so only one of them goes on from it.
+    ledger = setup.ledger if ranks.is_first else Ledger(ranks.device)
+    resumed = load_state(working, setup.model, setup.optimizer, ledger, identity) if resume else None
     first = resumed.step if resumed else 0
     metrics = working / "metrics.jsonl"
-    if setup.ranks.is_first:
+    if ranks.is_first:
         _keep_lines(metrics, first)
     setup.model.train()
     total_tokens = sum(len(setup.data.train[i]) for step in setup.steps[first:] for i in step.indices)
@@ -147,14 +176,16 @@ def _train(setup: Run, working: Path, resume: bool) -> None:
             is_last = number + 1 == len(setup.steps)
             if is_last or _is_due(number + 1, training.validate_every_steps):
                 row["validation_ce"] = validate(setup)
-            if setup.ranks.is_first:
+            if ranks.is_first:
                 with metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-                if not is_last and _is_due(number + 1, training.save_every_steps):
+            if not is_last and _is_due(number + 1, training.save_every_steps):
+                cost = total_cost(setup.ledger, ranks)
+                if ranks.is_first:
                     with setup.ledger.phase("saving"):
-                        save_state(working, number + 1, setup.model, setup.optimizer, setup.ledger, identity)
+                        save_state(working, number + 1, setup.model, setup.optimizer, cost, identity)
             tokens = sum(len(setup.data.train[i]) for i in setup.steps[number].indices)
-            speed = setup.ledger.counts["tokens"] / max(1e-9, setup.ledger.train_seconds)
+            speed = row["tokens"] / max(1e-9, setup.ledger.train_seconds)
             progress.advance(tokens, f"loss {row['loss']:.4f}, {speed:,.0f} tokens/s")
 
 
@@ -164,33 +195,44 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
     torch.manual_seed(config.training.seed * 1_000_003 + number)
     totals = step_totals([setup.data.train[i] for i in step.indices], config.loss.normalization)
     ce = kd = 0.0
-    for position, group in enumerate(step.microbatches[setup.ranks.rank]):
+    for group in step.microbatches[setup.ranks.rank]:
         examples = [setup.data.train[i] for i in group]
-        if number == 0 and position == 0:
-            loss = _audited(setup, examples, totals)
-        else:
-            loss = _forward_backward(setup, examples, totals)
-        ce, kd = ce + loss[0], kd + loss[1]
+        work = _forward_backward if ledger.audit else _audited
+        ce_part, kd_part = work(setup, examples, totals)
+        ce, kd = ce + ce_part, kd + kd_part
+    ce, kd, tokens = sum_numbers([ce, kd, ledger.counts["tokens"]], setup.ranks)
     with ledger.phase("optimizer"):
         sum_gradients(setup.model, setup.ranks.world_size)
-        norm = nn.utils.clip_grad_norm_(setup.model.parameters(), config.training.clip_norm or float("inf"))
+        norm = float(nn.utils.clip_grad_norm_(setup.model.parameters(), config.training.clip_norm or float("inf")))
         rate = config.optimizer.learning_rate * learning_rate_factor(config.schedule, number, len(setup.steps))
+        _refuse_divergence(number, ce + kd, norm)
         for group_settings in setup.optimizer.param_groups:
             group_settings["lr"] = rate
-        setup.optimizer.step()
+        if _has_loss(totals, config.kd_ratio):
+            setup.optimizer.step()
         setup.optimizer.zero_grad(set_to_none=True)
-    ledger.count(steps=1)
-    ce, kd = sum_numbers([ce, kd], setup.ranks)
-    if not (abs(ce + kd) < float("inf")):
-        raise LimbeckError(
-            f"step {number + 1}: the loss is {ce + kd}; lower optimizer.learning_rate or look at the traces of this step."
-        )
+    if setup.ranks.is_first:
+        ledger.count(steps=1)
     row = {"step": number + 1, "loss": ce + kd, "ce_term": ce, "kd_term": kd}
-    return row | {"gradient_norm": float(norm), "learning_rate": rate, "tokens": ledger.counts["tokens"]}
+    return row | {"gradient_norm": norm, "learning_rate": rate, "tokens": int(tokens)}
 
 
-def _forward_backward(setup: Run, examples: Sequence[Example], totals: Any) -> tuple[float, float]:
-    loss = _loss(setup, examples, totals, setup.config.kd_ratio, setup.ledger)
+def _refuse_divergence(number: int, loss: float, norm: float) -> None:
+    """Stop before the update that would make every weight NaN."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise LimbeckError(
+            f"step {number + 1}: the loss is {loss} and the gradient norm {norm}; lower optimizer.learning_rate or "
+            "look at the traces of this step."
+        )
+
+
+def _has_loss(totals: Totals, kd_ratio: float) -> bool:
+    """Whether the step supervises anything; one that does not must leave weights and moments alone on all ranks."""
+    return (kd_ratio < 1 and totals.ce > 0) or (kd_ratio > 0 and totals.kd > 0)
+
+
+def _forward_backward(setup: Run, examples: Sequence[Example], totals: Totals) -> tuple[float, float]:
+    loss = _loss(setup, examples, totals, setup.config.kd_ratio)
     if loss is None:
         return 0.0, 0.0
     with setup.ledger.phase("student"):
@@ -198,21 +240,20 @@ def _forward_backward(setup: Run, examples: Sequence[Example], totals: Any) -> t
     return float(loss.ce_sum), float(loss.kd_sum)
 
 
-def _audited(setup: Run, examples: Sequence[Example], totals: Any) -> tuple[float, float]:
-    """The first micro-batch, counted by torch as well as by the formulas."""
+def _audited(setup: Run, examples: Sequence[Example], totals: Totals) -> tuple[float, float]:
+    """The first micro-batch with a loss, counted by torch as well as by the formulas."""
     before = sum(setup.ledger.flops.values())
     with flop_counter() as counter:
         result = _forward_backward(setup, examples, totals)
-    setup.ledger.audit = {
-        "formula_flops": sum(setup.ledger.flops.values()) - before,
-        "counted_flops": counter.get_total_flops(),
-    }
+    formula = sum(setup.ledger.flops.values()) - before
+    if formula:
+        setup.ledger.audit = {"formula_flops": formula, "counted_flops": counter.get_total_flops()}
     return result
 
 
-def _loss(setup: Run, examples: Sequence[Example], totals: Any, kd_ratio: float, ledger: Ledger) -> Any:
+def _loss(setup: Run, examples: Sequence[Example], totals: Totals, kd_ratio: float) -> FusedLoss | None:
     training = setup.config.training
-    with ledger.phase("data"):
+    with setup.ledger.phase("data"):
         batch = collate(examples, training.layout, setup.tokenizer.pad_token_id).to(setup.ranks.device)
     with torch.autocast(setup.ranks.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
         return microbatch_loss(
@@ -224,7 +265,7 @@ def _loss(setup: Run, examples: Sequence[Example], totals: Any, kd_ratio: float,
             totals,
             setup.config.loss,
             kd_ratio,
-            ledger,
+            setup.ledger,
             vocab_size=setup.vocab_size,
         )
 
@@ -242,7 +283,7 @@ def _write(setup: Run, source: Checkpoint | None, working: Path) -> None:
         stage="distill",
         config=config,
         inputs=_inputs(config, source),
-        ledger=setup.ledger.as_dict(),
+        ledger=total_cost(setup.ledger, setup.ranks),
         metrics={"loss": last["loss"], "validation_ce": last.get("validation_ce")},
         counts=setup.data.counts,
     )
@@ -275,16 +316,12 @@ def _validation_groups(examples: Sequence[Example], budget_tokens: int) -> list[
 def _keep_lines(path: Path, count: int) -> None:
     """Drop what an interrupted run logged after the state it goes on from."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if path.exists() else []
-    path.write_text("".join(lines), encoding="utf-8")
+    if len(lines) < count:
+        raise CheckpointError(f"{path}: {len(lines)} lines, but the saved state is of step {count}; run anew.")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _remove(directory: Path) -> None:
-    for file in directory.iterdir():
-        file.unlink()
-    directory.rmdir()
-
-

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -76,16 +76,18 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "
     place = locate(name)
     with _quiet():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 place.path,
                 gguf_file=place.gguf_file,
                 dtype=dtype,
                 attn_implementation=PACKED_ATTENTION if layout == "packed" else "sdpa",
                 local_files_only=place.is_local,
                 use_safetensors=None if place.gguf_file else True,
+                output_loading_info=True,
             )
         except Exception as error:  # transformers raises many kinds; each becomes one line with its cause kept
             raise ModelError(f"{name}: cannot load the model ({_one_line(error)}).") from error
+    _check_complete(info, name)
     _check_finite(model, name)
     return model.eval()
 
@@ -109,6 +111,11 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest token id; ids may have gaps, so this can exceed the number of tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def load_scratch(config: ScratchConfig, layout: Layout = "padded") -> tuple[Any, Any]:
     """A randomly initialised model and the built-in tokenizer."""
     model = scratch_model(config)
@@ -120,7 +127,9 @@ def load_scratch(config: ScratchConfig, layout: Layout = "padded") -> tuple[Any,
 def _check_directory(path: Path) -> None:
     config = path / "config.json"
     if not config.is_file():
-        raise ModelError(f"{path}: no config.json. A model is a Hugging Face directory; is this one a run that did not finish?")
+        raise ModelError(
+            f"{path}: no config.json. A model is a Hugging Face directory; is this one a run that did not finish?"
+        )
     try:
         tree = json.loads(config.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -129,6 +138,20 @@ def _check_directory(path: Path) -> None:
         raise ModelError(f"{config}: no model_type, so this is no transformers model.")
     if not any(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no *.safetensors weights. Pickled weights are refused; convert them to safetensors.")
+
+
+def _check_complete(info: Mapping[str, Any], name: str) -> None:
+    """Weights and config must be of one model; transformers would fill what is missing with random numbers."""
+    for kind, what in (
+        ("missing_keys", "has no weight"),
+        ("unexpected_keys", "its config has no place for weight"),
+        ("mismatched_keys", "has another shape in its config for weight"),
+    ):
+        keys = sorted(str(key) for key in info.get(kind) or ())
+        if keys:
+            raise ModelError(
+                f"{name}: {what} {keys[0]} ({len(keys)} in all); config.json and the weights are of different models."
+            )
 
 
 def _check_finite(model: nn.Module, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Built-in small models: a tokenizer whose tokens are the symbols of the embedded task, and Llama shapes from scratch."""
+"""Built-in small models: a tokenizer whose tokens are the embedded task's symbols, and Llama shapes from scratch."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ class ScratchConfig:
     """Seed of the initial weights."""
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; found {getattr(self, name)}")
+        if not (self.rope_theta > 0 and 0 <= self.seed < 2**32):
+            raise ConfigError(f"rope_theta {self.rope_theta} and seed {self.seed}: expected > 0 and 0 to 2^32 - 1")
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} over num_heads {self.num_heads} must be a whole, even head size"

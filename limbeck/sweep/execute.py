@@ -33,7 +33,7 @@ from limbeck.errors import ConfigError, LimbeckError
 from limbeck.evaluate.metrics import paired_retention
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.ledger import Ledger
-from limbeck.models.load import load_model, load_tokenizer
+from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
 from limbeck.progress import bar, console
 from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, reference_of
 from limbeck.teacher.store import FILE, build_store
@@ -106,9 +106,7 @@ def _row(planned: PlannedRun, reference: PlannedRun | None, out: Path) -> dict[s
     if reference is not None:
         ratio = paired_retention(_scores(out, planned), _scores(out, reference))
         values = (ratio.value, ratio.low, ratio.high)
-        retention = {
-            k: (float(v) if np.isfinite(v) else None) for k, v in zip(retention, values, strict=True)
-        }
+        retention = {k: (float(v) if np.isfinite(v) else None) for k, v in zip(retention, values, strict=True)}
     return {
         "name": planned.name,
         "lead_fraction": planned.config.truncation.lead_fraction,
@@ -132,9 +130,7 @@ def _row(planned: PlannedRun, reference: PlannedRun | None, out: Path) -> dict[s
 
 
 def _evaluation(out: Path, planned: PlannedRun) -> dict[str, Any]:
-    return json.loads(
-        (out / "runs" / planned.name / "evaluation" / "summary.json").read_text(encoding="utf-8")
-    )
+    return json.loads((out / "runs" / planned.name / "evaluation" / "summary.json").read_text(encoding="utf-8"))
 
 
 def _scores(out: Path, planned: PlannedRun) -> np.ndarray:
@@ -200,6 +196,7 @@ def _build_targets(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) ->
             list(sequences.values()),
             working,
             top_k=sweep.top_k,
+            vocab_size=vocabulary_size(tokenizer),
             ledger=ledger,
             advance=progress.advance,
         )
@@ -231,9 +228,7 @@ def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:
         if not _is_current(directory, config_hash(stage)):
             with output_directory(directory, overwrite=True) as working:
                 summary = score(name, stage, working)
-                write_manifest(
-                    working, stage="evaluate", config=stage, inputs={"model": name}, metrics=summary
-                )
+                write_manifest(working, stage="evaluate", config=stage, inputs={"model": name}, metrics=summary)
         scored[role] = {"name": name} | Checkpoint(directory).manifest["metrics"]
     return scored
 
@@ -247,9 +242,7 @@ def _run_one(config: DistillConfig, scoring: EvaluateStageConfig, directory: Pat
     if not _is_current(evaluation, config_hash(scoring)):
         with output_directory(evaluation, overwrite=True) as working:
             summary = score(str(directory), scoring, working)
-            write_manifest(
-                working, stage="evaluate", config=scoring, inputs={"model": str(directory)}, metrics=summary
-            )
+            write_manifest(working, stage="evaluate", config=scoring, inputs={"model": str(directory)}, metrics=summary)
 
 
 def _is_current(directory: Path, identity: str) -> bool:
@@ -257,9 +250,7 @@ def _is_current(directory: Path, identity: str) -> bool:
 
 
 def _scoring(sweep: SweepConfig, config: DistillConfig) -> EvaluateStageConfig:
-    return EvaluateStageConfig(
-        model="", problems=sweep.problems, evaluate=sweep.evaluate, render=config.render
-    )
+    return EvaluateStageConfig(model="", problems=sweep.problems, evaluate=sweep.evaluate, render=config.render)
 
 
 def _tokenizer_name(config: DistillConfig) -> str:

@@ -49,8 +49,11 @@ class TargetStore:
                     strict=True,
                 )
             )
-        except (FileNotFoundError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file}: no readable target store ({error}); build it again.") from error
+        stored = len(self._tensors["log_tail"])
+        if any(offset < 0 or offset + length > stored for offset, length in self._rows.values()):
+            raise CheckpointError(f"{file}: its index points beyond its {stored} rows; build it again.")
 
     def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> TopKTargets:
         """Stored targets for the tokens at flat indices `rows` of the batch.
@@ -85,6 +88,7 @@ def build_store(
     out: Path,
     *,
     top_k: int = 50,
+    vocab_size: int | None = None,
     batch_tokens: int = 4096,
     ledger: Ledger | None = None,
     advance: Callable[[int], None] | None = None,
@@ -95,16 +99,19 @@ def build_store(
       model: a teacher loaded with the packed attention.
       sequences: int32 token ids; duplicates and prefixes of others cost nothing.
       top_k: entries kept a position, at most the vocabulary.
+      vocab_size: the tokenizer's real vocabulary; head rows beyond it are padding and hold no mass.
       advance: called with the number of tokens done.
     Returns: counts for a manifest (sequences, tokens scored and shared, bytes a token, mean mass kept).
     """
     ledger = ledger or Ledger()
     roots, index = share_prefixes(sequences)
-    top_k = min(top_k, head_of(model).weight.shape[0])
+    rows = head_of(model).weight.shape[0]
+    vocab_size = min(vocab_size or rows, rows)
+    top_k = min(top_k, vocab_size)
     parts: dict[str, list[Tensor]] = {"ids": [], "log_probs": [], "log_tail": []}
     for group in _groups(roots, batch_tokens):
         with ledger.phase("teacher"):
-            targets = _score(model, group, top_k)
+            targets = _score(model, group, top_k, vocab_size)
         lengths = [len(sequence) for sequence in group]
         sizes = sizes_of(model)
         ledger.add_flops(teacher=backbone_forward_flops(sizes, lengths) + head_forward_flops(sizes, sum(lengths)))
@@ -164,16 +171,17 @@ def _groups(roots: Sequence[np.ndarray], batch_tokens: int) -> list[list[np.ndar
 
 
 @torch.inference_mode()
-def _score(model: Any, group: Sequence[np.ndarray], top_k: int) -> TopKTargets:
+def _score(model: Any, group: Sequence[np.ndarray], top_k: int, vocab_size: int) -> TopKTargets:
     lengths = [len(sequence) for sequence in group]
     device = head_of(model).weight.device
     input_ids = torch.from_numpy(np.concatenate(group).astype(np.int64)).unsqueeze(0).to(device)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device)
     hidden = hidden_states(model, input_ids, positions, lengths)[0]
-    head = head_of(model)
+    weight, bias = head_of(model)
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     parts = []
     for rows in hidden.split(_HEAD_ROWS):
-        logits = torch.nn.functional.linear(rows, head.weight, head.bias).float()
+        logits = torch.nn.functional.linear(rows, weight, bias).float()
         values, ids = logits.topk(top_k, dim=-1)
         norm = logits.logsumexp(-1)
         # The tail is what is left when the kept entries are taken out: exact even where it is tiny.
