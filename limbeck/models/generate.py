@@ -16,22 +16,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from limbeck.errors import ConfigError, ModelError
 from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.attention import PACKED_ATTENTION
+from limbeck.models.cache import Source, empty_cache, gather_rows
+from limbeck.models.sampling import choose_tokens
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 PREFILL_TOKENS = 8192
 """Most padded prompt tokens in one forward pass: bounds the activations, not the speed."""
-NUCLEUS_CANDIDATES = 512
-"""Tokens that top-p sorts before it falls back to the whole vocabulary; enough for nearly every step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,7 @@ class SamplingConfig:
     top_p: float = 1.0
     """Draw from the smallest set of tokens that holds this share of the probability."""
     num_samples: int = 1
-    """Completions a prompt."""
+    """Completions of each prompt."""
     batch_size: int = 128
     """Sequences decoded at once."""
     seed: int = 0
@@ -101,20 +102,200 @@ def generate(
     Raises: ConfigError for an empty prompt or one that fills the context; ModelError for a model with layers other
       than attention.
     """
-    context = _checked_context(model, prompts)
-    rows = _all_rows(prompts, config, context)
-    waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
-    decoder = _Decoder(model, config, frozenset(stop_ids), pad_id)
+    rows = _all_rows(prompts, config, _context_tokens(model))
+    _refuse_other_layers(model)
+    waiting = deque(sorted(rows, key=lambda row: len(row.prompt), reverse=True))
+    device = next(model.parameters()).device
+    decoder = _Decoder(model, config, frozenset(stop_ids), pad_id, advance or (lambda _: None), device)
     batch: _Batch | None = None
     with _decoding(model), torch.inference_mode():
         while waiting or batch is not None:
-            alive = [] if batch is None else batch.alive()
-            admitted = [waiting.popleft() for _ in range(min(len(waiting), config.batch_size - len(alive)))]
+            free = config.batch_size - (0 if batch is None else len(batch.alive()))
+            admitted = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             parts = [] if batch is None else [batch]
-            parts += [decoder.prefill(group) for group in _prefill_groups(admitted)]
-            batch = _gather(parts)
-            while batch is not None and batch.num_finished * 8 < len(batch.rows):
+            batch = _gather(parts + [decoder.prefill(group) for group in _prefill_groups(admitted)])
+            while batch is not None and 8 * batch.num_finished() < len(batch.rows):
                 decoder.step(batch)
-                if advance is not None and batch.num_finished:
-                    pass
-    return _collect(rows, len(prompts), config.num_samples)
+    done = [Completion(row.token_ids, row.stopped) for row in rows]
+    return [done[start : start + config.num_samples] for start in range(0, len(done), config.num_samples)]
+
+
+@dataclass(slots=True)
+class _Row:
+    """One completion in the making."""
+
+    prompt_index: int
+    prompt: Sequence[int]
+    limit: int
+    key: tuple[int, int, int]
+    uniforms: np.ndarray | None = None
+    token_ids: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        return self.stopped or len(self.token_ids) >= self.limit
+
+    def draw_uniforms(self) -> None:
+        # A longer limit only appends draws: how a completion begins does not depend on max_new_tokens.
+        self.uniforms = np.random.Generator(np.random.PCG64(self.key)).random(self.limit)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows that are decoded together: R of them, their cache, and their left padding in its columns."""
+
+    rows: list[_Row]
+    cache: Cache
+    padding: Tensor
+    next_ids: Tensor
+
+    def alive(self) -> list[int]:
+        return [index for index, row in enumerate(self.rows) if not row.is_finished]
+
+    def num_finished(self) -> int:
+        return len(self.rows) - len(self.alive())
+
+
+@dataclass(slots=True)
+class _Decoder:
+    """The model with what every forward pass needs."""
+
+    model: nn.Module
+    config: SamplingConfig
+    stop_ids: frozenset[int]
+    pad_id: int
+    advance: Callable[[int], Any]
+    device: torch.device
+
+    def prefill(self, rows: list[_Row]) -> _Batch:
+        """Read the prompts, each once, and draw every row's first token. The first prompt is the longest."""
+        prompts = [list(group) for _, group in groupby(rows, key=lambda row: row.prompt_index)]
+        width = len(rows[0].prompt)
+        ids = [[self.pad_id] * (width - len(group[0].prompt)) + list(group[0].prompt) for group in prompts]
+        padding = torch.tensor([width - len(group[0].prompt) for group in prompts], device=self.device)
+        cache = empty_cache()
+        logits = self._forward(torch.tensor(ids, device=self.device), padding, cache)
+        copies = torch.tensor([index for index, group in enumerate(prompts) for _ in group], device=self.device)
+        if len(copies) > len(prompts):
+            cache = gather_rows([Source(cache, copies, width)])
+            logits, padding = logits[copies], padding[copies]
+        if self.config.temperature > 0:
+            for row in rows:
+                row.draw_uniforms()
+        return _Batch(rows, cache, padding, self._append(rows, logits))
+
+    def step(self, batch: _Batch) -> None:
+        """One more token for every row; finished rows are computed along and ignored."""
+        logits = self._forward(batch.next_ids, batch.padding, batch.cache)
+        batch.next_ids = self._append(batch.rows, logits)
+
+    def _forward(self, input_ids: Tensor, padding: Tensor, cache: Cache) -> Tensor:
+        seen = cache.get_seq_length() if len(cache) else 0
+        columns = torch.arange(seen + input_ids.shape[1], device=self.device)
+        positions = (columns[seen:] - padding[:, None]).clamp(min=0)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=columns >= padding[:, None],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _append(self, rows: list[_Row], logits: Tensor) -> Tensor:
+        uniforms = None
+        if self.config.temperature > 0:
+            draws = [0.0 if row.uniforms is None else row.uniforms[len(row.token_ids)] for row in rows]
+            uniforms = torch.tensor(draws, dtype=torch.float64, device=self.device)
+        chosen = choose_tokens(logits, uniforms, self.config.temperature, self.config.top_p)
+        ended = 0
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if row.is_finished:
+                continue
+            row.token_ids.append(token)
+            row.stopped = token in self.stop_ids
+            if row.is_finished:
+                row.uniforms = None
+                ended += 1
+        if ended:
+            self.advance(ended)
+        return chosen[:, None]
+
+
+def _gather(parts: list[_Batch]) -> _Batch | None:
+    """One batch of the rows still alive, right-aligned, without the columns that are padding in all of them."""
+    if len(parts) == 1 and not parts[0].num_finished():
+        return parts[0]
+    rows, sources, lengths, next_ids = [], [], [], []
+    for part in parts:
+        alive = part.alive()
+        if alive:
+            keep = torch.tensor(alive, device=part.padding.device)
+            lengths.append(part.cache.get_seq_length() - part.padding[keep])
+            sources.append(Source(part.cache, keep, int(lengths[-1].max())))
+            rows += [part.rows[index] for index in alive]
+            next_ids.append(part.next_ids[keep])
+    if not rows:
+        return None
+    width = max(source.columns for source in sources)
+    return _Batch(rows, gather_rows(sources), width - torch.cat(lengths), torch.cat(next_ids))
+
+
+def _all_rows(prompts: Sequence[Sequence[int]], config: SamplingConfig, context: int) -> list[_Row]:
+    rows = []
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise ConfigError(
+                f"prompt {index} has {len(prompt)} tokens; expected at least 1 and fewer than the {context} tokens of "
+                "the model's context."
+            )
+        limit = min(config.max_new_tokens, context - len(prompt))
+        rows += [_Row(index, prompt, limit, (config.seed, index, sample)) for sample in range(config.num_samples)]
+    return rows
+
+
+def _prefill_groups(rows: list[_Row]) -> Iterator[list[_Row]]:
+    """Cut rows, longest prompt first, so that the distinct prompts of a group fill PREFILL_TOKENS at most, padded."""
+    group: list[_Row] = []
+    distinct = 0
+    for row in rows:
+        is_new = not group or row.prompt_index != group[-1].prompt_index
+        if is_new and group and (distinct + 1) * len(group[0].prompt) > PREFILL_TOKENS:
+            yield group
+            group, distinct = [], 0
+        group.append(row)
+        distinct += is_new
+    if group:
+        yield group
+
+
+@contextmanager
+def _decoding(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and an attention that reads the mask; both as before afterwards."""
+    config: Any = causal_lm_of(model).config
+    was_training, attention = model.training, config._attn_implementation
+    model.eval()
+    if attention == PACKED_ATTENTION:
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        config._attn_implementation = attention
+
+
+def _context_tokens(model: nn.Module) -> int:
+    config: Any = causal_lm_of(model).config
+    return getattr(config, "max_position_embeddings", None) or 2**31
+
+
+def _refuse_other_layers(model: nn.Module) -> None:
+    lm = causal_lm_of(model)
+    others = set(getattr(lm.config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if others:
+        raise ModelError(
+            f"{type(lm).__name__} has {', '.join(sorted(others))} layers; the sampler keeps a cache for attention "
+            "layers only."
+        )
