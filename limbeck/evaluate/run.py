@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from limbeck.errors import ConfigError
-from limbeck.evaluate.answers import AnswerChecker, Check, Style, Verdict, extract_answer
+from limbeck.evaluate.answers import AnswerStyle, Verdict, extract_answer
 from limbeck.evaluate.metrics import mean_interval, pass_at_k
 from limbeck.evaluate.tasks import Task
+from limbeck.evaluate.workers import AnswerChecker, CheckName
 from limbeck.models.generate import Completion, SamplingConfig, generate
 
 
@@ -38,9 +39,9 @@ class EvaluateConfig:
     """The answer is what follows it; a completion without it has no answer and is wrong."""
     needs_thought: bool = True
     """False for models that answer without a thought: the whole completion is then read when there is no marker."""
-    answer_style: Style = "auto"
-    """exact: all that follows the thought; boxed: the last boxed expression; last_number; auto: these in turn."""
-    checker: Check = "exact"
+    answer_style: AnswerStyle = "auto"
+    """Where the answer stands behind the thought: boxed, hashes, phrase, number, exact (all of it); auto tries in turn."""
+    checker: CheckName = "exact"
     """exact: equal strings or plain numbers; math: mathematical equality by math-verify."""
     timeout_seconds: float = 5.0
     """Longest time one answer may take to check; its verdict is unknown then."""
@@ -102,8 +103,8 @@ def evaluate(
         for answer in group
         if answer is not None
     ]
-    with AnswerChecker(config.checker, config.timeout_seconds) as check:
-        checked = iter(check(pairs))
+    with AnswerChecker(config.checker, config.timeout_seconds) as checker:
+        checked = iter(checker.verdicts(pairs))
     rows = []
     for problem, group, text_group, answer_group in zip(task.problems, samples, texts, answers, strict=True):
         verdicts = [Verdict.WRONG if answer is None else next(checked) for answer in answer_group]
@@ -163,7 +164,7 @@ def _row(
         "key": key,
         "reference": reference,
         "answers": list(answers),
-        "verdicts": [str(verdict) for verdict in verdicts],
+        "verdicts": [verdict.value for verdict in verdicts],
         "stopped": [completion.stopped for completion in completions],
         "has_end_marker": [config.end_marker in text for text in texts],
         "output_tokens": [len(completion.token_ids) for completion in completions],

@@ -37,8 +37,9 @@ from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
 from limbeck.progress import bar, console
 from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, reference_of
 from limbeck.teacher.store import FILE, build_store
+from limbeck.traces.sample import Sample
 from limbeck.traces.sources import read_traces
-from limbeck.traces.stats import segment_stats
+from limbeck.traces.stats import trace_stats
 
 
 def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
@@ -92,11 +93,18 @@ def summarise(
         },
         "runs": [_row(planned, reference_of(planned, list(runs)), out) for planned in runs],
         "store": store,
-        "trace_stats": segment_stats(samples),
+        "trace_stats": _trace_facts(samples),
         "config": to_dict(sweep),
         "versions": versions(),
         "machine": Checkpoint(out / "runs" / runs[0].name).manifest["machine"],
     }
+
+
+def _trace_facts(samples: Sequence[Sample]) -> dict[str, Any]:
+    stats = trace_stats(samples, UNCUT)
+    shares = {f"{name}_token_fraction": part["token_fraction"] for name, part in stats["segments"].items()}
+    derivation = {f"first_derivation_{name}": value for name, value in stats["first_derivation"].items()}
+    return {"num_traces": stats["num_traces"], "mean_tokens": stats["tokens"]["mean"], **shares, **derivation}
 
 
 def _row(planned: PlannedRun, reference: PlannedRun | None, out: Path) -> dict[str, Any]:
