@@ -132,6 +132,15 @@ def test_the_octopus_and_its_gradient_are_continuous_where_pieces_meet(coordinat
         torch.testing.assert_close(gradient(octopus, above), gradient(octopus, below), atol=1e-5, rtol=0)
 
 
+def test_the_octopus_gradient_in_closed_form_is_autograds_on_every_piece():
+    octopus = Octopus(num_dims=4)
+    generator = torch.Generator().manual_seed(0)
+    points = (torch.rand(2000, 4, generator=generator, dtype=torch.float64) * 2 - 1) * 5 * octopus.tau
+    points[:1000, 2:] *= 0.1
+    torch.testing.assert_close(octopus.gradient(points), gradient(octopus, points))
+    assert set(octopus.settled(points).tolist()) == {0, 1, 2, 3, 4}
+
+
 def test_the_octopus_counts_settled_coordinates_from_the_first():
     octopus = Octopus(num_dims=3)
     far, near = 3 * octopus.tau, 0.1
