@@ -54,6 +54,8 @@ class TraceConfig:
     """Fewest steps of a problem of builtin:chain."""
     max_steps: int = 12
     """Most steps of a problem of builtin:chain."""
+    random_labels: bool = False
+    """Label the steps of builtin:chain from a random letter on instead of from a."""
 
     def __post_init__(self) -> None:
         if not self.source.strip():
@@ -138,7 +140,13 @@ def _parse_all(config: TraceConfig) -> Iterator[tuple[str, Parsed]]:
     """Every reply of the source; the first record of a file that fits a format settles it for that file."""
     if config.source == BUILTIN_CHAIN:
         _refuse_splits(config, "a task that makes its traces")
-        made = generate(config.num_traces or 0, config.seed, config.min_steps, config.max_steps)
+        made = generate(
+            config.num_traces or 0,
+            config.seed,
+            config.min_steps,
+            config.max_steps,
+            random_labels=config.random_labels,
+        )
         yield from ((trace.source, Parsed(trace)) for trace in made)
         return
     markers = Markers(*config.markers) if config.markers else None
