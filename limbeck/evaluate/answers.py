@@ -1,209 +1,151 @@
-"""Reading an answer out of a completion, and checking it, with three verdicts: right, wrong, unknown.
+"""Finding the answer in what a model wrote, and comparing it with the reference as text or as a number.
 
-Checks of mathematical equality parse what a model wrote, and a parser can be made to run for ever. They therefore run
-in worker processes that are killed when an item takes too long; its verdict is then unknown, never a silent zero.
+Everything here takes time linear in the text, whatever the text is.
 """
 
 from __future__ import annotations
 
 import enum
-import multiprocessing
 import re
-from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
-from types import TracebackType
-from typing import Any, Literal, NamedTuple
+import unicodedata
+from collections import deque
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Literal
 
-import math_verify
+AnswerStyle = Literal["auto", "boxed", "hashes", "phrase", "number", "exact"]
+r"""Where the answer stands: last `\boxed{}`, after the last `####`, after the last "answer is", the last number, or the
+whole text; auto takes the first of these that is there."""
 
-Style = Literal["exact", "last_number", "boxed", "auto"]
-Check = Literal["exact", "math"]
+MOST_NUMBER_CHARACTERS = 1000
+"""Longer numerals are compared as text."""
+_PHRASE = re.compile(r"\banswer\s+is\b[\s:*]*", re.IGNORECASE)
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/[0-9]+)?")
+_NUMERAL = re.compile(r"\\?\$?([-+]?)\\?\$?([0-9]+(?:,[0-9]{3})*|(?=\.))(\.[0-9]+)?\.?")
+_WORD = re.compile(r"(?<!\\)\b[^\W\d_]{2,}")
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_SAID = re.compile(r"answer\s*(?:is|:)\s*\**\s*(.+?)(?:\.\s|\.?$|\n)", re.IGNORECASE)
-_LONGEST_CHARS = 4000
-"""A longer candidate is no short answer; it is wrong without being parsed."""
 
-
-class Verdict(enum.StrEnum):
-    """Outcome of a check."""
+class Verdict(enum.Enum):
+    """What a check found."""
 
     RIGHT = "right"
     WRONG = "wrong"
     UNKNOWN = "unknown"
+    """Not decided: no reference, or the check failed, hung or crashed."""
 
 
-def extract_answer(text: str, style: Style) -> str | None:
-    """The short answer in what follows the thought; None when the style finds none.
+def after_marker(text: str, end_marker: str) -> str | None:
+    """What stands after the first end marker; None when the thought is never closed."""
+    _, found, rest = text.partition(end_marker)
+    return rest if found else None
+
+
+def extract_answer(text: str, style: AnswerStyle = "auto") -> str | None:
+    r"""The short answer in the text that follows a thought.
 
     Args:
-      text: the completion behind the end marker.
-      style: `exact` all of it, stripped; `boxed` the last \\boxed{}; `last_number` the last number; `auto` the last
-        \\boxed{}, else what follows ####, else "the answer is", else a lone line, else the last number.
+      text: what the model wrote after the end marker.
+      style: where the answer stands. `auto` takes the last \boxed{}, else what follows the last ####, else what follows
+        the last "answer is" on that line (its first number when it goes on in words), else the whole text when it holds
+        no words, else the last number, else the whole text.
+    Returns: the answer without the blank space around it; None when there is none in that style.
     """
-    text = text.strip()
-    if style == "exact":
-        return text or None
-    if style == "boxed":
-        return _last_boxed(text)
-    if style == "last_number":
-        return _last_number(text)
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip() or None
-    said = _SAID.findall(text)
-    if said:
-        return said[-1].strip().strip("*$ ")
-    return (text or None) if "\n" not in text and len(text) <= 40 else _last_number(text)
+    if style != "auto":
+        return _FINDERS[style](text) or None
+    for marked in ("boxed", "hashes", "phrase"):
+        found = _FINDERS[marked](text)
+        if found:
+            return found
+    whole = text.strip("*$ \t\n")
+    return (_last_number(text) if _WORD.search(whole) else None) or whole or None
 
 
-def check_exact(candidate: str, reference: str) -> Verdict:
-    """Equality of the stripped strings, or of the numbers when both are plain ones ("1,080" and "1080.0")."""
-    left, right = _normalise(candidate), _normalise(reference)
-    return Verdict.RIGHT if left == right else Verdict.WRONG
+def check_exact(candidate: object, reference: object) -> Verdict:
+    """Equal as text after trimming and joining runs of blank space, or equal as decimal numbers (1,000.0 is 1000).
 
-
-def check_math(candidate: str, reference: str) -> Verdict:
-    """Mathematical equality by math-verify. Call it through `AnswerChecker`: parsing may not end."""
-    if check_exact(candidate, reference) is Verdict.RIGHT:
-        return Verdict.RIGHT
-    if len(candidate) > _LONGEST_CHARS:
-        return Verdict.WRONG
-    gold = math_verify.parse(_as_math(reference), parsing_timeout=None)
-    found = math_verify.parse(_as_math(candidate), parsing_timeout=None)
-    if not gold:
+    Args:
+      candidate: the extracted answer; None (no answer) is wrong.
+      reference: the right answer; None is unknown.
+    """
+    right, given = _as_text(reference), _as_text(candidate)
+    if right is None or not right.strip():
         return Verdict.UNKNOWN
-    if not found:
+    if candidate is None:
         return Verdict.WRONG
-    return Verdict.RIGHT if math_verify.verify(gold, found, timeout_seconds=None) else Verdict.WRONG
+    if given is None:
+        return Verdict.UNKNOWN
+    given, right = _normalised(given), _normalised(right)
+    if given == right:
+        return Verdict.RIGHT
+    numbers = _as_number(given), _as_number(right)
+    return Verdict.RIGHT if None not in numbers and numbers[0] == numbers[1] else Verdict.WRONG
 
 
-CHECKS = {"exact": check_exact, "math": check_math}
-
-
-class _Worker(NamedTuple):
-    process: Any
-    pipe: Connection
-
-
-class AnswerChecker:
-    """Worker processes that check answers; a context manager.
-
-    Args:
-      check: `exact` or `math`.
-      timeout_seconds: longest time an item may take before its worker is killed and its verdict is unknown.
-      num_workers: processes.
-    """
-
-    def __init__(self, check: Check, timeout_seconds: float = 5.0, num_workers: int = 2) -> None:
-        self._check, self._timeout, self._num_workers = check, timeout_seconds, num_workers
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
-        self._workers: list[_Worker] = []
-
-    def __enter__(self) -> AnswerChecker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for worker in self._workers:
-            _stop(worker)
-        self._workers.clear()
-
-    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (candidate, reference) pairs, in order."""
-        verdicts = [Verdict.UNKNOWN] * len(pairs)
-        waiting = list(range(len(pairs)))[::-1]
-        while len(self._workers) < min(self._num_workers, len(pairs)):
-            self._workers.append(self._start())
-        busy: dict[Connection, tuple[int, _Worker]] = {}
-        idle = list(self._workers)
-        while waiting or busy:
-            while waiting and idle:
-                worker, index = idle.pop(), waiting.pop()
-                worker.pipe.send(pairs[index])
-                busy[worker.pipe] = (index, worker)
-            ready = wait(list(busy), timeout=self._timeout)
-            for pipe in ready or list(busy):
-                index, worker = busy.pop(pipe)  # type: ignore[index]
-                if ready and _received(worker, verdicts, index):
-                    idle.append(worker)
-                else:
-                    idle.append(self._replace(worker))
-        return verdicts
-
-    def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._check), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process, ours)
-
-    def _replace(self, worker: _Worker) -> _Worker:
-        _stop(worker)
-        self._workers.remove(worker)
-        self._workers.append(self._start())
-        return self._workers[-1]
-
-
-def _received(worker: _Worker, verdicts: list[Verdict], index: int) -> bool:
-    try:
-        verdicts[index] = Verdict(worker.pipe.recv())
-    except (EOFError, OSError):
-        return False
-    return True
-
-
-def _stop(worker: _Worker) -> None:
-    worker.process.kill()
-    worker.process.join()
-    worker.pipe.close()
-
-
-def _serve(pipe: Connection, check: Check) -> None:
-    while True:
-        try:
-            candidate, reference = pipe.recv()
-        except EOFError:
-            return
-        try:
-            verdict = CHECKS[check](candidate, reference)
-        except Exception:  # a parser that raises has not decided anything
-            verdict = Verdict.UNKNOWN
-        pipe.send(str(verdict))
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed{")
-    for position in range(begin - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[begin:position].strip() or None
+def _as_text(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not (isinstance(value, int) and value.bit_length() > 8192):
+        return str(value)
     return None
 
 
+def _normalised(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).replace("\u2212", "-").split())
+
+
+def _as_number(text: str) -> Decimal | None:
+    match = _NUMERAL.fullmatch(text) if len(text) <= MOST_NUMBER_CHARACTERS else None
+    if match is None or not (match[2] or match[3]):
+        return None
+    return Decimal(match[1] + (match[2].replace(",", "") or "0") + (match[3] or ""))
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""The content of the \boxed{} (or \fbox{}) that begins last among those that are closed; one pass."""
+    opened: list[int | None] = []
+    begin, content = -1, None
+    boxes = {match.end() for match in re.finditer(r"\\(?:boxed|fbox)[ \t]?\{", text)}
+    for match in re.finditer(r"\\[{}\\]|[{}]", text):
+        if match[0] == "{":
+            opened.append(match.end() if match.end() in boxes else None)
+        elif match[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and start > begin:
+                begin, content = start, text[start : match.start()]
+    return None if content is None else content.strip()
+
+
+def _after_hashes(text: str) -> str | None:
+    _, found, rest = text.rpartition("####")
+    return _first_line(rest) if found else None
+
+
+def _after_phrase(text: str) -> str | None:
+    match = _last_match(_PHRASE, text)
+    if match is None:
+        return None
+    line = _first_line(text[match.end() :]).rstrip(".*$").lstrip("$").strip()
+    number = _NUMBER.search(line) if _WORD.search(line) else None
+    return number[0] if number else line
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0].strip()
+
+
 def _last_number(text: str) -> str | None:
-    numbers = _NUMBER.findall(text)
-    return numbers[-1].rstrip(",") if numbers else None
+    match = _last_match(_NUMBER, text)
+    return None if match is None else match[0]
 
 
-def _normalise(text: str) -> str:
-    plain = text.strip().strip("$").replace(",", "").strip()
-    if re.fullmatch(r"[+-]?\d+(\.\d*)?", plain) and len(plain) < 300:
-        whole, _, fraction = plain.lstrip("+").partition(".")
-        fraction = fraction.rstrip("0")
-        sign, digits = ("-", whole[1:]) if whole.startswith("-") else ("", whole)
-        digits = digits.lstrip("0") or "0"
-        number = digits + ("." + fraction if fraction else "")
-        return number if number == "0" else sign + number
-    return text.strip()
+def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
-def _as_math(text: str) -> str:
-    return text if "$" in text or "\\boxed" in text else f"${text}$"
+_FINDERS: dict[str, Callable[[str], str | None]] = {
+    "boxed": _last_boxed,
+    "hashes": _after_hashes,
+    "phrase": _after_phrase,
+    "number": _last_number,
+    "exact": str.strip,
+}
