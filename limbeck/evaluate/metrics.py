@@ -1,106 +1,149 @@
-"""Scores with intervals: the mean over problems, and a percentile bootstrap that resamples problems.
+"""Scores with 95 % intervals, as pure functions of what was measured on P problems with N samples each.
 
-A problem is the unit: samples of one problem are not independent, so they are averaged first and only problems are
-drawn. A retention is the ratio of two means over the same problems, and its bootstrap draws the same problems for
-both, so what makes a problem hard cancels.
+Every interval is a bootstrap over problems (Efron and Tibshirani 1993, section 13.3, percentile method): problems are
+drawn with replacement, the statistic is computed anew, and the interval lies between the 2.5 % and 97.5 % quantiles.
+Samples of one problem stay together, because they are not independent. An interval always contains its value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from limbeck.errors import ShapeError
-
+LEVEL = 0.95
 NUM_RESAMPLES = 2000
-_BLOCK = 250
-"""Resamples drawn at a time: bounds the memory."""
+_CHUNK_ENTRIES = 4_000_000
+"""Drawn indices held at once: 32 MB."""
 
 
-class Interval(NamedTuple):
-    """A value and its 95 % interval; all NaN when the value is not defined."""
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value and its 95 % interval."""
 
     value: float
     low: float
     high: float
+    reason: str = ""
+    """Why the value is not a number; empty when it is one."""
 
 
-def mean_interval(per_problem: Sequence[float] | np.ndarray, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean over problems with its bootstrap interval.
-
-    Args:
-      per_problem: [P] one number a problem (its mean over samples).
-      seed: of the resampling.
-      level: coverage.
-    """
-    values = _column(per_problem)
-    return _bootstrap(values[:, None], lambda means: means[..., 0], seed, level)
-
-
-def paired_retention(
-    per_problem: Sequence[float] | np.ndarray,
-    per_problem_uncut: Sequence[float] | np.ndarray,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """mean(a) / mean(b) over the same problems, in the same order; NaN where the uncut run scores 0.
-
-    Resamples in which the uncut run scores 0 are left out of the interval; when they are more than the interval leaves
-    out on either side, the interval is unbounded above and `high` is infinite.
-
-    Raises: ShapeError when the two have different lengths.
-    """
-    a, b = _column(per_problem), _column(per_problem_uncut)
-    if len(a) != len(b):
-        raise ShapeError(f"retention: {len(a)} problems against {len(b)}; both runs must answer the same problems.")
-    if b.mean() == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
-
-    def ratio(means: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(means[..., 1] > 0, means[..., 0] / means[..., 1], np.inf)
-
-    return _bootstrap(np.stack([a, b], axis=1), ratio, seed, level)
-
-
-def pass_at_k(num_right: int, num_samples: int, k: int) -> float:
-    """Probability that at least one of k samples, drawn without replacement from n, is right: 1 - C(n-c, k) / C(n, k).
+def accuracy(right: ArrayLike, seed: int = 0) -> Interval:
+    """Share of right outputs, each problem weighted equally; over N samples this is avg@N.
 
     Args:
-      num_right: c, right samples of the problem.
-      num_samples: n.
-      k: 1 <= k <= n.
-    Raises: ShapeError when k is out of range.
-    Source: Chen et al., arXiv 2107.03374, eq. 1.
+      right: bool [P] or [P N].
+      seed: of the bootstrap.
     """
-    if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
-        raise ShapeError(f"pass@k: k {k} and {num_right} right of {num_samples} samples; expected 1 <= k <= samples.")
-    if num_samples - num_right < k:
-        return 1.0
-    terms = 1.0 - k / np.arange(num_samples - num_right + 1, num_samples + 1)
-    return float(1.0 - np.prod(terms))
+    return mean_interval(_problems_by_samples(right), seed)
 
 
-def _column(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) == 0:
-        raise ShapeError(f"metrics: expected one number a problem and at least one problem; found shape {array.shape}.")
-    return array
+def avg_at_n(right: ArrayLike, num_samples: int, seed: int = 0) -> Interval:
+    """Accuracy over the first `num_samples` samples of each problem.
+
+    Args:
+      right: bool [P N].
+      num_samples: n, at most N.
+      seed: of the bootstrap.
+    Raises: ValueError when n is not between 1 and N. (Dividing by n where fewer samples exist would halve scores.)
+    """
+    table = _problems_by_samples(right)
+    _refuse_more_than(num_samples, table.shape[1], "n of avg@n")
+    return mean_interval(table[:, :num_samples], seed)
 
 
-def _bootstrap(
-    columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int, level: float
-) -> Interval:
-    """`statistic` of the column means [..., C], of the data and of resampled problems."""
+def pass_at_k(right: ArrayLike, k: int, seed: int = 0) -> Interval:
+    """Share of problems that k draws without replacement from the N samples solve: mean of 1 - C(N-c, k) / C(N, k).
+
+    Args:
+      right: bool [P N]; c is the number of right samples of a problem.
+      k: at most N.
+      seed: of the bootstrap.
+    Raises: ValueError when k is not between 1 and N.
+    Source: Chen et al. 2021 (arXiv 2107.03374), equation 1, in exact integers.
+    """
+    table = _problems_by_samples(right)
+    n = table.shape[1]
+    _refuse_more_than(k, n, "k of pass@k")
+    by_count = np.array([1 - math.comb(n - count, k) / math.comb(n, k) for count in range(n + 1)])
+    return mean_interval(by_count[table.astype(np.int64).sum(1)], seed)
+
+
+def stop_rate(stopped: ArrayLike, seed: int = 0) -> Interval:
+    """Share of outputs that end by themselves, before the limit of new tokens. `stopped` is bool [P] or [P N]."""
+    return mean_interval(_problems_by_samples(stopped), seed)
+
+
+def mean_output_tokens(output_tokens: ArrayLike, seed: int = 0) -> Interval:
+    """Mean length of an output in tokens, the stop token counted. `output_tokens` is int [P] or [P N]."""
+    return mean_interval(_problems_by_samples(output_tokens), seed)
+
+
+def mean_interval(values: ArrayLike, seed: int = 0) -> Interval:
+    """Mean over problems of the mean over samples, with its bootstrap interval.
+
+    Args:
+      values: [P] or [P N], bool or number, finite.
+      seed: of the bootstrap.
+    Raises: ValueError for no problems, no samples, or values that are not finite.
+    """
+    scores = _problems_by_samples(values).mean(1)
+    means = np.concatenate([scores[index].mean(1) for index in _resamples(len(scores), seed)])
+    return _around(float(scores.mean()), means)
+
+
+def paired_retention(scores: ArrayLike, scores_uncut: ArrayLike, seed: int = 0) -> Interval:
+    """Retention mean(scores) / mean(scores_uncut), with a paired bootstrap: both runs keep the same drawn problems.
+
+    Resamples where both means are 0 say nothing and are left out; where only the uncut mean is 0 the ratio is
+    infinite, and so may be the upper end.
+
+    Args:
+      scores: [P] or [P N], the score of each problem under the run in question.
+      scores_uncut: [P] or [P M], of the same problems in the same order under the uncut run.
+      seed: of the bootstrap.
+    Returns: NaN with a reason when the uncut run scores 0.
+    Raises: ValueError when the numbers of problems differ.
+    """
+    ours, uncut = _problems_by_samples(scores).mean(1), _problems_by_samples(scores_uncut).mean(1)
+    if len(ours) != len(uncut):
+        raise ValueError(f"retention pairs problems: found {len(ours)} scores and {len(uncut)} of the uncut run")
+    if uncut.mean() == 0:
+        return Interval(math.nan, math.nan, math.nan, "the uncut run scores 0, so there is nothing to retain")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.concatenate([ours[index].mean(1) / uncut[index].mean(1) for index in _resamples(len(ours), seed)])
+    return _around(float(ours.mean() / uncut.mean()), ratios[~np.isnan(ratios)])
+
+
+def _resamples(num_problems: int, seed: int) -> Iterator[np.ndarray]:
+    """int64 [R' P] chunks of NUM_RESAMPLES draws with replacement."""
     rng = np.random.default_rng(seed)
-    count = len(columns)
-    draws = [
-        statistic(columns[rng.integers(0, count, size=(_BLOCK, count))].mean(axis=1))
-        for _ in range(NUM_RESAMPLES // _BLOCK)
-    ]
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(draws), [tail, 1 - tail], method="inverted_cdf")
-    value = float(statistic(columns.mean(axis=0)))
+    chunk = max(1, min(NUM_RESAMPLES, _CHUNK_ENTRIES // num_problems))
+    for start in range(0, NUM_RESAMPLES, chunk):
+        yield rng.integers(0, num_problems, (min(chunk, NUM_RESAMPLES - start), num_problems))
+
+
+def _around(value: float, statistics: np.ndarray) -> Interval:
+    # inverted_cdf takes an observed value and never interpolates, which would make NaN of an infinite end.
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")
     return Interval(value, min(float(low), value), max(float(high), value))
+
+
+def _problems_by_samples(values: ArrayLike) -> np.ndarray:
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim == 1:
+        table = table[:, None]
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"expected values of shape [P] or [P N], none of them 0; found {np.shape(values)}")
+    if not np.isfinite(table).all():
+        raise ValueError("expected finite values; found NaN or infinity")
+    return table
+
+
+def _refuse_more_than(wanted: int, num_samples: int, name: str) -> None:
+    if not 1 <= wanted <= num_samples:
+        raise ValueError(f"{name} is {wanted}; expected 1 to {num_samples}, the number of samples of each problem")
