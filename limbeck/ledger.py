@@ -8,7 +8,8 @@ Formulas, for a forward over sequences of T_i tokens (T in all), P weights in li
 head size, N supervised positions, V vocabulary, D width:
 
     backbone forward   2 P T + 4 A sum T_i^2
-    backbone backward  2 P T + 2 P_trainable T + 10 A sum T_i^2
+    backbone backward  2 P_input T + 2 P_trainable T + 10 A sum T_i^2   (P_input: all weights but those whose input
+                       needs no gradient; with gradient checkpointing the recomputed products and 4 A sum T_i^2 more)
     head               2 N V D forward, as much for the hidden gradient, as much for the head's own when it trains
 """
 
@@ -113,8 +114,9 @@ def backbone_forward_flops(sizes: Sizes, lengths: Sequence[int]) -> int:
 
 def backbone_backward_flops(sizes: Sizes, lengths: Sequence[int]) -> int:
     """FLOPs of one backward of the backbone."""
-    products = 2 * (sizes.linear_weights + sizes.trainable_linear_weights) * sum(lengths)
-    return products + 10 * sizes.attention_width * sum(n * n for n in lengths)
+    weights = sizes.input_gradient_weights + sizes.trainable_linear_weights + sizes.recomputed_linear_weights
+    attention = 14 if sizes.recomputed_linear_weights else 10
+    return 2 * weights * sum(lengths) + attention * sizes.attention_width * sum(n * n for n in lengths)
 
 
 def head_forward_flops(sizes: Sizes, num_positions: int) -> int:

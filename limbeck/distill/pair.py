@@ -54,8 +54,9 @@ def load_teacher(config: DistillConfig, device: torch.device) -> Teacher | None:
         return None
     if config.teacher.model is not None:
         model = load_model(config.teacher.model, torch.float32, config.training.layout)
-        _check_vocabulary(f"teacher {config.teacher.model}", model, load_tokenizer(config.teacher.model))
-        return LiveTeacher(model.to(device))
+        tokenizer = load_tokenizer(config.teacher.model)
+        _check_vocabulary(f"teacher {config.teacher.model}", model, tokenizer)
+        return LiveTeacher(model.to(device), vocabulary_size(tokenizer))
     return TargetStore(config.teacher.targets) if config.teacher.targets is not None else None
 
 

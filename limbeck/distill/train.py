@@ -132,20 +132,21 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
         max_tokens=training.max_tokens,
         world_size=ranks.world_size,
     )
+    vocab_size = vocabulary_size(tokenizer)
     optimizer = build_optimizer(student, config.optimizer)
     _refuse_long(data, causal_lm_of(student).config.max_position_embeddings)
     return Run(
         config,
         student,
         tokenizer,
-        sizes_of(student),
+        sizes_of(student, vocab_size),
         teacher,
         data,
         steps,
         optimizer,
         ledger,
         ranks,
-        vocabulary_size(tokenizer),
+        vocab_size,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ from limbeck.models.attention import PACKED_ATTENTION
 
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config fields that say the logits are more than a product with the head."""
+_FIRST_PRODUCTS = re.compile(r"layers\.0\.self_attn\.(q|k|v|qkv)_proj(\.base_layer|\.lora_A\.\w+)?$")
+"""Names of the linear layers that read the embeddings directly."""
+_LAST_PRODUCT = re.compile(r"down_proj(\.lora_B\.\w+)?$")
+"""Names of the linear layers that end a decoder layer."""
 
 
 class Head(NamedTuple):
@@ -30,12 +35,16 @@ class Sizes(NamedTuple):
     """Weights of the backbone's linear layers."""
     trainable_linear_weights: int
     """Those of them that need a gradient."""
+    input_gradient_weights: int
+    """Those of them whose input needs a gradient: all but the first products over frozen embeddings."""
+    recomputed_linear_weights: int
+    """Those of them that a backward pass with gradient checkpointing multiplies again; 0 without."""
     attention_width: int
     """Layers x query heads x head size."""
     hidden_size: int
     """D."""
     vocab_size: int
-    """V of the head."""
+    """V, the rows of the head that are used."""
     num_parameters: int
     """All parameters, shared ones once."""
     is_head_trainable: bool
@@ -68,7 +77,9 @@ def head_of(model: nn.Module) -> Head:
     backbone_of(model)
     for field in SOFTCAP_FIELDS:
         if getattr(lm.config, field, None) not in (None, 1, 1.0):
-            raise ModelError(f"{type(lm).__name__} changes its logits ({field} is set); only a plain head is supported.")
+            raise ModelError(
+                f"{type(lm).__name__} changes its logits ({field} is set); only a plain head is supported."
+            )
     return Head(lm.lm_head.weight, getattr(lm.lm_head, "bias", None))  # type: ignore[union-attr,arg-type]
 
 
@@ -88,23 +99,41 @@ def hidden_states(
         if causal_lm_of(model).config._attn_implementation != PACKED_ATTENTION:  # type: ignore[union-attr]
             raise ModelError("packed batches need the packed attention; load the model with layout packed.")
         extra["sequence_lengths"] = tuple(sequence_lengths)
-    return backbone_of(model)(
-        input_ids=input_ids, position_ids=positions, use_cache=False, **extra
-    ).last_hidden_state
+    return backbone_of(model)(input_ids=input_ids, position_ids=positions, use_cache=False, **extra).last_hidden_state
 
 
-def sizes_of(model: nn.Module) -> Sizes:
-    """The sizes that the FLOP formulas of the ledger read."""
-    lm = causal_lm_of(model)
+def sizes_of(model: nn.Module, vocab_size: int | None = None) -> Sizes:
+    """The sizes that the FLOP formulas of the ledger read.
+
+    Args:
+      model: a causal LM, trainable parameters marked and checkpointing switched on where it will be.
+      vocab_size: the tokenizer's real vocabulary where the head has padding rows beyond it.
+    """
+    lm, backbone, head = causal_lm_of(model), backbone_of(model), head_of(model)
     config: Any = lm.config
-    linear = [module for module in backbone_of(model).modules() if isinstance(module, nn.Linear)]
+    linear = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    weights = {name: module.weight.numel() for name, module in linear.items()}
+    has_frozen_input = not any(
+        parameter.requires_grad
+        for module in backbone.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    )
+    is_recomputed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Sizes(
-        linear_weights=sum(module.weight.numel() for module in linear),
-        trainable_linear_weights=sum(module.weight.numel() for module in linear if module.weight.requires_grad),
+        linear_weights=sum(weights.values()),
+        trainable_linear_weights=sum(weights[name] for name, m in linear.items() if m.weight.requires_grad),
+        input_gradient_weights=sum(
+            count for name, count in weights.items() if not (has_frozen_input and _FIRST_PRODUCTS.search(name))
+        ),
+        # Nothing is saved behind the last product of a layer, so recomputation stops short of it.
+        recomputed_linear_weights=sum(
+            count for name, count in weights.items() if is_recomputed and not _LAST_PRODUCT.search(name)
+        ),
         attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
         hidden_size=config.hidden_size,
-        vocab_size=head_of(model).weight.shape[0],
+        vocab_size=min(vocab_size or len(head.weight), len(head.weight)),
         num_parameters=sum({id(p): p.numel() for p in model.parameters()}.values()),
-        is_head_trainable=head_of(model).weight.requires_grad,
+        is_head_trainable=head.weight.requires_grad,
     )

@@ -17,9 +17,9 @@ from limbeck.traces.batch import Batch, Example
 class LiveTeacher:
     """Gives its last hidden states and its head; the loss makes the logits a chunk at a time."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, vocab_size: int | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._sizes = sizes_of(model)
+        self._sizes = sizes_of(model, vocab_size)
 
     def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> DenseTargets:
         """Dense targets for the tokens at flat indices `rows` of the batch."""

@@ -113,7 +113,7 @@ def build_store(
         with ledger.phase("teacher"):
             targets = _score(model, group, top_k, vocab_size)
         lengths = [len(sequence) for sequence in group]
-        sizes = sizes_of(model)
+        sizes = sizes_of(model, vocab_size)
         ledger.add_flops(teacher=backbone_forward_flops(sizes, lengths) + head_forward_flops(sizes, sum(lengths)))
         ledger.count(tokens=sum(lengths), sequences=len(group))
         parts["ids"].append(targets.ids.to(torch.int32))
