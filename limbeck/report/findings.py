@@ -37,7 +37,7 @@ def findings(groups: Sequence[Group], models: Sequence[Row], sources: Sequence[S
 
 
 def verdict(group: Group) -> str | None:
-    """`below` or `above` the uncut run or `not distinguishable`, by the paired interval; None where that is undefined."""
+    """`below` or `above` the uncut run, or `not distinguishable`, by the paired interval; None where undefined."""
     retention = group.estimate("retention")
     if retention is None or retention.low is None or retention.high is None:
         return None
@@ -81,7 +81,7 @@ def _subject(group: Group, groups: Sequence[Group]) -> str:
     fraction = group.lead_fraction or 0
     part = "Half of each trace" if fraction == 0.5 else f"{100 * fraction:.3g} % of each trace"
     has_endings = len({other.keep_ending for other in groups}) > 1
-    ending = (" with its ending re-attached" if group.keep_ending else " and no ending") if has_endings else ""
+    ending = (" with its ending re-attached" if group.keep_ending else " without its ending") if has_endings else ""
     varied = [axis for axis in group.settings if len({other.settings.get(axis) for other in groups}) > 1]
     setting = ", ".join(f"{short_axis(axis)} {group.settings[axis]}" for axis in varied)
     return f"{part}{ending}{f' ({setting})' if setting else ''}"
@@ -130,7 +130,7 @@ def _endings(groups: Sequence[Group]) -> str | None:
         kept, cut = group.estimate("accuracy"), plain.estimate("accuracy")
         if kept is None or cut is None:
             continue
-        label = namer(groups)(plain).replace(", ending cut", "")
+        label = namer(groups)(plain)
         if kept.is_apart_from(cut):
             word = "raised" if kept.value > cut.value else "lowered"
             found.setdefault(word, []).append(f"{label} (from {cut.value:.2f} to {kept.value:.2f})")
@@ -156,7 +156,7 @@ def _stopping(groups: Sequence[Group]) -> str | None:
     for group in [*chosen, *([uncut] if uncut else [])]:
         rate, length = group.estimate("stop_rate"), group.get("output_tokens")
         assert rate is not None
-        tokens = f" and wrote {digits(length)} tokens on average" if length is not None else ""
+        tokens = f", {digits(length)} tokens on average" if length is not None else ""
         parts.append(f"{name(group)}: {percent_interval(rate)} of outputs stopped by themselves{tokens}")
     return f"Stopping. {'; '.join(parts)}."
 
@@ -165,6 +165,8 @@ def _frontier(groups: Sequence[Group]) -> str | None:
     on = [group for group, flag in zip(groups, frontier(groups, "flops"), strict=True) if flag]
     if len(groups) < 2 or not on:
         return None
+    if len(on) == len(groups):
+        return "Every run is on the frontier of score against FLOPs: none scored as much for less."
     labels = [f"{namer(groups)(group)} ({group.get('accuracy'):.2f})" for group in sorted(on, key=_flops)]
     return f"No run beats these in score at their FLOPs: {_shortened(labels)}. Intervals of neighbours may overlap."
 
@@ -229,12 +231,8 @@ def _flops(group: Group) -> float:
 
 
 def _shortened(labels: Sequence[str]) -> str:
-    more = [f"{len(labels) - _LISTED} more"] if len(labels) > _LISTED else []
-    return (
-        "; ".join([*labels[:_LISTED], *more])
-        if any("," in label for label in labels)
-        else _listed([*labels[:_LISTED], *more])
-    )
+    shown = list(labels) if len(labels) <= _LISTED + 1 else [*labels[:_LISTED], f"{len(labels) - _LISTED} more"]
+    return "; ".join(shown) if any("," in label for label in labels) else _listed(shown)
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -126,8 +126,10 @@ def namer(groups: Sequence[Group], *, with_lead: bool = True) -> Callable[[Group
         parts = [f"{short_axis(axis)} {group.settings.get(axis, '–')}" for axis in varied]
         if with_lead and group.has_fraction:
             parts.insert(0, "whole traces" if group.is_uncut else f"lead {group.lead_fraction:.4g}")
-        if has_endings and not (with_lead and group.is_uncut):
+        if has_endings and not with_lead:
             parts.append("ending kept" if group.keep_ending else "ending cut")
+        elif group.keep_ending and not group.is_uncut:
+            parts[0] = f"{parts[0]} + ending" if parts else "ending kept"
         return ", ".join(parts) or group.rows[0].name
 
     return name

@@ -8,7 +8,9 @@ Color Universal Design, 2008), and every line has a marker of its own as well.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -39,11 +41,11 @@ class Theme(NamedTuple):
 
 
 LIGHT = Theme(
-    "#1d2327", "#5b656d", "#dde1e4", ("#0072b2", "#d55e00", "#009e73", "#b5579a", "#7a5c00", "#2f9fdc", "#1d2327")
-)
+    "#1d2327", "#5b656d", "#dde1e4", ("#0072b2", "#d55e00", "#009e73", "#b5579a", "#7a5c00", "#2f9fdc", "#4a4a4a")
+)  # fmt: skip
 DARK = Theme(
-    "#e4e8ea", "#a2adb5", "#3a434a", ("#62b6ee", "#ff9a52", "#3fd0a4", "#e7a0cf", "#e6c84f", "#b9dcf5", "#e4e8ea")
-)
+    "#e4e8ea", "#a2adb5", "#3a434a", ("#62b6ee", "#ff9a52", "#3fd0a4", "#e7a0cf", "#e6c84f", "#b9dcf5", "#bdbdbd")
+)  # fmt: skip
 
 
 class Plot(NamedTuple):
@@ -51,7 +53,7 @@ class Plot(NamedTuple):
 
     name: str
     caption: str
-    draw: Callable[[Theme], Figure]
+    draw: Callable[[], Figure]
 
 
 def plots_of(groups: Sequence[Group], models: Sequence[Row]) -> list[Plot]:
@@ -61,16 +63,16 @@ def plots_of(groups: Sequence[Group], models: Sequence[Row]) -> list[Plot]:
         for key, label, what in _BY_LEAD:
             if sum(group.get(key) is not None for group in groups) > 1:
                 caption = f"{what} against the lead fraction, with intervals over problems."
-                plots.append(Plot(f"{key}_by_lead_fraction", caption, _bind(_by_lead, groups, models, key, label)))
+                plots.append(Plot(f"{key}_by_lead_fraction", caption, partial(_by_lead, groups, models, key, label)))
     elif sum(group.get("accuracy") is not None for group in groups) > 1:
-        plots.append(Plot("accuracy_by_run", "Score of every run, with intervals.", _bind(_by_run, groups, models)))
+        plots.append(Plot("accuracy_by_run", "Score of every run, with intervals.", partial(_by_run, groups, models)))
     for key, cost in COSTS.items():
         known = [group for group in groups if group.get(key) is not None and group.get("accuracy") is not None]
         if len(known) > 1:
             caption = (
                 f"Score against {_COST_AXES[key].lower()}. Ringed and joined: the frontier, beaten by no other run."
             )
-            plots.append(Plot(f"accuracy_by_{key}", caption, _bind(_by_cost, known, models, key, cost.kind)))
+            plots.append(Plot(f"accuracy_by_{key}", caption, partial(_by_cost, known, models, key, cost.kind)))
     return plots
 
 
@@ -81,10 +83,10 @@ _BY_LEAD = (
     ("output_tokens", "mean output length (tokens)", "Output length"),
 )
 _COST_AXES = {
-    "tokens": "Tokens trained on",
-    "flops": "Training FLOPs",
-    "train_seconds": "Training time",
-    "peak_bytes": "Peak memory of training",
+    "tokens": "tokens trained on",
+    "flops": "training FLOPs",
+    "train_seconds": "training time",
+    "peak_bytes": "peak memory of training",
 }
 
 
@@ -97,13 +99,16 @@ def render(figure: Figure, kind: str) -> bytes:
     return stream.getvalue()
 
 
-def _bind(function: Callable[..., Figure], *arguments: Any) -> Callable[[Theme], Figure]:
-    return lambda theme: function(theme, *arguments)
+def darken(svg: bytes) -> bytes:
+    """The same drawing in the colours of a dark page; drawing it again would cost ten times as much."""
+    pairs = zip((*LIGHT[:3], *LIGHT.lines), (*DARK[:3], *DARK.lines), strict=True)
+    colours = {light.encode(): dark.encode() for light, dark in pairs}
+    return re.sub(rb"#[0-9a-f]{6}\b", lambda match: colours.get(match[0], match[0]), svg)
 
 
-def _by_lead(theme: Theme, groups: Sequence[Group], models: Sequence[Row], key: str, label: str) -> Figure:
+def _by_lead(groups: Sequence[Group], models: Sequence[Row], key: str, label: str) -> Figure:
     """A line a setting over the lead fraction."""
-    figure, axes = _canvas(theme)
+    figure, axes = _canvas()
     lines = lines_of(groups)
     fractions = sorted({group.lead_fraction or 0 for members in lines.values() for group in members})
     name, step = namer(groups, with_lead=False), 0.012 if len(lines) < 6 else 0.004
@@ -111,7 +116,7 @@ def _by_lead(theme: Theme, groups: Sequence[Group], models: Sequence[Row], key: 
         # Lines are set apart sideways, so that their intervals do not hide each other.
         shift = step * (number - (len(lines) - 1) / 2)
         known = [group for group in members if group.get(key) is not None]
-        style = _style(theme, number)
+        style = _style(number)
         places = [(group.lead_fraction or 0) + shift for group in known]
         axes.plot(places, [group.get(key) for group in known], label=name(members[0]), **style)
         for place, group in zip(places, known, strict=True):
@@ -123,54 +128,54 @@ def _by_lead(theme: Theme, groups: Sequence[Group], models: Sequence[Row], key: 
     axes.set_ylabel(label)
     _limits(axes, key)
     if key != "retention":
-        _models(theme, axes, models, key)
+        _models(axes, models, key)
     else:
-        axes.axhline(1, color=theme.muted, linewidth=1, zorder=1)
-    _legend(theme, axes, len(lines))
+        axes.axhline(1, color=LIGHT.muted, linewidth=1, zorder=1)
+    _legend(axes, len(lines))
     return figure
 
 
-def _by_cost(theme: Theme, groups: Sequence[Group], models: Sequence[Row], key: str, kind: Any) -> Figure:
+def _by_cost(groups: Sequence[Group], models: Sequence[Row], key: str, kind: Any) -> Figure:
     """Score against a cost, with the frontier."""
-    figure, axes = _canvas(theme)
+    figure, axes = _canvas()
     scale = scale_of([group.get(key) for group in groups], kind)
     name = namer(groups, with_lead=False)
     numbers = {line: number for number, line in enumerate(dict.fromkeys(group.line for group in groups))}
     points = [((group.get(key) or 0) / scale.divisor, group.get("accuracy") or 0) for group in groups]
     flags = frontier(groups, key)
     edge = sorted(point for point, flag in zip(points, flags, strict=True) if flag)
-    axes.plot(*zip(*edge, strict=True), color=theme.muted, linewidth=1, drawstyle="steps-post", zorder=1)
+    axes.plot(*zip(*edge, strict=True), color=LIGHT.muted, linewidth=1, drawstyle="steps-post", zorder=1)
     named: set[str] = set()
     for group, (x, y), is_best in zip(groups, points, flags, strict=True):
-        style = _style(theme, numbers[group.line]) | {"linestyle": "none"}
+        style = _style(numbers[group.line]) | {"linestyle": "none"}
         label = name(group)
         axes.plot(x, y, label=None if label in named else label, **style)
         named.add(label)
         _interval(axes, x, group.estimate("accuracy"), style["color"])
         _seeds(axes, [(row.get(key) or 0) / scale.divisor for row in group.rows], group, "accuracy", style["color"])
         if is_best:
-            axes.plot(x, y, "o", markersize=12, fillstyle="none", color=theme.ink, markeredgewidth=1.1, zorder=4)
+            axes.plot(x, y, "o", markersize=12, fillstyle="none", color=LIGHT.ink, markeredgewidth=1.1, zorder=4)
         if group.lead_fraction is not None and (is_best or len(groups) <= _LABELLED_POINTS):
             text = f"{group.lead_fraction:.3g}"
-            axes.annotate(text, (x, y), (8, -10), textcoords="offset points", fontsize=8, color=theme.muted)
-    axes.set_xlabel(f"{_COST_AXES[key].lower().replace('flops', 'FLOPs')} ({scale.unit})")
+            axes.annotate(text, (x, y), (8, -10), textcoords="offset points", fontsize=8, color=LIGHT.muted)
+    axes.set_xlabel(f"{_COST_AXES[key]} ({scale.unit})")
     axes.set_ylabel("score (fraction of problems right)")
     _room(axes, [x for x, _ in points])
     _limits(axes, "accuracy")
-    _models(theme, axes, models, "accuracy")
-    _legend(theme, axes, len(numbers))
+    _models(axes, models, "accuracy")
+    _legend(axes, len(numbers))
     return figure
 
 
-def _by_run(theme: Theme, groups: Sequence[Group], models: Sequence[Row]) -> Figure:
+def _by_run(groups: Sequence[Group], models: Sequence[Row]) -> Figure:
     """Score of every group, one below the other, where there is no lead fraction to plot against."""
     known = [group for group in groups if group.get("accuracy") is not None]
-    figure, axes = _canvas(theme, height=max(2.2, 0.9 + 0.28 * len(known)))
+    figure, axes = _canvas(height=max(2.2, 0.9 + 0.28 * len(known)))
     name = namer(known)
     for place, group in enumerate(reversed(known)):
         estimate = group.estimate("accuracy")
         assert estimate is not None
-        style = _style(theme, 0) | {"linestyle": "none"}
+        style = _style(0) | {"linestyle": "none"}
         axes.plot(estimate.value, place, **style)
         if estimate.low is not None and estimate.high is not None:
             axes.hlines(place, estimate.low, estimate.high, color=style["color"], linewidth=1.6)
@@ -181,31 +186,31 @@ def _by_run(theme: Theme, groups: Sequence[Group], models: Sequence[Row]) -> Fig
     axes.set_xlim(0, 1.02)
     for model in models:
         if (score := model.get("accuracy")) is not None:
-            axes.axvline(score, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axes.axvline(score, color=LIGHT.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                model.name.split(":")[0], (score, 1), (0, 3), ha="center", fontsize=8, color=theme.muted,
+                model.name.split(":")[0], (score, 1), (0, 3), ha="center", fontsize=8, color=LIGHT.muted,
                 xycoords=("data", "axes fraction"), textcoords="offset points",
             )  # fmt: skip
     return figure
 
 
-def _canvas(theme: Theme, height: float = _SIZE_INCHES[1]) -> tuple[Figure, Any]:
+def _canvas(height: float = _SIZE_INCHES[1]) -> tuple[Figure, Any]:
     figure = Figure(figsize=(_SIZE_INCHES[0], height), layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.set_facecolor("none")
-    axes.grid(True, axis="y", color=theme.grid, linewidth=0.8)
+    axes.grid(True, axis="y", color=LIGHT.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.muted, labelsize=9, length=3)
+    axes.tick_params(colors=LIGHT.muted, labelsize=9, length=3)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.muted)
-    axes.xaxis.label.set(color=theme.ink, fontsize=9.5)
-    axes.yaxis.label.set(color=theme.ink, fontsize=9.5)
+        spine.set_color(LIGHT.muted)
+    axes.xaxis.label.set(color=LIGHT.ink, fontsize=9.5)
+    axes.yaxis.label.set(color=LIGHT.ink, fontsize=9.5)
     return figure, axes
 
 
-def _style(theme: Theme, number: int) -> dict[str, Any]:
-    colours = theme.lines
+def _style(number: int) -> dict[str, Any]:
+    colours = LIGHT.lines
     return {
         "color": colours[number % len(colours)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -248,22 +253,22 @@ def _room(axes: Any, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
-def _models(theme: Theme, axes: Any, models: Sequence[Row], key: str) -> None:
+def _models(axes: Any, models: Sequence[Row], key: str) -> None:
     """Teacher and base student as level lines, named at the left end."""
     for model in models:
         if (value := model.get(key)) is not None:
-            axes.axhline(value, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axes.axhline(value, color=LIGHT.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             text = f"{model.name.split(':')[0]} {digits(value)}"
             axes.annotate(
                 text, (0, value), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                fontsize=8, color=theme.muted,
+                fontsize=8, color=LIGHT.muted,
             )  # fmt: skip
 
 
-def _legend(theme: Theme, axes: Any, count: int) -> None:
+def _legend(axes: Any, count: int) -> None:
     if 1 < count <= _LEGEND_LINES:
         columns = 2 if count > 3 else 1
         axes.figure.legend(
             loc="outside lower center", ncols=columns if count != 2 else 2, frameon=False, fontsize=8.5,
-            labelcolor=theme.ink, handlelength=2.2,
+            labelcolor=LIGHT.ink, handlelength=2.2,
         )  # fmt: skip

@@ -57,8 +57,8 @@ def console_table(runs: Sequence[Mapping[str, Any]], axes: Sequence[str] = ()) -
     Returns: a rich table, one line a setting.
     Raises: CheckpointError when a run is malformed.
     """
-    content = score_table(group_rows(rows_of(runs, axes, "summary")), (), places=2)
-    table = ConsoleTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    content = score_table(group_rows(rows_of(runs, axes, "summary")), (), is_brief=True)
+    table = ConsoleTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number, title in enumerate(content.header):
         table.add_column(Text(title), justify="left" if number == 0 else "right")
     for cells in content.rows:
@@ -66,16 +66,22 @@ def console_table(runs: Sequence[Mapping[str, Any]], axes: Sequence[str] = ()) -
     return table
 
 
-def score_table(groups: Sequence[Group], models: Sequence[Row], places: int = 3) -> Table:
-    """Quality beside cost: the teacher and the base student first, then one line a group."""
+def score_table(groups: Sequence[Group], models: Sequence[Row], is_brief: bool = False) -> Table:
+    """Quality beside cost: the teacher and the base student first, then one line a group.
+
+    Args:
+      groups: the runs, replicates put together.
+      models: the teacher and the base student, as far as they were scored.
+      is_brief: fit a console: two decimals, no frontier.
+    """
     entries: list[Group] = [*(Group(rows=(model,)) for model in models), *groups]
-    name = namer(groups)
+    name, places = namer(groups), 2 if is_brief else 3
     on = {cost.word: frontier(groups, key) for key, cost in COSTS.items()}
     marks = [_mark([word for word in on if on[word][index]]) for index in range(len(groups))]
     columns: dict[str, Sequence[str]] = {
         "run": [*(model.name for model in models), *map(name, groups)],
         "score": [interval(group.estimate("accuracy"), places) for group in entries],
-        "retention": [interval(group.estimate("retention"), places) for group in entries],
+        "retention": [_retention(group, places) for group in entries],
     }
     if any(len(group.rows) > 1 for group in groups):
         columns["seeds"] = [*(MISSING for _ in models), *(str(len(group.rows)) for group in groups)]
@@ -84,8 +90,11 @@ def score_table(groups: Sequence[Group], models: Sequence[Row], places: int = 3)
         scale = scale_of(values, cost.kind)
         columns[cost.column.format(scale.unit)] = [scale.write(value) for value in values]
     columns["stop rate"] = [interval(group.estimate("stop_rate"), places) for group in entries]
-    columns["output tokens"] = [interval(group.estimate("output_tokens"), 0) for group in entries]
-    columns["frontier of score against"] = [*(MISSING for _ in models), *marks]
+    if is_brief:
+        columns["output tokens"] = [share(group.get("output_tokens"), 0) for group in entries]
+    else:
+        columns["output tokens"] = [interval(group.estimate("output_tokens"), 0) for group in entries]
+        columns["on the frontier of"] = [*(MISSING for _ in models), *marks]
     return Table.of(columns)
 
 
@@ -154,6 +163,14 @@ def ratio(group: Group, reference: Group | None, name: str) -> float | None:
     """A cost over that of the reference; None where one is missing or the reference spent nothing."""
     value, base = group.get(name), reference.get(name) if reference is not None else None
     return None if value is None or not base else value / base
+
+
+def _retention(group: Group, places: int) -> str:
+    """The uncut run is what the others are measured by, so its 1 has no interval."""
+    value = group.get("retention")
+    if group.is_uncut and value == 1:
+        return f"{value:.{places}f} (reference)"
+    return interval(group.estimate("retention"), places)
 
 
 def _mark(words: Sequence[str]) -> str:

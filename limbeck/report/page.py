@@ -1,0 +1,180 @@
+"""`limbeck report`: one self-contained HTML page, the figures as PNG, and the tables as Markdown and CSV.
+
+1. Collect the rows and put replicates together.
+2. Say what was found, make the tables, draw the figures.
+3. Fill the templates; write every file through a temporary name, when all of them are made.
+"""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from limbeck.errors import CheckpointError
+from limbeck.report.collect import Evidence, Source, collect, flatten
+from limbeck.report.findings import findings
+from limbeck.report.groups import Group, group_rows
+from limbeck.report.plots import darken, plots_of, render
+from limbeck.report.rows import FLOP_PARTS, Row
+from limbeck.report.tables import csv_text, cut_table, markdown, part_table, score_table, stop_table
+from limbeck.report.units import Kind, digits, quantity
+
+PAGE = "report.html"
+_UNITS: dict[str, Kind] = {"bytes": "bytes", "seconds": "seconds", "flops": "flops"}
+
+
+def run(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
+    """Write `report.html`, `report.md`, `report.csv` and `plots/*.png` into `out`; earlier reports there are replaced.
+
+    Args:
+      paths: directories of sweeps and of single runs.
+      out: directory of the report; may be that of the sweep.
+      title: heading; that of the first sweep when not given.
+    Returns: the page.
+    Raises: CheckpointError when an input is missing or damaged, or `out` cannot be written.
+    """
+    evidence = collect(paths)
+    groups = group_rows(evidence.rows)
+    content = _content(evidence, groups, title)
+    files, figures = _draw(groups, evidence.models)
+    files["report.csv"] = csv_text([*evidence.models, *evidence.rows]).encode()
+    files["report.md"] = _fill("page.md.jinja", content | {"plots": figures}).encode()
+    files[PAGE] = _fill("page.html.jinja", content | {"plots": figures}).encode()
+    _write(files, out)
+    return out / PAGE
+
+
+def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> dict[str, Any]:
+    """What both templates show."""
+    titles = [source.title for source in evidence.sources if source.title]
+    several = len(evidence.sources) > 1
+    return {
+        "title": title or (titles[0] if titles else "Distilled students"),
+        "lede": _lede(evidence, groups),
+        "findings": findings(groups, evidence.models, evidence.sources),
+        "scores": score_table(groups, evidence.models),
+        "how_to_read": _HOW_TO_READ,
+        "costs": part_table(groups),
+        "parts": FLOP_PARTS,
+        "bars": _bars(groups),
+        "cuts": cut_table(groups),
+        "stops": stop_table(groups, evidence.models),
+        "stores": [
+            {"label": s.label if several else "", "facts": list(_facts(s.store))} for s in evidence.sources if s.store
+        ],
+        "trace_stats": [
+            {"label": s.label if several else "", "facts": list(_facts(s.trace_stats))}
+            for s in evidence.sources
+            if s.trace_stats
+        ],
+        "sources": [_origin(source) for source in evidence.sources],
+        "markdown": markdown,
+    }
+
+
+_HOW_TO_READ = (
+    "Score: fraction of the problems answered rightly. Retention: score over that of the student of whole traces. In "
+    "brackets, the interval; two runs whose intervals overlap are not distinguishable here. Tokens, FLOPs, seconds and "
+    "peak memory are those of training; validation, saving and the stored teacher pass are not in them. Frontier: no "
+    "other run has at least this score at no more of this cost."
+)
+
+
+def _lede(evidence: Evidence, groups: Sequence[Group]) -> str:
+    tasks = dict.fromkeys(_task(source.task) for source in evidence.sources if source.task)
+    runs, settings = len(evidence.rows), len(groups)
+    count = f"{runs} {'run' if runs == 1 else 'runs'}"
+    count += f" of {settings} settings" if settings != runs else ""
+    return f"{count}. {' '.join(tasks)}".strip()
+
+
+def _task(task: Mapping[str, Any]) -> str:
+    parts = [f"Scored on {task.get('name', 'a task')}"]
+    if task.get("num_problems"):
+        parts.append(f"{task['num_problems']} problems")
+    samples = task.get("num_samples")
+    if samples:
+        parts.append(f"{samples} {'output' if samples == 1 else 'outputs'} a problem")
+    if task.get("temperature") is not None:
+        parts.append(f"temperature {task['temperature']}" if task["temperature"] else "greedy decoding")
+    return ", ".join(parts) + "."
+
+
+def _bars(groups: Sequence[Group]) -> list[list[tuple[str, float]]]:
+    """Widths in percent of the parts of every group, on one scale; empty when no FLOPs were counted."""
+    values = [{part: group.get(f"flops_{part}") or 0.0 for part in FLOP_PARTS} for group in groups]
+    largest = max((sum(parts.values()) for parts in values), default=0.0)
+    if not largest:
+        return []
+    return [[(part, round(100 * value / largest, 2)) for part, value in parts.items()] for parts in values]
+
+
+def _facts(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The numbers of a tree as name and text with units."""
+    for path, value in flatten(tree):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        name = path.replace(".", ", ").replace("_", " ")
+        yield name, quantity(value, _UNITS[unit]) if (unit := path.rsplit("_", 1)[-1]) in _UNITS else digits(value)
+
+
+def _origin(source: Source) -> dict[str, Any]:
+    machine = ", ".join(f"{key} {value}" for key, value in source.machine.items())
+    versions = ", ".join(f"{key} {value}" for key, value in source.versions.items())
+    facts = [("machine", machine), ("versions", versions)]
+    return {
+        "label": source.label,
+        "command": shlex.join(source.command),
+        "facts": [(name, text) for name, text in facts if text],
+        "config": yaml.safe_dump(dict(source.config), sort_keys=False, allow_unicode=True) if source.config else "",
+    }
+
+
+def _draw(groups: Sequence[Group], models: Sequence[Row]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """The figures as PNG files by name, and as the templates want them: linked, and inline for light and dark pages."""
+    files, figures = {}, []
+    for plot in plots_of(groups, models):
+        figure = plot.draw()
+        name = f"plots/{plot.name}.png"
+        files[name] = render(figure, "png")
+        svg = render(figure, "svg")
+        width, height = figure.get_size_inches()
+        picture = {"caption": plot.caption, "file": name, "height": round(500 * height / width)}
+        figures.append(picture | {"light": _data(svg), "dark": _data(darken(svg))})
+    return files, figures
+
+
+def _data(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def _fill(template: str, content: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html.jinja"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(content)
+
+
+def _write(files: Mapping[str, bytes], out: Path) -> None:
+    try:
+        for name, data in files.items():
+            path = out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(data)
+            partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out}: the report cannot be written ({error.strerror}); choose another output."
+        ) from error
