@@ -1,22 +1,39 @@
-"""Score a model on a task: generate, take the answer behind the thought, check it, summarise with intervals."""
+"""A model on a task: generate, find the answers, check them, count with intervals.
+
+1. Every prompt is completed `num_samples` times.
+2. The answer is looked for after the first end marker only. An output that never closes its thought has none.
+3. Answers are checked in killable processes: right, wrong or unknown. A share counts unknown as not right;
+   `unknown_fraction` says how much that can be.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from limbeck.errors import ConfigError
-from limbeck.evaluate.answers import AnswerStyle, Verdict, extract_answer
-from limbeck.evaluate.metrics import mean_interval, pass_at_k
+from limbeck.evaluate.answers import AnswerStyle, Verdict, after_marker, extract_answer
+from limbeck.evaluate.metrics import (
+    Interval,
+    accuracy,
+    avg_at_n,
+    mean_interval,
+    mean_output_tokens,
+    pass_at_k,
+    stop_rate,
+)
 from limbeck.evaluate.tasks import Task
 from limbeck.evaluate.workers import AnswerChecker, CheckName
 from limbeck.models.generate import Completion, SamplingConfig, generate
+
+RESULTS_FILE = "results.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,149 +41,173 @@ class EvaluateConfig:
     """How a model is sampled and its answers are checked."""
 
     max_new_tokens: int = 512
-    """Longest completion in tokens."""
+    """Longest output in tokens; longer ones are cut and count as not stopped."""
     temperature: float = 0.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens that holds this share of the probability."""
+    """Nucleus of sampling; 1 keeps every token."""
     num_samples: int = 1
-    """Completions a problem: n of avg@n and pass@k."""
+    """Outputs a problem; above 1 needs a temperature above 0."""
+    pass_k: int | None = None
+    """k of pass@k, at most num_samples; num_samples when null."""
     batch_size: int = 128
-    """Sequences decoded at once."""
+    """Sequences generated at once."""
     seed: int = 0
-    """Seed of the draws."""
-    end_marker: str = "</think>"
-    """The answer is what follows it; a completion without it has no answer and is wrong."""
-    needs_thought: bool = True
-    """False for models that answer without a thought: the whole completion is then read when there is no marker."""
-    answer_style: AnswerStyle = "auto"
-    """Where the answer stands behind the thought: boxed, hashes, phrase, number, exact (all of it); auto tries in turn."""
-    checker: CheckName = "exact"
-    """exact: equal strings or plain numbers; math: mathematical equality by math-verify."""
-    timeout_seconds: float = 5.0
-    """Longest time one answer may take to check; its verdict is unknown then."""
+    """Seed of sampling and of the bootstrap."""
+    answer_style: AnswerStyle | None = None
+    """Where the answer stands after the thought; the task's own when null."""
+    checker: CheckName | None = None
+    """How answers are compared: exact (text or number) or math (math-verify); the task's own when null."""
+    timeout_seconds: float = 10.0
+    """Wall-clock time for checking one answer; after it the answer is unknown."""
+    num_checkers: int = 2
+    """Processes that check answers."""
 
     def __post_init__(self) -> None:
         self.sampling()
-        if not self.timeout_seconds > 0:
-            raise ConfigError(f"timeout_seconds must be greater than 0; found {self.timeout_seconds}")
-        if self.needs_thought and not self.end_marker:
-            raise ConfigError("end_marker must not be empty when needs_thought is set")
+        if self.pass_k is not None and not 1 <= self.pass_k <= self.num_samples:
+            raise ConfigError(f"pass_k must lie in 1 to num_samples ({self.num_samples}); found {self.pass_k}")
+        if not 0 < self.timeout_seconds < float("inf"):
+            raise ConfigError(f"timeout_seconds must be above 0; found {self.timeout_seconds}")
+        if self.num_checkers < 1:
+            raise ConfigError(f"num_checkers must be at least 1; found {self.num_checkers}")
 
     def sampling(self) -> SamplingConfig:
         """The part that the sampler reads."""
-        names = ("max_new_tokens", "temperature", "top_p", "num_samples", "batch_size", "seed")
-        return SamplingConfig(**{name: getattr(self, name) for name in names})
+        return SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProblemResult:
+    """What happened on one problem; every list has one entry a sample."""
+
+    key: str
+    reference: str | None
+    verdicts: list[str]
+    """right, wrong or unknown."""
+    answers: list[str | None]
+    """The extracted answer; None when the thought is never closed or no answer follows it."""
+    output_tokens: list[int]
+    stopped: list[bool]
+    has_end_marker: list[bool]
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Rows, one a problem, and their summary."""
+    """Rows in the order of the task's problems, and their summary."""
 
-    rows: list[dict[str, Any]]
+    rows: list[ProblemResult]
     summary: dict[str, Any]
+    """Plain numbers by name; `x_low` and `x_high` are the ends of the 95 % interval of `x`."""
+
+    @property
+    def scores(self) -> np.ndarray:
+        """float64 [P]: share of right outputs of each problem, what `paired_retention` reads."""
+        return _table(self.rows, "verdicts", Verdict.RIGHT.value).mean(1)
 
     def write(self, directory: Path) -> None:
-        """Write `results.jsonl` into `directory`."""
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        (directory / "results.jsonl").write_text(lines, encoding="utf-8")
+        """Write the rows to `results.jsonl` in an existing directory, through a temporary name."""
+        partial = directory / (RESULTS_FILE + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            for row in self.rows:
+                file.write(json.dumps(asdict(row)) + "\n")
+        partial.replace(directory / RESULTS_FILE)
 
 
 def evaluate(
-    model: Any,
+    model: nn.Module,
     tokenizer: Any,
     task: Task,
     config: EvaluateConfig,
     *,
-    render_prompt: Callable[[Sequence[Mapping[str, str]]], list[int]],
+    render_prompt: Callable[[Sequence[Mapping[str, str]]], Sequence[int]],
     stop_ids: Sequence[int],
+    end_marker: str = "</think>",
     advance: Callable[[int], Any] | None = None,
 ) -> EvaluationResult:
     """Score `model` on `task`.
 
     Args:
       model: a causal LM.
-      tokenizer: decodes its tokens.
-      render_prompt: chat messages to prompt tokens, generation prompt included.
-      stop_ids: tokens that end a completion.
-      advance: called with the number of completions that have just ended.
+      tokenizer: of that model; decodes the outputs.
+      task: the problems.
+      config: sampling and checking.
+      render_prompt: from chat messages to prompt token ids, the generation prompt included. The template may already
+        open the thought there: only the end marker is looked for in the output.
+      stop_ids: tokens that end an output.
+      end_marker: closes the thought; may be several tokens.
+      advance: called with the number of outputs that have just ended.
     """
-    prompts = [render_prompt(problem.messages) for problem in task.problems]
+    prompts = [list(render_prompt(problem.messages)) for problem in task.problems]
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     start = time.perf_counter()
-    samples = generate(model, prompts, config.sampling(), stop_ids, tokenizer.pad_token_id, advance)
-    generate_seconds = time.perf_counter() - start
-    texts = [[tokenizer.decode(completion.text_ids) for completion in group] for group in samples]
-    answers = [[read_answer(text, config) for text in group] for group in texts]
+    completions = generate(model, prompts, config.sampling(), stop_ids, pad_id, advance)
+    generated = time.perf_counter()
+    style = config.answer_style or task.answer_style
+    outputs = [[_read(tokenizer, sample, end_marker) for sample in samples] for samples in completions]
+    answers = [[None if text is None else extract_answer(text, style) for text in texts] for texts in outputs]
+    verdicts = _check(task, answers, config)
+    rows = [
+        ProblemResult(
+            key=problem.key,
+            reference=problem.reference,
+            verdicts=[verdict.value for verdict in verdicts[index]],
+            answers=answers[index],
+            output_tokens=[len(sample.token_ids) for sample in completions[index]],
+            stopped=[sample.stopped for sample in completions[index]],
+            has_end_marker=[text is not None for text in outputs[index]],
+        )
+        for index, problem in enumerate(task.problems)
+    ]
+    seconds = {"seconds": generated - start, "check_seconds": time.perf_counter() - generated}
+    return EvaluationResult(rows, summarise(rows, config) | seconds)
+
+
+def summarise(rows: Sequence[ProblemResult], config: EvaluateConfig) -> dict[str, Any]:
+    """The metrics of some rows: `accuracy` with `accuracy_low` and `accuracy_high`, and so on."""
+    right = _table(rows, "verdicts", Verdict.RIGHT.value)
+    unknown = _table(rows, "verdicts", Verdict.UNKNOWN.value)
+    output_tokens = np.array([row.output_tokens for row in rows])
+    num_samples, seed = config.num_samples, config.seed
+    pass_k = config.pass_k or num_samples
+    intervals: dict[str, Interval] = {
+        "accuracy": accuracy(right, seed),
+        "avg_at_n": avg_at_n(right, num_samples, seed),
+        "pass_at_k": pass_at_k(right, pass_k, seed),
+        "stop_rate": stop_rate(_table(rows, "stopped", True), seed),
+        "end_marker_rate": mean_interval(_table(rows, "has_end_marker", True), seed),
+        "output_tokens": mean_output_tokens(output_tokens, seed),
+    }
+    summary: dict[str, Any] = {"num_samples": num_samples, "pass_k": pass_k}
+    for name, interval in intervals.items():
+        summary |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return summary | {"unknown_fraction": float(unknown.mean()), "generated_tokens": int(output_tokens.sum())}
+
+
+def _read(tokenizer: Any, completion: Completion, end_marker: str) -> str | None:
+    # Special tokens stay: the end marker may be one.
+    text = tokenizer.decode(completion.text_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return after_marker(text, end_marker)
+
+
+def _check(task: Task, answers: list[list[str | None]], config: EvaluateConfig) -> list[list[Verdict]]:
     pairs = [
         (answer, problem.reference)
-        for problem, group in zip(task.problems, answers, strict=True)
-        for answer in group
-        if answer is not None
+        for problem, samples in zip(task.problems, answers, strict=True)
+        for answer in samples
     ]
-    with AnswerChecker(config.checker, config.timeout_seconds) as checker:
-        checked = iter(checker.verdicts(pairs))
-    rows = []
-    for problem, group, text_group, answer_group in zip(task.problems, samples, texts, answers, strict=True):
-        verdicts = [Verdict.WRONG if answer is None else next(checked) for answer in answer_group]
-        rows.append(_row(problem.key, problem.reference, group, text_group, answer_group, verdicts, config))
-    return EvaluationResult(rows, summarise(rows, config, generate_seconds))
+    with AnswerChecker(config.checker or task.checker, config.timeout_seconds, config.num_checkers) as checker:
+        flat = iter(checker.verdicts(pairs))
+    return [[next(flat) for _ in samples] for samples in answers]
 
 
-def read_answer(text: str, config: EvaluateConfig) -> str | None:
-    """The short answer of a completion; None when it never closes its thought, or nothing follows."""
-    _, marker, rest = text.rpartition(config.end_marker)
-    if not marker and config.needs_thought:
-        return None
-    return extract_answer(rest if marker else text, config.answer_style)
-
-
-def summarise(rows: Sequence[Mapping[str, Any]], config: EvaluateConfig, generate_seconds: float) -> dict[str, Any]:
-    """Means over problems with intervals. Accuracy is avg@n, the mean over a problem's n samples."""
-
-    def column(value: Callable[[Mapping[str, Any]], Sequence[float]]) -> np.ndarray:
-        return np.array([float(np.mean(value(row))) for row in rows])
-
-    right = [sum(verdict == "right" for verdict in row["verdicts"]) for row in rows]
-    summary: dict[str, Any] = {}
-    columns = {
-        "accuracy": np.array(right) / config.num_samples,
-        "stop_rate": column(lambda row: row["stopped"]),
-        "end_marker_rate": column(lambda row: row["has_end_marker"]),
-        "output_tokens": column(lambda row: row["output_tokens"]),
-    }
-    for name, values in columns.items():
-        interval = mean_interval(values)
-        summary |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    k = config.num_samples
-    if k > 1:
-        best = mean_interval([pass_at_k(count, k, k) for count in right])
-        summary |= {f"pass_at_{k}": best.value, f"pass_at_{k}_low": best.low, f"pass_at_{k}_high": best.high}
-    unknown = column(lambda row: [verdict == "unknown" for verdict in row["verdicts"]])
-    generated = sum(sum(row["output_tokens"]) for row in rows)
-    return summary | {
-        "num_samples": k,
-        "unknown_fraction": float(unknown.mean()),
-        "generated_tokens": generated,
-        "generate_seconds": generate_seconds,
-    }
-
-
-def _row(
-    key: str,
-    reference: str,
-    completions: Sequence[Completion],
-    texts: Sequence[str],
-    answers: Sequence[str | None],
-    verdicts: Sequence[Verdict],
-    config: EvaluateConfig,
-) -> dict[str, Any]:
-    return {
-        "key": key,
-        "reference": reference,
-        "answers": list(answers),
-        "verdicts": [verdict.value for verdict in verdicts],
-        "stopped": [completion.stopped for completion in completions],
-        "has_end_marker": [config.end_marker in text for text in texts],
-        "output_tokens": [len(completion.token_ids) for completion in completions],
-        "texts": list(texts),
-    }
+def _table(rows: Sequence[ProblemResult], name: str, wanted: object) -> np.ndarray:
+    """bool [P N]: where a field of the rows has the wanted value."""
+    return np.array([[value == wanted for value in getattr(row, name)] for row in rows])

@@ -1,43 +1,58 @@
-"""A task: problems with known answers. Any list of traces with references is one."""
+"""Problems to evaluate on, and how their answers are read and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from limbeck.errors import ConfigError
+from limbeck.evaluate.answers import AnswerStyle
+from limbeck.evaluate.workers import CheckName
 from limbeck.traces.trace import Trace
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """What a model is asked, and the right answer."""
+    """One prompt with its right answer."""
 
     messages: tuple[Mapping[str, str], ...]
     """Chat messages, the last one from the user."""
-    reference: str
-    """The official or verified answer."""
+    reference: str | None
+    """The right short answer; None makes every verdict unknown."""
     key: str
-    """Hash of the prompt."""
+    """The same for the same prompt in every run: what pairs problems across runs."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else, JSON-ready."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """Problems in a fixed order."""
+    """A named list of problems."""
 
     name: str
     problems: tuple[Problem, ...]
+    answer_style: AnswerStyle = "auto"
+    """Where the answer stands in what the model writes after its thought."""
+    checker: CheckName = "exact"
+    """How it is compared with the reference."""
 
 
-def task_from_traces(name: str, traces: Sequence[Trace]) -> Task:
-    """The prompts and references of traces.
+def task_from_traces(
+    name: str, traces: Iterable[Trace], answer_style: AnswerStyle = "auto", checker: CheckName = "exact"
+) -> Task:
+    """The prompts of traces as problems, with `Trace.reference` as the right answer; their thoughts are not used.
 
-    Raises: ConfigError when a trace has no reference, or there is no trace.
+    Raises: ConfigError when there is no trace, or when none has a reference.
     """
-    without = sum(trace.reference is None for trace in traces)
-    if without or not traces:
-        raise ConfigError(f"{name}: {without} of {len(traces)} problems have no reference answer to check against.")
     problems = tuple(
-        Problem(messages=trace.messages, reference=trace.reference or "", key=trace.prompt_key) for trace in traces
+        Problem(messages=trace.messages, reference=trace.reference, key=trace.prompt_key, metadata=trace.metadata)
+        for trace in traces
     )
-    return Task(name=name, problems=problems)
+    if not problems:
+        raise ConfigError(f"{name}: no problems to evaluate on; give traces with a prompt and a reference answer.")
+    if all(problem.reference is None for problem in problems):
+        raise ConfigError(
+            f"{name}: none of {len(problems)} problems has a reference answer; give traces with a `reference`."
+        )
+    return Task(name=name, problems=problems, answer_style=answer_style, checker=checker)

@@ -1,0 +1,188 @@
+"""The whole of an evaluation, with a model that writes what it is told to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from limbeck.errors import ConfigError
+from limbeck.evaluate.answers import Verdict
+from limbeck.evaluate.run import EvaluateConfig, evaluate
+from limbeck.evaluate.tasks import Problem, Task, task_from_traces
+from limbeck.models.tiny import ScratchConfig, scratch_model, symbol_tokenizer
+from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
+from limbeck.traces.synthetic import generate as make_traces
+from limbeck.traces.trace import Trace
+
+TOKENIZER = symbol_tokenizer()
+RENDER = RenderConfig()
+STOPS = stop_ids(TOKENIZER, RENDER)
+
+
+class Scripted(nn.Module):
+    """Writes a given text after each prompt: the next token of its script has all the probability."""
+
+    def __init__(self, scripts: Mapping[tuple[int, ...], Sequence[int]]) -> None:
+        super().__init__()
+        self.config = LlamaConfig(vocab_size=len(TOKENIZER), max_position_embeddings=512)
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.followers = {
+            (prompt + tuple(script))[: len(prompt) + count]: token
+            for prompt, script in scripts.items()
+            for count, token in enumerate(script)
+        }
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep):  # type: ignore[no-untyped-def]
+        assert use_cache
+        assert logits_to_keep == 1
+        # Token ids travel through the cache as its keys, so gathering and padding are exercised too.
+        keys, _ = past_key_values.update(input_ids[:, None, :, None].float(), input_ids[:, None, :, None].float(), 0)
+        logits = torch.zeros(len(input_ids), 1, self.config.vocab_size)
+        for row, (ids, mask) in enumerate(zip(keys[:, 0, :, 0].long(), attention_mask, strict=True)):
+            logits[row, 0, self.followers.get(tuple(ids[mask].tolist()), TOKENIZER.pad_token_id)] = 100.0
+        return CausalLMOutputWithPast(logits=logits)
+
+
+def prompt_of(messages: Sequence[Mapping[str, str]]) -> list[int]:
+    return render_prompt(TOKENIZER, messages, RENDER)
+
+
+def problem(text: str, reference: str | None) -> Problem:
+    return Problem(messages=({"role": "user", "content": text},), reference=reference, key=text)
+
+
+CASES = {
+    # prompt: (reference, output, stops, verdict, answer, end marker)
+    "1+1": ("2", "<think>\n1+1=2\n</think>\n\n2", True, "right", "2", True),
+    "2+2": ("4", "<think>\n2+2=5\n</think>\n\n5", True, "wrong", "5", True),
+    "3+3": ("6", "<think>\n3+3=6\n", True, "wrong", None, False),
+    "4+4": ("8", "<think>\n4+4=8 8 8 8 8 8 8 8 8 8 8 8 8 8 8 8 8 8 8 8", False, "wrong", None, False),
+    "5+4": (None, "<think>\n9\n</think>\n\n9", True, "unknown", "9", True),
+    "6+3": ("9", "\n</think>\n\n9", True, "right", "9", True),
+    "7+1": ("8", "<think>\n8\n</think>", True, "wrong", None, True),
+    "8+1 </think> 9": ("9", "<think>\n", True, "wrong", None, False),
+}
+
+
+@pytest.fixture(scope="module")
+def scripted() -> tuple[Scripted, Task]:
+    problems = tuple(problem(text, case[0]) for text, case in CASES.items())
+    end = TOKENIZER.eos_token_id
+    scripts = {
+        tuple(prompt_of(p.messages)): [*TOKENIZER.encode(CASES[p.key][1], add_special_tokens=False), end]
+        for p in problems
+    }
+    return Scripted(scripts), Task(name="sums", problems=problems, answer_style="exact")
+
+
+def test_rows_say_what_happened(scripted: tuple[Scripted, Task], tmp_path: Path) -> None:
+    model, task = scripted
+    ended: list[int] = []
+    config = EvaluateConfig(max_new_tokens=20, batch_size=3, timeout_seconds=60.0)
+    result = evaluate(model, TOKENIZER, task, config, render_prompt=prompt_of, stop_ids=STOPS, advance=ended.append)
+    assert sum(ended) == len(CASES)
+    for row, (text, case) in zip(result.rows, CASES.items(), strict=True):
+        reference, output, stops, verdict, answer, has_end_marker = case
+        length = len(TOKENIZER.encode(output, add_special_tokens=False)) + 1
+        assert row.key == text
+        assert row.reference == reference
+        assert row.verdicts == [verdict]
+        assert row.answers == [answer]
+        assert row.stopped == [stops]
+        assert row.has_end_marker == [has_end_marker]
+        assert row.output_tokens == [length if stops else 20]
+    summary = result.summary
+    assert summary["accuracy"] == summary["avg_at_n"] == summary["pass_at_k"] == 2 / 8
+    assert summary["stop_rate"] == 7 / 8
+    assert summary["end_marker_rate"] == 5 / 8
+    assert summary["unknown_fraction"] == 1 / 8
+    assert summary["generated_tokens"] == sum(row.output_tokens[0] for row in result.rows)
+    assert summary["output_tokens"] == pytest.approx(summary["generated_tokens"] / 8)
+    for name in ("accuracy", "avg_at_n", "pass_at_k", "stop_rate", "end_marker_rate", "output_tokens"):
+        assert summary[f"{name}_low"] <= summary[name] <= summary[f"{name}_high"]
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    np.testing.assert_array_equal(result.scores, [1, 0, 0, 0, 0, 1, 0, 0])
+
+    result.write(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["verdicts"] for line in lines] == [row.verdicts for row in result.rows]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_config_overrides_the_task(scripted: tuple[Scripted, Task]) -> None:
+    model, task = scripted
+    config = EvaluateConfig(max_new_tokens=20, answer_style="boxed", timeout_seconds=60.0)
+    result = evaluate(model, TOKENIZER, task, config, render_prompt=prompt_of, stop_ids=STOPS)
+    assert [row.answers for row in result.rows] == [[None]] * len(CASES)
+    assert result.summary["accuracy"] == 0.0
+
+
+def test_end_marker_may_be_several_tokens(scripted: tuple[Scripted, Task]) -> None:
+    model, task = scripted
+    config = EvaluateConfig(max_new_tokens=20, timeout_seconds=60.0)
+    result = evaluate(
+        model, TOKENIZER, task, config, render_prompt=prompt_of, stop_ids=STOPS, end_marker="\n</think>\n\n"
+    )
+    assert [row.has_end_marker[0] for row in result.rows] == [True, True, False, False, True, True, False, False]
+    assert [row.verdicts[0] for row in result.rows] == [case[3] for case in CASES.values()]
+
+
+def test_samples_of_a_real_model_are_counted_by_problem() -> None:
+    model = scratch_model(ScratchConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)).eval()
+    task = task_from_traces("chain", make_traces(5, seed=1, min_steps=1, max_steps=2))
+    config = EvaluateConfig(
+        max_new_tokens=6, temperature=1.0, num_samples=3, pass_k=2, batch_size=4, timeout_seconds=60.0
+    )
+    first, second = (
+        evaluate(model, TOKENIZER, task, config, render_prompt=prompt_of, stop_ids=STOPS) for _ in range(2)
+    )
+    assert first.rows == second.rows
+    assert [row.key for row in first.rows] == [p.key for p in task.problems]
+    for row in first.rows:
+        assert len(row.verdicts) == len(row.answers) == len(row.stopped) == len(row.output_tokens) == 3
+        assert set(row.verdicts) <= {verdict.value for verdict in Verdict}
+    assert first.summary["pass_k"] == 2
+    assert first.summary["generated_tokens"] == sum(sum(row.output_tokens) for row in first.rows)
+
+
+def test_task_from_traces_takes_prompts_and_references() -> None:
+    traces = make_traces(4, seed=3, min_steps=2, max_steps=3)
+    task = task_from_traces("chain", traces, "number", "math")
+    assert (task.name, task.answer_style, task.checker) == ("chain", "number", "math")
+    assert [p.reference for p in task.problems] == [trace.reference for trace in traces]
+    assert [p.key for p in task.problems] == [trace.prompt_key for trace in traces]
+    assert [p.messages for p in task.problems] == [trace.messages for trace in traces]
+
+
+def test_task_without_problems_or_references_is_refused() -> None:
+    with pytest.raises(ConfigError, match="aime: no problems"):
+        task_from_traces("aime", [])
+    bare = Trace(messages=({"role": "user", "content": "?"},), cot="x", answer="y")
+    with pytest.raises(ConfigError, match="none of 2 problems has a reference"):
+        task_from_traces("aime", [bare, bare])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pass_k": 2},
+        {"pass_k": 0},
+        {"num_samples": 4},
+        {"num_samples": 4, "temperature": 1.0, "pass_k": 5},
+        {"timeout_seconds": 0.0},
+        {"timeout_seconds": float("nan")},
+        {"num_checkers": 0},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_bad_config_is_refused(fields: dict) -> None:
+    with pytest.raises(ConfigError):
+        EvaluateConfig(**fields)
