@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from limbeck.optim.sharding import is_sharded, local, local_like, sum_over_shards
+from limbeck.optim.sharding import local, local_like, sum_over_shards
 
 BLOCK = 65_536
 """Elements summed between two looks at the limit."""
@@ -31,33 +31,33 @@ class Vector(NamedTuple):
     scale: float = 1.0
 
 
-def vector_norm(vectors: Sequence[Vector], limit: float) -> float | Tensor:
+def vector_norm(vectors: Sequence[Vector], limit: float, is_plain: bool) -> float | Tensor:
     """||(scale_1 v_1, scale_2 v_2, ...)||, over all shards.
 
-    On the CPU the sum stops once it has passed `limit`: what comes back is then a lower bound above the limit, and costs next
-    to nothing. Below it the sum is exact to float32, whatever the sharding. An accelerator's result stays there, as a scalar.
+    On the CPU the sum stops once it has passed `limit`: what comes back is then a lower bound above the
+    limit, and costs next to nothing. Below it the sum is exact to float32, whatever the sharding. An
+    accelerator's result stays there, as a scalar.
+
+    Args:
+      is_plain: nothing is sharded.
     """
-    params = [p for vector in vectors for p in vector.params]
-    if any(t.device.type != "cpu" for vector in vectors for t in vector.tensors):
-        return _total(params, _device_squares(vectors)).sqrt()
+    if vectors[0].tensors[0].device.type != "cpu":
+        return _total(vectors, _device_squares(vectors)).sqrt()
     ceiling = (limit * (1 + MARGIN)) ** 2
-    quick = _quick_squares(vectors, ceiling)
-    if is_sharded(params):
-        quick = float(_total(params, torch.tensor(quick, dtype=torch.float64)))
-    else:
-        quick = math.fsum(quick)
+    quick = _quick_sum(vectors, ceiling) if is_plain else float(_total(vectors, _quick_squares(vectors, ceiling)))
     if quick > ceiling:
         return math.sqrt(quick)
-    return float(_total(params, _exact_squares(vectors)).sqrt().float())
+    return float(_total(vectors, _exact_squares(vectors)).sqrt().float())
 
 
 def observed_norm(mean: float | Tensor, weight: float) -> Tensor:
-    """sqrt of the bias-corrected average of unbiased estimates of ||grad f||^2; 0 where noise made the average negative."""
+    """sqrt of the bias-corrected average of estimates of ||grad f||^2; 0 where noise made the average negative."""
     return (torch.as_tensor(mean, dtype=torch.float64) / weight).clamp(min=0).sqrt()
 
 
 def observed_snr(mean: float | Tensor, square: float | Tensor, weight: float, beta: float) -> Tensor:
-    """The average of the estimates of ||grad f||^2 over twice its standard error: up to 1 it cannot be told from noise.
+    """The average of the estimates of ||grad f||^2 over twice its standard error: up to 1 it cannot be told
+    from noise.
 
     Args:
       mean, square: running averages of the estimate and of its square, not bias-corrected.
@@ -83,7 +83,7 @@ def cross_product(params: list[Tensor], halves: list[Tensor]) -> Tensor:
         first = local(half).double()
         assert param.grad is not None
         products.append((first * (local_like(param.grad, param).double() - first)).sum())
-    return 4 * _total(params, torch.stack(products))
+    return 4 * sum_over_shards(params, torch.stack(products)).sum()
 
 
 def next_median(median: float | Tensor, value: float | Tensor) -> float | Tensor:
@@ -103,7 +103,8 @@ class RankSquares:
         ddp_model.register_comm_hook(ranks, RankSquares.hook)
         loss.backward();  optimizer.observe(ranks.estimate(ddp_model.parameters()));  optimizer.step()
 
-    With K ranks,  (K ||mean g||^2 - mean ||g_k||^2) / (K - 1)  is the average of <g_j, g_k> over pairs of ranks.
+    With K ranks,  (K ||mean g||^2 - mean ||g_k||^2) / (K - 1)  is the average of <g_j, g_k> over pairs of
+    ranks.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -116,14 +117,12 @@ class RankSquares:
         return allreduce_hook(self.process_group or dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
     def estimate(self, params: Any) -> Tensor:
-        """The unbiased estimate of ||grad f||^2 for `optimizer.observe`, the same on every rank; forgets the noted norms."""
+        """The estimate of ||grad f||^2 for `optimizer.observe`, the same on every rank; forgets the noted norms."""
         ranks = dist.get_world_size(self.process_group)
         squares = torch.stack(self._local).sum()
         self._local = []
         dist.all_reduce(squares, group=self.process_group)
-        mean_square = torch.stack(
-            [p.grad.double().square().sum() for p in params if p.grad is not None]
-        ).sum()
+        mean_square = torch.stack([p.grad.double().square().sum() for p in params if p.grad is not None]).sum()
         return (ranks * mean_square - squares / ranks) / (ranks - 1)
 
 
@@ -134,23 +133,36 @@ def exact_squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).square()
 
 
-def _quick_squares(vectors: Sequence[Vector], ceiling: float) -> list[float]:
+def _quick_sum(vectors: Sequence[Vector], ceiling: float) -> float:
+    total = 0.0
+    for vector in vectors:
+        for tensor in vector.tensors:
+            total += _until(tensor, vector.scale**2, ceiling - total)
+            if total > ceiling:
+                return total
+    return total
+
+
+def _quick_squares(vectors: Sequence[Vector], ceiling: float) -> Tensor:
+    # One number a tensor, because tensors may lie on different ranks; a sum that has passed the ceiling goes
+    # no further.
     squares, total = [], 0.0
     for vector in vectors:
-        factor = vector.scale**2
         for tensor in vector.tensors:
-            square = 0.0 if total > ceiling else _until(tensor, factor, ceiling - total)
-            squares.append(square)
-            total += square
-    return squares
+            squares.append(0.0 if total > ceiling else _until(tensor, vector.scale**2, ceiling - total))
+            total += squares[-1]
+    return torch.tensor(squares, dtype=torch.float64)
 
 
 def _until(tensor: Tensor, factor: float, ceiling: float) -> float:
-    flat, square = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten(), 0.0
+    """The squared norm times `factor`, or a part of it that is above the ceiling."""
+    flat, square = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten(), 0.0
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.float()
+    if flat.numel() <= BLOCK:
+        return factor * torch.dot(flat, flat).item()
     for start in range(0, flat.numel(), BLOCK):
         block = flat[start : start + BLOCK]
-        if block.dtype not in (torch.float32, torch.float64):
-            block = block.float()
         square += factor * torch.dot(block, block).item()
         if square > ceiling:
             break
@@ -162,11 +174,9 @@ def _exact_squares(vectors: Sequence[Vector]) -> Tensor:
 
 
 def _device_squares(vectors: Sequence[Vector]) -> Tensor:
-    norms = [
-        norm.float() * vector.scale for vector in vectors for norm in torch._foreach_norm(vector.tensors)
-    ]
+    norms = [norm.float() * vector.scale for vector in vectors for norm in torch._foreach_norm(vector.tensors)]
     return torch.stack(norms).square()
 
 
-def _total(params: list[Tensor], squares: Tensor) -> Tensor:
-    return sum_over_shards(params, squares).sum()
+def _total(vectors: Sequence[Vector], squares: Tensor) -> Tensor:
+    return sum_over_shards([p for vector in vectors for p in vector.params], squares).sum()

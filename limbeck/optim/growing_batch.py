@@ -28,8 +28,8 @@ class BatchGrowth:
       b0: samples in the first batch.
       growth: c, samples added a step; (b_max - b0) / T reaches b_max after T steps.
       b_max: None: no end.
-      mode: linear follows the step; noise_scale grows by the same rule, but only in the steps after `observe` has found the
-        batch too noisy, sigma^2 / b_t > ||grad f||^2.
+      mode: linear follows the step; noise_scale grows by the same rule, but only in the steps after `observe`
+        has found the batch too noisy, sigma^2 / b_t > ||grad f||^2.
     Raises: ConfigError for values that cannot work.
     """
 
@@ -75,7 +75,8 @@ class BatchGrowth:
         """Tell the mode noise_scale what the last batches showed.
 
         Args:
-          noise_square: sigma^2 / b_t, the variance of the batch gradient; for half-batches ||g_A - g_B||^2 / 4.
+          noise_square: sigma^2 / b_t, the variance of the batch gradient; for half-batches ||g_A - g_B||^2 /
+            4.
           gradient_square: an unbiased estimate of ||grad f||^2; for half-batches <g_A, g_B>.
         """
         self._too_noisy = noise_square > gradient_square
@@ -96,20 +97,23 @@ class BatchGrowth:
 
 
 class GrowingBatchSampler(Sampler[list[int]]):
-    """Batches of growing size out of an endless row of reshuffled epochs, for `DataLoader(batch_sampler=...)`.
+    """Batches of growing size out of an endless row of reshuffled epochs, for
+    `DataLoader(batch_sampler=...)`.
 
-    The row is a function of the seed alone and a batch is its next b_t entries, so `state_dict` is a few numbers and a
-    resumed sampler goes on with the same batches. A batch may cross from one epoch into the next; none is short.
+    The row is a function of the seed alone and a batch is its next b_t entries, so `state_dict` is a few
+    numbers and a resumed sampler goes on with the same batches. A batch may cross from one epoch into the
+    next; none is short.
 
     Args:
       size: samples in the dataset.
       growth: the batch sizes; `growth.iterations` and `growth.samples` count what was handed out.
       steps: batches in one iteration over the sampler, counted from step 0; None: endless.
       seed: of the shuffling.
-      rank, world_size: this rank takes every world_size-th entry of each batch, whose size is that of all ranks together
-        (rounded up to a multiple of world_size).
+      rank, world_size: this rank takes every world_size-th entry of each batch, whose size is that of all
+        ranks together (rounded up to a multiple of world_size).
 
-    DataLoader workers fetch ahead: save `state_dict` with num_workers=0, or pass it the number of batches really used.
+    DataLoader workers fetch ahead: save `state_dict` with num_workers=0, or pass it the number of batches
+      really used.
     """
 
     def __init__(
@@ -214,7 +218,8 @@ class AccumulationSchedule:
 
 
 class EqualLR(LambdaLR):
-    """lr_t = lr b0 / b_t: what a growing batch does to the gradient noise, done by the learning rate at a constant batch.
+    """lr_t = lr b0 / b_t: what a growing batch does to the gradient noise, done by the learning rate at a
+    constant batch.
 
     Args:
       growth: in the mode linear; it is not advanced.

@@ -1,8 +1,9 @@
-"""The gate and the noise, for any optimizer. `NoisyOptimizer` is the common part of the Langevin family and of `Perturb`.
+"""The gate and the noise, for any optimizer. `NoisyOptimizer` is the common part of the Langevin family and
+of `Perturb`.
 
-A step of it is: the descent (the subclass's own), then `_measure` (how stationary), `_decide` (how much noise a group gets,
-and whether the gate fired), `_add_noise`. Every hyperparameter and counter lies in `param_groups` as a plain number, so that
-checkpoints of any kind carry them and schedulers can reach them.
+A step of it is: the descent (the subclass's own), then `_measure` (how stationary), `_decide` (how much noise
+a group gets, and whether the gate fired), `_add_noise`. Every hyperparameter and counter lies in
+`param_groups` as a plain number, so that checkpoints of any kind carry them and schedulers can reach them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError, nearest
@@ -70,11 +72,22 @@ _WHOLE = ("gate", "gate_beta", "noise", "noise_scale")
 _LOW = (torch.float16, torch.bfloat16)
 
 
+class Traits(NamedTuple):
+    """What does not change between the steps of a group, found once."""
+
+    num_params: int
+    is_plain: bool
+    """All parameters are whole, real tensors, so that their local parts are themselves."""
+    numels: list[int]
+    """Real numbers in each logical parameter."""
+
+
 @dataclass(slots=True)
 class Block:
     """The parameters of one group that have a gradient, in the forms that a step needs."""
 
     group: dict[str, Any]
+    traits: Traits
     positions: list[int]
     """Of its parameters, among all parameters of the optimizer."""
     params: list[Tensor]
@@ -83,11 +96,8 @@ class Block:
     """What the step changes: local, real; masters where there are any."""
     grads: list[Tensor]
     """Local, real, not negated."""
-
-    @property
-    def numel(self) -> int:
-        """Real numbers in the logical parameters."""
-        return sum(p.numel() * (2 if p.is_complex() else 1) for p in self.params)
+    numel: int
+    """Real numbers in the logical parameters."""
 
 
 class NoisyOptimizer(Optimizer):
@@ -104,7 +114,8 @@ class NoisyOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it starts at the step that the others have reached.
 
-        Raises: ConfigError for hyperparameters that cannot work, or that must agree with the other groups' and do not.
+        Raises: ConfigError for hyperparameters that cannot work, or that must agree with the other groups'
+          and do not.
         """
         super().add_param_group(param_group)
         self._prepare_group(self.param_groups[-1])
@@ -112,14 +123,14 @@ class NoisyOptimizer(Optimizer):
     def stats(self) -> dict[str, Tensor]:
         """What the last step measured and did; reading it is up to the caller, nothing is synchronised here.
 
-        Returns: `statistic` (S; a lower bound while the gate is clearly shut, inf when it was not measured), `fires` (so
-        far), `steps_since_fire` (inf before the first), `noise_norm` (of the noise added by the last step that drew any),
-        `boosted_next` (whether the next step is a boosted one); for the group with the most fires.
+        Returns: `statistic` (S; a lower bound while the gate is clearly shut, inf when it was not measured),
+          `fires` (so
+        far), `steps_since_fire` (inf before the first), `noise_norm` (of the noise added by the last step
+        that drew any), `boosted_next` (whether the next step is a boosted one); for the group with the most
+        fires.
         """
         group = (
-            max(self.param_groups, key=lambda group: int(group["fires"]))
-            if self._on_host()
-            else self.param_groups[0]
+            max(self.param_groups, key=lambda group: int(group["fires"])) if self._on_host() else self.param_groups[0]
         )
         since = torch.as_tensor(group["noise_step"] - 1 - group["last_fire"], dtype=torch.float64)
         return {
@@ -127,7 +138,7 @@ class NoisyOptimizer(Optimizer):
             "fires": torch.as_tensor(group["fires"]),
             "steps_since_fire": torch.where(torch.as_tensor(group["fires"]) > 0, since, math.inf),
             "noise_norm": torch.as_tensor(self._noise_square).sqrt(),
-            "boosted_next": torch.as_tensor((self._boost(group) != 1.0)),
+            "boosted_next": torch.as_tensor(self._boost(group) != 1.0),
         }
 
     def observe(self, square: float | Tensor) -> None:
@@ -147,7 +158,8 @@ class NoisyOptimizer(Optimizer):
 
     @torch.no_grad()
     def observe_half(self, scale: float = 1.0) -> None:
-        """Call after the backward pass of the first half-batch, and again after that of the second; clip after that.
+        """Call after the backward pass of the first half-batch, and again after that of the second; clip
+        after that.
 
         The halves' losses are each divided by 2, as gradient accumulation does.
 
@@ -175,10 +187,12 @@ class NoisyOptimizer(Optimizer):
             for name, value in COUNTERS.items():
                 group.setdefault(name, value)
 
-    # -- what a subclass may say differently ------------------------------------------------------------------------
+    # -- what a subclass may say differently
+    # ------------------------------------------------------------------------
 
     def _radius(self, group: dict[str, Any]) -> float:
-        """r of this step, before the gate; a coordinate's standard deviation when noise_scale is "coordinate"."""
+        """r of this step, before the gate; a coordinate's standard deviation when noise_scale is
+        "coordinate"."""
         if group["noise_radius"] is not None:
             return float(group["noise_radius"])
         return float(group["lr"]) * self._threshold(group)
@@ -201,19 +215,24 @@ class NoisyOptimizer(Optimizer):
             ]
         return vectors
 
-    # -- the step, in parts -----------------------------------------------------------------------------------------
+    # -- the step, in parts
+    # -----------------------------------------------------------------------------------------
 
     def _gather(self) -> list[Block]:
         blocks, first = [], 0
-        for group in self.param_groups:
-            positions = [first + i for i, p in enumerate(group["params"]) if p.grad is not None]
-            params = [group["params"][i - first] for i in positions]
-            for param in params:
-                _refuse_sparse(param.grad)
-            grads = [local_like(p.grad, p) for p in params]
-            blocks.append(Block(group, positions, params, [local(p.detach()) for p in params], grads))
+        for i, group in enumerate(self.param_groups):
+            blocks.append(_block(group, self._traits_of(i, group["params"]), first))
             first += len(group["params"])
         return blocks
+
+    def _traits_of(self, index: int, params: list[Tensor]) -> Traits:
+        # Not in __init__, because deepcopy and unpickling do not call it.
+        known = self.__dict__.setdefault("_traits", {})
+        if index not in known or known[index].num_params != len(params):
+            numels = [p.numel() * (2 if p.is_complex() else 1) for p in params]
+            is_plain = not any(isinstance(p, DTensor) or p.is_complex() for p in params)
+            known[index] = Traits(len(params), is_plain, numels)
+        return known[index]
 
     def _boost(self, group: dict[str, Any]) -> float | Tensor:
         """psi of the coming step."""
@@ -229,17 +248,11 @@ class NoisyOptimizer(Optimizer):
     def _decide(self, blocks: list[Block]) -> list[float | Tensor]:
         """Measure, fire, count the step; the noise radius r * phi of each block comes back."""
         domain = sum(block.numel for block in blocks if self._radius(block.group) != 0)
-        waiting = [
-            self._escape_steps(block.group, domain or sum(b.numel for b in blocks)) for block in blocks
-        ]
-        asking = [
-            b for b, steps in zip(blocks, waiting, strict=True) if b.params and self._asks(b.group, steps)
-        ]
+        waiting = [self._escape_steps(block.group, domain or sum(b.numel for b in blocks)) for block in blocks]
+        asking = [b for b, steps in zip(blocks, waiting, strict=True) if b.params and self._asks(b.group, steps)]
         self._statistic = self._measure(blocks, asking) if asking else math.inf
         self._observed = False
-        amounts = [
-            self._amount(block, block in asking, steps) for block, steps in zip(blocks, waiting, strict=True)
-        ]
+        amounts = [self._amount(block, block in asking, steps) for block, steps in zip(blocks, waiting, strict=True)]
         for block in blocks:
             block.group["noise_step"] += 1
         return amounts
@@ -269,16 +282,9 @@ class NoisyOptimizer(Optimizer):
             return False
         if self._radius(group) == 0 and group["step_boost"] == 1.0:
             return False
-        waits = (
-            isinstance(group["last_fire"], int) and group["noise_step"] - group["last_fire"] <= escape_steps
-        )
+        waits = isinstance(group["last_fire"], int) and group["noise_step"] - group["last_fire"] <= escape_steps
         # Running values must see every step.
-        return (
-            not waits
-            or group["mode"] == "smooth"
-            or group["grad_threshold"] == "auto"
-            or group["gate"] == "ema"
-        )
+        return not waits or group["mode"] == "smooth" or group["grad_threshold"] == "auto" or group["gate"] == "ema"
 
     def _measure(self, blocks: list[Block], asking: list[Block]) -> float | Tensor:
         first = self.param_groups[0]
@@ -288,11 +294,9 @@ class NoisyOptimizer(Optimizer):
         limit = math.inf if automatic else max(self._threshold(block.group) for block in asking)
         blocks = [block for block in blocks if block.params]
         vectors = (
-            [gates.Vector(b.params, b.grads) for b in blocks]
-            if first["gate"] == "norm"
-            else self._averages(blocks)
+            [gates.Vector(b.params, b.grads) for b in blocks] if first["gate"] == "norm" else self._averages(blocks)
         )
-        statistic = gates.vector_norm(vectors, limit)
+        statistic = gates.vector_norm(vectors, limit, all(block.traits.is_plain for block in blocks))
         if automatic:
             median = gates.next_median(first["gate_median"], statistic)
             for group in self.param_groups:
@@ -329,7 +333,8 @@ class NoisyOptimizer(Optimizer):
     def _on_host(self) -> bool:
         return all(not isinstance(group["fires"], Tensor) for group in self.param_groups)
 
-    # -- the noise --------------------------------------------------------------------------------------------------
+    # -- the noise
+    # --------------------------------------------------------------------------------------------------
 
     def _add_noise(
         self,
@@ -368,7 +373,7 @@ class NoisyOptimizer(Optimizer):
         return [(key, layout(param)) for key, param in zip(keys, block.params, strict=True)]
 
     def _shape_factor(
-        self, domain: list[Block], stds: dict[int, list[float]], draws: dict[int, list[Any]]
+        self, domain: list[Block], stds: dict[int, list[float | Tensor]], draws: dict[int, list[Any]]
     ) -> float | Tensor:
         """1 for Gaussian noise; else what brings its norm to 1 (sphere), or to U^(1/d) (ball)."""
         shape = self.param_groups[0]["noise"]
@@ -379,8 +384,7 @@ class NoisyOptimizer(Optimizer):
             for j, (key, where) in enumerate(draws[id(block)]):
                 params.append(block.params[j])
                 squares.append(
-                    gates.exact_squares([draw(key, where, block.values[j].device)])[0]
-                    * stds[id(block)][j] ** 2
+                    gates.exact_squares([draw(key, where, block.values[j].device)])[0] * stds[id(block)][j] ** 2
                 )
         # float32 hides the order in which shards were added up.
         norm = sum_over_shards(params, torch.stack(squares)).sum().sqrt().float()
@@ -391,9 +395,7 @@ class NoisyOptimizer(Optimizer):
         return size / (float(norm) if norm.device.type == "cpu" else norm)
 
     def _warn_if_lost(self, blocks: list[Block], amounts: Sequence[float | Tensor]) -> None:
-        low = [
-            v for b in blocks for v in b.values if v.dtype in _LOW and b.group["low_precision"] != "master"
-        ]
+        low = [v for b in blocks for v in b.values if v.dtype in _LOW and b.group["low_precision"] != "master"]
         if self._warned or not low:
             return
         self._warned = True
@@ -404,13 +406,14 @@ class NoisyOptimizer(Optimizer):
         std = max(float(amount) for amount in amounts) / spread
         if 0 < std < step / 4:
             warnings.warn(
-                f"{type(self).__name__}: the noise's standard deviation {std:.1e} is below a quarter of the rounding step "
-                f"{step:.1e} of {low[0].dtype} parameters, so rounding drowns it; use float32 parameters or "
+                f"{type(self).__name__}: the noise's standard deviation {std:.1e} is below a quarter of the rounding "
+                f"step {step:.1e} of {low[0].dtype} parameters, so rounding drowns it; use float32 parameters or "
                 "low_precision='master'.",
                 stacklevel=4,
             )
 
-    # -- checks -----------------------------------------------------------------------------------------------------
+    # -- checks
+    # -----------------------------------------------------------------------------------------------------
 
     def _prepare_group(self, group: dict[str, Any]) -> None:
         for name, value in {**NOISE_DEFAULTS, **COUNTERS}.items():
@@ -436,6 +439,31 @@ class Joint:
     def of(self, index: int) -> dict[str, Any]:
         """The arguments of `add_noise_` for one parameter."""
         return {"direction": self.directions[index], "lr": self.lr, "decay": self.decay}
+
+
+def _block(group: dict[str, Any], traits: Traits, first: int) -> Block:
+    positions, params, grads, numel = [], [], [], 0
+    for i, param in enumerate(group["params"]):
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.layout is not torch.strided:
+            raise ConfigError(
+                f"a gradient of layout {grad.layout} cannot be perturbed as a whole; use sparse=False in the embedding."
+            )
+        positions.append(first + i)
+        params.append(param)
+        grads.append(grad)
+        numel += traits.numels[i]
+    if traits.is_plain:
+        return Block(group, traits, positions, params, list(params), grads, numel)
+    grads = [local_like(grad, param) for grad, param in zip(grads, params, strict=True)]
+    return Block(group, traits, positions, params, [local(p.detach()) for p in params], grads, numel)
+
+
+def chosen(scope: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the local variables of an `__init__` that has assigned none of its own."""
+    return {name: value for name, value in scope.items() if name not in ("self", "params", "optimizer", "__class__")}
 
 
 def with_plain_counters(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -478,13 +506,6 @@ def _plain(value: Tensor) -> float | Tensor:
     return float(value) if value.device.type == "cpu" else value
 
 
-def _refuse_sparse(grad: Tensor | None) -> None:
-    if grad is not None and grad.layout != torch.strided:
-        raise ConfigError(
-            f"a gradient of layout {grad.layout} cannot be perturbed as a whole; build the embedding with sparse=False."
-        )
-
-
 def _check_group(name: str, group: dict[str, Any], needs_radius: bool) -> None:
     for field, known in _CHOICES.items():
         if group[field] not in known:
@@ -510,9 +531,7 @@ def _check_group(name: str, group: dict[str, Any], needs_radius: bool) -> None:
         raise ConfigError(f"{name}: grad_threshold is {threshold!r}; give a number or 'auto'.")
     if gated and threshold is None:
         raise ConfigError(f"{name}: mode={group['mode']!r} needs grad_threshold: a gradient norm, or 'auto'.")
-    if isinstance(threshold, int | float) and not (
-        threshold > 0 or (threshold == 0 and group["mode"] == "gated")
-    ):
+    if isinstance(threshold, int | float) and not (threshold > 0 or (threshold == 0 and group["mode"] == "gated")):
         raise ConfigError(f"{name}: grad_threshold is {threshold}; it must be positive.")
     if needs_radius and not gated and group["noise_radius"] is None:
         raise ConfigError(f"{name}: mode={group['mode']!r} with gate={group['gate']!r} needs noise_radius.")

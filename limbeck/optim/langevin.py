@@ -1,7 +1,8 @@
-"""ASGLD, ASG, AGLD: descent that adds noise, or takes a longer step, where the gradient says that it may be at a saddle.
+"""ASGLD, ASG, AGLD: descent that adds noise, or takes a longer step, where the gradient says that it may be
+at a saddle.
 
-Of the paper (Sang and Liu 2018, arXiv:1805.09416) only the abstract was available: this is an implementation consistent with
-its claims, and docs/optimizers.md lists every choice that the abstract leaves open.
+Of the paper (Sang and Liu 2018, arXiv:1805.09416) only the abstract was available: this is an implementation
+consistent with its claims, and docs/optimizers.md lists every choice that the abstract leaves open.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from limbeck.optim.injection import (
     NoiseScale,
     NoiseShape,
     NoisyOptimizer,
+    chosen,
 )
 from limbeck.optim.sharding import local
 from limbeck.optim.theory import from_constants
@@ -64,14 +66,15 @@ class Langevin(NoisyOptimizer):
                 loss = closure()
         blocks = self._gather()
         boosts = [self._boost(block.group) for block in blocks]
+        directions = []
         for block in blocks:
             self._use_masters(block)
-        directions = [self._directions(block) for block in blocks]
+            directions.append(self._directions(block))
         amounts = self._decide(blocks)
-        joint = [
-            self._descend(*each, noisy=isinstance(amount, Tensor) or amount != 0.0)
-            for *each, amount in zip(blocks, directions, boosts, amounts, strict=True)
-        ]
+        joint = []
+        for block, direction, boost, amount in zip(blocks, directions, boosts, amounts, strict=True):
+            is_noisy = isinstance(amount, Tensor) or amount != 0.0
+            joint.append(self._descend(block, direction, boost, is_noisy))
         self._add_noise(blocks, amounts, joint)
         for block in blocks:
             self._finish(block)
@@ -91,9 +94,7 @@ class Langevin(NoisyOptimizer):
         super()._prepare_group(group)
         for field in ("momentum", "weight_decay"):
             if group[field] < 0:
-                raise ConfigError(
-                    f"{type(self).__name__}: {field} is {group[field]}; it must not be negative."
-                )
+                raise ConfigError(f"{type(self).__name__}: {field} is {group[field]}; it must not be negative.")
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ConfigError(f"{type(self).__name__}: nesterov needs a momentum and no dampening.")
 
@@ -113,7 +114,7 @@ class Langevin(NoisyOptimizer):
         group = block.group
         grads = torch._foreach_neg(block.grads) if group["maximize"] and block.grads else block.grads
         if group["momentum"] == 0 or not block.params:
-            return list(grads)
+            return grads if isinstance(grads, list) else list(grads)
         buffers, old, fresh = [], [], []
         for param, grad in zip(block.params, grads, strict=True):
             state = self.state[param]
@@ -122,35 +123,30 @@ class Langevin(NoisyOptimizer):
                 fresh.append(grad)
             else:
                 # The first buffer is the gradient itself, undampened, as in torch.optim.SGD.
-                state["momentum_buffer"] = torch.clone(param.grad).detach()
+                assert param.grad is not None
+                state["momentum_buffer"] = param.grad.detach().clone()
                 local(state["momentum_buffer"]).copy_(grad)
             buffers.append(local(state["momentum_buffer"]))
         if old:
             torch._foreach_mul_(old, group["momentum"])
             torch._foreach_add_(old, fresh, alpha=1 - group["dampening"])
-        return (
-            list(torch._foreach_add(grads, buffers, alpha=group["momentum"]))
-            if group["nesterov"]
-            else buffers
-        )
+        return list(torch._foreach_add(grads, buffers, alpha=group["momentum"])) if group["nesterov"] else buffers
 
-    def _descend(
-        self, block: Block, directions: list[Tensor], boost: float | Tensor, noisy: bool
-    ) -> Joint | None:
-        """x <- (1 - lr weight_decay) x - lr psi u, for all but the low-precision parameters that get noise in the same sum."""
+    def _descend(self, block: Block, directions: list[Tensor], boost: float | Tensor, is_noisy: bool) -> Joint | None:
+        """x <- (1 - lr weight_decay) x - lr psi u, or a Joint for what must be summed with its noise before rounding."""
         group = block.group
         lr = float(group["lr"])
         decay = 1 - lr * group["weight_decay"]
         rate = lr * boost
-        joint = (
-            noisy and group["low_precision"] == "stochastic" and any(v.dtype in _LOW for v in block.values)
-        )
-        kept = [j for j, value in enumerate(block.values) if not (joint and value.dtype in _LOW)]
-        values, pushes = [block.values[j] for j in kept], [directions[j] for j in kept]
+        values, pushes = block.values, directions
+        is_joint = is_noisy and group["low_precision"] == "stochastic" and any(v.dtype in _LOW for v in values)
+        if is_joint:
+            kept = [j for j, value in enumerate(block.values) if value.dtype not in _LOW]
+            values, pushes = [block.values[j] for j in kept], [directions[j] for j in kept]
         if decay != 1.0 and values:
             torch._foreach_mul_(values, decay)
         _move(values, pushes, rate, group["foreach"])
-        return Joint(directions, rate, decay) if joint else None
+        return Joint(directions, rate, decay) if is_joint else None
 
     def _finish(self, block: Block) -> None:
         group = block.group
@@ -176,31 +172,38 @@ class Langevin(NoisyOptimizer):
 
 
 class ASGLD(Langevin):
-    """Adaptive stochastic gradient Langevin dynamics:  x <- x - lr psi_t u_t + r phi_t zeta_t,  E||zeta||^2 = 1.
+    """Adaptive stochastic gradient Langevin dynamics:  x <- x - lr psi_t u_t + r phi_t zeta_t,  E||zeta||^2 =
+    1.
 
-    u_t is the gradient, or its momentum buffer (which the noise never enters). A step fires when S_t <= grad_threshold and
-    more than `escape_steps` steps have passed since the last fire. psi_t is `step_boost` in the `boost_steps` steps after a
-    fire and 1 otherwise; phi_t depends on the mode.
+    u_t is the gradient, or its momentum buffer (which the noise never enters). A step fires when S_t <=
+    grad_threshold and more than `escape_steps` steps have passed since the last fire. psi_t is `step_boost`
+    in the `boost_steps` steps after a fire and 1 otherwise; phi_t depends on the mode.
 
     Args:
       params: tensors, groups or (name, tensor) pairs. Names key the noise; without them the position does.
-      lr: step size. Every setting may differ between groups and be scheduled, except gate, gate_beta, noise and noise_scale.
-      grad_threshold: g_thres, needed by the modes gated and smooth (not by gate="snr"); "auto" is 0.1 x running median of S.
-      noise_radius: r. None means lr * grad_threshold, so that it follows the learning rate. 0 takes a group out of the noise.
+      lr: step size. Every setting may differ between groups and be scheduled, except gate, gate_beta, noise
+        and noise_scale.
+      grad_threshold: g_thres, needed by the modes gated and smooth (not by gate="snr"); "auto" is 0.1 x
+        running median of S.
+      noise_radius: r. None means lr * grad_threshold, so that it follows the learning rate. 0 takes a group
+        out of the noise.
       escape_steps: t_thres. None means ceil((4 + 0.5 ln d) / ln 1.1).
-      mode: gated (phi = 1 on a fire), smooth (max(0, 1 - (S/g_thres)^2)), annealed ((1+t)^(-anneal_power/2)), constant (1).
-      gate: what S_t is. norm: ||g||. ema: norm of the bias-corrected gradient average. cross: an unbiased estimate of
-        ||grad f|| from two half-batches (`observe_half`) or data-parallel ranks (`RankSquares`). snr: the average of its
-        square over twice its standard error, with threshold 1.
-      gate_beta: decay of the averages of the gates ema (unless there is momentum: then it is shared), cross and snr.
+      mode: gated (phi = 1 on a fire), smooth (max(0, 1 - (S/g_thres)^2)), annealed ((1+t)^(-anneal_power/2)),
+        constant (1).
+      gate: what S_t is. norm: ||g||. ema: norm of the bias-corrected gradient average. cross: an unbiased
+        estimate of ||grad f|| from two half-batches (`observe_half`) or data-parallel ranks (`RankSquares`).
+        snr: the average of its square over twice its standard error, with threshold 1.
+      gate_beta: decay of the averages of the gates ema (unless there is momentum: then it is shared), cross
+        and snr.
       noise: gaussian; sphere (norm exactly r); ball (uniform in the ball of radius r).
-      noise_scale: energy (E||noise||^2 = r^2 over all groups), relative (the same, shared out by squared norm of each tensor),
-        coordinate (each coordinate has standard deviation r).
+      noise_scale: energy (E||noise||^2 = r^2 over all groups), relative (the same, shared out by squared norm
+        of each tensor), coordinate (each coordinate has standard deviation r).
       weight_decay: decoupled: x is multiplied by 1 - lr * weight_decay before the step.
       noise_steps: no noise and no boost from this step on; None: no end.
       reset_momentum: zero the buffer when a step fires.
-      low_precision: float16 and bfloat16 parameters. stochastic: the float32 sum of parameter, descent and noise is rounded
-        stochastically in the steps that add noise. master: float32 copies in the state. nearest: plain rounding.
+      low_precision: float16 and bfloat16 parameters. stochastic: the float32 sum of parameter, descent and
+        noise is rounded stochastically in the steps that add noise. master: float32 copies in the state.
+        nearest: plain rounding.
       seed: the same on every rank; keys the noise together with step, parameter and element.
       maximize, foreach, dampening, nesterov: as in torch.optim.SGD.
     Source: Sang and Liu 2018, arXiv:1805.09416, abstract only; see docs/optimizers.md.
@@ -233,10 +236,7 @@ class ASGLD(Langevin):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = dict(locals())
-        super().__init__(
-            params, {name: settings[name] for name in settings if name not in ("self", "params", "__class__")}
-        )
+        super().__init__(params, chosen(locals()))
 
     @classmethod
     def from_constants(
@@ -267,13 +267,15 @@ class ASGLD(Langevin):
 class ASG(Langevin):
     """Adaptive stochastic gradient: ASGLD with r = 0, which leaves saddles by the mini-batches' own noise.
 
-    After a fire `boost_steps` steps are `step_boost` times as long. `stats()["boosted_next"]` says so beforehand, so that
-    the caller can give those steps a fresh small batch of b samples: they then have the energy of AGLD with noise radius
+    After a fire `boost_steps` steps are `step_boost` times as long. `stats()["boosted_next"]` says so
+    beforehand, so that
+    the caller can give those steps a fresh small batch of b samples: they then have the energy of AGLD with
+      noise radius
     step_boost * lr * sigma / sqrt(b).
 
     Args: as ASGLD's, without those of the noise. `step_boost=1` is `torch.optim.SGD`, bit for bit.
-    Source: Sang and Liu 2018, arXiv:1805.09416, abstract only; the longer step is that of CNC-SGD (Daneshmand et al. 2018,
-      arXiv:1803.05999) as we understand it.
+    Source: Sang and Liu 2018, arXiv:1805.09416, abstract only; the longer step is that of CNC-SGD (Daneshmand
+      et al. 2018, arXiv:1803.05999) as we understand it.
     """
 
     def __init__(
@@ -296,13 +298,13 @@ class ASG(Langevin):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = dict(locals())
-        settings = {name: settings[name] for name in settings if name not in ("self", "params", "__class__")}
+        settings = chosen(locals())
         super().__init__(params, {**settings, "noise_radius": 0.0})
 
 
 class AGLD(ASGLD):
-    """Adaptive gradient Langevin dynamics: ASGLD on gradients of the full objective, so that S_t is the exact norm.
+    """Adaptive gradient Langevin dynamics: ASGLD on gradients of the full objective, so that S_t is the exact
+    norm.
 
     Args: as ASGLD's; the gate is "norm", the only one that full gradients need.
     Source: Sang and Liu 2018, arXiv:1805.09416, abstract only.

@@ -1,10 +1,11 @@
 """Noise that is a function of (seed, step, parameter, chunk), and of nothing else.
 
 1. A parameter's logical (unsharded, row-major) elements are cut into fixed chunks.
-2. A chunk's bits come from a counter-based generator whose key is (seed, parameter) and whose counter is (chunk, step, stream).
-3. A shard makes the chunks that it overlaps and keeps its own part.
+2. A chunk's bits come from a counter-based generator whose key is (seed, parameter) and whose counter is
+(chunk, step, stream). 3. A shard makes the chunks that it overlaps and keeps its own part.
 
-So there is no generator state to save, and the same noise comes back after a resume, under any sharding and world size.
+So there is no generator state to save, and the same noise comes back after a resume, under any sharding and
+world size.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def draw(key: NoiseKey, layout: Layout, device: torch.device) -> Tensor:
 
 
 def gaussian_chunk(key: NoiseKey, chunk: int, length: int, device: torch.device) -> Tensor:
-    """`length` standard normal numbers, float32: the Box-Muller transform of Philox bits on the CPU, the device's own elsewhere."""
+    """`length` standard normal numbers, float32: Box-Muller on Philox bits on the CPU, the device's own elsewhere."""
     if device.type != "cpu":
         return torch.randn(length, device=device, generator=_device_generator(key, chunk, device))
     half = (length + 1) // 2
@@ -98,7 +99,8 @@ def add_noise_(
     Args:
       value: the local part of a parameter, any float dtype.
       std: standard deviation of a coordinate; a device scalar leaves the host unsynchronised.
-      stochastic: round the float32 sum to a neighbour in value's dtype with the probability that keeps its mean.
+      stochastic: round the float32 sum to a neighbour in value's dtype with the probability that keeps its
+        mean.
       direction: None leaves the descent to the caller.
     Returns: the squared norm of std * noise.
     """
@@ -134,9 +136,7 @@ def _segments(
     value: Tensor, direction: Tensor | None, key: NoiseKey, layout: Layout, stochastic: bool
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
     rounding = key._replace(stream=ROUNDING)
-    if not (
-        value.is_contiguous() and layout.is_contiguous and (direction is None or direction.is_contiguous())
-    ):
+    if not (value.is_contiguous() and layout.is_contiguous and (direction is None or direction.is_contiguous())):
         bits = layout.cut(_all_bits(rounding, layout, value.device)) if stochastic else None
         yield value, direction, draw(key, layout, value.device), bits
         return

@@ -16,6 +16,7 @@ from limbeck.optim.injection import (
     NoiseScale,
     NoiseShape,
     NoisyOptimizer,
+    chosen,
     with_plain_counters,
 )
 
@@ -23,16 +24,21 @@ Groups = list[dict[str, Any]]
 
 
 class Perturb(NoisyOptimizer):
-    """Let `optimizer` take its step, then add the noise that ASGLD would add:  x <- optimizer(x) + r phi_t zeta_t.
+    """Let `optimizer` take its step, then add the noise that ASGLD would add:  x <- optimizer(x) + r phi_t
+    zeta_t.
 
-    The noise never enters the optimizer's own state. Groups, state and defaults are the optimizer's; the settings below are
-    added to its groups, where schedulers and checkpoints find them.
+    The noise never enters the optimizer's own state. Groups, state and defaults are the optimizer's; the
+    settings below are added to its groups, where schedulers and checkpoints find them.
 
     Args:
-      optimizer: any torch optimizer whose parameters keep their `.grad` through its step (AdamW, Muon, SGD ...).
+      optimizer: any torch optimizer whose parameters keep their `.grad` through its step (AdamW, Muon, SGD
+        ...).
       The rest: as in ASGLD. There is no step boost: the optimizer's own steps are left alone.
     Raises: ConfigError for settings that cannot work.
     """
+
+    optimizer: Optimizer
+    settings: dict[str, Any]
 
     def __init__(
         self,
@@ -51,10 +57,7 @@ class Perturb(NoisyOptimizer):
         low_precision: LowPrecision = "stochastic",
         seed: int = 0,
     ) -> None:
-        settings = dict(locals())
-        settings = {
-            name: settings[name] for name in settings if name not in ("self", "optimizer", "__class__")
-        }
+        settings = chosen(locals())
         if low_precision == "master":
             raise ConfigError(
                 "Perturb: low_precision='master' is not possible, the optimizer steps the parameters themselves."

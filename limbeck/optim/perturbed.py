@@ -10,26 +10,28 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import ConfigError
-from limbeck.optim.injection import LowPrecision, NoiseScale
+from limbeck.optim.injection import LowPrecision, NoiseScale, chosen
 from limbeck.optim.langevin import Langevin, count
 from limbeck.optim.sharding import local
 from limbeck.optim.theory import from_constants
 
 
 class PerturbedGD(Langevin):
-    """Perturbed gradient descent: where ||g|| <= g_thres and no kick was given for t_thres steps, add a uniform ball's noise.
+    """Perturbed gradient descent: where ||g|| <= g_thres and no kick was given for t_thres steps, add a
+    uniform ball's noise.
 
-    When t_thres steps after a kick the loss has dropped by less than f_thres, the parameters from before the kick come
-    back, `converged` turns true, and later steps do nothing.
+    When t_thres steps after a kick the loss has dropped by less than f_thres, the parameters from before the
+    kick come back, `converged` turns true, and later steps do nothing.
 
     Args:
-      params, lr, momentum, seed, maximize, foreach, low_precision: as in ASGLD; the gradients are full gradients.
+      params, lr, momentum, seed, maximize, foreach, low_precision: as in ASGLD; the gradients are full
+        gradients.
       grad_threshold: g_thres.
       noise_radius: radius of the ball.
       escape_steps: t_thres.
       loss_drop: f_thres. The test needs the loss, so it is made only by `step(closure)`; None turns it off.
-    Source: Jin, Ge, Netrapalli, Kakade, Jordan 2017, arXiv:1703.00887. Differs: the step that kicks uses the gradient from
-      before the kick, where theirs takes a second gradient.
+    Source: Jin, Ge, Netrapalli, Kakade, Jordan 2017, arXiv:1703.00887. Differs: the step that kicks uses the
+      gradient from before the kick, where theirs takes a second gradient.
     """
 
     def __init__(
@@ -47,8 +49,7 @@ class PerturbedGD(Langevin):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = dict(locals())
-        settings = {name: settings[name] for name in settings if name not in ("self", "params", "__class__")}
+        settings = chosen(locals())
         super().__init__(params, {**settings, "noise": "ball", "kick_loss": math.inf, "converged": False})
 
     @classmethod
@@ -152,8 +153,7 @@ class PerturbedSGD(Langevin):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = dict(locals())
-        settings = {name: settings[name] for name in settings if name not in ("self", "params", "__class__")}
+        settings = chosen(locals())
         super().__init__(params, {**settings, "mode": "constant"})
 
     def _radius(self, group: dict[str, Any]) -> float:

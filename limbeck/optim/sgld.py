@@ -11,16 +11,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from limbeck.errors import ConfigError
-from limbeck.optim.injection import Block, LowPrecision, NoisyOptimizer
+from limbeck.optim.injection import Block, LowPrecision, NoisyOptimizer, chosen
 from limbeck.optim.langevin import Langevin
 from limbeck.optim.noise import SIGNS, draw
-from limbeck.optim.sharding import local
+from limbeck.optim.sharding import local, sum_over_shards
 
 
 class SGLD(Langevin):
-    """Stochastic gradient Langevin dynamics:  x <- x - lr (g + weight_decay x) + sqrt(2 lr T) xi,  xi ~ N(0, I).
+    """Stochastic gradient Langevin dynamics:  x <- x - lr (g + weight_decay x) + sqrt(2 lr T) xi,  xi ~ N(0,
+    I).
 
-    Near a minimum it samples exp(-f / T). On curvature a x^2 / 2 its stationary variance is T / (a (1 - lr a / 2)), exactly.
+    Near a minimum it samples exp(-f / T). On curvature a x^2 / 2 its stationary variance is T / (a (1 - lr a
+    / 2)), exactly.
 
     Args:
       params: as ASGLD's.
@@ -28,7 +30,8 @@ class SGLD(Langevin):
       temperature: T; may differ between groups and be scheduled.
       weight_decay: precision of a Gaussian prior, in units of the mean loss.
       low_precision, seed, maximize, foreach, noise_steps: as in ASGLD.
-    Source: Welling and Teh 2011. ASGLD(mode="constant", noise_radius=theory.temperature_to_radius(T, lr, d)) is the same.
+    Source: Welling and Teh 2011. ASGLD(mode="constant", noise_radius=theory.temperature_to_radius(T, lr, d))
+      is the same.
     """
 
     _needs_radius = False
@@ -46,8 +49,7 @@ class SGLD(Langevin):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = dict(locals())
-        settings = {name: settings[name] for name in settings if name not in ("self", "params", "__class__")}
+        settings = chosen(locals())
         super().__init__(params, {**settings, "mode": "constant", "noise_scale": "coordinate"})
 
     @classmethod
@@ -80,9 +82,7 @@ class SGLD(Langevin):
     def _prepare_group(self, group: dict[str, Any]) -> None:
         super()._prepare_group(group)
         if not group["temperature"] >= 0:
-            raise ConfigError(
-                f"{type(self).__name__}: temperature is {group['temperature']}; it must not be negative."
-            )
+            raise ConfigError(f"{type(self).__name__}: temperature is {group['temperature']}; it must not be negative.")
 
     def _radius(self, group: dict[str, Any]) -> float:
         return math.sqrt(2 * float(group["lr"]) * group["temperature"])
@@ -91,17 +91,17 @@ class SGLD(Langevin):
 class PSGLD(NoisyOptimizer):
     """Preconditioned SGLD:  x <- x - lr G g + lr T Gamma + sqrt(2 lr T G) xi,  G = 1 / (eps + sqrt(V)).
 
-    V is the running average of g^2 and Gamma_i = dG_i / dx_i = -(1 - alpha) G_i^2 g_i H_ii / sqrt(V_i), whose Hessian
-    diagonal H_ii is estimated by v_i (H v)_i with random signs v.
+    V is the running average of g^2 and Gamma_i = dG_i / dx_i = -(1 - alpha) G_i^2 g_i H_ii / sqrt(V_i), whose
+    Hessian diagonal H_ii is estimated by v_i (H v)_i with random signs v.
 
     Args:
       lr, temperature, weight_decay, seed: as in SGLD.
       alpha: decay of V.
       eps: floor of sqrt(V).
-      correction: keep Gamma; the gradients must then come from `loss.backward(create_graph=True)`. Without it the stationary
-        distribution is biased by an amount that vanishes as alpha goes to 1.
-    Source: Li, Chen, Carlson, Carin 2016, arXiv:1512.07666, with lr = e n / 2 and T = 1 / n. We estimate the Hessian diagonal;
-      they drop Gamma.
+      correction: keep Gamma; the gradients must then come from `loss.backward(create_graph=True)`. Without it
+        the stationary distribution is biased by an amount that vanishes as alpha goes to 1.
+    Source: Li, Chen, Carlson, Carin 2016, arXiv:1512.07666, with lr = e n / 2 and T = 1 / n. We estimate the
+      Hessian diagonal; they drop Gamma.
     """
 
     _needs_radius = False
@@ -118,8 +118,7 @@ class PSGLD(NoisyOptimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        settings = dict(locals())
-        settings = {name: settings[name] for name in settings if name not in ("self", "params", "__class__")}
+        settings = chosen(locals())
         super().__init__(
             params, {**settings, "mode": "constant", "noise_scale": "coordinate", "low_precision": "nearest"}
         )
@@ -137,8 +136,8 @@ class PSGLD(NoisyOptimizer):
         diagonals = [self._hessian_diagonal(block) for block in blocks]
         with torch.no_grad():
             amounts = self._decide(blocks)
-            for block, diagonal, std in zip(blocks, diagonals, amounts, strict=True):
-                self._update(block, diagonal, std)
+            squares = [self._update(*each) for each in zip(blocks, diagonals, amounts, strict=True)]
+            self._noise_square = sum(squares)
         return loss
 
     def _radius(self, group: dict[str, Any]) -> float:
@@ -147,11 +146,9 @@ class PSGLD(NoisyOptimizer):
     def _hessian_diagonal(self, block: Block) -> list[Tensor] | None:
         if not block.group["correction"] or not block.params:
             return None
-        grads = [p.grad for p in block.params]
+        grads = [grad for p in block.params if (grad := p.grad) is not None]
         if any(isinstance(p, DTensor) or p.is_complex() for p in block.params):
-            raise ConfigError(
-                "PSGLD: correction=True needs whole, real parameters; pass correction=False for others."
-            )
+            raise ConfigError("PSGLD: correction=True needs whole, real parameters; pass correction=False for others.")
         if not all(grad.requires_grad for grad in grads):
             raise ConfigError(
                 "PSGLD: correction=True needs the gradients' graph. Call loss.backward(create_graph=True), or pass "
@@ -164,8 +161,9 @@ class PSGLD(NoisyOptimizer):
         products = torch.autograd.grad(grads, block.params, signs, retain_graph=True, materialize_grads=True)
         return [sign * product for sign, product in zip(signs, products, strict=True)]
 
-    def _update(self, block: Block, diagonal: list[Tensor] | None, std: float | Tensor) -> None:
-        group, lr = block.group, float(block.group["lr"])
+    def _update(self, block: Block, diagonal: list[Tensor] | None, std: float | Tensor) -> Tensor:
+        """Move the parameters of a block; the squared norm of their noise comes back."""
+        group, lr, squares = block.group, float(block.group["lr"]), []
         for j, (key, where) in enumerate(self._draws(block)):
             param, value, grad = block.params[j], block.values[j], block.grads[j].detach()
             state = self.state[param]
@@ -178,12 +176,11 @@ class PSGLD(NoisyOptimizer):
             drift = scale * (grad + group["weight_decay"] * value)
             if diagonal is not None:
                 gamma = (
-                    (1 - group["alpha"])
-                    * scale**2
-                    * grad
-                    * diagonal[j]
-                    / root.clamp(min=torch.finfo(root.dtype).tiny)
+                    (1 - group["alpha"]) * scale**2 * grad * diagonal[j] / root.clamp(min=torch.finfo(root.dtype).tiny)
                 )
                 drift += group["temperature"] * gamma
             value.sub_(drift, alpha=lr)
-            value.addcmul_(draw(key, where, value.device).to(value.dtype), scale.sqrt(), value=std)
+            noise = draw(key, where, value.device) * scale.sqrt() * std
+            value.add_(noise)
+            squares.append(noise.square().sum())
+        return sum_over_shards(block.params, torch.stack(squares)).sum() if squares else torch.zeros(())

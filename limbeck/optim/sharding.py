@@ -45,9 +45,7 @@ class Layout(NamedTuple):
         if self.is_contiguous or 0 in self.local_shape:
             return flat.view(self.local_shape)
         rows = flat.view(self.local_shape[0], *self.shape[1:])
-        window = [
-            slice(start, start + size) for start, size in zip(self.offset, self.local_shape, strict=True)
-        ]
+        window = [slice(start, start + size) for start, size in zip(self.offset, self.local_shape, strict=True)]
         return rows[(slice(None), *window[1:])]
 
 
@@ -76,12 +74,8 @@ def layout(param: Tensor) -> Layout:
         return Layout(shape, shape, (0,) * len(shape))
     for placement in param.placements:
         if not placement.is_replicate() and type(placement) is not Shard:
-            raise ConfigError(
-                f"a parameter placed as {placement} cannot get noise; use Shard or Replicate placements."
-            )
-    local_shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
+            raise ConfigError(f"a parameter placed as {placement} cannot get noise; use Shard or Replicate placements.")
+    local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
     return Layout(shape, (*local_shape, *pair), (*offset, *(0 for _ in pair)))
 
 
@@ -92,9 +86,7 @@ def sum_over_shards(params: list[Tensor], values: Tensor) -> Tensor:
       values: [P], any float dtype: each rank's part of the sum. Replicated parts are counted once.
     Returns: [P], the same on every rank.
     """
-    for mesh, dimension in {
-        (p.device_mesh, i) for p in params if isinstance(p, DTensor) for i in _sharded(p)
-    }:
+    for mesh, dimension in {(p.device_mesh, i) for p in params if isinstance(p, DTensor) for i in _sharded(p)}:
         shares = torch.tensor(
             [isinstance(p, DTensor) and p.device_mesh == mesh and dimension in _sharded(p) for p in params]
         )
@@ -102,11 +94,6 @@ def sum_over_shards(params: list[Tensor], values: Tensor) -> Tensor:
         dist.all_reduce(part, group=mesh.get_group(dimension))
         values = torch.where(shares.to(values.device), part, values)
     return values
-
-
-def is_sharded(params: list[Tensor]) -> bool:
-    """Whether any parameter lies on more than one rank in parts."""
-    return any(isinstance(p, DTensor) and _sharded(p) for p in params)
 
 
 def _sharded(param: DTensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""Formulas behind the optimizers: settings from problem constants, noise radius and temperature, escape time, loss bump."""
+"""Formulas behind the optimizers: settings from constants, noise radius and temperature, escape time, loss bump."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ def from_constants(
       d: number of parameters.
       c: a constant that the paper leaves open, in (0, 1].
     Raises: ConfigError for values outside these ranges.
-    Source: Jin, Ge, Netrapalli, Kakade, Jordan 2017, arXiv:1703.00887, algorithm 2 (perturbed gradient descent).
+    Source: Jin, Ge, Netrapalli, Kakade, Jordan 2017, arXiv:1703.00887, algorithm 2 (perturbed gradient
+      descent).
     """
     for name, value in {"L": L, "rho": rho, "eps": eps, "delta_f": delta_f, "d": d}.items():
         if not value > 0:
             raise ConfigError(f"from_constants: {name} is {value}; it must be positive.")
     if not 0 < delta < 1 or not 0 < c <= 1:
-        raise ConfigError(
-            f"from_constants: delta is {delta} and c is {c}; delta lies in (0, 1) and c in (0, 1]."
-        )
+        raise ConfigError(f"from_constants: delta is {delta} and c is {c}; delta lies in (0, 1) and c in (0, 1].")
     chi = 3 * max(math.log(d * L * delta_f / (c * eps**2 * delta)), 4)
     return TheorySettings(
         lr=c / L,
@@ -66,7 +65,8 @@ def radius_to_temperature(noise_radius: float, lr: float, d: int) -> float:
 
 
 def escape_window(d: int, rate: float = 0.1) -> int:
-    """ceil((4 + 0.5 ln d) / ln(1 + rate)): steps that a kick is given to leave a saddle, the default of `escape_steps`.
+    """ceil((4 + 0.5 ln d) / ln(1 + rate)): steps that a kick is given to leave a saddle, the default of
+    `escape_steps`.
 
     Args:
       rate: lr * gamma, by which a step stretches the escape direction; 0.1 when nothing is known.
@@ -95,11 +95,13 @@ def predicted_escape_steps(
 
         T = ln(distance sqrt(d) / (0.6745 r)) / ln z
 
-    The kick's share along the direction is normal with standard deviation r / sqrt(d); 0.6745 is the median of its size.
-    With momentum a kick of the parameters alone starts the growing mode with weight (z - momentum) / (z - momentum / z) of it.
+    The kick's share along the direction is normal with standard deviation r / sqrt(d); 0.6745 is the median
+    of its size. With momentum a kick of the parameters alone starts the growing mode with weight (z -
+    momentum) / (z - momentum / z) of it.
     """
     z = growth_per_step(lr, gamma, momentum)
-    # The state (x, last change) = (a, 0) after the kick, written in the two modes z and momentum / z of the recursion.
+    # The state (x, last change) = (a, 0) after the kick, written in the two modes z and momentum / z of the
+    # recursion.
     weight = (z - momentum) / (z - momentum / z)
     start = 0.6744897501960817 * noise_radius / math.sqrt(d) * weight
     return max(0.0, math.log(distance / start) / math.log(z))
@@ -111,5 +113,5 @@ def predicted_loss_bump(noise_radius: float, hessian_trace: float, d: int) -> fl
 
 
 def stationary_variance(curvature: float, lr: float, temperature: float) -> float:
-    """Variance of x under SGLD on curvature x^2 / 2:  T / (curvature (1 - lr curvature / 2)), exact at any stable step size."""
+    """Variance of x under SGLD on curvature x^2 / 2:  T / (curvature (1 - lr curvature / 2)), at any stable lr."""
     return temperature / (curvature * (1 - lr * curvature / 2))
