@@ -17,7 +17,7 @@ from limbeck.traces.gym import read_gym
 from limbeck.traces.hub import is_hub_id, is_saved_dataset, read_hub, read_saved
 from limbeck.traces.parse import FORMATS, detect, parse_record
 from limbeck.traces.record import Parsed
-from limbeck.traces.synthetic import generate
+from limbeck.traces.synthetic import OPERATORS, generate
 from limbeck.traces.thought import Markers
 from limbeck.traces.trace import Trace
 
@@ -54,8 +54,8 @@ class TraceConfig:
     """Fewest steps of a problem of builtin:chain."""
     max_steps: int = 12
     """Most steps of a problem of builtin:chain."""
-    random_labels: bool = False
-    """Label the steps of builtin:chain from a random letter on instead of from a."""
+    operators: str = OPERATORS
+    """Operators in the problems of builtin:chain: one or more of + - *."""
 
     def __post_init__(self) -> None:
         if not self.source.strip():
@@ -145,7 +145,7 @@ def _parse_all(config: TraceConfig) -> Iterator[tuple[str, Parsed]]:
             config.seed,
             config.min_steps,
             config.max_steps,
-            random_labels=config.random_labels,
+            operators=config.operators,
         )
         yield from ((trace.source, Parsed(trace)) for trace in made)
         return

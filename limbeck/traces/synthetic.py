@@ -25,6 +25,7 @@ from limbeck.errors import ConfigError
 from limbeck.traces.trace import Trace
 
 LABELS = "abcdefghijklmnop"
+OPERATORS = "+-*"
 UNITS = (3, 7, 9)
 """Factors that have an inverse modulo 10, so that every step can be undone."""
 
@@ -32,19 +33,22 @@ Step = tuple[str, int]
 
 
 def generate(
-    num_traces: int, seed: int, min_steps: int, max_steps: int, *, random_labels: bool = False
+    num_traces: int, seed: int, min_steps: int, max_steps: int, *, operators: str = OPERATORS
 ) -> list[Trace]:
     """`num_traces` distinct problems of `min_steps` to `max_steps` steps with their worked solutions, seeded.
 
     Args:
-      random_labels: steps are labelled from a random letter on instead of from a, so that short problems show all labels.
+      operators: which of + - * occur. Multiplication is what makes a problem hard for the built-in base student.
     Raises: ConfigError when the step range is empty, beyond the labels, or too small for so many distinct problems.
     """
     if not 1 <= min_steps <= max_steps <= len(LABELS):
         raise ConfigError(
             f"builtin:chain: min_steps {min_steps}, max_steps {max_steps}; expected 1 <= min <= max <= {len(LABELS)}."
         )
-    possible = sum(10 * 21**steps for steps in range(min_steps, max_steps + 1))
+    if not operators or set(operators) - set(OPERATORS):
+        raise ConfigError(f"builtin:chain: operators {operators!r}; expected one or more of {OPERATORS}")
+    choices = sum(len(UNITS) if operator == "*" else 9 for operator in set(operators))
+    possible = sum(10 * choices**steps for steps in range(min_steps, max_steps + 1))
     if num_traces > possible // 2:
         raise ConfigError(
             f"builtin:chain: {num_traces} distinct problems asked for, {possible} exist with these steps; ask for at "
@@ -54,20 +58,19 @@ def generate(
     seen: set[str] = set()
     traces: list[Trace] = []
     while len(traces) < num_traces:
-        start, steps = draw_problem(rng, rng.randint(min_steps, max_steps))
-        labels = LABELS[rng.randint(0, len(LABELS) - len(steps)) :] if random_labels else LABELS
-        text = problem_text(start, steps, labels)
+        start, steps = draw_problem(rng, rng.randint(min_steps, max_steps), operators)
+        text = problem_text(start, steps)
         if text not in seen:
             seen.add(text)
-            traces.append(make_trace(start, steps, labels, f"builtin:chain seed {seed} number {len(traces)}"))
+            traces.append(make_trace(start, steps, f"builtin:chain seed {seed} number {len(traces)}"))
     return traces
 
 
-def draw_problem(rng: random.Random, num_steps: int) -> tuple[int, list[Step]]:
+def draw_problem(rng: random.Random, num_steps: int, operators: str = OPERATORS) -> tuple[int, list[Step]]:
     """A start digit and `num_steps` uniformly drawn steps."""
     steps = []
     for _ in range(num_steps):
-        operator = rng.choice("+-*")
+        operator = rng.choice(operators)
         steps.append((operator, rng.choice(UNITS) if operator == "*" else rng.randint(1, 9)))
     return rng.randint(0, 9), steps
 
@@ -78,28 +81,28 @@ def apply_step(value: int, step: Step) -> int:
     return (value + operand if operator == "+" else value - operand if operator == "-" else value * operand) % 10
 
 
-def problem_text(start: int, steps: list[Step], labels: str = LABELS) -> str:
+def problem_text(start: int, steps: list[Step]) -> str:
     """The prompt, for example `7 a+4 b*3`."""
-    return str(start) + "".join(f" {label}{op}{operand}" for label, (op, operand) in zip(labels, steps, strict=False))
+    return str(start) + "".join(f" {label}{op}{operand}" for label, (op, operand) in zip(LABELS, steps, strict=False))
 
 
-def make_trace(start: int, steps: list[Step], labels: str = LABELS, source: str = "") -> Trace:
+def make_trace(start: int, steps: list[Step], source: str = "") -> Trace:
     """The problem with its worked solution; `reference` is the answer and `correct` is True."""
     values = [start]
     for step in steps:
         values.append(apply_step(values[-1], step))
-    named = list(zip(labels, steps, strict=False))
+    named = list(zip(LABELS, steps, strict=False))
     lines = [f"Given {start}" + "".join(f"{label}{op}{operand}" for label, (op, operand) in named)]
     lines += [f"{label} {values[i]}{op}{operand}={values[i + 1]}" for i, (label, (op, operand)) in enumerate(named)]
     lines += [f"So {values[-1]}", "Check"]
     inverse = {"+": "-", "-": "+", "*": "/"}
     for i in range(len(steps) - 1, -1, -1):
         label, (op, operand) = named[i]
-        before = labels[i - 1] if i else "start"
+        before = LABELS[i - 1] if i else "start"
         lines.append(f"{label} {values[i + 1]}{inverse[op]}{operand}={values[i]} {before}={values[i]} ok")
     answer = str(values[-1])
     return Trace(
-        messages=({"role": "user", "content": problem_text(start, steps, labels)},),
+        messages=({"role": "user", "content": problem_text(start, steps)},),
         cot="\n".join(lines),
         answer=answer,
         source=source,
