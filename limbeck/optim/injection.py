@@ -82,7 +82,7 @@ class Traits(NamedTuple):
     """Real numbers in each logical parameter."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Block:
     """The parameters of one group that have a gradient, in the forms that a step needs."""
 
@@ -187,9 +187,6 @@ class NoisyOptimizer(Optimizer):
             for name, value in COUNTERS.items():
                 group.setdefault(name, value)
 
-    # -- what a subclass may say differently
-    # ------------------------------------------------------------------------
-
     def _radius(self, group: dict[str, Any]) -> float:
         """r of this step, before the gate; a coordinate's standard deviation when noise_scale is
         "coordinate"."""
@@ -214,9 +211,6 @@ class NoisyOptimizer(Optimizer):
                 for param, average, state in zip(block.params, averages, states, strict=True)
             ]
         return vectors
-
-    # -- the step, in parts
-    # -----------------------------------------------------------------------------------------
 
     def _gather(self) -> list[Block]:
         blocks, first = [], 0
@@ -247,7 +241,7 @@ class NoisyOptimizer(Optimizer):
 
     def _decide(self, blocks: list[Block]) -> list[float | Tensor]:
         """Measure, fire, count the step; the noise radius r * phi of each block comes back."""
-        domain = sum(block.numel for block in blocks if self._radius(block.group) != 0)
+        domain = sum(block.numel for block in blocks if not self._is_quiet(block.group))
         waiting = [self._escape_steps(block.group, domain or sum(b.numel for b in blocks)) for block in blocks]
         asking = [b for b, steps in zip(blocks, waiting, strict=True) if b.params and self._asks(b.group, steps)]
         self._statistic = self._measure(blocks, asking) if asking else math.inf
@@ -274,13 +268,13 @@ class NoisyOptimizer(Optimizer):
         group["fires"] = group["fires"] + fired * 1
         if radius == 0:
             return 0.0
-        return radius * (fired * 1.0 if group["mode"] == "gated" else _smooth(self._statistic / threshold))
+        return radius * (fired * 1.0 if group["mode"] == "gated" else _smooth(self._statistic, threshold))
 
     def _asks(self, group: dict[str, Any], escape_steps: int) -> bool:
         """Whether the group wants to know S at this step."""
         if group["mode"] not in ("gated", "smooth") or not self._is_on(group):
             return False
-        if self._radius(group) == 0 and group["step_boost"] == 1.0:
+        if self._is_quiet(group) and group["step_boost"] == 1.0:
             return False
         waits = isinstance(group["last_fire"], int) and group["noise_step"] - group["last_fire"] <= escape_steps
         # Running values must see every step.
@@ -327,14 +321,15 @@ class NoisyOptimizer(Optimizer):
     def _escape_steps(self, group: dict[str, Any], numel: int) -> int:
         return escape_window(numel) if group["escape_steps"] is None else int(group["escape_steps"])
 
+    def _is_quiet(self, group: dict[str, Any]) -> bool:
+        """Whether the group is outside the noise domain."""
+        return group["noise_radius"] == 0 or (group["noise_radius"] is None and float(group["lr"]) == 0)
+
     def _is_on(self, group: dict[str, Any]) -> bool:
         return group["noise_steps"] is None or group["noise_step"] < group["noise_steps"]
 
     def _on_host(self) -> bool:
         return all(not isinstance(group["fires"], Tensor) for group in self.param_groups)
-
-    # -- the noise
-    # --------------------------------------------------------------------------------------------------
 
     def _add_noise(
         self,
@@ -347,7 +342,7 @@ class NoisyOptimizer(Optimizer):
         if not noisy:
             return
         self._warn_if_lost(blocks, amounts)
-        domain = [block for block in blocks if self._radius(block.group) != 0 and block.params]
+        domain = [block for block in blocks if block.params and not self._is_quiet(block.group)]
         stds = _unit_stds(domain, self.param_groups[0]["noise_scale"])
         draws = {id(block): self._draws(block) for block in domain}
         factor = self._shape_factor(domain, stds, draws)
@@ -412,9 +407,6 @@ class NoisyOptimizer(Optimizer):
                 stacklevel=4,
             )
 
-    # -- checks
-    # -----------------------------------------------------------------------------------------------------
-
     def _prepare_group(self, group: dict[str, Any]) -> None:
         for name, value in {**NOISE_DEFAULTS, **COUNTERS}.items():
             group.setdefault(name, value)
@@ -475,10 +467,12 @@ def with_plain_counters(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict
 
 
-def _smooth(ratio: float | Tensor) -> float | Tensor:
-    if isinstance(ratio, Tensor):
-        return (1 - ratio * ratio).clamp(min=0)
-    return max(0.0, 1 - ratio * ratio)
+def _smooth(statistic: float | Tensor, threshold: float | Tensor) -> float | Tensor:
+    if isinstance(statistic, Tensor):
+        return (1 - (statistic / threshold) ** 2).clamp(min=0).nan_to_num(1.0)
+    if statistic <= 0 or threshold <= 0:
+        return float(statistic <= 0)
+    return max(0.0, 1 - (statistic / threshold) ** 2)
 
 
 def _unit_stds(domain: list[Block], noise_scale: str) -> dict[int, list[float | Tensor]]:

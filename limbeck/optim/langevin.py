@@ -133,7 +133,7 @@ class Langevin(NoisyOptimizer):
         return list(torch._foreach_add(grads, buffers, alpha=group["momentum"])) if group["nesterov"] else buffers
 
     def _descend(self, block: Block, directions: list[Tensor], boost: float | Tensor, is_noisy: bool) -> Joint | None:
-        """x <- (1 - lr weight_decay) x - lr psi u, or a Joint for what must be summed with its noise before rounding."""
+        """x <- (1 - lr weight_decay) x - lr psi u, or a Joint of what is summed with its noise first."""
         group = block.group
         lr = float(group["lr"])
         decay = 1 - lr * group["weight_decay"]
