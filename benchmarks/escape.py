@@ -1,9 +1,9 @@
 """Escape time of ASGLD, ASG and AGLD from a strict saddle against dimension: affine in ln d, with theory's slope?
 
-Regime: quartic saddle `-gamma/2 a^2 + gamma/4 a^4 + 0.5 ||y||^2`, gamma = 0.2, lr = 0.5, d = 10 ... 10^6, float32. A run
-is one real optimizer on one d-dimensional parameter and starts exactly at the saddle; it has left when |a| >= 0.5. ASGLD
-and ASG step on mini-batches whose gradient noise has energy sigma^2 / b in every dimension, AGLD on exact gradients.
-401 seeds (101 at 10^6), the same in every dimension.
+Regime: quartic saddle `-gamma/2 a^2 + gamma/4 a^4 + 0.5 ||y||^2`, gamma = 0.4, lr = 0.5, d = 10 ... 10^6, float32. A
+run is one real optimizer on one d-dimensional parameter and starts exactly at the saddle; it has left when |a| >= 0.5.
+ASGLD and ASG step on mini-batches whose gradient noise has energy sigma^2 / b in every dimension, AGLD on exact
+gradients. 401 seeds (101 at 10^6), the same in every dimension; 101 for the null.
 
 Bound: `median steps = c + ln d / (2 ln(1 + lr gamma))`. Keys per method: `slope_over_predicted` (reach 0.95 to 1.05),
 `r_squared` (>= 0.99), `loglog_exponent` of steps against d (< 0.1), `per_coordinate_slope`, the slope per ln d when all

@@ -25,16 +25,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from matplotlib import pyplot
 from torch import Tensor
 
 from limbeck.checkpoint import output_directory
 from limbeck.optim.diagnostics import curvature_at, products_needed, second_order
+from limbeck.optim.growing_batch import BatchGrowth
 from limbeck.optim.problems import QuarticSaddle, TiltedProblem, ValleySaddle
+from limbeck.optim.study import draw
 from limbeck.optim.study.cells import measure_cells
 from limbeck.optim.study.fit import fit_line, lower_median, slope_interval
 from limbeck.optim.study.methods import Settings, method_named
-from limbeck.optim.study.page import Table, save_figure, write_study
+from limbeck.optim.study.page import Table, write_study
 from limbeck.optim.study.swarm import Swarm, run_until
 
 Schedule = Literal["constant", "growing", "full"]
@@ -100,7 +101,7 @@ def run(config: ConvergeConfig, out: Path, *, overwrite: bool = False, resume: b
     """Measure, fit, and write result.json, table.md, plots and page.html into `out`; the result comes back."""
     with output_directory(out, overwrite=overwrite, resume=resume) as directory:
         result = measure(config, directory / "cells.jsonl")
-        _plot(result, directory / "converge.png")
+        draw.convergence(result, directory / "converge.png")
         write_study(
             directory,
             stage="optim converge",
@@ -163,11 +164,6 @@ def make_problem(config: ConvergeConfig) -> TiltedProblem:
     if config.problem == "valley_saddle":
         return ValleySaddle(num_dims=config.num_dims, negative_curvature=gamma, gradient_noise=sigma)
     return QuarticSaddle(num_dims=config.num_dims, negative_curvature=gamma, quartic=gamma, gradient_noise=sigma)
-
-
-def growing_batch(step: int, first: int, growth: float) -> int:
-    """b_t = b0 + floor(growth * t)."""
-    return first + math.floor(growth * step)
 
 
 def exponent_table(result: Mapping[str, Any]) -> Table:
@@ -233,7 +229,7 @@ def _batch_sizes(config: ConvergeConfig, schedule: str) -> Callable[[int], int |
     if schedule == "full":
         return lambda step: None
     growth = config.batch_growth if schedule == "growing" else 0.0
-    return lambda step: growing_batch(step, config.batch_size, growth)
+    return BatchGrowth(config.batch_size, growth).size_at
 
 
 def _summary(config: ConvergeConfig, schedule: str, measured: Mapping[Cell, Mapping[str, Any]]) -> dict[str, Any]:
@@ -273,21 +269,6 @@ def _exponent(epsilons: list[float], groups: list[list[float]]) -> tuple[float |
         return None, None
     logs = [math.log(1 / eps) for eps in epsilons]
     return fit_line(logs, [math.log(median) for median in medians]).slope, slope_interval(logs, groups, np.log)
-
-
-def _plot(result: Mapping[str, Any], path: Path) -> None:
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharex=True)
-    for panel, quantity in zip(axes, ("steps", "samples"), strict=True):
-        for schedule, found in result.items():
-            exponent = found["iterations_exponent" if quantity == "steps" else "samples_exponent"]
-            if exponent is None:
-                continue
-            medians = found[f"median_{quantity}"]
-            inverse = [1 / float(eps) for eps in medians]
-            panel.plot(inverse, list(medians.values()), "o-", label=f"{schedule}: exponent {exponent:.2f}")
-        panel.set(xscale="log", yscale="log", xlabel="1 / eps", ylabel=f"median {quantity} to a second-order point")
-        panel.legend(fontsize=8)
-    save_figure(figure, path)
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib import pyplot
 from torch import Tensor
 
 from limbeck.checkpoint import output_directory
 from limbeck.optim.problems import PhaseRetrieval, QuadraticSaddle, QuarticSaddle
+from limbeck.optim.study import draw
 from limbeck.optim.study.cells import measure_cells
 from limbeck.optim.study.fit import fit_line, lower_median, slope_interval
 from limbeck.optim.study.methods import Settings, method_named
-from limbeck.optim.study.page import Table, save_figure, write_study
+from limbeck.optim.study.page import Table, write_study
 from limbeck.optim.study.swarm import Swarm, run_until
 from limbeck.optim.theory import escape_slope
 
@@ -58,7 +58,7 @@ class EscapeConfig:
     """Runs in each dimension with noise of fixed size per coordinate; 0 leaves this control out."""
     lr: float = 0.5
     """Step size; the curvature across the saddle is 1."""
-    negative_curvature: float = 0.2
+    negative_curvature: float = 0.4
     """gamma: downward curvature of the saddle, whose minima are at distance 1."""
     momentum: float = 0.9
     """Momentum of the methods called *_momentum."""
@@ -102,7 +102,7 @@ def run(config: EscapeConfig, out: Path, *, overwrite: bool = False, resume: boo
     """Measure, fit, and write result.json, table.md, plots and page.html into `out`; the result comes back."""
     with output_directory(out, overwrite=overwrite, resume=resume) as directory:
         result = measure(config, directory / "cells.jsonl")
-        _plot(result, directory / "escape.png")
+        draw.escape_times(result, directory / "escape.png")
         write_study(
             directory,
             stage="optim escape",
@@ -256,28 +256,6 @@ def _summary(config: EscapeConfig, name: str, pooled: Mapping[tuple[str, str], M
         "intercept": line.intercept,
         "per_coordinate_slope": flat,
     }
-
-
-def _plot(result: Mapping[str, Any], path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, found in result["methods"].items():
-        dims = [int(num_dims) for num_dims in found["medians"]]
-        medians = [math.nan if median is None else median for median in found["medians"].values()]
-        low, high = ([math.nan if q[side] is None else q[side] for q in found["quartiles"].values()] for side in (0, 1))
-        (line,) = axes.plot(dims, medians, "o", label=name)
-        axes.fill_between(dims, low, high, color=line.get_color(), alpha=0.15)
-        if found["slope"] is not None:
-            theory = [medians[0] + found["predicted_slope"] * math.log(num_dims / dims[0]) for num_dims in dims]
-            axes.plot(dims, theory, "-", color=line.get_color(), linewidth=1, label=f"{name}, predicted slope")
-        if found["null_medians"]:
-            null = [math.nan if m is None else m for m in found["null_medians"].values()]
-            axes.plot(dims[: len(null)], null, "x:", color=line.get_color(), linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("dimension d")
-    axes.set_ylabel("steps to leave the saddle (median, quartiles)")
-    axes.set_title("Dots: fixed noise energy. Crosses: fixed noise per coordinate.", fontsize=9)
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
 
 
 def _notes(config: EscapeConfig, result: Mapping[str, Any]) -> list[str]:

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from matplotlib import pyplot
 from torch import Tensor
 
 from limbeck.checkpoint import output_directory
 from limbeck.errors import ConfigError
-from limbeck.optim.problems import PROBLEMS, Problem, make
+from limbeck.optim.problems import Problem, make
+from limbeck.optim.study import draw
 from limbeck.optim.study.cells import measure_cells
 from limbeck.optim.study.fit import lower_median, median_interval
 from limbeck.optim.study.methods import Settings, method_named
-from limbeck.optim.study.page import Table, save_figure, write_study
+from limbeck.optim.study.page import Table, write_study
 from limbeck.optim.study.swarm import Swarm, run_until
 
 Cell = tuple[str, float, int, int]
@@ -38,7 +38,7 @@ _CURVE_SEEDS = 5
 class RaceConfig:
     """One problem, some optimizers, a grid of step sizes."""
 
-    problem: str = "quartic_saddle"
+    problem: str = "phase_retrieval"
     """Name of a test problem: any key of limbeck.optim.problems.PROBLEMS."""
     size: int = 2
     """The problem's own size: coordinates, rows, inputs or width. 2 draws paths where a point is a 2-vector."""
@@ -100,10 +100,11 @@ def run(config: RaceConfig, out: Path, *, overwrite: bool = False, resume: bool 
         result = measure(config, directory)
         curves = {name: _curve(config, name, found["lr"]) for name, found in result["methods"].items()}
         plots = {"Median loss": directory / "race.png"}
-        _plot_curves(config, curves, plots["Median loss"])
-        if make(config.problem, config.size).shape == (2,):
+        draw.loss_curves(curves, result["target_loss"], plots["Median loss"])
+        problem = make(config.problem, config.size)
+        if problem.shape == (2,):
             plots["Paths of three seeds"] = directory / "paths.png"
-            _plot_paths(config, curves, plots["Paths of three seeds"])
+            draw.paths(problem, {name: points for name, (_, points) in curves.items()}, plots["Paths of three seeds"])
         write_study(
             directory,
             stage="optim race",
@@ -225,53 +226,5 @@ def _curve(config: RaceConfig, name: str, lr: float) -> tuple[list[float], Tenso
     return losses, torch.stack(points)
 
 
-def _plot_curves(config: RaceConfig, curves: Mapping[str, tuple[list[float], Tensor]], path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    target = _target(config, make(config.problem, config.size))
-    for name, (losses, _) in curves.items():
-        axes.plot(losses, label=name, linewidth=1.2)
-    axes.axhline(target, color="grey", linewidth=0.8, linestyle=":", label="target")
-    finite = [loss for losses, _ in curves.values() for loss in losses if math.isfinite(loss)]
-    top = max(losses[0] for losses, _ in curves.values())
-    span = top - min(finite) or 1.0
-    axes.set_ylim(min(finite) - 0.05 * span, top + 0.3 * span)
-    axes.set(xlabel="step", ylabel="median loss")
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
-
-
-def _plot_paths(config: RaceConfig, curves: Mapping[str, tuple[list[float], Tensor]], path: Path) -> None:
-    problem = make(config.problem, config.size)
-    columns = min(3, len(curves))
-    rows = math.ceil(len(curves) / columns)
-    figure, grid = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), squeeze=False)
-    extent = _extent(problem, [points for _, points in curves.values()])
-    across, up = (torch.linspace(-extent, extent, 160) for _ in range(2))
-    plane = torch.stack(torch.meshgrid(across, up, indexing="xy"), -1)
-    heights = problem.loss(plane)
-    for panel in grid.flat[len(curves) :]:
-        panel.set_visible(False)
-    for panel, (name, (_, points)) in zip(grid.flat, curves.items(), strict=False):
-        panel.contour(across, up, heights, levels=30, linewidths=0.5, cmap="Greys_r")
-        for run_points in points.clamp(-2 * extent, 2 * extent).unbind(1)[:3]:
-            panel.plot(run_points[:, 0], run_points[:, 1], ".-", linewidth=0.9, markersize=2)
-        panel.set(title=f"{name}", xlim=(-extent, extent), ylim=(-extent, extent))
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def _extent(problem: Problem, paths: list[Tensor]) -> float:
-    """Half width of the picture: the known stationary points, or else the starts, with room around them."""
-    facts = problem.facts()
-    known = [float(point.abs().max()) for point in (*facts.saddles, *facts.minima)]
-    started = [float(points[0].abs().max()) for points in paths]
-    return 1.4 * (max([*known, *started]) or 1.0)
-
-
 def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def problem_names() -> list[str]:
-    """The problems that a race can be run on."""
-    return sorted(PROBLEMS)
