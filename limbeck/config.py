@@ -64,7 +64,7 @@ def build(config_class: type[Config], tree: Mapping[str, Any], where: str = "con
     """
     _check_tree(config_class, tree, where, prefix="")
     try:
-        return _adapter(config_class).validate_python(dict(tree))
+        return pydantic.TypeAdapter(config_class).validate_python(dict(tree))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
@@ -185,11 +185,6 @@ def field_docs(config_class: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
             docs[ast.unparse(field.target)] = " ".join(str(note.value.value).split())
     return docs
-
-
-@functools.cache
-def _adapter(config_class: type) -> pydantic.TypeAdapter:
-    return pydantic.TypeAdapter(config_class)
 
 
 def _check_tree(config_class: type, tree: Mapping[str, Any], where: str, prefix: str) -> None:

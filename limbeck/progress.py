@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -36,7 +36,8 @@ class Bar:
         """Move on by `amount` units; `note` is shown behind the time left."""
         self._done += amount
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, advance=amount, **({"note": note} if note is not None else {}))
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            self._progress.update(self._task, advance=amount, **fields)
         elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
             console.print(self._line(note or ""), highlight=False)

@@ -31,7 +31,7 @@ from limbeck.distill.state import load_state, save_state
 from limbeck.errors import CheckpointError, ConfigError, LimbeckError
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import Sizes, causal_lm_of, sizes_of
-from limbeck.models.load import locate, vocabulary_size
+from limbeck.models.load import model_hash, vocabulary_size
 from limbeck.optim.build import build_optimizer
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
@@ -283,23 +283,19 @@ def _write(setup: Run, source: Checkpoint | None, working: Path) -> None:
         working,
         stage="distill",
         config=config,
-        inputs=_inputs(config, source),
+        inputs=inputs_of(config, source),
         ledger=total_cost(setup.ledger, setup.ranks),
         metrics={"loss": last["loss"], "validation_ce": last.get("validation_ce")},
         counts=setup.data.counts,
     )
 
 
-def _inputs(config: DistillConfig, source: Checkpoint | None) -> dict[str, str]:
-    inputs: dict[str, str] = {}
+def inputs_of(config: DistillConfig, source: Checkpoint | None = None) -> dict[str, str]:
+    """What a run reads, by role, as hashes of the files: student, teacher or its stored targets, traces."""
     names = {"student": str(source.path) if source else config.student.model, "teacher": config.teacher.model}
-    for role, name in names.items():
-        if name is not None:
-            place = locate(name)
-            inputs[role] = hash_path(Path(place.path)) if place.is_local else name
     paths = {"teacher_targets": config.teacher.targets, "traces": Path(config.traces.source)}
-    inputs |= {role: hash_path(path) for role, path in paths.items() if path is not None and path.exists()}
-    return inputs
+    models = {role: model_hash(name) for role, name in names.items() if name is not None}
+    return models | {role: hash_path(path) for role, path in paths.items() if path is not None and path.exists()}
 
 
 def _validation_groups(examples: Sequence[Example], budget_tokens: int) -> list[list[Example]]:

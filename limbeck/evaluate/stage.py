@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_json, write_manifest
+from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
 from limbeck.errors import ConfigError
 from limbeck.evaluate.run import EvaluateConfig, evaluate
 from limbeck.evaluate.tasks import task_from_traces
-from limbeck.models.load import load_model, load_tokenizer, locate
+from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.progress import bar
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.select import SelectConfig, select_traces
@@ -38,12 +38,11 @@ def run(
     name = str(source.path) if source is not None else config.model
     with output_directory(out, overwrite=overwrite) as working:
         summary = score(name, config, working)
-        place = locate(name)
         write_manifest(
             working,
             stage="evaluate",
             config=config,
-            inputs={"model": hash_path(Path(place.path)) if place.is_local else name},
+            inputs={"model": model_hash(name)},
             metrics=summary,
         )
     return summary
@@ -68,6 +67,7 @@ def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, 
             config.evaluate,
             render_prompt=lambda messages: render_prompt(tokenizer, messages, config.render),
             stop_ids=stop_ids(tokenizer, config.render),
+            end_marker=config.render.end_marker,
             advance=progress.advance,
         )
     result.write(directory)

@@ -51,9 +51,9 @@ class Sizes(NamedTuple):
     """Whether the head needs a gradient."""
 
 
-def causal_lm_of(model: nn.Module) -> nn.Module:
+def causal_lm_of(model: Any) -> Any:
     """The transformers model inside, below a LoRA wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -80,7 +80,7 @@ def head_of(model: nn.Module) -> Head:
             raise ModelError(
                 f"{type(lm).__name__} changes its logits ({field} is set); only a plain head is supported."
             )
-    return Head(lm.lm_head.weight, getattr(lm.lm_head, "bias", None))  # type: ignore[union-attr,arg-type]
+    return Head(lm.lm_head.weight, getattr(lm.lm_head, "bias", None))
 
 
 def hidden_states(
@@ -96,7 +96,7 @@ def hidden_states(
     """
     extra: dict[str, Any] = {}
     if sequence_lengths is not None:
-        if causal_lm_of(model).config._attn_implementation != PACKED_ATTENTION:  # type: ignore[union-attr]
+        if causal_lm_of(model).config._attn_implementation != PACKED_ATTENTION:
             raise ModelError("packed batches need the packed attention; load the model with layout packed.")
         extra["sequence_lengths"] = tuple(sequence_lengths)
     return backbone_of(model)(input_ids=input_ids, position_ids=positions, use_cache=False, **extra).last_hidden_state

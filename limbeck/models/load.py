@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from limbeck.checkpoint import hash_path
 from limbeck.errors import ModelError, nearest
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.tiny import ScratchConfig, scratch_model, symbol_tokenizer
@@ -62,6 +63,12 @@ def locate(name: str) -> Location:
         f"{name}: no such model directory or alias; {nearest(name, [*BUILT_IN, *GGUF_ALIASES])} A hub id has the form "
         "owner/name."
     )
+
+
+def model_hash(name: str) -> str:
+    """Sixteen hex digits of a local model's files; a hub id stands for itself."""
+    place = locate(name)
+    return hash_path(Path(place.path)) if place.is_local else name
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "padded") -> Any:

@@ -24,16 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, versions, write_json, write_manifest
+from limbeck.checkpoint import MANIFEST, Checkpoint, hash_path, output_directory, versions, write_json, write_manifest
 from limbeck.config import config_hash, to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, TeacherConfig
 from limbeck.distill.data import UNCUT, prepare, render_all
-from limbeck.errors import ConfigError, LimbeckError
+from limbeck.errors import CheckpointError, ConfigError, LimbeckError
 from limbeck.evaluate.metrics import paired_retention
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.ledger import Ledger
-from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
+from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
 from limbeck.progress import bar, console
 from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, reference_of
 from limbeck.teacher.store import FILE, build_store
@@ -45,7 +45,6 @@ from limbeck.traces.stats import trace_stats
 def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     """Do what is not done yet of `sweep` in the directory `out`; returns the summary that it writes."""
     runs = plan_runs(sweep)
-    out.mkdir(parents=True, exist_ok=True)
     _refuse_leaks(sweep)
     runs = _match_tokens(sweep, runs)
     store = _in_process(_build_targets, sweep, runs, out) if _stores_targets(sweep) else None
@@ -187,11 +186,19 @@ def _with_targets(sweep: SweepConfig, planned: PlannedRun, out: Path) -> Planned
 def _build_targets(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
     """Store the teacher's targets for all runs, unless a store of the same runs is there."""
     directory = out / "targets"
-    identity = config_hash({"top_k": sweep.top_k, "runs": [to_dict(planned.config) for planned in runs]})
-    if (directory / MANIFEST).exists() and Checkpoint(directory).manifest["metrics"]["identity"] == identity:
-        return Checkpoint(directory).manifest["metrics"]
     name = sweep.distill.teacher.model
     assert name is not None
+    sources = {planned.config.traces.source for planned in runs}
+    identity = config_hash(
+        {
+            "top_k": sweep.top_k,
+            "runs": [to_dict(planned.config) for planned in runs],
+            "teacher": model_hash(name),
+            "traces": {source: hash_path(Path(source)) for source in sources if Path(source).exists()},
+        }
+    )
+    if (directory / MANIFEST).exists() and Checkpoint(directory).manifest["metrics"]["identity"] == identity:
+        return Checkpoint(directory).manifest["metrics"]
     tokenizer = load_tokenizer(_tokenizer_name(sweep.distill))
     sequences: dict[bytes, np.ndarray] = {}
     for planned in runs:
@@ -214,7 +221,7 @@ def _build_targets(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) ->
             working,
             stage="teacher targets",
             config=sweep,
-            inputs={"teacher": name},
+            inputs={"teacher": model_hash(name)},
             ledger=cost,
             metrics=counts,
         )
@@ -233,28 +240,42 @@ def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:
             continue
         stage = dataclasses.replace(_scoring(sweep, sweep.distill), model=name)
         directory = out / role
-        if not _is_current(directory, config_hash(stage)):
+        inputs = {"model": model_hash(name)}
+        if not _is_current(directory, config_hash(stage), inputs):
             with output_directory(directory, overwrite=True) as working:
                 summary = score(name, stage, working)
-                write_manifest(working, stage="evaluate", config=stage, inputs={"model": name}, metrics=summary)
+                write_manifest(working, stage="evaluate", config=stage, inputs=inputs, metrics=summary)
         scored[role] = {"name": name} | Checkpoint(directory).manifest["metrics"]
     return scored
 
 
 def _run_one(config: DistillConfig, scoring: EvaluateStageConfig, directory: Path) -> None:
     """Train and score one run, or what is missing of it."""
-    if not _is_current(directory, config_hash(config)):
-        train.run(config, None, directory, overwrite=True, resume=config.training.save_every_steps > 0)
+    if not _is_current(directory, config_hash(config), train.inputs_of(config)):
+        _train_one(config, directory)
     evaluation = directory / "evaluation"
     scoring = dataclasses.replace(scoring, model=str(directory))
-    if not _is_current(evaluation, config_hash(scoring)):
+    inputs = {"model": model_hash(str(directory))}
+    if not _is_current(evaluation, config_hash(scoring), inputs):
         with output_directory(evaluation, overwrite=True) as working:
             summary = score(str(directory), scoring, working)
-            write_manifest(working, stage="evaluate", config=scoring, inputs={"model": str(directory)}, metrics=summary)
+            write_manifest(working, stage="evaluate", config=scoring, inputs=inputs, metrics=summary)
 
 
-def _is_current(directory: Path, identity: str) -> bool:
-    return Checkpoint(directory).is_finished and Checkpoint(directory).manifest["config_hash"] == identity
+def _train_one(config: DistillConfig, directory: Path) -> None:
+    try:
+        train.run(config, None, directory, overwrite=True, resume=True)
+    except CheckpointError as error:
+        console.print(f"starting anew: {error}", highlight=False)
+        train.run(config, None, directory, overwrite=True)
+
+
+def _is_current(directory: Path, identity: str, inputs: dict[str, str]) -> bool:
+    """Whether the directory holds the finished output of this config and these inputs."""
+    checkpoint = Checkpoint(directory)
+    if not checkpoint.is_finished:
+        return False
+    return checkpoint.manifest["config_hash"] == identity and checkpoint.manifest["inputs"] == inputs
 
 
 def _scoring(sweep: SweepConfig, config: DistillConfig) -> EvaluateStageConfig:

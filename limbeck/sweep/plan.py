@@ -65,9 +65,7 @@ def plan_runs(sweep: SweepConfig) -> list[PlannedRun]:
     Raises: ConfigError for an unknown axis or a value that its field refuses.
     """
     combinations = [
-        dict(zip(sweep.grid, values, strict=True))
-        for values in itertools.product(*sweep.grid.values())
-        if sweep.grid
+        dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values()) if sweep.grid
     ]
     planned: dict[str, PlannedRun] = {}
     axes = axis_paths(sweep)
@@ -78,7 +76,10 @@ def plan_runs(sweep: SweepConfig) -> list[PlannedRun]:
         config = build(DistillConfig, tree, where=f"run {changes}")
         values = {axis: get_field(config, path) for axis, path in axes.items()}
         run = PlannedRun(run_name(values), values, config)
-        planned.setdefault(run.name, run)
+        if planned.setdefault(run.name, run).config != config:
+            raise ConfigError(
+                f"two runs would be named {run.name!r}; give them values that differ in letters or digits."
+            )
     return list(planned.values())
 
 
@@ -87,9 +88,7 @@ def axis_paths(sweep: SweepConfig) -> dict[str, str]:
     names = [*sweep.grid, *(name for run in sweep.runs for name in run)]
     paths = list(dict.fromkeys(resolve_path(DistillConfig, name, f"axis {name}") for name in names))
     shorts = [path.rsplit(".", 1)[-1] for path in paths]
-    return {
-        short if shorts.count(short) == 1 else path: path for short, path in zip(shorts, paths, strict=True)
-    }
+    return {short if shorts.count(short) == 1 else path: path for short, path in zip(shorts, paths, strict=True)}
 
 
 def run_name(axes: Mapping[str, Any]) -> str:

@@ -1,0 +1,100 @@
+"""What every command promises: help that names each field, results on standard output, files where they belong."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from tiny_runs import SHAPE
+
+from limbeck import __version__
+from limbeck.cli import COMMANDS, OPTIONS, main
+from limbeck.config import describe
+
+WIDTH = 80
+
+
+@pytest.fixture
+def printed(monkeypatch, capfd):
+    """Run a command at 80 columns that must succeed; returns what it printed."""
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        out, err = capfd.readouterr()
+        assert stopped.value.code == 0, err
+        return out
+
+    return run
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def help_entries(text: str) -> dict[str, str]:
+    """Flag -> its text, from the two columns of a help page."""
+    entries: dict[str, str] = {}
+    flag = ""
+    for line in text.splitlines():
+        match = re.match(r"(--\S+)\s*(.*)", line)
+        if match:
+            flag = match[1]
+            entries[flag] = match[2]
+        elif flag and line.startswith(" "):
+            entries[flag] += " " + line.strip()
+        else:
+            flag = ""
+    return {flag: words(text) for flag, text in entries.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_field_with_meaning_and_default(printed, name):
+    text = printed(*name.split(), "--help")
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "…" not in text and "\\[" not in text
+    assert COMMANDS[name].help in words(text)
+    entries = help_entries(text)
+    assert OPTIONS.keys() <= entries.keys()
+    config = COMMANDS[name].config
+    for info in describe(config) if config else ():
+        entry = entries["--" + info.path.replace("_", "-")]
+        assert entry.replace(" ", "").startswith(info.doc.replace(" ", ""))
+        if info.default is dataclasses.MISSING:
+            assert entry.endswith("required)")
+        else:
+            default = words(json.dumps(info.default, default=str)).replace(" ", "")
+            assert entry.replace(" ", "").endswith(f"default{default})")
+
+
+def test_overview_names_every_command(printed):
+    for arguments in ([], ["--help"], ["help"], ["-h"]):
+        text = printed(*arguments)
+        assert max(map(len, text.splitlines())) <= WIDTH
+        for name, command in COMMANDS.items():
+            assert f"limbeck {name}" in text and words(command.help) in words(text)
+    assert printed("--version") == __version__ + "\n"
+
+
+def test_results_go_to_standard_output_and_files_below_runs(tmp_path, monkeypatch, printed):
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "student": {"scratch": SHAPE},
+        "traces": {"source": "builtin:chain", "num_traces": 8, "max_steps": 3},
+        "num_validation": 2,
+        "training": {"max_steps": 2, "batch_size": 2},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    result = json.loads(printed("distill", "r.yaml", "--lead-fraction", "0.5", "--json"))
+    assert result["out"] == "runs/distill" and result["loss"] > 0 and result["validation_ce"] > 0
+    assert (tmp_path / "runs/distill/model.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["distill"]
+    text = printed("distill", "r.yaml", "--overwrite", "--out", "runs/distill")
+    assert "loss: " in text and "train_seconds: " in text
+    lines = printed("traces", "import", "--traces.source", "builtin:chain", "--num-traces", "5", "--out", "t")
+    assert "kept: 5" in lines and len((tmp_path / "t/traces.jsonl").read_text().splitlines()) == 5
+    shown = printed("traces", "show", "--traces.source", "t", "--tokenizer", "runs/distill", "--lead-fraction", "0.5")
+    assert "cut here" in shown
+    text = printed("traces", "stats", "--traces.source", "t", "--tokenizer", "runs/distill", "--json")
+    assert json.loads(text.splitlines()[-1])["num_traces"] == 5
