@@ -1,4 +1,4 @@
-"""The plain, obvious loss that the fused one must equal: all logits at once, formulas as in the docs, autograd."""
+"""The plain, obvious loss that the fused one must equal: a row at a time, formulas as documented, autograd."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def twin_loss(
     return total
 
 
-def distributions(
-    logits: Tensor, targets: TeacherTargets, i: int, temperature: float
-) -> tuple[Tensor, Tensor]:
+def distributions(logits: Tensor, targets: TeacherTargets, i: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities that D compares at row i."""
     if isinstance(targets, DenseTargets):
         bias = 0.0 if targets.head_bias is None else targets.head_bias

@@ -19,8 +19,8 @@ With s and t the two distributions and every sum over the vocabulary:
 Convention of `jsd`. GKD (arXiv 2306.13649, eq. 1), TRL and Liger take the same mixture m but weigh the two
 terms the other way round, beta KL(t || m) + (1 - beta) KL(s || m). That tends to 0 at both ends, so TRL and
 Liger put KL(t || s) and KL(s || t) there: a jump (12.98 at beta 0, 0.05 at beta 0.01 in one probe). Here each
-weight sits on the term that survives at its end: the value is KL(t || s) at beta 0 and KL(s || t) at beta 1 by
-the formula itself, continuous in between, and at beta 1/2 the plain Jensen-Shannon divergence, as theirs is.
+weight sits on the term that survives at its end: the value is KL(t || s) at beta 0 and KL(s || t) at beta 1
+by the formula itself, continuous in between, and at beta 1/2 the plain Jensen-Shannon divergence, as theirs is.
 
 Zeros. A log-probability below LOG_FLOOR, -inf included, counts as LOG_FLOOR: its probability is exactly 0 in
 every float type, so it adds nothing as a weight (0 log 0 = 0), and where it stands alone inside a logarithm
@@ -63,9 +63,7 @@ class DivergenceConfig:
 
     def __post_init__(self) -> None:
         if self.name not in DIVERGENCES:
-            raise ConfigError(
-                f"divergence: unknown name {self.name!r}; {nearest(str(self.name), DIVERGENCES)}"
-            )
+            raise ConfigError(f"divergence: unknown name {self.name!r}; {nearest(str(self.name), DIVERGENCES)}")
         for field, closed in (("beta", True), ("forward_ratio", True), ("skew_alpha", False)):
             value = getattr(self, field)
             if not (0.0 <= value < 1.0 or (closed and value == 1.0)):
@@ -124,9 +122,7 @@ def jsd(log_student: Tensor, log_teacher: Tensor, *, beta: float) -> tuple[Tenso
     log_mixture, share = _mixture(log_student, log_teacher, student_weight=1.0 - beta)
     student, teacher = log_student.exp(), log_teacher.exp()
     student_ratio = log_student - log_mixture
-    value = (1.0 - beta) * _dot(teacher, log_mixture.neg_().add_(log_teacher)) + beta * _dot(
-        student, student_ratio
-    )
+    value = (1.0 - beta) * _dot(teacher, log_mixture.neg_().add_(log_teacher)) + beta * _dot(student, student_ratio)
     gradient = student_ratio.add_(1.0).sub_(share).mul_(student).mul_(beta)
     return value, gradient.sub_(share.mul_(teacher).mul_(1.0 - beta))
 

@@ -29,10 +29,12 @@ from limbeck.distill.rowloss import Rows, row_loss
 from limbeck.errors import ConfigError, ShapeError
 from limbeck.teacher.targets import DenseTargets, TeacherTargets, TopKTargets
 
-CHUNK_BYTES = 64 * 2**20
-# Size of one [rows V] temporary of the elementwise work: the few of them should stay in cache on a CPU, and
-# be large enough to hide the launches on an accelerator.
-CPU_BLOCK_BYTES = 2**20
+CHUNK_BYTES = 256 * 2**20
+# On a CPU more rows than this make the products no faster.
+CPU_CHUNK_ROWS = 256
+# Size of one [rows V] temporary of the elementwise work: a thread's share of it fits its second-level cache on a
+# CPU; on an accelerator it is large enough to hide the launches.
+CPU_BLOCK_BYTES = 2**19
 DEVICE_BLOCK_BYTES = 64 * 2**20
 
 
@@ -74,9 +76,9 @@ def fused_loss(
     have; the others hold no probability and get no gradient from D.
 
     Top-k teacher: D compares the distributions over K + 1 events, the K kept entries and "any other". At
-    temperature 1 that is a lower bound of D over the whole vocabulary, and equals it when nothing is left over.
-    The tail at T != 1 cannot be known from its mass at 1, so T acts on the K + 1 log-masses of both sides (divide
-    by T, normalise again): still 0 when student = teacher, still the dense D when nothing is left over.
+    temperature 1 that is a lower bound of D over the whole vocabulary, and equals it when nothing is left
+    over. The tail at T != 1 cannot be known from its mass at 1, so T acts on the K + 1 log-masses of both sides
+    (divide by T, normalise again): still 0 when student = teacher, still the dense D when nothing is left over.
 
     Args:
         hidden: [N D] last hidden states at the supervised positions.
@@ -100,9 +102,7 @@ def fused_loss(
     vocab = len(head_weight) if vocab_size is None else vocab_size
     _check_shapes(hidden, head_weight, labels, head_bias, ce_coef, kd_coef, targets, vocab)
     if not (temperature > 0 and chunk_bytes > 0):
-        raise ConfigError(
-            f"fused_loss: temperature {temperature} and chunk_bytes {chunk_bytes} must be above 0."
-        )
+        raise ConfigError(f"fused_loss: temperature {temperature} and chunk_bytes {chunk_bytes} must be above 0.")
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     gradients = _Gradients.zeros(hidden, head_weight, head_bias, compute)
     student = _Head(hidden, head_weight, head_bias, vocab)
@@ -206,7 +206,10 @@ def _accumulate(
     """Sums of the weighted CE and KD terms and the number of their rows; fills `gradients` on the way."""
     index = torch.nonzero((rows.ce_coef != 0) | (rows.kd_coef != 0))[:, 0]
     heads = [student] if teacher is None else [student, teacher]
-    chunk_rows = _even_parts(len(index), chunk_bytes // sum(head.row_bytes for head in heads))
+    limit = chunk_bytes // sum(head.row_bytes for head in heads)
+    if student.buffer.device.type == "cpu":
+        limit = min(limit, CPU_CHUNK_ROWS)
+    chunk_rows = _even_parts(len(index), limit)
     for head in heads:
         head.allocate(chunk_rows)
     sums = rows.ce_coef.new_zeros(2)
@@ -233,8 +236,7 @@ def _to_gradient(
 ) -> Tensor:
     """The two sums [2] of a chunk; `logits` becomes the gradient, block by block."""
     compute = rows.ce_coef.dtype
-    block_bytes = CPU_BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
-    block_rows = _even_parts(len(logits), block_bytes // (logits.shape[1] * compute.itemsize))
+    block_rows = _block_rows(logits.shape[1] * compute.itemsize, logits.device.type)
     sums = rows.ce_coef.new_zeros(2)
     for start in range(0, len(logits), block_rows):
         block = slice(start, start + block_rows)
@@ -247,6 +249,12 @@ def _to_gradient(
         if student_block.dtype != logits.dtype:
             logits[block] = student_block
     return sums
+
+
+def _block_rows(row_bytes: int, device: str) -> int:
+    if device == "cpu":
+        return max(1, CPU_BLOCK_BYTES // row_bytes) * torch.get_num_threads()
+    return max(1, DEVICE_BLOCK_BYTES // row_bytes)
 
 
 def _even_parts(length: int, limit: int) -> int:
@@ -268,7 +276,7 @@ def _rows(labels: Tensor, ce_coef: Tensor, kd_coef: Tensor, targets: TeacherTarg
     with_ce, with_kd = ce_coef != 0, kd_coef != 0
     if targets is None and bool(with_kd.any()):
         raise ShapeError("fused_loss: kd_coef is not 0 but targets is None; give targets, or kd_coef 0.")
-    labels = labels.masked_fill(~with_ce, 0)
+    labels = labels.long().masked_fill(~with_ce, 0)
     _check_ids("label", labels, vocab)
     topk = None
     if isinstance(targets, TopKTargets) and bool(with_kd.any()):
@@ -292,8 +300,8 @@ def _check_ids(name: str, ids: Tensor, vocab: int) -> None:
     if bool(bad.any()):
         where = torch.nonzero(bad)[0].tolist()
         raise ShapeError(
-            f"fused_loss: {name} {int(ids[tuple(where)])} at row {where[0]} is outside the vocabulary of {vocab};"
-            " give rows without a target a coefficient of 0."
+            f"fused_loss: {name} {int(ids[tuple(where)])} at row {where[0]} is outside the vocabulary of "
+            f"{vocab}; give rows without a target a coefficient of 0."
         )
 
 
@@ -313,17 +321,11 @@ def _check_shapes(
             "expected [N D] and [V D]."
         )
     if not 0 < vocab <= len(head_weight):
-        raise ShapeError(
-            f"fused_loss: vocab_size {vocab} is not in 1 to {len(head_weight)}, the rows of the head."
-        )
+        raise ShapeError(f"fused_loss: vocab_size {vocab} is not in 1 to {len(head_weight)}, the rows of the head.")
     if head_bias is not None and head_bias.shape != head_weight.shape[:1]:
-        raise ShapeError(
-            f"fused_loss: head_bias {tuple(head_bias.shape)}; expected {tuple(head_weight.shape[:1])}."
-        )
+        raise ShapeError(f"fused_loss: head_bias {tuple(head_bias.shape)}; expected {tuple(head_weight.shape[:1])}.")
     for name, value in (("labels", labels), ("ce_coef", ce_coef), ("kd_coef", kd_coef)):
         if value.shape != hidden.shape[:1]:
             raise ShapeError(f"fused_loss: {name} {tuple(value.shape)}; expected {tuple(hidden.shape[:1])}.")
     if targets is not None and len(targets) != len(hidden):
-        raise ShapeError(
-            f"fused_loss: {len(targets)} teacher targets for {len(hidden)} rows; expected as many."
-        )
+        raise ShapeError(f"fused_loss: {len(targets)} teacher targets for {len(hidden)} rows; expected as many.")

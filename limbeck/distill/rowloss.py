@@ -88,9 +88,7 @@ def _dense(
     return value
 
 
-def _topk(
-    logits: Tensor, targets: TopKTargets, coef: Tensor, divergence: Divergence, temperature: float
-) -> Tensor:
+def _topk(logits: Tensor, targets: TopKTargets, coef: Tensor, divergence: Divergence, temperature: float) -> Tensor:
     """D [n] over K + 1 events, the kept entries and the rest; `logits` becomes coef * dD / dlogits.
 
     The log-mass of the rest is the log-sum-exp of the row without the kept entries: exact, however small.
