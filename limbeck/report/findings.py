@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from limbeck.report.collect import Source
-from limbeck.report.groups import Group, frontier, namer, short_axis, uncut_of
+from limbeck.report.groups import Group, frontier, namer, setting, uncut_of, varied_axes
 from limbeck.report.rows import Row
 from limbeck.report.tables import ratio
 from limbeck.report.units import digits, interval, percent, percent_interval, quantity
 
 _LISTED = 6
+_HEADLINES = 4
 _COST_WORDS = {"flops": "FLOPs", "train_seconds": "training seconds", "peak_bytes": "peak memory"}
 
 
@@ -23,17 +24,17 @@ def findings(groups: Sequence[Group], models: Sequence[Row], sources: Sequence[S
     if all(group.get("accuracy") is None for group in groups):
         return ["No run has been scored yet: there are costs, but no quality to set beside them. Run limbeck evaluate."]
     headlines = [sentence for family in _families(groups) for sentence in _headlines(family, groups)]
-    others = [
+    sentences: list[str | None] = [
+        *(headlines[:_HEADLINES] or [_best(groups)]),
         _models(groups, models),
         _verdicts(groups),
         _endings(groups),
         _stopping(groups),
         _frontier(groups),
-        _best(groups) if not headlines else None,
         _undefined(groups),
         _caveat(groups, sources),
     ]
-    return [*headlines[:_LISTED], *(sentence for sentence in others if sentence)]
+    return [sentence for sentence in sentences if sentence]
 
 
 def verdict(group: Group) -> str | None:
@@ -82,9 +83,8 @@ def _subject(group: Group, groups: Sequence[Group]) -> str:
     part = "Half of each trace" if fraction == 0.5 else f"{100 * fraction:.3g} % of each trace"
     has_endings = len({other.keep_ending for other in groups}) > 1
     ending = (" with its ending re-attached" if group.keep_ending else " without its ending") if has_endings else ""
-    varied = [axis for axis in group.settings if len({other.settings.get(axis) for other in groups}) > 1]
-    setting = ", ".join(f"{short_axis(axis)} {group.settings[axis]}" for axis in varied)
-    return f"{part}{ending}{f' ({setting})' if setting else ''}"
+    settings = ", ".join(setting(axis, group.settings.get(axis, "–")) for axis in varied_axes(groups))
+    return f"{part}{ending}{f' ({settings})' if settings else ''}"
 
 
 def _models(groups: Sequence[Group], models: Sequence[Row]) -> str | None:

@@ -121,10 +121,11 @@ def namer(groups: Sequence[Group], *, with_lead: bool = True) -> Callable[[Group
     """A function from group to a label that names only what varies among `groups`."""
     varied = varied_axes(groups)
     has_endings = len({group.keep_ending for group in groups}) > 1
+    names_lead = with_lead and len({group.lead_fraction for group in groups}) > 1
 
     def name(group: Group) -> str:
-        parts = [f"{short_axis(axis)} {group.settings.get(axis, '–')}" for axis in varied]
-        if with_lead and group.has_fraction:
+        parts = [setting(axis, group.settings.get(axis, "–")) for axis in varied]
+        if names_lead and group.has_fraction:
             parts.insert(0, "whole traces" if group.is_uncut else f"lead {group.lead_fraction:.4g}")
         if has_endings and not with_lead:
             parts.append("ending kept" if group.keep_ending else "ending cut")
@@ -138,6 +139,12 @@ def namer(groups: Sequence[Group], *, with_lead: bool = True) -> Callable[[Group
 def varied_axes(groups: Sequence[Group]) -> list[str]:
     """Axes beside lead fraction and ending that take more than one value."""
     return [axis for axis in _axes(groups) if len({group.settings.get(axis) for group in groups}) > 1]
+
+
+def setting(axis: str, value: str) -> str:
+    """`forward_kl`, but `rank 16`: a word speaks for itself, a number or a switch does not."""
+    is_word = value[:1].isalpha() and value not in ("true", "false", "null")
+    return value if is_word else f"{short_axis(axis)} {value}"
 
 
 def short_axis(axis: str) -> str:

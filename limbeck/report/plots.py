@@ -69,9 +69,7 @@ def plots_of(groups: Sequence[Group], models: Sequence[Row]) -> list[Plot]:
     for key, cost in COSTS.items():
         known = [group for group in groups if group.get(key) is not None and group.get("accuracy") is not None]
         if len(known) > 1:
-            caption = (
-                f"Score against {_COST_AXES[key].lower()}. Ringed and joined: the frontier, beaten by no other run."
-            )
+            caption = f"Score against {_COST_AXES[key]}. Ringed and joined: the frontier, beaten by no other run."
             plots.append(Plot(f"accuracy_by_{key}", caption, partial(_by_cost, known, models, key, cost.kind)))
     return plots
 
@@ -254,15 +252,24 @@ def _room(axes: Any, values: Sequence[float]) -> None:
 
 
 def _models(axes: Any, models: Sequence[Row], key: str) -> None:
-    """Teacher and base student as level lines, named at the left end."""
+    """Teacher and base student as level lines, named at the left end; lines that are close share a name."""
+    near = 0.05 * axes.get_ylim()[1]
+    named: list[tuple[float, str]] = []
     for model in models:
-        if (value := model.get(key)) is not None:
-            axes.axhline(value, color=LIGHT.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            text = f"{model.name.split(':')[0]} {digits(value)}"
-            axes.annotate(
-                text, (0, value), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                fontsize=8, color=LIGHT.muted,
-            )  # fmt: skip
+        if (value := model.get(key)) is None:
+            continue
+        axes.axhline(value, color=LIGHT.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        text = f"{model.name.split(':')[0]} {digits(value)}"
+        if named and abs(named[-1][0] - value) < near:
+            place, other = named.pop()
+            named.append((max(place, value), f"{other}, {text}"))
+        else:
+            named.append((value, text))
+    for value, text in named:
+        axes.annotate(
+            text, (0, value), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+            fontsize=8, color=LIGHT.muted,
+        )  # fmt: skip
 
 
 def _legend(axes: Any, count: int) -> None:

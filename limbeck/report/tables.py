@@ -60,7 +60,9 @@ def console_table(runs: Sequence[Mapping[str, Any]], axes: Sequence[str] = ()) -
     content = score_table(group_rows(rows_of(runs, axes, "summary")), (), is_brief=True)
     table = ConsoleTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number, title in enumerate(content.header):
-        table.add_column(Text(title), justify="left" if number == 0 else "right")
+        # An interval may be folded onto a second line, but not cut short.
+        widest = max((len(word) for cells in content.rows for word in cells[number].split(" ")), default=0)
+        table.add_column(Text(title), justify="left" if number == 0 else "right", min_width=widest)
     for cells in content.rows:
         table.add_row(*map(Text, cells))
     return table
@@ -72,7 +74,7 @@ def score_table(groups: Sequence[Group], models: Sequence[Row], is_brief: bool =
     Args:
       groups: the runs, replicates put together.
       models: the teacher and the base student, as far as they were scored.
-      is_brief: fit a console: two decimals, no frontier.
+      is_brief: fit a console: two decimals, intervals of score and retention only, no frontier.
     """
     entries: list[Group] = [*(Group(rows=(model,)) for model in models), *groups]
     name, places = namer(groups), 2 if is_brief else 3
@@ -89,10 +91,11 @@ def score_table(groups: Sequence[Group], models: Sequence[Row], is_brief: bool =
         values = [group.get(key) for group in entries]
         scale = scale_of(values, cost.kind)
         columns[cost.column.format(scale.unit)] = [scale.write(value) for value in values]
-    columns["stop rate"] = [interval(group.estimate("stop_rate"), places) for group in entries]
     if is_brief:
+        columns["stop rate"] = [share(group.get("stop_rate"), places) for group in entries]
         columns["output tokens"] = [share(group.get("output_tokens"), 0) for group in entries]
     else:
+        columns["stop rate"] = [interval(group.estimate("stop_rate"), places) for group in entries]
         columns["output tokens"] = [interval(group.estimate("output_tokens"), 0) for group in entries]
         columns["on the frontier of"] = [*(MISSING for _ in models), *marks]
     return Table.of(columns)
@@ -174,7 +177,7 @@ def _retention(group: Group, places: int) -> str:
 
 
 def _mark(words: Sequence[str]) -> str:
-    return "all costs" if len(words) == len(COSTS) else ", ".join(words) or MISSING
+    return "all" if len(words) == len(COSTS) else ", ".join(words) or MISSING
 
 
 def _markdown_cell(cell: str) -> str:
