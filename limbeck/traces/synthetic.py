@@ -28,13 +28,13 @@ LABELS = "abcdefghijklmnop"
 OPERATORS = "+-*"
 UNITS = (3, 7, 9)
 """Factors that have an inverse modulo 10, so that every step can be undone."""
+DERIVATION_PATTERN = r"So {answer}"
+"""`RenderConfig.derivation_pattern` for these traces: every digit occurs earlier, in the problem or a step."""
 
 Step = tuple[str, int]
 
 
-def generate(
-    num_traces: int, seed: int, min_steps: int, max_steps: int, *, operators: str = OPERATORS
-) -> list[Trace]:
+def generate(num_traces: int, seed: int, min_steps: int, max_steps: int, *, operators: str = OPERATORS) -> list[Trace]:
     """`num_traces` distinct problems of `min_steps` to `max_steps` steps with their worked solutions, seeded.
 
     Args:
