@@ -94,9 +94,7 @@ COMMANDS: dict[str, Command] = {
         lambda config, options: demo.run(config, options.out, overwrite=options.overwrite),
         "the main job on the built-in models, offline: traces, truncation sweep, report",
     ),
-    "traces import": Command(
-        importing.ImportConfig, _import, "read traces of any format into one JSONL file"
-    ),
+    "traces import": Command(importing.ImportConfig, _import, "read traces of any format into one JSONL file"),
     "traces show": Command(
         show.ShowConfig,
         lambda config, _: show.run(config),
@@ -198,9 +196,7 @@ def _print_overview() -> None:
     for name, command in COMMANDS.items():
         table.add_row(f"limbeck {name}", command.help)
     out = Console()
-    out.print(
-        "limbeck: distil a large reasoning model into a small, fast one and see what every saving costs.\n"
-    )
+    out.print("limbeck: distil a large reasoning model into a small, fast one and see what every saving costs.\n")
     out.print(table)
     out.print("\nlimbeck COMMAND --help shows every field of a command.")
 
@@ -211,7 +207,7 @@ def _print_help(name: str, command: Command) -> None:
     out.print(f"limbeck {name} {takes}\n\n{command.help}\n", markup=False, highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column(ratio=1)
+    table.add_column(ratio=1, overflow="fold")
     for flag, text in OPTIONS.items():
         table.add_row(flag, text)
     for info in describe(command.config) if command.config else ():
@@ -227,7 +223,7 @@ def _print_help(name: str, command: Command) -> None:
 def _field_text(info: FieldInfo) -> str:
     required = info.default is dataclasses.MISSING
     default = "required" if required else f"default {json.dumps(info.default, default=str)}"
-    return f"{info.doc} ({info.type_name}; {default})".replace("[", "\\[")
+    return f"{info.doc} ({info.type_name}; {default})"
 
 
 def _print_result(result: Any, as_json: bool) -> None:

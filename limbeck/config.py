@@ -231,13 +231,20 @@ def _is_union_branch(part: int | str) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return " | ".join(str(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " | ".join(_type_name(option) for option in typing.get_args(hint))
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " | ".join(str(option) for option in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(option) for option in parts)
     if hint is type(None):
         return "null"
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+    if origin is list:
+        return f"list of {_type_name(parts[0])}"
+    if origin is tuple:
+        return f"list of {len(parts)} {_type_name(parts[0])}"
+    if origin is not None:
+        return "mapping"
+    return "any" if hint is Any else hint.__name__
 
 
 def _short(value: Any) -> str:

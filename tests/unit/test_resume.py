@@ -198,7 +198,7 @@ def test_without_resume_the_interrupted_work_is_dropped(interrupted, uninterrupt
 
 def finished(directory):
     directory.mkdir()
-    write_manifest(directory, stage="test", config={"a": 1}, inputs={})
+    write_manifest(directory, stage="test", config=config(), inputs={})
     return directory
 
 
