@@ -24,17 +24,10 @@ def findings(groups: Sequence[Group], models: Sequence[Row], sources: Sequence[S
     if all(group.get("accuracy") is None for group in groups):
         return ["No run has been scored yet: there are costs, but no quality to set beside them. Run limbeck evaluate."]
     headlines = [sentence for family in _families(groups) for sentence in _headlines(family, groups)]
-    sentences: list[str | None] = [
-        *(headlines[:_HEADLINES] or [_best(groups)]),
-        _models(groups, models),
-        _verdicts(groups),
-        _endings(groups),
-        _stopping(groups),
-        _frontier(groups),
-        _undefined(groups),
-        _caveat(groups, sources),
-    ]
-    return [sentence for sentence in sentences if sentence]
+    lead = headlines[:_HEADLINES] or [_best(groups)]
+    rest = [_models(groups, models), _verdicts(groups), _endings(groups), _stopping(groups)]
+    rest += [_frontier(groups), _undefined(groups), _caveat(groups, sources)]
+    return [*lead, *(sentence for sentence in rest if sentence)]
 
 
 def verdict(group: Group) -> str | None:
@@ -98,7 +91,7 @@ def _models(groups: Sequence[Group], models: Sequence[Row]) -> str | None:
     scored = [group for group in groups if group.is_uncut and group.get("accuracy") is not None]
     if scored:
         best = max(scored, key=_score)
-        words = "the best student of whole traces" if len(scored) > 1 else "the student of whole traces"
+        words = "the best student trained on whole traces" if len(scored) > 1 else "the student trained on whole traces"
         parts.append(f"{words} scores {interval(best.estimate('accuracy'))}")
     return _capital("; ".join(parts)) + "." if parts else None
 
@@ -171,7 +164,7 @@ def _frontier(groups: Sequence[Group]) -> str | None:
     return f"No run beats these in score at their FLOPs: {_shortened(labels)}. Intervals of neighbours may overlap."
 
 
-def _best(groups: Sequence[Group]) -> str | None:
+def _best(groups: Sequence[Group]) -> str:
     """Without a cut to talk about: the best score, and who cannot be told from it."""
     scored = [group for group in groups if group.get("accuracy") is not None]
     best = max(scored, key=_score)

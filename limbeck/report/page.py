@@ -79,10 +79,10 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
 
 
 _HOW_TO_READ = (
-    "Score: fraction of the problems answered rightly. Retention: score over that of the student of whole traces. In "
-    "brackets, the interval; two runs whose intervals overlap are not distinguishable here. Tokens, FLOPs, seconds and "
-    "peak memory are those of training; validation, saving and the stored teacher pass are not in them. Frontier: no "
-    "other run has at least this score at no more of this cost."
+    "Score: fraction of the problems answered correctly. Retention: score over that of the student trained on whole "
+    "traces. In brackets, the interval; two runs whose intervals overlap are not distinguishable here. Tokens, FLOPs, "
+    "seconds and peak memory are those of training; validation, saving and the stored teacher pass are not in them. "
+    "Frontier: no other run has at least this score at no more of this cost."
 )
 
 

@@ -68,7 +68,8 @@ def plots_of(groups: Sequence[Group], models: Sequence[Row]) -> list[Plot]:
         plots.append(Plot("accuracy_by_run", "Score of every run, with intervals.", partial(_by_run, groups, models)))
     for key, cost in COSTS.items():
         known = [group for group in groups if group.get(key) is not None and group.get("accuracy") is not None]
-        if len(known) > 1:
+        # Runs of one cost would stand above each other and show nothing.
+        if len({group.get(key) for group in known}) > 1:
             caption = f"Score against {_COST_AXES[key]}. Ringed and joined: the frontier, beaten by no other run."
             plots.append(Plot(f"accuracy_by_{key}", caption, partial(_by_cost, known, models, key, cost.kind)))
     return plots
@@ -144,6 +145,7 @@ def _by_cost(groups: Sequence[Group], models: Sequence[Row], key: str, kind: Any
     edge = sorted(point for point, flag in zip(points, flags, strict=True) if flag)
     axes.plot(*zip(*edge, strict=True), color=LIGHT.muted, linewidth=1, drawstyle="steps-post", zorder=1)
     named: set[str] = set()
+    has_leads = len({group.lead_fraction for group in groups}) > 1
     for group, (x, y), is_best in zip(groups, points, flags, strict=True):
         style = _style(numbers[group.line]) | {"linestyle": "none"}
         label = name(group)
@@ -153,7 +155,7 @@ def _by_cost(groups: Sequence[Group], models: Sequence[Row], key: str, kind: Any
         _seeds(axes, [(row.get(key) or 0) / scale.divisor for row in group.rows], group, "accuracy", style["color"])
         if is_best:
             axes.plot(x, y, "o", markersize=12, fillstyle="none", color=LIGHT.ink, markeredgewidth=1.1, zorder=4)
-        if group.lead_fraction is not None and (is_best or len(groups) <= _LABELLED_POINTS):
+        if has_leads and group.has_fraction and (is_best or len(groups) <= _LABELLED_POINTS):
             text = f"{group.lead_fraction:.3g}"
             axes.annotate(text, (x, y), (8, -10), textcoords="offset points", fontsize=8, color=LIGHT.muted)
     axes.set_xlabel(f"{_COST_AXES[key]} ({scale.unit})")

@@ -9,6 +9,8 @@ from limbeck.report.rows import Estimate
 
 Kind = Literal["tokens", "flops", "seconds", "bytes", "number"]
 MISSING = "–"
+_GLUE = "\u00a0"
+"""A space at which no line is broken."""
 _SCALES: dict[str, list[tuple[float, str]]] = {
     "tokens": [(1e9, "G tokens"), (1e6, "M tokens"), (1e3, "k tokens"), (1, "tokens")],
     "flops": [(1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP")],
@@ -40,7 +42,7 @@ def scale_of(values: Iterable[float | None], kind: Kind) -> Scale:
 def quantity(value: float, kind: Kind) -> str:
     """A single number with its unit, for running text."""
     scale = scale_of([value], kind)
-    return f"{scale.write(value)} {scale.unit}".strip()
+    return f"{scale.write(value)}{_GLUE}{scale.unit}".strip()
 
 
 def digits(value: float) -> str:
@@ -71,7 +73,7 @@ def interval(estimate: Estimate | None, places: int = 3) -> str:
 
 def percent(value: float) -> str:
     """A share in running text, such as `49 %`."""
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.0f}{_GLUE}%"
 
 
 def percent_interval(estimate: Estimate) -> str:
