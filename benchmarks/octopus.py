@@ -2,9 +2,9 @@
 
 Regime: Du et al. 2017's function with L = tau = e, gamma = 1; starts uniform in [-1, 1]^d, d = 3, 5, 10, 30. A run has
 arrived when its loss is within a thousandth of one piece's drop of the minimum. Every method is tuned on 5 seeds over
-its own grid (step size 1/(4L) and 1/(2L) for descent, 0.03 to 3 for Adam; noise radius e/100 and e/10; waiting time 5
-and 20; momentum 0.7 and 0.9; boost 2 and 3) and measured on 21 others. ASGLD's mini-batch gradients carry noise of norm
-0.01; all other methods see exact gradients. Cost is counted in gradients: iterations for every method but the rival.
+its own grid (step size 1/(4L) and 1/(2L) for descent, 0.03 to 3 for Adam; noise radius and gate e/100 and e/10; waiting
+time 5 and 20; momentum 0.7 and 0.9; boost 2 and 3) and measured on 21 others. ASGLD's mini-batch gradients carry noise
+of norm 0.01; all other methods see exact gradients. Cost is counted in gradients: iterations for all but the rival.
 
 Bound: plain gradient descent needs time exponential in d, perturbed descent about linear. Keys:
 `iterations_over_perturbed_gd` per d, AGLD with momentum over PerturbedGD, both tuned (reach: < 1 at every d); `ratios`
@@ -12,8 +12,8 @@ has every method, `iterations` the medians (null: half the runs or more never ar
 method: share of runs that arrive from exactly the first saddle, where the gradient is exactly zero (d = 10).
 
 Peers: PerturbedGD (Jin et al. 2017), Adam and AdamW without decay, and psd-optimizer 0.1.2 where it can be imported
-(`pip install --no-deps --target DIR psd-optimizer==0.1.2`, then PYTHONPATH=DIR): as published, with gradients clipped at
-norm 1, and without the clipping.
+(`pip install --no-deps --target DIR psd-optimizer==0.1.2`, then PYTHONPATH=DIR): as published, with gradients
+clipped at norm 1, and without the clipping.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from _study import Outcome, main
@@ -37,18 +37,32 @@ from limbeck.optim.study.fit import lower_median, median_interval
 from limbeck.optim.study.methods import METHODS, Method, Settings
 from limbeck.optim.study.swarm import Swarm, run_until
 
-Setting = tuple[float, float, int, float, float]
-"""Step size, noise radius, waiting time, momentum, boost (for the rival: 1 clips gradients, 0 does not)."""
-Cell = tuple[str, int, str, Setting, int, int]
-"""Method, d, start, setting, first seed, number of seeds."""
+Cell = tuple[Any, ...]
+"""Method, d, start, first seed, number of seeds, and the fields of a `Setting`."""
 
 SIZE = math.e
 DESCENT_LRS = (1 / (4 * SIZE), 1 / (2 * SIZE))
 ADAM_LRS = (0.03, 0.1, 0.3, 1.0, 3.0)
-RADII, WAITS, MOMENTA, BOOSTS = (SIZE / 100, SIZE / 10), (5, 20), (0.7, 0.9), (2.0, 3.0)
+RADII = THRESHOLDS = (SIZE / 100, SIZE / 10)
+WAITS, MOMENTA, BOOSTS = (5, 20), (0.7, 0.9), (2.0, 3.0)
 BATCH = 10_000
 HEADLINE, REFERENCE = "agld_momentum", "perturbed_gd"
+OURS = ("asgld", "asgld_momentum", "agld", "agld_momentum", "agld_boost")
 SADDLE_METHODS = ("gd", "perturbed_gd", "agld", "agld_momentum", "adam", "adamw", "perturbed_adamw")
+
+
+class Setting(NamedTuple):
+    """One point of a method's grid; a field that the method does not know is 0."""
+
+    lr: float
+    radius: float = 0.0
+    """Of the noise; for the rival, of each coordinate's."""
+    threshold: float = 0.0
+    wait: int = 0
+    """Steps between two kicks; for the rival, the length of an escape episode."""
+    momentum: float = 0.0
+    boost: float = 0.0
+    """Factor of the longer steps; for the rival, 1 turns its clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,46 +73,37 @@ class OctopusConfig:
     saddle_dim: int = 10
     tune_seeds: int = 5
     num_seeds: int = 21
-    max_steps: int = 5_000
+    max_steps: int = 4_000
     num_workers: int = 2
 
 
 def run(quick: bool, scratch: Path) -> Outcome:
     """Tune, then measure, every method in every dimension."""
-    config = OctopusConfig(tune_seeds=1, num_seeds=3, max_steps=1_500) if quick else OctopusConfig()
+    config = OctopusConfig(tune_seeds=1, num_seeds=3, max_steps=1_300) if quick else OctopusConfig()
     name = "quick" if quick else "full"
     grids = {method: list(grid) for method, grid in _grids(quick)}
+    dims = sorted(config.dims, reverse=True)
     tuning: list[Cell] = [
-        (method, num_dims, "random", setting, 0, config.tune_seeds)
-        for num_dims in sorted(config.dims, reverse=True)
+        (method, num_dims, "random", 0, config.tune_seeds, *setting)
+        for num_dims in dims
         for method, grid in grids.items()
         for setting in grid
+        if len(grid) > 1
     ]
     tuned = measure_cells(measure_cell, config, tuning, scratch / f"tuning-{name}.jsonl", "tune", config.num_workers)
-    best = {
-        (method, num_dims): min(
-            grid,
-            key=lambda s, m=method, d=num_dims: _slowness(tuned[(m, d, "random", s, 0, config.tune_seeds)]["steps"]),
-        )
-        for method, grid in grids.items()
-        for num_dims in config.dims
-    }
-    racing: list[Cell] = [
-        (method, num_dims, "random", best[(method, num_dims)], config.tune_seeds, config.num_seeds)
-        for num_dims in sorted(config.dims, reverse=True)
-        for method in grids
-    ]
-    racing += [
-        (method, config.saddle_dim, "saddle", best[(method, config.saddle_dim)], config.tune_seeds, config.num_seeds)
-        for method in SADDLE_METHODS
-    ]
+    best = {(m, d): grid[0] if len(grid) == 1 else _best(tuned, m, d) for m, grid in grids.items() for d in dims}
+    first, number = config.tune_seeds, config.num_seeds
+    racing: list[Cell] = [(m, d, "random", first, number, *best[(m, d)]) for d in dims for m in grids]
+    at_saddle = config.saddle_dim
+    racing += [(m, at_saddle, "saddle", first, number, *best[(m, at_saddle)]) for m in SADDLE_METHODS]
     raced = measure_cells(measure_cell, config, racing, scratch / f"race-{name}.jsonl", "race", config.num_workers)
     return _report(config, list(grids), best, {cell[:3]: found["steps"] for cell, found in raced.items()})
 
 
 def measure_cell(config: OctopusConfig, cell: Cell) -> dict[str, Any]:
     """Gradients until the minimum of some seeds of one method at one setting; None where a run never arrived."""
-    name, num_dims, start, setting, first_seed, num_seeds = cell
+    name, num_dims, start, first_seed, num_seeds, *values = cell
+    setting = Setting(*values)
     octopus = Octopus(num_dims=num_dims, gradient_noise=1.0)
     seeds = range(first_seed, first_seed + num_seeds)
     starts = torch.zeros(num_seeds, num_dims)
@@ -106,15 +111,19 @@ def measure_cell(config: OctopusConfig, cell: Cell) -> dict[str, Any]:
         starts = torch.stack([torch.rand(num_dims, generator=torch.Generator().manual_seed(s)) for s in seeds]) * 2 - 1
     target = octopus.facts().minimum_loss + 1e-3 * octopus.drop
     if name.startswith("psd"):
-        steps = [
-            _rival(octopus, x, setting, target, seed, config.max_steps) for x, seed in zip(starts, seeds, strict=True)
-        ]
-        return {"steps": steps}
-    lr, radius, wait, momentum, boost = setting
-    method = METHODS[name] if name in METHODS else Method(BOOSTED[name], has_momentum="momentum" in name)
+        cap = config.max_steps
+        return {
+            "steps": [_rival(octopus, x, setting, target, seed, cap) for x, seed in zip(starts, seeds, strict=True)]
+        }
     settings = Settings(
-        lr=lr, momentum=momentum, noise_radius=radius, grad_threshold=SIZE / 100, escape_steps=wait, step_boost=boost
+        lr=setting.lr,
+        momentum=setting.momentum,
+        noise_radius=setting.radius,
+        grad_threshold=setting.threshold,
+        escape_steps=setting.wait,
+        step_boost=setting.boost,
     )
+    method = Method(_boosted) if name == "agld_boost" else METHODS[name]
     swarm = Swarm(octopus, method, settings, starts, seeds)
 
     def has_arrived(points: Tensor, step: int) -> Tensor:
@@ -125,12 +134,11 @@ def measure_cell(config: OctopusConfig, cell: Cell) -> dict[str, Any]:
     return {"steps": [steps if math.isfinite(steps) else None for steps in arrivals.steps.tolist()]}
 
 
-def _boosted(params: list[Tensor], settings: Settings, seed: int, momentum: float = 0.0) -> torch.optim.Optimizer:
+def _boosted(params: list[Tensor], settings: Settings, seed: int) -> torch.optim.Optimizer:
     """AGLD whose steps are longer for 20 steps after each kick: the adaptive step beside the adaptive noise."""
     return AGLD(
         params,
         settings.lr,
-        momentum=momentum,
         grad_threshold=settings.grad_threshold,
         noise_radius=settings.noise_radius,
         escape_steps=settings.escape_steps,
@@ -140,16 +148,13 @@ def _boosted(params: list[Tensor], settings: Settings, seed: int, momentum: floa
     )
 
 
-BOOSTED: dict[str, Callable[[list[Tensor], Settings, int], torch.optim.Optimizer]] = {"agld_boost": _boosted}
-
-
 def _rival(octopus: Octopus, start: Tensor, setting: Setting, target: float, seed: int, cap: int) -> float | None:
     from psd_optimizer import PSDOptimizer  # an optional peer
 
-    lr, radius, episode, _, clips = setting
     point = torch.nn.Parameter(start.clone())
+    clip = 1.0 if setting.boost == 0 else None
     optimizer = PSDOptimizer(
-        [point], lr=lr, epsilon=SIZE / 100, r=radius, T=episode, max_grad_norm=1.0 if clips else None
+        [point], lr=setting.lr, epsilon=setting.threshold, r=setting.radius, T=setting.wait, max_grad_norm=clip
     )
     torch.manual_seed(seed)
     num_gradients = 0
@@ -175,27 +180,30 @@ class _Arrived(Exception):
 
 
 def _grids(quick: bool) -> Iterator[tuple[str, Iterator[Setting]]]:
-    lrs, radii, waits = DESCENT_LRS, RADII, WAITS
+    lrs, radii, thresholds, waits = DESCENT_LRS, RADII, THRESHOLDS, WAITS
     adam_lrs, momenta, boosts = ADAM_LRS, MOMENTA, BOOSTS
     if quick:
-        lrs, radii, waits, adam_lrs, momenta, boosts = lrs[:1], radii[1:], waits[:1], (0.3, 1.0), (0.9,), (3.0,)
-    product = itertools.product
-    none = (0.0,)
-    yield "gd", product(lrs, none, (1,), none, (1.0,))
-    yield "heavy_ball", product(lrs, none, (1,), momenta, (1.0,))
-    yield "perturbed_gd", product(lrs, radii, waits, none, (1.0,))
-    yield "asgld", product(lrs, radii, waits, none, (1.0,))
-    yield "asgld_momentum", product(lrs, radii, waits, momenta, (1.0,))
-    yield "agld", product(lrs, radii, waits, none, (1.0,))
-    yield "agld_boost", product(lrs[:1], radii, (20,), none, boosts)
-    yield "agld_momentum", product(lrs, radii, waits, momenta, (1.0,))
-    yield "adam", product(adam_lrs, none, (1,), none, (1.0,))
-    yield "adamw", product(adam_lrs, none, (1,), none, (1.0,))
-    yield "perturbed_adamw", product(adam_lrs, radii, waits, none, (1.0,))
+        lrs, radii, thresholds, waits = lrs[:1], radii[1:], thresholds[1:], waits[:1]
+        adam_lrs, momenta, boosts = (1.0,), (0.9,), (3.0,)
+
+    def grid(*choices: Sequence[float]) -> Iterator[Setting]:
+        return itertools.starmap(Setting, itertools.product(*choices))
+
+    gate = (radii, thresholds, waits)
+    yield "gd", grid(lrs)
+    yield "heavy_ball", grid(lrs, (0,), (0,), (0,), momenta)
+    yield "perturbed_gd", grid(lrs, *gate)
+    yield "asgld", grid(lrs, *gate)
+    yield "asgld_momentum", grid(lrs, *gate, momenta)
+    yield "agld", grid(lrs, *gate)
+    yield "agld_momentum", grid(lrs, *gate, momenta)
+    yield "agld_boost", grid(lrs[:1], radii, thresholds, (20,), (0,), boosts)
+    yield "adam", grid(adam_lrs)
+    yield "adamw", grid(adam_lrs)
+    yield "perturbed_adamw", grid(adam_lrs, radii, thresholds, waits[:1])
     if importlib.util.find_spec("psd_optimizer"):
-        # Its radius is that of each coordinate, and its waiting time the length of an escape episode.
-        yield "psd", product(lrs, radii, waits, none, (1.0,))
-        yield "psd_unclipped", product(lrs, radii, waits, none, (0.0,))
+        yield "psd", grid(lrs, radii, thresholds[:1], waits)
+        yield "psd_unclipped", grid(lrs, radii, thresholds[:1], waits, (0,), (1,))
 
 
 def _report(
@@ -215,6 +223,9 @@ def _report(
     }
     keys = {
         "iterations_over_perturbed_gd": ratios[HEADLINE],
+        "best_of_ours_over_perturbed_gd": {
+            str(d): _plain(min(median(m, d) for m in OURS) / reference[d]) for d in config.dims
+        },
         "adam_over_ours": {str(d): _plain(median("adam", d) / median(HEADLINE, d)) for d in config.dims},
         "ratios": ratios,
         "iterations": {method: {str(d): _plain(median(method, d)) for d in config.dims} for method in methods},
@@ -232,14 +243,19 @@ def _report(
         "Median gradients until the minimum [95 %]": (header, rows),
         "Over PerturbedGD": (header, ratio_rows),
         f"Started exactly at the first saddle, d = {config.saddle_dim}": (("method", "median", "arrived"), saddle),
-        "Tuned: step size, noise radius, waiting time, momentum, boost": (header, settings),
+        "Tuned: step size, noise radius, gate, waiting time, momentum, boost": (header, settings),
     }
     wins = [str(d) for d in config.dims if median("adam", d) < median(HEADLINE, d)]
     note = (
-        f"From a random start, tuned Adam is faster than {HEADLINE} at d = {', '.join(wins) or 'none'}; from exactly the "
-        f"saddle {arrived['adam']:.0%} of its runs arrive and {arrived[HEADLINE]:.0%} of {HEADLINE}'s."
+        f"From a random start, tuned Adam is faster than {HEADLINE} at d = {', '.join(wins) or 'none'}. From exactly "
+        f"the saddle, {arrived['adam']:.0%} of its runs arrive and {arrived[HEADLINE]:.0%} of {HEADLINE}'s."
     )
     return keys, tables, [note]
+
+
+def _best(tuned: Mapping[Cell, Mapping[str, Any]], method: str, num_dims: int) -> Setting:
+    tried = {cell[5:]: found["steps"] for cell, found in tuned.items() if cell[:2] == (method, num_dims)}
+    return Setting(*min(tried, key=lambda setting: _slowness(tried[setting])))
 
 
 def _slowness(steps: list[float | None]) -> tuple[float, int]:
