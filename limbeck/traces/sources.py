@@ -56,6 +56,8 @@ class TraceConfig:
     """Most steps of a problem of builtin:chain."""
     operators: str = OPERATORS
     """Operators in the problems of builtin:chain: one or more of + - *."""
+    random_labels: bool = False
+    """Label the steps of builtin:chain from a random letter on instead of from a."""
 
     def __post_init__(self) -> None:
         if not self.source.strip():
@@ -146,6 +148,7 @@ def _parse_all(config: TraceConfig) -> Iterator[tuple[str, Parsed]]:
             config.min_steps,
             config.max_steps,
             operators=config.operators,
+            random_labels=config.random_labels,
         )
         yield from ((trace.source, Parsed(trace)) for trace in made)
         return

@@ -34,11 +34,21 @@ DERIVATION_PATTERN = r"So {answer}"
 Step = tuple[str, int]
 
 
-def generate(num_traces: int, seed: int, min_steps: int, max_steps: int, *, operators: str = OPERATORS) -> list[Trace]:
+def generate(
+    num_traces: int,
+    seed: int,
+    min_steps: int,
+    max_steps: int,
+    *,
+    operators: str = OPERATORS,
+    random_labels: bool = False,
+) -> list[Trace]:
     """`num_traces` distinct problems of `min_steps` to `max_steps` steps with their worked solutions, seeded.
 
     Args:
       operators: which of + - * occur. Multiplication is what makes a problem hard for the built-in base student.
+      random_labels: label the steps from a random letter on instead of from a, so that a model has to look labels up
+        and cannot count positions.
     Raises: ConfigError when the step range is empty, beyond the labels, or too small for so many distinct problems.
     """
     if not 1 <= min_steps <= max_steps <= len(LABELS):
@@ -59,10 +69,12 @@ def generate(num_traces: int, seed: int, min_steps: int, max_steps: int, *, oper
     traces: list[Trace] = []
     while len(traces) < num_traces:
         start, steps = draw_problem(rng, rng.randint(min_steps, max_steps), operators)
-        text = problem_text(start, steps)
+        labels = LABELS[rng.randint(0, len(LABELS) - len(steps)) :] if random_labels else LABELS
+        text = problem_text(start, steps, labels)
         if text not in seen:
             seen.add(text)
-            traces.append(make_trace(start, steps, f"builtin:chain seed {seed} number {len(traces)}"))
+            source = f"builtin:chain seed {seed} number {len(traces)}"
+            traces.append(make_trace(start, steps, source=source, labels=labels))
     return traces
 
 
@@ -81,28 +93,28 @@ def apply_step(value: int, step: Step) -> int:
     return (value + operand if operator == "+" else value - operand if operator == "-" else value * operand) % 10
 
 
-def problem_text(start: int, steps: list[Step]) -> str:
+def problem_text(start: int, steps: list[Step], labels: str = LABELS) -> str:
     """The prompt, for example `7 a+4 b*3`."""
-    return str(start) + "".join(f" {label}{op}{operand}" for label, (op, operand) in zip(LABELS, steps, strict=False))
+    return str(start) + "".join(f" {label}{op}{operand}" for label, (op, operand) in zip(labels, steps, strict=False))
 
 
-def make_trace(start: int, steps: list[Step], source: str = "") -> Trace:
+def make_trace(start: int, steps: list[Step], source: str = "", labels: str = LABELS) -> Trace:
     """The problem with its worked solution; `reference` is the answer and `correct` is True."""
     values = [start]
     for step in steps:
         values.append(apply_step(values[-1], step))
-    named = list(zip(LABELS, steps, strict=False))
+    named = list(zip(labels, steps, strict=False))
     lines = [f"Given {start}" + "".join(f"{label}{op}{operand}" for label, (op, operand) in named)]
     lines += [f"{label} {values[i]}{op}{operand}={values[i + 1]}" for i, (label, (op, operand)) in enumerate(named)]
     lines += [f"So {values[-1]}", "Check"]
     inverse = {"+": "-", "-": "+", "*": "/"}
     for i in range(len(steps) - 1, -1, -1):
         label, (op, operand) = named[i]
-        before = LABELS[i - 1] if i else "start"
+        before = labels[i - 1] if i else "start"
         lines.append(f"{label} {values[i + 1]}{inverse[op]}{operand}={values[i]} {before}={values[i]} ok")
     answer = str(values[-1])
     return Trace(
-        messages=({"role": "user", "content": problem_text(start, steps)},),
+        messages=({"role": "user", "content": problem_text(start, steps, labels)},),
         cot="\n".join(lines),
         answer=answer,
         source=source,
