@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from limbeck.errors import CheckpointError
 
 FLOP_PARTS = ("teacher", "student", "head")
-ESTIMATES = ("accuracy", "retention", "stop_rate", "output_tokens")
+ESTIMATES = ("accuracy", "pass_at_k", "retention", "stop_rate", "end_marker_rate", "output_tokens")
 NUMBERS = (
     *(f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")),
-    *("end_marker_rate", "unknown_fraction", "validation_ce", "tokens", "flops", "train_seconds", "peak_bytes"),
+    *("pass_k", "unknown_fraction", "validation_ce", "tokens", "flops", "train_seconds", "peak_bytes"),
     *(f"flops_{part}" for part in FLOP_PARTS),
     *("lost_end_marker_fraction", "lost_first_derivation_fraction", "parameters"),
 )  # fmt: skip

@@ -85,6 +85,8 @@ def score_table(groups: Sequence[Group], models: Sequence[Row], is_brief: bool =
         "score": [interval(group.estimate("accuracy"), places) for group in entries],
         "retention": [_retention(group, places) for group in entries],
     }
+    if not is_brief:
+        columns |= _pass_columns(entries)
     if any(len(group.rows) > 1 for group in groups):
         columns["seeds"] = [*(MISSING for _ in models), *(str(len(group.rows)) for group in groups)]
     for key, cost in COSTS.items():
@@ -134,7 +136,7 @@ def stop_table(groups: Sequence[Group], models: Sequence[Row]) -> Table:
         {
             "run": [*(model.name for model in models), *map(namer(groups), groups)],
             "stopped by itself": [interval(group.estimate("stop_rate")) for group in entries],
-            "closed its thought": [share(group.get("end_marker_rate")) for group in entries],
+            "closed its thought": [interval(group.estimate("end_marker_rate")) for group in entries],
             "output tokens": [interval(group.estimate("output_tokens"), 1) for group in entries],
             "answers that could not be judged": [share(group.get("unknown_fraction")) for group in entries],
             "validation CE, nats a token": [share(group.get("validation_ce"), 4) for group in entries],
@@ -166,6 +168,17 @@ def ratio(group: Group, reference: Group | None, name: str) -> float | None:
     """A cost over that of the reference; None where one is missing or the reference spent nothing."""
     value, base = group.get(name), reference.get(name) if reference is not None else None
     return None if value is None or not base else value / base
+
+
+def _pass_columns(groups: Sequence[Group]) -> dict[str, Sequence[str]]:
+    """pass@k for every k that was measured; pass@1 is the score itself."""
+    return {
+        f"pass@{k:.0f}": [
+            interval(group.estimate("pass_at_k")) if group.get("pass_k") == k else MISSING for group in groups
+        ]
+        for k in sorted({group.get("pass_k") or 0 for group in groups})
+        if k > 1
+    }
 
 
 def _retention(group: Group, places: int) -> str:

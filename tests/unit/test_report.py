@@ -375,6 +375,14 @@ def test_sweeps_and_runs_in_one_report(tmp_path: Path) -> None:
     assert len(evidence.models) == 2
 
 
+def test_pass_at_k_is_shown_where_it_says_more_than_the_score(tmp_path: Path) -> None:
+    more = {"pass_at_k": 0.9, "pass_at_k_low": 0.85, "pass_at_k_high": 0.95}
+    groups = groups_of(write_sweep(tmp_path, [make_run(0.5, pass_k=4, **more), make_run(1.0, pass_k=1, **more)]))
+    table = score_table(groups, ())
+    assert "pass@1" not in table.header
+    assert [row[table.header.index("pass@4")] for row in table.rows] == ["0.900 (0.850–0.950)", "–"]
+
+
 def test_console_table_shows_intervals_whole_at_80_columns() -> None:
     console = Console(width=80, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
     console.print(console_table(demo_runs()))
