@@ -44,15 +44,15 @@ class DemoConfig:
     """Problems that the teacher is asked; wrong answers are left out."""
     num_problems: int = 300
     """Held-out problems for the score."""
-    min_steps: int = 5
-    """Fewest steps of a problem; the base student has learnt 1 to 3."""
-    max_steps: int = 8
+    min_steps: int = 4
+    """Fewest steps of a problem; as many as the base student knows, but with multiplication."""
+    max_steps: int = 6
     """Most steps of a problem."""
     temperature: float = 0.7
     """Sampling temperature of the teacher's traces."""
     epochs: float = 2.0
     """Passes over the traces."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     """Peak learning rate of the students."""
     seed: int = 0
     """Seed of problems, traces and training."""
@@ -79,7 +79,7 @@ def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:
             "student": {"model": STUDENT},
             "teacher": {"model": TEACHER},
             "traces": {"source": str(traces)},
-            "num_validation": 64,
+            "num_validation": max(4, config.num_traces // 32),
             "render": {"derivation_pattern": DERIVATION},
             "training": {"epochs": config.epochs, "batch_size": 16, "seed": config.seed},
             "optimizer": {"learning_rate": config.learning_rate, "beta2": 0.98},
