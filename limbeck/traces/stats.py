@@ -109,7 +109,8 @@ def cut_losses(samples: Sequence[Sample], truncation: TruncationConfig) -> dict[
     A part is lost when any token of it is: the end marker with its blank line, the answer without the end of turn,
     the last token, and the token that completes the first derivation.
     """
-    kept_tokens, lost = 0, {key: [] for key in list(LOSSES)[1:]}  # type: dict[str, list[bool]]
+    kept_tokens = 0
+    lost: dict[str, list[bool]] = {key: [] for key in list(LOSSES)[1:]}
     for sample in samples:
         cut = truncate(sample, truncation)
         trained = np.zeros(len(sample), dtype=bool)
@@ -117,7 +118,7 @@ def cut_losses(samples: Sequence[Sample], truncation: TruncationConfig) -> dict[
         kept_tokens += int(trained.sum())
         for key, part in _parts(sample).items():
             if len(part):
-                lost[key].append(not trained[part].all())
+                lost[key].append(not bool(trained[part].all()))
     total = sum(len(sample) for sample in samples)
     shares = {key: float(np.mean(flags)) if flags else None for key, flags in lost.items()}
     return {"kept_tokens": kept_tokens, "lost_token_fraction": 1 - kept_tokens / total, **shares}
