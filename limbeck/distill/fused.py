@@ -10,8 +10,7 @@
 4. Multiply that gradient by the head and by the hidden states, for the gradients of both. All of this happens
    in the forward pass; the backward pass hands the gradients over, times what arrives from above.
 
-Products run in the type of `hidden` and `head_weight`, or autocast's. Half types are multiplied in float32 on
-a CPU, where their own products can be a hundred times slower. Sums over chunks are kept in float32.
+Sums over chunks are kept in float32; the products run in the type of the inputs or of autocast (`head`).
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ import torch
 from torch import Tensor
 
 from limbeck.distill.divergence import DivergenceConfig
-from limbeck.distill.rowloss import Rows, row_loss
-from limbeck.errors import ConfigError, ShapeError
-from limbeck.teacher.targets import DenseTargets, TeacherTargets, TopKTargets
+from limbeck.distill.head import Head
+from limbeck.distill.rowloss import row_loss
+from limbeck.distill.rows import Rows, check_shapes, make_rows
+from limbeck.errors import ConfigError
+from limbeck.teacher.targets import DenseTargets, TeacherTargets
 
 CHUNK_BYTES = 256 * 2**20
 # On a CPU more rows than this make the products no faster.
@@ -100,19 +101,18 @@ def fused_loss(
         ConfigError for a temperature or a budget that is not positive.
     """
     vocab = len(head_weight) if vocab_size is None else vocab_size
-    _check_shapes(hidden, head_weight, labels, head_bias, ce_coef, kd_coef, targets, vocab)
+    check_shapes(hidden, head_weight, labels, head_bias, ce_coef, kd_coef, targets, vocab)
     if not (temperature > 0 and chunk_bytes > 0):
         raise ConfigError(f"fused_loss: temperature {temperature} and chunk_bytes {chunk_bytes} must be above 0.")
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    gradients = _Gradients.zeros(hidden, head_weight, head_bias, compute)
-    student = _Head(hidden, head_weight, head_bias, vocab)
+    gradients = _Gradients.zeros(compute, hidden, head_weight, head_bias)
+    student, teacher = Head(hidden, head_weight, head_bias, vocab), None
+    if isinstance(targets, DenseTargets) and bool(kd_coef.any()):
+        teacher = Head(targets.hidden, targets.head_weight, targets.head_bias, vocab)
     loss = functools.partial(row_loss, divergence=divergence.bind(), temperature=temperature)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         kd_scale = temperature**2 if scale_by_temperature_squared else 1.0
-        rows = _rows(labels, ce_coef.to(compute), kd_coef.to(compute) * kd_scale, targets, vocab)
-        teacher = None
-        if isinstance(targets, DenseTargets) and bool(rows.kd_coef.any()):
-            teacher = _Head(targets.hidden, targets.head_weight, targets.head_bias, vocab)
+        rows = make_rows(labels, ce_coef.to(compute), kd_coef.to(compute) * kd_scale, targets, vocab)
         ce_sum, kd_sum, head_rows = _accumulate(student, teacher, rows, loss, chunk_bytes, gradients)
     total = _KnownGradients.apply(ce_sum + kd_sum, gradients, hidden, head_weight, head_bias)
     return FusedLoss(total, ce_sum, kd_sum, head_rows)
@@ -122,48 +122,18 @@ class _KnownGradients(torch.autograd.Function):
     """Gives `total` the gradients that are already there."""
 
     @staticmethod
-    def forward(
-        ctx: Any, total: Tensor, gradients: _Gradients, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        by_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        by_bias = None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype)
-        ctx.save_for_backward(gradients.hidden, by_weight, by_bias)
+    def forward(ctx: Any, total: Tensor, gradients: _Gradients, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return total.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, from_above: Tensor) -> tuple[Tensor | None, ...]:
         # Mostly 1: then the head's gradient, the largest tensor of a step, is handed over and not copied.
-        if bool(from_above == 1):
-            return None, None, *ctx.saved_tensors
-        return None, None, *(g if g is None else g * from_above.to(g.dtype) for g in ctx.saved_tensors)
-
-
-class _Head:
-    """Makes the logits of some positions of a model, always in the same buffer."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int) -> None:
-        self.hidden = hidden.detach()
-        self.weight = weight.detach()[:vocab].to(_product_dtype(hidden, weight))
-        self.bias = None if bias is None else bias.detach()[:vocab]
-        self.row_bytes = len(self.weight) * self.weight.element_size()
-        self.buffer = self.weight.new_empty(0)
-
-    def allocate(self, rows: int) -> None:
-        self.buffer = self.weight.new_empty(rows, len(self.weight))
-
-    def states(self, index: Tensor) -> Tensor:
-        """[n D], in the type of the products."""
-        return self.hidden[index].to(self.weight.dtype)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """[n V] without the bias; overwrites what the call before returned."""
-        return torch.mm(states, self.weight.T, out=self.buffer[: len(states)])
-
-    def finish(self, logits: Tensor, compute: torch.dtype) -> Tensor:
-        """A block of `logits` with the bias added, in the compute type: in place where it has that type."""
-        logits = logits.to(compute)
-        return logits if self.bias is None else logits.add_(self.bias)
+        one = bool(from_above == 1)
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, None, *(g if g is None else (g if one else g * from_above).to(t) for g, t in gradients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +145,14 @@ class _Gradients:
     bias: Tensor | None
 
     @staticmethod
-    def zeros(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> _Gradients:
-        def zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def zeros(compute: torch.dtype, *inputs: Tensor | None) -> _Gradients:
+        def zeros(x: Tensor | None) -> Tensor | None:
             if x is None or not (x.requires_grad and torch.is_grad_enabled()):
                 return None
-            return torch.zeros_like(x, dtype=dtype, requires_grad=False)
+            return torch.zeros_like(x, dtype=compute)
 
-        return _Gradients(zeros(hidden, hidden.dtype), zeros(weight, compute), zeros(bias, compute))
+        hidden, weight, bias = (zeros(x) for x in inputs)
+        return _Gradients(hidden, weight, bias)
 
     def add(self, index: Tensor, states: Tensor, by_logits: Tensor, weight: Tensor) -> None:
         """Add what the rows `index` contribute; `by_logits` [n V] is the gradient by their logits."""
@@ -196,8 +167,8 @@ class _Gradients:
 
 
 def _accumulate(
-    student: _Head,
-    teacher: _Head | None,
+    student: Head,
+    teacher: Head | None,
     rows: Rows,
     loss: Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor]],
     chunk_bytes: int,
@@ -227,9 +198,9 @@ def _accumulate(
 
 
 def _to_gradient(
-    student: _Head,
+    student: Head,
     logits: Tensor,
-    teacher: _Head | None,
+    teacher: Head | None,
     teacher_logits: Tensor | None,
     rows: Rows,
     loss: Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor]],
@@ -261,71 +232,3 @@ def _even_parts(length: int, limit: int) -> int:
     """The size of equal parts of `length` that are at most `limit` long, and at least 1."""
     parts = -(-length // max(1, limit))
     return -(-length // max(1, parts)) or 1
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    return torch.float32 if device == "cpu" and dtype.itemsize < 4 else dtype
-
-
-def _rows(labels: Tensor, ce_coef: Tensor, kd_coef: Tensor, targets: TeacherTargets, vocab: int) -> Rows:
-    """Labels, coefficients and top-k targets, checked; blanked where their coefficient is 0."""
-    with_ce, with_kd = ce_coef != 0, kd_coef != 0
-    if targets is None and bool(with_kd.any()):
-        raise ShapeError("fused_loss: kd_coef is not 0 but targets is None; give targets, or kd_coef 0.")
-    labels = labels.long().masked_fill(~with_ce, 0)
-    _check_ids("label", labels, vocab)
-    topk = None
-    if isinstance(targets, TopKTargets) and bool(with_kd.any()):
-        some_ids = torch.arange(targets.ids.shape[1], device=labels.device)
-        topk = TopKTargets(
-            ids=torch.where(with_kd[:, None], targets.ids, some_ids),
-            log_probs=targets.log_probs.to(ce_coef.dtype).masked_fill(~with_kd[:, None], 0.0),
-            log_tail=targets.log_tail.to(ce_coef.dtype).masked_fill(~with_kd, 0.0),
-        )
-        _check_ids("top-k id", topk.ids, vocab)
-    return Rows(
-        labels=labels[:, None] if bool(with_ce.any()) else None,
-        ce_coef=ce_coef.detach()[:, None],
-        kd_coef=kd_coef.detach()[:, None],
-        topk=topk,
-    )
-
-
-def _check_ids(name: str, ids: Tensor, vocab: int) -> None:
-    bad = (ids < 0) | (ids >= vocab)
-    if bool(bad.any()):
-        where = torch.nonzero(bad)[0].tolist()
-        raise ShapeError(
-            f"fused_loss: {name} {int(ids[tuple(where)])} at row {where[0]} is outside the vocabulary of "
-            f"{vocab}; give rows without a target a coefficient of 0."
-        )
-
-
-def _check_shapes(
-    hidden: Tensor,
-    head_weight: Tensor,
-    labels: Tensor,
-    head_bias: Tensor | None,
-    ce_coef: Tensor,
-    kd_coef: Tensor,
-    targets: TeacherTargets,
-    vocab: int,
-) -> None:
-    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
-        raise ShapeError(
-            f"fused_loss: hidden {tuple(hidden.shape)} and head_weight {tuple(head_weight.shape)}; "
-            "expected [N D] and [V D]."
-        )
-    if not 0 < vocab <= len(head_weight):
-        raise ShapeError(f"fused_loss: vocab_size {vocab} is not in 1 to {len(head_weight)}, the rows of the head.")
-    if head_bias is not None and head_bias.shape != head_weight.shape[:1]:
-        raise ShapeError(f"fused_loss: head_bias {tuple(head_bias.shape)}; expected {tuple(head_weight.shape[:1])}.")
-    for name, value in (("labels", labels), ("ce_coef", ce_coef), ("kd_coef", kd_coef)):
-        if value.shape != hidden.shape[:1]:
-            raise ShapeError(f"fused_loss: {name} {tuple(value.shape)}; expected {tuple(hidden.shape[:1])}.")
-    if targets is not None and len(targets) != len(hidden):
-        raise ShapeError(f"fused_loss: {len(targets)} teacher targets for {len(hidden)} rows; expected as many.")

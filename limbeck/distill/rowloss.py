@@ -6,36 +6,12 @@ that are small enough for their temporaries to stay in cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from limbeck.distill.divergence import LOG_FLOOR, Divergence
+from limbeck.distill.rows import Rows
 from limbeck.teacher.targets import TopKTargets
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The loss of n rows, all but the logits. Floats are of the compute type."""
-
-    labels: Tensor | None
-    """int64 [n 1]; None when no row has a CE term."""
-    ce_coef: Tensor
-    """[n 1]."""
-    kd_coef: Tensor
-    """[n 1]."""
-    topk: TopKTargets | None
-    """[n K]; None when the teacher is dense or absent."""
-
-    def __getitem__(self, rows: slice | Tensor) -> Rows:
-        topk = self.topk
-        return Rows(
-            None if self.labels is None else self.labels[rows],
-            self.ce_coef[rows],
-            self.kd_coef[rows],
-            None if topk is None else TopKTargets(topk.ids[rows], topk.log_probs[rows], topk.log_tail[rows]),
-        )
 
 
 def row_loss(

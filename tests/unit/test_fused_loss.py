@@ -296,7 +296,7 @@ def test_a_tiny_tail_is_exact():
     log_student = logits.detach().double().log_softmax(-1)[0]
     student = torch.stack([log_student[0], log_student[1], log_student[2:].logsumexp(0)])
     teacher = torch.tensor([0.5, 0.4, 0.1], dtype=torch.float64)
-    assert float(loss.total) == pytest.approx(float((teacher * (teacher.log() - student)).sum()), rel=1e-5)
+    assert loss.total.item() == pytest.approx((teacher * (teacher.log() - student)).sum().item(), rel=1e-5)
     loss.total.backward()
     torch.testing.assert_close(logits.grad[0, 2:].sum(), torch.tensor(-0.1), rtol=1e-5, atol=0)
 
@@ -348,17 +348,18 @@ def test_without_gradients(mode):
     assert result.total == expected and not result.total.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("teacher", ["dense", "topk"])
-def test_half_types_and_autocast_are_close_to_float32(teacher):
+def test_half_types_and_autocast_are_close_to_float32(teacher, dtype):
     exact = cast(make_problem(teacher), torch.float32)
     wanted = torch.autograd.grad(fused_loss(**exact).total, leaves(exact))
-    half = exact | {name: exact[name].detach().bfloat16().requires_grad_() for name in ("hidden", "head_weight")}
+    half = exact | {name: exact[name].detach().to(dtype).requires_grad_() for name in ("hidden", "head_weight")}
     got = torch.autograd.grad(fused_loss(**half).total, leaves(half))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         mixed = fused_loss(**exact).total
     assert fused_loss(**half).total.dtype == mixed.dtype == torch.float32
     for gradient, under_autocast, expected in zip(got, torch.autograd.grad(mixed, leaves(exact)), wanted, strict=True):
-        assert gradient.dtype == torch.bfloat16 and under_autocast.dtype == torch.float32
+        assert gradient.dtype == dtype and under_autocast.dtype == torch.float32
         torch.testing.assert_close(gradient.float(), expected, rtol=0.05, atol=0.05)
         torch.testing.assert_close(under_autocast, expected, rtol=0.05, atol=0.05)
 

@@ -1,0 +1,46 @@
+"""The logits of some positions of a model from their last hidden states, a chunk at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Head:
+    """A model's last hidden states and its output matrix, with one buffer for the logits of a chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int) -> None:
+        self.hidden = hidden.detach()
+        self.weight = weight.detach()[:vocab].to(_product_dtype(hidden, weight))
+        self.bias = None if bias is None else bias.detach()[:vocab]
+        self.row_bytes = len(self.weight) * self.weight.element_size()
+        self.buffer = self.weight.new_empty(0)
+
+    def allocate(self, rows: int) -> None:
+        self.buffer = self.weight.new_empty(rows, len(self.weight))
+
+    def states(self, index: Tensor) -> Tensor:
+        """[n D], in the type of the products."""
+        return self.hidden[index].to(self.weight.dtype)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[n V] without the bias; overwrites what the call before returned."""
+        return torch.mm(states, self.weight.T, out=self.buffer[: len(states)])
+
+    def finish(self, logits: Tensor, compute: torch.dtype) -> Tensor:
+        """A block of `logits` with the bias added, in the compute type: in place where it has that type."""
+        logits = logits.to(compute)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the products with the head: the type of the inputs or of autocast, but float32 where that one fails.
+
+    On a CPU, products of half types can be a hundred times slower than those of float32. In float16, the gradient by
+    the logits (probabilities divided by the number of tokens) would underflow.
+    """
+    device = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return torch.float32 if dtype == torch.float16 or (device == "cpu" and dtype == torch.bfloat16) else dtype
