@@ -1,5 +1,4 @@
-"""The gate and the noise, for any optimizer. `NoisyOptimizer` is the common part of the Langevin family and
-of `Perturb`.
+"""The gate and the noise, for any optimizer: the common part of the Langevin family and of `Perturb`.
 
 A step of it is: the descent (the subclass's own), then `_measure` (how stationary), `_decide` (how much noise
 a group gets, and whether the gate fired), `_add_noise`. Every hyperparameter and counter lies in
@@ -12,92 +11,20 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from limbeck.errors import ConfigError, nearest
+from limbeck.errors import ConfigError
 from limbeck.optim import gates
-from limbeck.optim.noise import NoiseKey, add_noise_, draw, parameter_id, uniform
-from limbeck.optim.sharding import Layout, layout, local, local_like, sum_over_shards
+from limbeck.optim.block import Block, gather
+from limbeck.optim.noise import add_noise_
+from limbeck.optim.settings import AUTO_FRACTION, COUNTERS, LOW_PRECISION, NOISE_DEFAULTS, WHOLE, check_group
+from limbeck.optim.sharding import local, sum_over_shards
+from limbeck.optim.spread import plain, shape_factor, unit_stds
 from limbeck.optim.theory import escape_window
-
-Mode = Literal["gated", "smooth", "annealed", "constant"]
-Gate = Literal["norm", "ema", "cross", "snr"]
-NoiseShape = Literal["gaussian", "sphere", "ball"]
-NoiseScale = Literal["energy", "relative", "coordinate"]
-LowPrecision = Literal["stochastic", "master", "nearest"]
-
-NEVER = -(2**31)
-"""`last_fire` of a group that has not fired."""
-AUTO_FRACTION = 0.1
-"""grad_threshold="auto" is this share of the running median of S."""
-NOISE_DEFAULTS: dict[str, Any] = {
-    "grad_threshold": None,
-    "noise_radius": None,
-    "escape_steps": None,
-    "mode": "gated",
-    "gate": "norm",
-    "gate_beta": 0.9,
-    "noise": "gaussian",
-    "noise_scale": "energy",
-    "step_boost": 1.0,
-    "boost_steps": 1,
-    "anneal_power": 0.55,
-    "noise_steps": None,
-    "low_precision": "stochastic",
-    "seed": 0,
-}
-COUNTERS: dict[str, Any] = {
-    "noise_step": 0,
-    "last_fire": NEVER,
-    "fires": 0,
-    "gate_weight": 0.0,
-    "gate_mean": 0.0,
-    "gate_square": 0.0,
-    "gate_median": 0.0,
-}
-_CHOICES = {
-    "mode": ("gated", "smooth", "annealed", "constant"),
-    "gate": ("norm", "ema", "cross", "snr"),
-    "noise": ("gaussian", "sphere", "ball"),
-    "noise_scale": ("energy", "relative", "coordinate"),
-    "low_precision": ("stochastic", "master", "nearest"),
-}
-_WHOLE = ("gate", "gate_beta", "noise", "noise_scale")
-"""Settings that cannot differ between groups: they speak of all parameters together."""
-_LOW = (torch.float16, torch.bfloat16)
-
-
-class Traits(NamedTuple):
-    """What does not change between the steps of a group, found once."""
-
-    num_params: int
-    is_plain: bool
-    """All parameters are whole, real tensors, so that their local parts are themselves."""
-    numels: list[int]
-    """Real numbers in each logical parameter."""
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """The parameters of one group that have a gradient, in the forms that a step needs."""
-
-    group: dict[str, Any]
-    traits: Traits
-    positions: list[int]
-    """Of its parameters, among all parameters of the optimizer."""
-    params: list[Tensor]
-    """As handed to the optimizer: DTensor, complex ..."""
-    values: list[Tensor]
-    """What the step changes: local, real; masters where there are any."""
-    grads: list[Tensor]
-    """Local, real, not negated."""
-    numel: int
-    """Real numbers in the logical parameters."""
 
 
 class NoisyOptimizer(Optimizer):
@@ -123,15 +50,13 @@ class NoisyOptimizer(Optimizer):
     def stats(self) -> dict[str, Tensor]:
         """What the last step measured and did; reading it is up to the caller, nothing is synchronised here.
 
-        Returns: `statistic` (S; a lower bound while the gate is clearly shut, inf when it was not measured),
-          `fires` (so
-        far), `steps_since_fire` (inf before the first), `noise_norm` (of the noise added by the last step
-        that drew any), `boosted_next` (whether the next step is a boosted one); for the group with the most
-        fires.
+        Returns: `statistic` (S; a lower bound while the gate is clearly shut, inf when it was not measured), `fires`
+          (so far), `steps_since_fire` (inf before the first), `noise_norm` (of the noise added by the last step that
+          drew any), `boosted_next` (whether the next step is a boosted one); for the group with the most fires.
         """
-        group = (
-            max(self.param_groups, key=lambda group: int(group["fires"])) if self._on_host() else self.param_groups[0]
-        )
+        group = self.param_groups[0]
+        if self._on_host():
+            group = max(self.param_groups, key=lambda group: int(group["fires"]))
         since = torch.as_tensor(group["noise_step"] - 1 - group["last_fire"], dtype=torch.float64)
         return {
             "statistic": torch.as_tensor(self._statistic),
@@ -158,8 +83,7 @@ class NoisyOptimizer(Optimizer):
 
     @torch.no_grad()
     def observe_half(self, scale: float = 1.0) -> None:
-        """Call after the backward pass of the first half-batch, and again after that of the second; clip
-        after that.
+        """Call after the backward pass of the first half-batch, and again after that of the second; clip then.
 
         The halves' losses are each divided by 2, as gradient accumulation does.
 
@@ -188,8 +112,7 @@ class NoisyOptimizer(Optimizer):
                 group.setdefault(name, value)
 
     def _radius(self, group: dict[str, Any]) -> float:
-        """r of this step, before the gate; a coordinate's standard deviation when noise_scale is
-        "coordinate"."""
+        """r of this step, before the gate; a coordinate's standard deviation when noise_scale is "coordinate"."""
         if group["noise_radius"] is not None:
             return float(group["noise_radius"])
         return float(group["lr"]) * self._threshold(group)
@@ -213,20 +136,8 @@ class NoisyOptimizer(Optimizer):
         return vectors
 
     def _gather(self) -> list[Block]:
-        blocks, first = [], 0
-        for i, group in enumerate(self.param_groups):
-            blocks.append(_block(group, self._traits_of(i, group["params"]), first))
-            first += len(group["params"])
-        return blocks
-
-    def _traits_of(self, index: int, params: list[Tensor]) -> Traits:
-        # Not in __init__, because deepcopy and unpickling do not call it.
-        known = self.__dict__.setdefault("_traits", {})
-        if index not in known or known[index].num_params != len(params):
-            numels = [p.numel() * (2 if p.is_complex() else 1) for p in params]
-            is_plain = not any(isinstance(p, DTensor) or p.is_complex() for p in params)
-            known[index] = Traits(len(params), is_plain, numels)
-        return known[index]
+        # Not an attribute from __init__, because deepcopy and unpickling do not call it.
+        return gather(self.param_groups, self.__dict__.setdefault("_traits", {}))
 
     def _boost(self, group: dict[str, Any]) -> float | Tensor:
         """psi of the coming step."""
@@ -338,59 +249,30 @@ class NoisyOptimizer(Optimizer):
         joint: Sequence[Joint | None] | None = None,
     ) -> None:
         """Add noise of radius `amounts[i]` to block i; a Joint descent is done in the same float32 sum."""
-        noisy = [i for i, amount in enumerate(amounts) if isinstance(amount, Tensor) or amount != 0.0]
+        noisy = [
+            i for i, amount in enumerate(amounts) if blocks[i].params and (isinstance(amount, Tensor) or amount != 0.0)
+        ]
         if not noisy:
             return
         self._warn_if_lost(blocks, amounts)
+        first = self.param_groups[0]
         domain = [block for block in blocks if block.params and not self._is_quiet(block.group)]
-        stds = _unit_stds(domain, self.param_groups[0]["noise_scale"])
-        draws = {id(block): self._draws(block) for block in domain}
-        factor = self._shape_factor(domain, stds, draws)
+        stds = unit_stds(domain, first["noise_scale"])
+        draws = {id(block): block.draws(first["noise_step"] - 1) for block in domain}
+        factor = shape_factor(domain, first["noise"], stds, draws)
         params, squares = [], []
         for i in noisy:
             block, descent = blocks[i], joint[i] if joint else None
             for j, (key, where) in enumerate(draws[id(block)]):
                 value, std = block.values[j], amounts[i] * (stds[id(block)][j] * factor)
-                extra = descent.of(j) if descent and value.dtype in _LOW else {}
-                stochastic = value.dtype in _LOW and block.group["low_precision"] == "stochastic"
+                extra = descent.of(j) if descent and value.dtype in LOW_PRECISION else {}
+                stochastic = value.dtype in LOW_PRECISION and block.group["low_precision"] == "stochastic"
                 squares.append(add_noise_(value, key, where, std, stochastic=stochastic, **extra))
                 params.append(block.params[j])
         self._noise_square = _total(params, squares)
 
-    def _draws(self, block: Block) -> list[tuple[NoiseKey, Layout]]:
-        group = block.group
-        names: Any = block.positions
-        if "param_names" in group:
-            where = {id(p): name for p, name in zip(group["params"], group["param_names"], strict=True)}
-            names = [where[id(p)] for p in block.params]
-        # noise_step already counts this step.
-        keys = [NoiseKey(group["seed"], group["noise_step"] - 1, parameter_id(name)) for name in names]
-        return [(key, layout(param)) for key, param in zip(keys, block.params, strict=True)]
-
-    def _shape_factor(
-        self, domain: list[Block], stds: dict[int, list[float | Tensor]], draws: dict[int, list[Any]]
-    ) -> float | Tensor:
-        """1 for Gaussian noise; else what brings its norm to 1 (sphere), or to U^(1/d) (ball)."""
-        shape = self.param_groups[0]["noise"]
-        if shape == "gaussian":
-            return 1.0
-        params, squares = [], []
-        for block in domain:
-            for j, (key, where) in enumerate(draws[id(block)]):
-                params.append(block.params[j])
-                squares.append(
-                    gates.exact_squares([draw(key, where, block.values[j].device)])[0] * stds[id(block)][j] ** 2
-                )
-        # float32 hides the order in which shards were added up.
-        norm = sum_over_shards(params, torch.stack(squares)).sum().sqrt().float()
-        size = 1.0
-        if shape == "ball":
-            key = draws[id(domain[0])][0][0]
-            size = uniform(key._replace(parameter=0)) ** (1 / sum(block.numel for block in domain))
-        return size / (float(norm) if norm.device.type == "cpu" else norm)
-
     def _warn_if_lost(self, blocks: list[Block], amounts: Sequence[float | Tensor]) -> None:
-        low = [v for b in blocks for v in b.values if v.dtype in _LOW and b.group["low_precision"] != "master"]
+        low = [v for b in blocks for v in b.values if v.dtype in LOW_PRECISION and b.group["low_precision"] != "master"]
         if self._warned or not low:
             return
         self._warned = True
@@ -412,12 +294,12 @@ class NoisyOptimizer(Optimizer):
             group.setdefault(name, value)
         first = self.param_groups[0]
         group["noise_step"] = first["noise_step"]
-        for name in _WHOLE:
+        for name in WHOLE:
             if group[name] != first[name]:
                 raise ConfigError(
                     f"{name} is {group[name]!r} in one group and {first[name]!r} in another; it must be the same."
                 )
-        _check_group(type(self).__name__, group, self._needs_radius)
+        check_group(type(self).__name__, group, self._needs_radius)
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,31 +313,6 @@ class Joint:
     def of(self, index: int) -> dict[str, Any]:
         """The arguments of `add_noise_` for one parameter."""
         return {"direction": self.directions[index], "lr": self.lr, "decay": self.decay}
-
-
-def _block(group: dict[str, Any], traits: Traits, first: int) -> Block:
-    positions, params, grads, numel = [], [], [], 0
-    for i, param in enumerate(group["params"]):
-        grad = param.grad
-        if grad is None:
-            continue
-        if grad.layout is not torch.strided:
-            raise ConfigError(
-                f"a gradient of layout {grad.layout} cannot be perturbed as a whole; use sparse=False in the embedding."
-            )
-        positions.append(first + i)
-        params.append(param)
-        grads.append(grad)
-        numel += traits.numels[i]
-    if traits.is_plain:
-        return Block(group, traits, positions, params, list(params), grads, numel)
-    grads = [local_like(grad, param) for grad, param in zip(grads, params, strict=True)]
-    return Block(group, traits, positions, params, [local(p.detach()) for p in params], grads, numel)
-
-
-def chosen(scope: dict[str, Any]) -> dict[str, Any]:
-    """The settings among the local variables of an `__init__` that has assigned none of its own."""
-    return {name: value for name, value in scope.items() if name not in ("self", "params", "optimizer", "__class__")}
 
 
 def with_plain_counters(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -475,61 +332,6 @@ def _smooth(statistic: float | Tensor, threshold: float | Tensor) -> float | Ten
     return max(0.0, 1 - (statistic / threshold) ** 2)
 
 
-def _unit_stds(domain: list[Block], noise_scale: str) -> dict[int, list[float | Tensor]]:
-    """A coordinate's standard deviation at radius 1, for every parameter of every block."""
-    if noise_scale == "coordinate":
-        return {id(block): [1.0] * len(block.params) for block in domain}
-    if noise_scale == "energy":
-        std = 1 / math.sqrt(sum(block.numel for block in domain))
-        return {id(block): [std] * len(block.params) for block in domain}
-    params = [p for block in domain for p in block.params]
-    squares = sum_over_shards(params, gates.exact_squares([v for block in domain for v in block.values]))
-    if squares.device.type == "cpu" and not squares.any():
-        return _unit_stds(domain, "energy")
-    sizes = torch.tensor([p.numel() * (2 if p.is_complex() else 1) for p in params], device=squares.device)
-    stds = iter((squares / squares.sum() / sizes).sqrt().float())
-    return {id(block): [_plain(next(stds)) for _ in block.params] for block in domain}
-
-
 def _total(params: list[Tensor], squares: list[float | Tensor]) -> float | Tensor:
     values = torch.stack([torch.as_tensor(square, dtype=torch.float32) for square in squares])
-    return _plain(sum_over_shards(params, values).sum())
-
-
-def _plain(value: Tensor) -> float | Tensor:
-    return float(value) if value.device.type == "cpu" else value
-
-
-def _check_group(name: str, group: dict[str, Any], needs_radius: bool) -> None:
-    for field, known in _CHOICES.items():
-        if group[field] not in known:
-            raise ConfigError(f"{name}: {field} is {group[field]!r}; {nearest(str(group[field]), known)}")
-    for field in (
-        "noise_radius",
-        "escape_steps",
-        "noise_steps",
-        "boost_steps",
-        "step_boost",
-        "anneal_power",
-        "lr",
-    ):
-        if group[field] is not None and not group[field] >= 0:
-            raise ConfigError(f"{name}: {field} is {group[field]}; it must not be negative.")
-    if not 0 <= group["gate_beta"] < 1:
-        raise ConfigError(f"{name}: gate_beta is {group['gate_beta']}; it lies in [0, 1).")
-    threshold, gated = (
-        group["grad_threshold"],
-        group["mode"] in ("gated", "smooth") and group["gate"] != "snr",
-    )
-    if isinstance(threshold, str) and threshold != "auto":
-        raise ConfigError(f"{name}: grad_threshold is {threshold!r}; give a number or 'auto'.")
-    if gated and threshold is None:
-        raise ConfigError(f"{name}: mode={group['mode']!r} needs grad_threshold: a gradient norm, or 'auto'.")
-    if isinstance(threshold, int | float) and not (threshold > 0 or (threshold == 0 and group["mode"] == "gated")):
-        raise ConfigError(f"{name}: grad_threshold is {threshold}; it must be positive.")
-    if needs_radius and not gated and group["noise_radius"] is None:
-        raise ConfigError(f"{name}: mode={group['mode']!r} with gate={group['gate']!r} needs noise_radius.")
-    if group["noise_scale"] == "coordinate" and group["noise"] != "gaussian":
-        raise ConfigError(
-            f"{name}: noise={group['noise']!r} has a fixed norm; noise_scale='coordinate' needs noise='gaussian'."
-        )
+    return plain(sum_over_shards(params, values).sum())

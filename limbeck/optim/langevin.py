@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import ConfigError
+from limbeck.optim.block import Block
 from limbeck.optim.gates import Vector
-from limbeck.optim.injection import (
-    _LOW,
+from limbeck.optim.injection import Joint, NoisyOptimizer
+from limbeck.optim.settings import (
+    LOW_PRECISION,
     NOISE_DEFAULTS,
-    Block,
     Gate,
-    Joint,
     LowPrecision,
     Mode,
     NoiseScale,
     NoiseShape,
-    NoisyOptimizer,
     chosen,
 )
 from limbeck.optim.sharding import local
@@ -103,7 +102,7 @@ class Langevin(NoisyOptimizer):
         if block.group["low_precision"] != "master":
             return
         for j, param in enumerate(block.params):
-            if param.dtype in _LOW:
+            if param.dtype in LOW_PRECISION:
                 state = self.state[param]
                 if "master" not in state:
                     state["master"] = param.detach().float()
@@ -128,8 +127,9 @@ class Langevin(NoisyOptimizer):
                 local(state["momentum_buffer"]).copy_(grad)
             buffers.append(local(state["momentum_buffer"]))
         if old:
-            torch._foreach_mul_(old, group["momentum"])
-            torch._foreach_add_(old, fresh, alpha=1 - group["dampening"])
+            use_foreach = _use_foreach(group["foreach"], old)
+            _scale_(old, group["momentum"], use_foreach)
+            _add_(old, fresh, 1 - group["dampening"], use_foreach)
         return list(torch._foreach_add(grads, buffers, alpha=group["momentum"])) if group["nesterov"] else buffers
 
     def _descend(self, block: Block, directions: list[Tensor], boost: float | Tensor, is_noisy: bool) -> Joint | None:
@@ -139,13 +139,14 @@ class Langevin(NoisyOptimizer):
         decay = 1 - lr * group["weight_decay"]
         rate = lr * boost
         values, pushes = block.values, directions
-        is_joint = is_noisy and group["low_precision"] == "stochastic" and any(v.dtype in _LOW for v in values)
+        is_joint = is_noisy and group["low_precision"] == "stochastic" and any(v.dtype in LOW_PRECISION for v in values)
         if is_joint:
-            kept = [j for j, value in enumerate(block.values) if value.dtype not in _LOW]
+            kept = [j for j, value in enumerate(block.values) if value.dtype not in LOW_PRECISION]
             values, pushes = [block.values[j] for j in kept], [directions[j] for j in kept]
-        if decay != 1.0 and values:
-            torch._foreach_mul_(values, decay)
-        _move(values, pushes, rate, group["foreach"])
+        if values:
+            use_foreach = _use_foreach(group["foreach"], values)
+            _scale_(values, decay, use_foreach)
+            _add_(values, pushes, -rate, use_foreach)
         return Joint(directions, rate, decay) if is_joint else None
 
     def _finish(self, block: Block) -> None:
@@ -156,7 +157,7 @@ class Langevin(NoisyOptimizer):
                 local(self.state[param]["momentum_buffer"]).mul_(keep)
         if group["low_precision"] == "master":
             for param, value in zip(block.params, block.values, strict=True):
-                if param.dtype in _LOW:
+                if param.dtype in LOW_PRECISION:
                     local(param.detach()).copy_(value)
 
     def _averages(self, blocks: list[Block]) -> list[Vector]:
@@ -330,13 +331,29 @@ def count(params: list[Any]) -> int:
     return total
 
 
-def _move(values: list[Tensor], pushes: list[Tensor], rate: float | Tensor, foreach: bool | None) -> None:
-    if not values:
+def _use_foreach(asked: bool | None, tensors: list[Tensor]) -> bool:
+    if asked is not None:
+        return asked
+    # torch's multi-tensor product rounds a factor to the tensors' own type, so that low precision on the CPU needs the
+    # loop, as torch.optim.SGD chooses there.
+    return tensors[0].device.type != "cpu" or tensors[0].dtype not in LOW_PRECISION
+
+
+def _scale_(tensors: list[Tensor], factor: float, use_foreach: bool) -> None:
+    if factor == 1.0:
         return
-    if isinstance(rate, Tensor):
-        torch._foreach_sub_(values, torch._foreach_mul(pushes, rate))
-    elif foreach is False:
-        for value, push in zip(values, pushes, strict=True):
-            value.add_(push, alpha=-rate)
+    if use_foreach:
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.mul_(factor)
+
+
+def _add_(tensors: list[Tensor], others: list[Tensor], alpha: float | Tensor, use_foreach: bool) -> None:
+    if isinstance(alpha, Tensor):
+        torch._foreach_add_(tensors, torch._foreach_mul(others, alpha))
+    elif use_foreach:
+        torch._foreach_add_(tensors, others, alpha=alpha)
     else:
-        torch._foreach_add_(values, pushes, alpha=-rate)
+        for tensor, other in zip(tensors, others, strict=True):
+            tensor.add_(other, alpha=alpha)

@@ -9,16 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
-from limbeck.optim.injection import (
-    Gate,
-    LowPrecision,
-    Mode,
-    NoiseScale,
-    NoiseShape,
-    NoisyOptimizer,
-    chosen,
-    with_plain_counters,
-)
+from limbeck.optim.injection import NoisyOptimizer, with_plain_counters
+from limbeck.optim.settings import Gate, LowPrecision, Mode, NoiseScale, NoiseShape, chosen
 
 Groups = list[dict[str, Any]]
 

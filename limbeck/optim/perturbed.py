@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import ConfigError
-from limbeck.optim.injection import LowPrecision, NoiseScale, chosen
 from limbeck.optim.langevin import Langevin, count
+from limbeck.optim.settings import LowPrecision, NoiseScale, chosen
 from limbeck.optim.sharding import local
 from limbeck.optim.theory import from_constants
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from limbeck.errors import ConfigError
-from limbeck.optim.injection import Block, LowPrecision, NoisyOptimizer, chosen
+from limbeck.optim.block import Block
+from limbeck.optim.injection import NoisyOptimizer
 from limbeck.optim.langevin import Langevin
 from limbeck.optim.noise import SIGNS, draw
+from limbeck.optim.settings import LowPrecision, chosen
 from limbeck.optim.sharding import local, sum_over_shards
 
 
@@ -156,7 +158,7 @@ class PSGLD(NoisyOptimizer):
             )
         signs = [
             draw(key._replace(stream=SIGNS), where, p.device).sign().to(p.dtype)
-            for (key, where), p in zip(self._draws(block), block.params, strict=True)
+            for (key, where), p in zip(block.draws(block.group["noise_step"]), block.params, strict=True)
         ]
         products = torch.autograd.grad(grads, block.params, signs, retain_graph=True, materialize_grads=True)
         return [sign * product for sign, product in zip(signs, products, strict=True)]
@@ -164,7 +166,7 @@ class PSGLD(NoisyOptimizer):
     def _update(self, block: Block, diagonal: list[Tensor] | None, std: float | Tensor) -> Tensor:
         """Move the parameters of a block; the squared norm of their noise comes back."""
         group, lr, squares = block.group, float(block.group["lr"]), []
-        for j, (key, where) in enumerate(self._draws(block)):
+        for j, (key, where) in enumerate(block.draws(group["noise_step"] - 1)):
             param, value, grad = block.params[j], block.values[j], block.grads[j].detach()
             state = self.state[param]
             if "square_avg" not in state:

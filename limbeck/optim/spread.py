@@ -1,0 +1,54 @@
+"""How the noise is spread: over the tensors, and over its own norm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from limbeck.optim.block import Block, Draw
+from limbeck.optim.gates import exact_squares
+from limbeck.optim.noise import draw, uniform
+from limbeck.optim.sharding import sum_over_shards
+
+
+def unit_stds(domain: list[Block], noise_scale: str) -> dict[int, list[float | Tensor]]:
+    """A coordinate's standard deviation at radius 1, for every parameter of every block (by id)."""
+    if noise_scale == "coordinate":
+        return {id(block): [1.0] * len(block.params) for block in domain}
+    if noise_scale == "energy":
+        std = 1 / math.sqrt(sum(block.numel for block in domain))
+        return {id(block): [std] * len(block.params) for block in domain}
+    params = [p for block in domain for p in block.params]
+    squares = sum_over_shards(params, exact_squares([v for block in domain for v in block.values]))
+    if squares.device.type == "cpu" and not squares.any():
+        return unit_stds(domain, "energy")
+    sizes = torch.tensor([p.numel() * (2 if p.is_complex() else 1) for p in params], device=squares.device)
+    stds = iter((squares / squares.sum() / sizes).sqrt().float())
+    return {id(block): [plain(next(stds)) for _ in block.params] for block in domain}
+
+
+def shape_factor(
+    domain: list[Block], noise: str, stds: dict[int, list[float | Tensor]], draws: dict[int, list[Draw]]
+) -> float | Tensor:
+    """1 for Gaussian noise; else what brings the noise's norm to 1 (sphere), or to U^(1/d) (ball)."""
+    if noise == "gaussian":
+        return 1.0
+    params, squares = [], []
+    for block in domain:
+        for j, (key, where) in enumerate(draws[id(block)]):
+            square = exact_squares([draw(key, where, block.values[j].device)])[0]
+            params.append(block.params[j])
+            squares.append(square * stds[id(block)][j] ** 2)
+    # float32 hides the order in which shards were added up.
+    norm = sum_over_shards(params, torch.stack(squares)).sum().sqrt().float()
+    if noise == "sphere":
+        return 1.0 / plain(norm)
+    first, _ = draws[id(domain[0])][0]
+    return uniform(first._replace(parameter=0)) ** (1 / sum(block.numel for block in domain)) / plain(norm)
+
+
+def plain(value: Tensor) -> float | Tensor:
+    """A CPU scalar as a number; an accelerator's stays where it is, so that nothing waits for it."""
+    return float(value) if value.device.type == "cpu" else value
