@@ -50,9 +50,9 @@ class TraceConfig:
     """At most this many traces are read; a source that makes traces makes this many and needs the number."""
     seed: int = 0
     """Seed of a source that makes traces."""
-    min_steps: int = 2
+    min_steps: int = 4
     """Fewest steps of a problem of builtin:chain."""
-    max_steps: int = 12
+    max_steps: int = 6
     """Most steps of a problem of builtin:chain."""
     operators: str = OPERATORS
     """Operators in the problems of builtin:chain: one or more of + - *."""
