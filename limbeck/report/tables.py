@@ -58,11 +58,10 @@ def console_table(runs: Sequence[Mapping[str, Any]], axes: Sequence[str] = ()) -
     Raises: CheckpointError when a run is malformed.
     """
     content = score_table(group_rows(rows_of(runs, axes, "summary")), (), is_brief=True)
-    table = ConsoleTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = ConsoleTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for number, title in enumerate(content.header):
-        # An interval may be folded onto a second line, but not cut short.
-        widest = max((len(word) for cells in content.rows for word in cells[number].split(" ")), default=0)
-        table.add_column(Text(title), justify="left" if number == 0 else "right", min_width=widest)
+        # One word a line keeps the titles narrow, so that 80 columns hold the intervals.
+        table.add_column(Text("\n".join(title.split(" "))), justify="left" if number == 0 else "right")
     for cells in content.rows:
         table.add_row(*map(Text, cells))
     return table
