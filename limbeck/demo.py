@@ -90,8 +90,8 @@ def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:
         source="builtin:chain",
         num_traces=config.num_problems,
         seed=config.seed + 1_000_001,
-        min_steps=config.min_steps,
-        max_steps=config.max_steps,
+        chain_min_steps=config.min_steps,
+        chain_max_steps=config.max_steps,
     )
     return SweepConfig(
         title="What a truncated trace is worth: built-in teacher to built-in student",

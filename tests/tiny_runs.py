@@ -36,7 +36,7 @@ def run_config(changes: Mapping[str, Any] | None = None) -> DistillConfig:
     """A run over a dozen short traces; `changes` are dotted paths and values, None takes a group out."""
     tree: dict[str, Any] = {
         "student": {"scratch": {**SHAPE, "seed": 1}},
-        "traces": {"source": "builtin:chain", "num_traces": 12, "min_steps": 1, "max_steps": 3},
+        "traces": {"source": "builtin:chain", "num_traces": 12, "chain_min_steps": 1, "chain_max_steps": 3},
         "num_validation": 3,
         "training": {"batch_size": 3, "max_steps": 4, "seed": 5},
         "optimizer": {"learning_rate": 1e-3},

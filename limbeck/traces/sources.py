@@ -50,13 +50,13 @@ class TraceConfig:
     """At most this many traces are read; a source that makes traces makes this many and needs the number."""
     seed: int = 0
     """Seed of a source that makes traces."""
-    min_steps: int = 4
+    chain_min_steps: int = 4
     """Fewest steps of a problem of builtin:chain."""
-    max_steps: int = 6
+    chain_max_steps: int = 6
     """Most steps of a problem of builtin:chain."""
-    operators: str = OPERATORS
+    chain_operators: str = OPERATORS
     """Operators in the problems of builtin:chain: one or more of + - *."""
-    random_labels: bool = False
+    chain_random_labels: bool = False
     """Label the steps of builtin:chain from a random letter on instead of from a."""
 
     def __post_init__(self) -> None:
@@ -145,10 +145,10 @@ def _parse_all(config: TraceConfig) -> Iterator[tuple[str, Parsed]]:
         made = generate(
             config.num_traces or 0,
             config.seed,
-            config.min_steps,
-            config.max_steps,
-            operators=config.operators,
-            random_labels=config.random_labels,
+            config.chain_min_steps,
+            config.chain_max_steps,
+            operators=config.chain_operators,
+            random_labels=config.chain_random_labels,
         )
         yield from ((trace.source, Parsed(trace)) for trace in made)
         return

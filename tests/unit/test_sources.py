@@ -401,10 +401,10 @@ def test_gym_task_without_solutions() -> None:
 
 
 def test_builtin_chain() -> None:
-    traces, counts = read("builtin:chain", num_traces=6, min_steps=3, max_steps=4, seed=5)
+    traces, counts = read("builtin:chain", num_traces=6, chain_min_steps=3, chain_max_steps=4, seed=5)
     assert counts == ReadCounts(read=6, kept=6, skipped=0, kept_bad=0, reasons={})
     assert {trace.metadata["num_steps"] for trace in traces} <= {3, 4}
-    assert read("builtin:chain", num_traces=6, min_steps=3, max_steps=4, seed=5)[0] == traces
+    assert read("builtin:chain", num_traces=6, chain_min_steps=3, chain_max_steps=4, seed=5)[0] == traces
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_builtin_chain() -> None:
         ({"source": "reasoning-gym:gsm_symbolc", "num_traces": 1}, "did you mean 'gsm_symbolic'"),
         ({"source": "reasoning-gym:composite", "num_traces": 1}, "cannot be made without settings"),
         ({"source": "builtin:chain", "num_traces": 1, "split": "train"}, "leave split out"),
-        ({"source": "builtin:chain", "num_traces": 1, "min_steps": 0}, "min_steps 0"),
+        ({"source": "builtin:chain", "num_traces": 1, "chain_min_steps": 0}, "min_steps 0"),
     ],
 )
 def test_config_refuses(config: dict[str, Any], reason: str) -> None:
