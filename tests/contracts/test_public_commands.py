@@ -81,7 +81,7 @@ def test_results_go_to_standard_output_and_files_below_runs(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     recipe = {
         "student": {"scratch": SHAPE},
-        "traces": {"source": "builtin:chain", "num_traces": 8, "max_steps": 3},
+        "traces": {"source": "builtin:chain", "num_traces": 8, "chain_max_steps": 3, "chain_min_steps": 2},
         "num_validation": 2,
         "training": {"max_steps": 2, "batch_size": 2},
     }

@@ -1,0 +1,136 @@
+"""The main job at a toy size, through the command line, as a newcomer runs it; and the README's promises."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from limbeck.cli import COMMANDS
+from limbeck.config import build, read_recipe
+from limbeck.distill.config import DistillConfig
+from limbeck.sweep.plan import SweepConfig, plan_runs
+
+ROOT = Path(__file__).parents[2]
+RUN_KEYS = {
+    "lead_fraction",
+    "keep_ending",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "retention",
+    "tokens",
+    "flops",
+    "train_seconds",
+    "peak_bytes",
+    "stop_rate",
+    "output_tokens",
+}
+
+
+def limbeck(*arguments, cwd):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "limbeck", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = ("demo", "--num-traces", "60", "--num-problems", "12", "--epochs", "0.5", "--out", "runs/demo")
+    first = limbeck(*arguments, cwd=folder)
+    assert first.returncode == 0, first.stderr
+    return folder / "runs" / "demo", first, arguments
+
+
+def test_summary_has_the_promised_keys(demo):
+    out, _, _ = demo
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["teacher_accuracy"] >= 0.9, "the built-in teacher answers its own hard problems"
+    assert 0 <= summary["base_accuracy"] <= 0.6
+    assert {run["lead_fraction"] for run in summary["runs"]} >= {0.25, 0.5, 0.75, 1.0}
+    for run in summary["runs"]:
+        assert run.keys() >= RUN_KEYS
+        assert run["accuracy_low"] <= run["accuracy"] <= run["accuracy_high"]
+        assert run["flops_teacher"] == 0, "all runs read the one teacher pass"
+
+
+def test_cost_falls_with_the_cut(demo):
+    out, _, _ = demo
+    runs = [run for run in json.loads((out / "summary.json").read_text())["runs"] if not run["keep_ending"]]
+    by_fraction = [run["tokens"] for run in sorted(runs, key=lambda run: run["lead_fraction"])]
+    assert by_fraction == sorted(by_fraction)
+    assert by_fraction[1] / by_fraction[-1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_flops_agree_with_torch(demo):
+    out, _, _ = demo
+    for run in json.loads((out / "summary.json").read_text())["runs"]:
+        audit = run["flops_audit"]
+        assert audit["formula_flops"] == pytest.approx(audit["counted_flops"], rel=0.02)
+
+
+def test_page_is_one_file_and_names_its_numbers(demo):
+    out, _, _ = demo
+    page = (out / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page), "the page asks for nothing from outside"
+    assert "lead 0.5" in page
+    assert (out / "report.csv").read_text().count("\n") >= 7
+    assert list((out / "plots").glob("*.png"))
+
+
+def test_a_second_call_does_nothing_again(demo):
+    out, _, arguments = demo
+    weights = out / "runs" / "lead_fraction-0.5_keep_ending-false" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    second = limbeck(*arguments, cwd=out.parents[1])
+    assert second.returncode == 0, second.stderr
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_student_is_an_ordinary_model_directory(demo):
+    transformers = pytest.importorskip("transformers")
+    out, _, _ = demo
+    run = out / "runs" / "lead_fraction-1.0_keep_ending-false"
+    model = transformers.AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "7 a+4 b*3"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(output[0][ids["input_ids"].shape[1] :]).startswith("<think>")
+
+
+def test_evaluate_and_report_read_what_the_sweep_wrote(demo, tmp_path):
+    out, _, _ = demo
+    run = out / "runs" / "lead_fraction-1.0_keep_ending-false"
+    scored = limbeck(
+        *("evaluate", "--model", str(run), "--source", "builtin:chain", "--num-traces", "6", "--problems.seed", "5"),
+        *("--max-new-tokens", "200", "--out", str(tmp_path / "scores"), "--json"),
+        cwd=tmp_path,
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert 0 <= json.loads(scored.stdout)["accuracy"] <= 1
+    page = limbeck("report", str(out), str(run), "--out", str(tmp_path / "page"), cwd=tmp_path)
+    assert page.returncode == 0, page.stderr
+    assert (tmp_path / "page" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_loads(recipe):
+    tree = read_recipe(recipe)
+    if "distill" in tree:
+        assert len(plan_runs(build(SweepConfig, tree, recipe.name))) >= 2
+    else:
+        build(DistillConfig, tree, recipe.name)
+
+
+def test_readme_names_real_commands_and_files():
+    readme = (ROOT / "README.md").read_text()
+    for command in re.findall(r"`limbeck ((?:traces )?[a-z]+)", readme):
+        assert command in COMMANDS
+    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert (ROOT / target).exists(), f"README links to {target}"
