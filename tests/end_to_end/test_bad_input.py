@@ -1,6 +1,7 @@
 """Broken traces, recipes and models through the command line: one clear line, exit code 2, nothing left behind."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def contents(directory: Path) -> dict[str, int]:
 def place(tmp_path, monkeypatch):
     """An empty working directory, with the good traces and the recipe that the tests spoil."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("limbeck.progress._LINE_EVERY_SECONDS", float("inf"))
     write_jsonl(generate(12, 0, 1, 3), tmp_path / "good.jsonl")
     recipe = {
         "student": {"scratch": SHAPE},
@@ -63,15 +65,15 @@ def reply(content):
 
 
 TRACE_FILES = {
-    "empty": ("", "no trace|empty"),
-    "blank lines": ("\n\n", "no trace|empty"),
+    "empty": ("", "the file holds no records"),
+    "blank lines": ("\n\n", "the file holds no records"),
     "no JSON": ("hello\n", r"traces.jsonl:1\b|line 1"),
     "torn line": (GOOD + "\n" + GOOD[:-9] + "\n", r"traces.jsonl.*\b2\b"),
     "a number": ("7\n", "traces.jsonl"),
     "a list": ("[1]\n", "traces.jsonl"),
     "no known field": ('{"foo": 1}\n', "foo"),
-    "no message": ('{"messages": []}\n', "messages"),
-    "messages no list": ('{"messages": "x"}\n', "messages"),
+    "no message": ('{"messages": []}\n', "no turns"),
+    "messages no list": ('{"messages": "x"}\n', "turns are not a list: found str"),
     "no content": ('{"messages": [{"role": "user"}]}\n', "content|assistant"),
     "content a number": ('{"messages": [{"role": "user", "content": 3}]}\n', "content|assistant"),
     "no assistant": (json.dumps({"messages": TURNS[:1]}) + "\n", "assistant"),
@@ -80,10 +82,10 @@ TRACE_FILES = {
     "no thought": (reply("just the answer") + "\n", "thought"),
     "two end markers": (reply("<think>a</think>b</think>c") + "\n", "</think>"),
     "no answer": (reply("<think>a</think>") + "\n", "answer"),
-    "sharegpt without from": ('{"conversations": [{"value": "x"}]}\n', "from"),
+    "sharegpt without from": ('{"conversations": [{"value": "x"}]}\n', "unknown role: 'None'"),
     "binary": (b"\xff\xfe\x00\x80", "traces.jsonl"),
     "null byte": (b'{"a": "\x00"}\n', "traces.jsonl"),
-    "NaN for text": ('{"messages": NaN}\n', "messages"),
+    "NaN for text": ('{"messages": NaN}\n', "turns are not a list: found float"),
 }
 
 
@@ -141,8 +143,11 @@ RECIPES = {
     "unknown field": ("trainning: {seed: 1}", "did you mean 'training'"),
     "unknown field below": ("training: {sead: 1}", r"'training.sead'; did you mean 'seed'"),
     "set twice": ("student: {model: a}\nstudent: {model: b}", "'student' is set twice"),
-    "text for a number": ("training: {batch_size: many}", "batch_size.*'many'"),
-    "a number for a group": ("training: 3", "training"),
+    "text for a number": (
+        "student: {model: a}\ntraces: {source: b}\ntraining: {batch_size: many}",
+        "batch_size.*'many'",
+    ),
+    "a number for a group": ("student: {model: a}\ntraces: {source: b}\ntraining: 3", "training: .*found 3"),
 }
 
 
@@ -335,7 +340,12 @@ def test_a_broken_run_directory(place, refused):
 
 def run_limbeck(place, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "limbeck", *arguments], cwd=place, capture_output=True, text=True, timeout=250
+        [sys.executable, "-m", "limbeck", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
 
 
