@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -169,13 +170,18 @@ def _check_finite(model: nn.Module, name: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading bars and advice of transformers off: the project has its own."""
+    """Loading bars and advice of transformers off: the project has its own.
+
+    The bar of its GGUF reader knows no switch, so standard error is held back for the length of a load; what goes wrong
+    is an exception all the same.
+    """
     verbosity = transformers.logging.get_verbosity()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
 
