@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_manifest
 from limbeck.config import build, config_hash
@@ -112,10 +111,12 @@ def sample_traces(config: DemoConfig, out: Path) -> Path:
     taken = {problem.prompt_key for problem in held_out}
     problems = make_problems(config.num_traces, config.seed, config.min_steps, config.max_steps)
     problems = [problem for problem in problems if problem.prompt_key not in taken]
-    answered = answer(problems, TEACHER, SamplingConfig(max_new_tokens=320, temperature=config.temperature, seed=config.seed))
+    answered = answer(
+        problems, TEACHER, SamplingConfig(max_new_tokens=320, temperature=config.temperature, seed=config.seed)
+    )
     right = [trace for trace in answered if trace is not None and trace.correct]
     if not right:
-        raise LimbeckError("demo: the teacher answered no problem; the installed models are damaged, install limbeck again.")
+        raise LimbeckError("demo: the teacher answered no problem; its files are damaged; install limbeck again.")
     with output_directory(out, overwrite=True) as working:
         write_jsonl(right, working / file.name)
         counts = {

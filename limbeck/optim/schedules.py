@@ -14,7 +14,7 @@ class ScheduleConfig:
     """How the learning rate moves over a run."""
 
     name: Literal["cosine", "one_cycle", "constant", "linear"] = "cosine"
-    """cosine and linear fall from the peak after the warm-up; one_cycle also warms up along a cosine; constant stays."""
+    """cosine and linear fall from the peak after the warm-up; one_cycle warms up along a cosine too; constant stays."""
     warmup_fraction: float = 0.1
     """Share of the steps that warm up, 0 <= x < 1."""
     final_fraction: float = 0.0

@@ -7,7 +7,7 @@
    same config is not run again.
 4. Scores are set against the uncut run problem by problem.
 
-    <out>/targets/   <out>/runs/<name>/   <out>/runs/<name>/evaluation/   <out>/teacher/   <out>/base/   <out>/summary.json
+    OUT/targets/   OUT/runs/NAME/   OUT/runs/NAME/evaluation/   OUT/teacher/   OUT/base/   OUT/summary.json
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _refuse_leaks(sweep: SweepConfig) -> None:
     shared = {trace.prompt_key for trace in problems} & {trace.prompt_key for trace in training}
     if shared:
         raise ConfigError(
-            f"problems: {len(shared)} of {len(problems)} are also training prompts, so the score would not be held out; "
+            f"problems: {len(shared)} of {len(problems)} are also training prompts, so the score is not held out; "
             "use another seed, split or source."
         )
 

@@ -1,4 +1,4 @@
-"""A grid of runs: every combination of the axes, plus runs that are listed one by one; each a full distillation config."""
+"""A grid of runs: every combination of the axes, plus runs listed one by one; each is a full distillation config."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class SweepConfig:
     distill: DistillConfig
     """The run that the axes vary."""
     problems: TraceConfig
-    """Held-out problems with references, for the score. Problems that are also training prompts are refused."""
+    """Held-out problems with references, for the score. Those that are also training prompts are refused."""
     title: str = "Truncation sweep"
     """Heading of the report."""
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
-    """Axis -> values; an axis is a field of distill, by dotted path or by its last name: lead_fraction, seed, preset."""
+    """Axis -> values; an axis is a field of distill, by dotted path or by its last name: lead_fraction, preset."""
     runs: list[Mapping[str, Any]] = field(default_factory=list)
     """Further runs, each a mapping of axis to value."""
     match: Literal["examples", "tokens"] = "examples"
@@ -100,7 +100,7 @@ def run_name(axes: Mapping[str, Any]) -> str:
 
 
 def reference_of(run: PlannedRun, runs: list[PlannedRun]) -> PlannedRun | None:
-    """The uncut run that `run` is compared with: the one that differs in nothing but the cut; None when there is none."""
+    """The uncut run that `run` is compared with, which differs in nothing but the cut; None when there is none."""
 
     def rest(config: DistillConfig) -> dict[str, Any]:
         tree = to_dict(config)

@@ -11,7 +11,7 @@ from limbeck.errors import ShapeError
 
 @dataclass(frozen=True, slots=True)
 class DenseTargets:
-    """The teacher's last hidden states and its head: logits are `hidden @ head_weight.T (+ head_bias)`, made a chunk at a time."""
+    """The teacher's last hidden states and its head; its logits `hidden @ head_weight.T` are made in chunks."""
 
     hidden: Tensor
     """[N D_teacher], any float dtype."""

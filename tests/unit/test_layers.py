@@ -53,7 +53,7 @@ def test_imports_go_down_only(path):
             names = [f"limbeck.{alias.name}" for alias in node.names]
         for name in names:
             if name.startswith("limbeck.") and layer_of(name) in LEVEL:
-                assert LEVEL[layer_of(name)] <= LEVEL[own], f"{path.relative_to(ROOT)} imports {name}, which lies below it"
+                assert LEVEL[layer_of(name)] <= LEVEL[own], f"{own} imports {name}, which lies below it"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
