@@ -13,7 +13,7 @@ CASES = {
     "a step without supervision": {
         "training.batch_size": 1,
         "training.max_steps": 9,
-        "traces.max_steps": 6,
+        "traces.chain_max_steps": 6,
         "truncation.lead_fraction": 0.2,
         "supervision.preset": "cot",
         "optimizer.weight_decay": 0.5,
