@@ -22,6 +22,8 @@ from limbeck.optim import gates
 from limbeck.optim.block import Block, gather
 from limbeck.optim.noise import add_noise_
 from limbeck.optim.settings import AUTO_FRACTION, COUNTERS, LOW_PRECISION, NOISE_DEFAULTS, WHOLE, check_group
+from limbeck.optim.settings import Gate as Gate
+from limbeck.optim.settings import NoiseScale as NoiseScale
 from limbeck.optim.sharding import local, sum_over_shards
 from limbeck.optim.spread import plain, shape_factor, unit_stds
 from limbeck.optim.theory import escape_window
@@ -177,7 +179,7 @@ class NoisyOptimizer(Optimizer):
         fired = (self._statistic <= threshold) & (step - group["last_fire"] > escape_steps)
         group["last_fire"] = group["last_fire"] + fired * (step - group["last_fire"])
         group["fires"] = group["fires"] + fired * 1
-        if radius == 0:
+        if self._is_quiet(group):
             return 0.0
         return radius * (fired * 1.0 if group["mode"] == "gated" else _smooth(self._statistic, threshold))
 
