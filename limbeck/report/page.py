@@ -18,9 +18,10 @@ import yaml
 
 from limbeck.errors import CheckpointError
 from limbeck.report.collect import Evidence, Source, collect, flatten
+from limbeck.report.drawing import darken, render
 from limbeck.report.findings import findings
 from limbeck.report.groups import Group, group_rows
-from limbeck.report.plots import darken, plots_of, render
+from limbeck.report.plots import plots_of
 from limbeck.report.rows import FLOP_PARTS, Row
 from limbeck.report.tables import csv_text, cut_table, markdown, part_table, score_table, stop_table
 from limbeck.report.units import Kind, digits, quantity
