@@ -27,12 +27,12 @@ from limbeck.sweep import execute
 from limbeck.sweep.plan import SweepConfig
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig
+from limbeck.traces.synthetic import DERIVATION_PATTERN
 from limbeck.traces.synthetic import generate as make_problems
 from limbeck.traces.thought import Markers, split_thought
 from limbeck.traces.trace import Trace, write_jsonl
 
 TEACHER, STUDENT = "tiny-teacher", "tiny-student"
-DERIVATION = r"So {answer}(?!\d)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:
             "teacher": {"model": TEACHER},
             "traces": {"source": str(traces)},
             "num_validation": max(4, config.num_traces // 32),
-            "render": {"derivation_pattern": DERIVATION},
+            "render": {"derivation_pattern": DERIVATION_PATTERN},
             "training": {"epochs": config.epochs, "batch_size": 16, "seed": config.seed},
             "optimizer": {"learning_rate": config.learning_rate, "beta2": 0.98},
             "schedule": {"warmup_fraction": 0.05},

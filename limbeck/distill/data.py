@@ -15,6 +15,7 @@ from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sample import Sample
 from limbeck.traces.select import select_traces, split_traces
 from limbeck.traces.sources import read_traces
+from limbeck.traces.stats import cut_losses
 from limbeck.traces.supervise import SupervisionConfig
 from limbeck.traces.trace import Trace
 from limbeck.traces.truncate import TruncationConfig
@@ -56,7 +57,7 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
         "too_long": too_long,
         "train_traces": len(train),
         "validation_traces": len(validation),
-        **cut_counts(train, examples),
+        **cut_counts(train, examples, config.truncation),
     }
     return Data(examples, [make_example(sample, UNCUT, RESPONSE) for sample in validation], counts)
 
@@ -85,17 +86,13 @@ def render_all(
     return kept, len(samples) - len(kept)
 
 
-def cut_counts(samples: Sequence[Sample], examples: Sequence[Example]) -> dict[str, Any]:
-    """What the cut took from the traces: tokens, and the traces that lost their end marker or their derivation."""
-    kept, whole = sum(len(example) for example in examples), sum(len(sample) for sample in samples)
-    had_ending = [i for i, sample in enumerate(samples) if sample.ending_start < len(sample)]
-    had_derivation = [i for i, sample in enumerate(samples) if sample.derivation_end is not None]
-    lost_ending = sum(examples[i].sample.ending_start >= len(examples[i]) for i in had_ending)
-    lost_derivation = sum(examples[i].sample.derivation_end is None for i in had_derivation)
+def cut_counts(
+    samples: Sequence[Sample], examples: Sequence[Example], truncation: TruncationConfig
+) -> dict[str, Any]:
+    """What the cut took from the traces: tokens, and the shares of traces that lost their marker, answer or derivation."""
     return {
-        "tokens_before_cut": whole,
-        "tokens_after_cut": kept,
-        "lost_end_marker_fraction": lost_ending / max(1, len(had_ending)),
-        "lost_first_derivation_fraction": lost_derivation / max(1, len(had_derivation)),
+        "tokens_before_cut": sum(len(sample) for sample in samples),
+        "tokens_after_cut": sum(len(example) for example in examples),
+        **cut_losses(samples, truncation),
         "without_any_supervision": sum(not (e.ce_weight.any() or e.kd_weight.any()) for e in examples),
     }
