@@ -89,7 +89,7 @@ def render_all(
 def cut_counts(
     samples: Sequence[Sample], examples: Sequence[Example], truncation: TruncationConfig
 ) -> dict[str, Any]:
-    """What the cut took from the traces: tokens, and the shares of traces that lost their marker, answer, derivation."""
+    """What the cut took from the traces: tokens, and shares of traces that lost marker, answer, derivation."""
     return {
         "tokens_before_cut": sum(len(sample) for sample in samples),
         "tokens_after_cut": sum(len(example) for example in examples),
