@@ -125,7 +125,9 @@ def _by_cost(groups: Sequence[Group], models: Sequence[Row], key: str, kind: Any
             axes.plot(x, y, "o", markersize=12, fillstyle="none", color=LIGHT.ink, markeredgewidth=1.1, zorder=4)
         if has_leads and group.has_fraction and (is_best or len(groups) <= _LABELLED_POINTS):
             text = f"{group.lead_fraction:.3g}"
-            axes.annotate(text, (x, y), (8, -10), textcoords="offset points", fontsize=8, color=LIGHT.muted)
+            # Above and left of the frontier there is never a point.
+            shift, side = ((-8, 5), "right") if is_best else ((8, -10), "left")
+            axes.annotate(text, (x, y), shift, ha=side, textcoords="offset points", fontsize=8, color=LIGHT.muted)
     axes.set_xlabel(f"{_COST_AXES[key]} ({scale.unit})")
     axes.set_ylabel("score (fraction of problems right)")
     room(axes, [x for x, _ in points])
