@@ -11,6 +11,9 @@ head size, N supervised positions, V vocabulary, D width:
     backbone backward  2 P_input T + 2 P_trainable T + 10 A sum T_i^2   (P_input: all weights but those whose input
                        needs no gradient; with gradient checkpointing the recomputed products and 4 A sum T_i^2 more)
     head               2 N V D forward, as much for the hidden gradient, as much for the head's own when it trains
+
+Only what is computed counts: T and T_i leave out the tokens that the lean forward leaves out (models/lean.py), and the
+weights behind the last layer's attention count for the positions that are read.
 """
 
 from __future__ import annotations
@@ -19,14 +22,14 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from limbeck.models.anatomy import Sizes
+from limbeck.models.anatomy import Computed, Sizes
 
 FLOP_PARTS = ("teacher", "student", "head")
 COUNTS = ("tokens", "padded_tokens", "supervised_tokens", "sequences", "steps")
@@ -107,16 +110,22 @@ class Ledger:
                 self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), value)
 
 
-def backbone_forward_flops(sizes: Sizes, lengths: Sequence[int]) -> int:
-    """FLOPs of one forward of the backbone over sequences of `lengths` tokens (padding included where there is any)."""
-    return 2 * sizes.linear_weights * sum(lengths) + 4 * sizes.attention_width * sum(n * n for n in lengths)
+def backbone_forward_flops(sizes: Sizes, computed: Computed) -> int:
+    """FLOPs of one forward of the backbone."""
+    products = sizes.linear_weights * computed.tokens - sizes.last_layer_weights * _left_out(computed)
+    return 2 * products + 4 * sizes.attention_width * sum(n * n for n in computed.lengths)
 
 
-def backbone_backward_flops(sizes: Sizes, lengths: Sequence[int]) -> int:
+def backbone_backward_flops(sizes: Sizes, computed: Computed) -> int:
     """FLOPs of one backward of the backbone."""
     weights = sizes.input_gradient_weights + sizes.trainable_linear_weights + sizes.recomputed_linear_weights
     attention = 14 if sizes.recomputed_linear_weights else 10
-    return 2 * weights * sum(lengths) + attention * sizes.attention_width * sum(n * n for n in lengths)
+    products = weights * computed.tokens - 2 * sizes.last_layer_weights * _left_out(computed)
+    return 2 * products + attention * sizes.attention_width * sum(n * n for n in computed.lengths)
+
+
+def _left_out(computed: Computed) -> int:
+    return computed.tokens - computed.last_tokens
 
 
 def head_forward_flops(sizes: Sizes, num_positions: int) -> int:
@@ -130,7 +139,7 @@ def head_flops(sizes: Sizes, num_positions: int) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, taught the CPU's fused attention, which it does not know."""
+    """torch's counter, taught what it does not know: the CPU's fused attention, and products added in place."""
     aten = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -139,7 +148,11 @@ def flop_counter() -> FlopCounterMode:
     def backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_backward_flop_count(grad_out, query, key, value)
 
+    def added(total: Any, first: Any, second: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * first[0] * first[1] * second[1]
+
     mapping = {
+        aten.addmm_: added,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

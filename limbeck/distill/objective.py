@@ -21,7 +21,7 @@ from limbeck.ledger import (
     backbone_forward_flops,
     head_flops,
 )
-from limbeck.models.anatomy import Sizes, head_of, hidden_states
+from limbeck.models.anatomy import Computed, Sizes, head_of, hidden_rows
 from limbeck.teacher.targets import TeacherTargets
 from limbeck.traces.batch import Batch, Example
 
@@ -99,7 +99,7 @@ def microbatch_loss(
     targets = teacher.targets(batch, examples, rows, ledger) if teacher is not None and needs_teacher else None
     with ledger.phase("student"):
         packed = batch.sequence_lengths if batch.layout == "packed" else None
-        hidden = hidden_states(student, batch.input_ids, batch.positions, packed).flatten(0, 1)[rows - 1]
+        hidden, computed = hidden_rows(student, batch.input_ids, batch.positions, rows - 1, packed)
     with ledger.phase("head"):
         head = head_of(student)
         loss = fused_loss(
@@ -115,31 +115,30 @@ def microbatch_loss(
             vocab_size=vocab_size,
             chunk_bytes=config.chunk_bytes,
         )
-    _charge(ledger, student_sizes, batch, len(rows))
+    _charge(ledger, student_sizes, batch, computed, len(rows))
     return loss
 
 
-def computed_lengths(batch: Batch) -> list[int]:
-    """Lengths that a forward pass really computes: padding included when padded."""
+def _laid_out(batch: Batch) -> list[int]:
+    """Tokens of each sequence in the batch's tensors: padding included when padded."""
     if batch.layout == "packed":
         return list(batch.sequence_lengths)
     rows, width = batch.input_ids.shape
     return [width] * rows
 
 
-def _charge(ledger: Ledger, sizes: Sizes, batch: Batch, num_rows: int) -> None:
-    lengths = computed_lengths(batch)
-    flops = backbone_forward_flops(sizes, lengths)
+def _charge(ledger: Ledger, sizes: Sizes, batch: Batch, computed: Computed, num_rows: int) -> None:
+    flops = backbone_forward_flops(sizes, computed)
     head = head_flops(sizes, num_rows)
     if torch.is_grad_enabled():
-        flops += backbone_backward_flops(sizes, lengths)
-        ledger.count(padded_tokens=sum(lengths) - batch.num_tokens, supervised_tokens=num_rows)
+        flops += backbone_backward_flops(sizes, computed)
+        ledger.count(padded_tokens=sum(_laid_out(batch)) - batch.num_tokens, supervised_tokens=num_rows)
         ledger.add_flops(student=flops, head=head)
 
 
 def _per_sequence(batch: Batch, weight: Tensor) -> Tensor:
     """Weights divided by their sum within each sequence."""
-    lengths = torch.tensor(computed_lengths(batch), device=weight.device)
+    lengths = torch.tensor(_laid_out(batch), device=weight.device)
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=weight.device), lengths)
     sums = torch.zeros(len(lengths), dtype=weight.dtype, device=weight.device).index_add_(0, owner, weight)
     return weight / sums.clamp_min(torch.finfo(weight.dtype).tiny)[owner]

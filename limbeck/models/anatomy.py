@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from limbeck.errors import ModelError
 from limbeck.models.attention import PACKED_ATTENTION
+from limbeck.models.lean import can_run, packed_rows, plan_packed
 
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config fields that say the logits are more than a product with the head."""
 _FIRST_PRODUCTS = re.compile(r"layers\.0\.self_attn\.(q|k|v|qkv)_proj(\.base_layer|\.lora_A\.\w+)?$")
 """Names of the linear layers that read the embeddings directly."""
+_BEHIND_ATTENTION = re.compile(r"layers\.(\d+)\.(?:self_attn\.o_proj|mlp\.\w+)$")
 _LAST_PRODUCT = re.compile(r"down_proj(\.lora_B\.\w+)?$")
 """Names of the linear layers that end a decoder layer."""
 
@@ -26,6 +28,22 @@ class Head(NamedTuple):
     """[V D]."""
     bias: Tensor | None
     """[V]."""
+
+
+class Computed(NamedTuple):
+    """What a forward pass went through; less than the batch where tokens can be left out."""
+
+    tokens: int
+    """Tokens in the linear layers."""
+    last_tokens: int
+    """Tokens behind the attention of the last layer."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence in attention."""
+
+    @classmethod
+    def whole(cls, lengths: Sequence[int]) -> Computed:
+        """Everything, for sequences of `lengths` tokens (padding included where there is any)."""
+        return cls(sum(lengths), sum(lengths), tuple(lengths))
 
 
 class Sizes(NamedTuple):
@@ -41,6 +59,8 @@ class Sizes(NamedTuple):
     """Those of them that a backward pass with gradient checkpointing multiplies again; 0 without."""
     attention_width: int
     """Layers x query heads x head size."""
+    last_layer_weights: int
+    """Weights of the last layer behind its attention, which only positions that are read need to pass."""
     hidden_size: int
     """D."""
     vocab_size: int
@@ -102,6 +122,27 @@ def hidden_states(
     return backbone_of(model)(input_ids=input_ids, position_ids=positions, use_cache=False, **extra).last_hidden_state
 
 
+def hidden_rows(
+    model: nn.Module,
+    input_ids: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    sequence_lengths: Sequence[int] | None = None,
+) -> tuple[Tensor, Computed]:
+    """Last hidden states [N D] at N positions of a batch, and what was computed for them.
+
+    Args:
+      rows: int64 [N], increasing flat indices into [B T]; the other arguments as for `hidden_states`.
+    """
+    if sequence_lengths is not None and can_run(backbone_of(model)):
+        plan = plan_packed(input_ids[0], sequence_lengths, rows)
+        hidden = packed_rows(backbone_of(model), input_ids[0], positions[0], plan)
+        return hidden, Computed(len(plan.kept), len(rows), plan.lengths)
+    hidden = hidden_states(model, input_ids, positions, sequence_lengths).flatten(0, 1)[rows]
+    width = input_ids.shape[1]
+    return hidden, Computed.whole([width] * len(input_ids) if sequence_lengths is None else sequence_lengths)
+
+
 def sizes_of(model: nn.Module, vocab_size: int | None = None) -> Sizes:
     """The sizes that the FLOP formulas of the ledger read.
 
@@ -119,6 +160,7 @@ def sizes_of(model: nn.Module, vocab_size: int | None = None) -> Sizes:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     )
+    last = str(config.num_hidden_layers - 1)
     is_recomputed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Sizes(
@@ -132,6 +174,9 @@ def sizes_of(model: nn.Module, vocab_size: int | None = None) -> Sizes:
             count for name, count in weights.items() if is_recomputed and not _LAST_PRODUCT.search(name)
         ),
         attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
+        last_layer_weights=sum(
+            count for name, count in weights.items() if (layer := _BEHIND_ATTENTION.search(name)) and layer[1] == last
+        ),
         hidden_size=config.hidden_size,
         vocab_size=min(vocab_size or len(head.weight), len(head.weight)),
         num_parameters=sum({id(p): p.numel() for p in model.parameters()}.values()),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
-from limbeck.models.anatomy import head_of, hidden_states, sizes_of
+from limbeck.models.anatomy import head_of, hidden_rows, sizes_of
 from limbeck.teacher.targets import DenseTargets
 from limbeck.traces.batch import Batch, Example
 
@@ -25,9 +25,8 @@ class LiveTeacher:
         """Dense targets for the tokens at flat indices `rows` of the batch."""
         with ledger.phase("teacher"), torch.no_grad():
             packed = batch.sequence_lengths if batch.layout == "packed" else None
-            hidden = hidden_states(self.model, batch.input_ids, batch.positions, packed).flatten(0, 1)[rows - 1]
-        lengths = list(batch.sequence_lengths) if packed else [batch.input_ids.shape[1]] * len(batch.input_ids)
-        flops = backbone_forward_flops(self._sizes, lengths) + head_forward_flops(self._sizes, len(rows))
+            hidden, computed = hidden_rows(self.model, batch.input_ids, batch.positions, rows - 1, packed)
+        flops = backbone_forward_flops(self._sizes, computed) + head_forward_flops(self._sizes, len(rows))
         ledger.add_flops(teacher=flops)
         head = head_of(self.model)
         return DenseTargets(hidden, head.weight, head.bias)

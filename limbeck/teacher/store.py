@@ -23,7 +23,7 @@ from torch import Tensor
 
 from limbeck.errors import CheckpointError, PairError
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
-from limbeck.models.anatomy import head_of, hidden_states, sizes_of
+from limbeck.models.anatomy import Computed, head_of, hidden_states, sizes_of
 from limbeck.teacher.targets import TopKTargets
 from limbeck.traces.batch import Batch, Example
 from limbeck.traces.sample import tokens_key
@@ -114,7 +114,8 @@ def build_store(
             targets = _score(model, group, top_k, vocab_size)
         lengths = [len(sequence) for sequence in group]
         sizes = sizes_of(model, vocab_size)
-        ledger.add_flops(teacher=backbone_forward_flops(sizes, lengths) + head_forward_flops(sizes, sum(lengths)))
+        backbone_flops = backbone_forward_flops(sizes, Computed.whole(lengths))
+        ledger.add_flops(teacher=backbone_flops + head_forward_flops(sizes, sum(lengths)))
         ledger.count(tokens=sum(lengths), sequences=len(group))
         parts["ids"].append(targets.ids.to(torch.int32))
         parts["log_probs"].append(targets.log_probs)
