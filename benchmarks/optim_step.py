@@ -2,8 +2,8 @@
 
 Regime: float32 parameters and gradients already in memory, one thread, gate shut (the usual state of training: the
 gradient is above the threshold, or a kick is being waited out). Limit: a step of SGD moves 12 bytes a parameter
-through memory; a separate pass for the gradient's norm would add 4. Bound: 1.0. The gate stops adding up squares as soon as they
-have passed the threshold, so its cost should not depend on the number of parameters.
+through memory; a separate pass for the gradient's norm would add 4. Bound: 1.0. The gate stops adding up squares as
+soon as they have passed the threshold, so its cost should not depend on the number of parameters.
 Peer: torch.optim.SGD and AdamW with foreach=True, in the same process, step by step in turn, medians of ratios.
 
     python benchmarks/optim_step.py [--quick]

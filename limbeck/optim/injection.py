@@ -236,9 +236,13 @@ class NoisyOptimizer(Optimizer):
 
     def _is_quiet(self, group: dict[str, Any]) -> bool:
         """Whether the group is outside the noise domain."""
-        return group["noise_radius"] == 0 or (group["noise_radius"] is None and float(group["lr"]) == 0)
+        return group["noise_radius"] == 0 or float(group["lr"]) == 0
 
     def _is_on(self, group: dict[str, Any]) -> bool:
+        # A learning rate of 0 freezes a group. torch's distributed checkpoints rely on it: they take such a step, with
+        # zero gradients, to make an optimizer create its state.
+        if float(group["lr"]) == 0:
+            return False
         return group["noise_steps"] is None or group["noise_step"] < group["noise_steps"]
 
     def _on_host(self) -> bool:

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from limbeck.errors import ConfigError
 from limbeck.optim import AGLD, ASG, ASGLD, PSGLD, SGLD, NoisySGD, Perturb, PerturbedGD, PerturbedSGD
 
-GATED = {"grad_threshold": 2.0, "escape_steps": 2}
+GATED = {"grad_threshold": 10.0, "escape_steps": 2}
 FAMILY = {
     "ASGLD": lambda p, **k: ASGLD(p, 0.05, **GATED, **k),
     "ASGLD momentum": lambda p, **k: ASGLD(p, 0.05, momentum=0.9, **GATED, **k),
@@ -73,9 +73,9 @@ def through_a_file(state):
 @family
 def test_the_loss_falls(name):
     params = make_params()
-    before = float(objective(params))
+    before = objective(params).item()
     train(FAMILY[name](params), params, 40)
-    assert float(objective(params)) < before
+    assert objective(params).item() < before
 
 
 @family
@@ -83,8 +83,8 @@ def test_a_closure_is_optional_and_its_loss_comes_back(name):
     with_closure, without = make_params(), make_params()
     first, second = FAMILY[name](with_closure), FAMILY[name](without)
     for _ in range(6):
-        expected = float(objective(with_closure))
-        assert float(first.step(closure_for(first, with_closure))) == expected
+        expected = objective(with_closure).item()
+        assert first.step(closure_for(first, with_closure)).item() == expected
         closure_for(second, without)()
         assert second.step() is None
     assert_same_bits(with_closure, without)
@@ -144,7 +144,7 @@ def test_the_global_generator_neither_matters_nor_moves(name):
     assert_same_bits(first, second)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if name != "ASG"])
+@pytest.mark.parametrize("name", [name for name in FAMILY if name not in ("ASG", "ASGLD auto smooth")])
 def test_the_seed_matters(name):
     first, second = make_params(), make_params()
     train(FAMILY[name](first, seed=1), first, 20)

@@ -203,6 +203,15 @@ def test_parameters_without_a_gradient_do_not_move():
     assert torch.equal(unused.detach(), torch.ones(5))
 
 
+@pytest.mark.parametrize("mode", ["gated", "smooth", "annealed", "constant"])
+def test_a_learning_rate_of_zero_freezes(mode):
+    p = param(1.0, 2.0)
+    optimizer = ASGLD([p], 0.1, grad_threshold=9.0, noise_radius=1.0, mode=mode, weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert take(optimizer, p, 0.0).norm() == 0
+    assert optimizer.stats()["fires"] == 0
+
+
 def test_weight_decay_is_decoupled():
     p = param(2.0, -4.0)
     optimizer = ASGLD([p], 0.1, grad_threshold=1e-9, weight_decay=0.5)
