@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from limbeck.distill.divergence import DivergenceConfig
+from limbeck.distill.fused import CHUNK_BYTES
 from limbeck.errors import ConfigError
 from limbeck.models.tiny import ScratchConfig
 from limbeck.optim.build import OptimizerConfig
@@ -82,7 +83,7 @@ class LossConfig:
     """Softmax temperature T of the KD term, > 0."""
     normalization: Literal["token_mean", "sequence_mean"] = "token_mean"
     """token_mean: each supervised token of a step weighs the same; sequence_mean: each sequence (the paper's runs)."""
-    chunk_bytes: int = 64 * 2**20
+    chunk_bytes: int = CHUNK_BYTES
     """Memory budget of the logits in bytes; they exist only a chunk at a time."""
 
     def __post_init__(self) -> None:
@@ -124,7 +125,7 @@ class TrainingConfig:
     """Seed of the order of the traces and of dropout."""
     validate_every_steps: int = 0
     """Validate every so many steps, and always at the end; 0 only at the end."""
-    save_every_steps: int = 0
+    save_every_steps: int = 100
     """Write a state to resume from every so many steps; 0 never."""
     num_threads: int | None = None
     """CPU threads; torch's choice when not set."""
@@ -167,6 +168,8 @@ class DistillConfig:
     """Which traces are used."""
     num_validation: int = 64
     """Traces held out, by hash of the prompt and before any cut, for the validation loss. 0 for none."""
+    split_seed: int = 0
+    """Seed of the choice of held-out traces; apart from training.seed, so that runs with other seeds share them."""
     max_trace_tokens: int | None = None
     """Leave out traces that are longer than this in tokens, before any cut."""
     render: RenderConfig = field(default_factory=RenderConfig)

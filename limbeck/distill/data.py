@@ -41,7 +41,7 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
     """
     traces, read = read_traces(config.traces)
     traces, selected = select_traces(traces, config.select)
-    train_traces, validation_traces = split_traces(traces, config.training.seed, num_validation=config.num_validation)
+    train_traces, validation_traces = split_traces(traces, config.split_seed, num_validation=config.num_validation)
     train, too_long = render_all(train_traces, tokenizer, config.render, config.max_trace_tokens)
     validation, _ = render_all(validation_traces, tokenizer, config.render, config.max_trace_tokens)
     examples = [make_example(sample, config.truncation, config.supervision) for sample in train]

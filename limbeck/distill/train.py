@@ -31,7 +31,7 @@ from limbeck.distill.state import load_state, save_state
 from limbeck.errors import CheckpointError, ConfigError, LimbeckError
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import Sizes, causal_lm_of, sizes_of
-from limbeck.models.load import model_hash, vocabulary_size
+from limbeck.models.load import model_hash, quiet, vocabulary_size
 from limbeck.optim.build import build_optimizer
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
@@ -193,7 +193,7 @@ def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -
 def _step(setup: Run, number: int) -> dict[str, Any]:
     """One optimizer step; returns its line of metrics.jsonl."""
     config, step, ledger = setup.config, setup.steps[number], setup.ledger
-    torch.manual_seed(config.training.seed * 1_000_003 + number)
+    torch.manual_seed((config.training.seed * 1_000_003 + number) * 1_009 + setup.ranks.rank)
     totals = step_totals([setup.data.train[i] for i in step.indices], config.loss.normalization)
     ce = kd = 0.0
     for group in step.microbatches[setup.ranks.rank]:
@@ -275,8 +275,9 @@ def _write(setup: Run, source: Checkpoint | None, working: Path) -> None:
     config = setup.config
     with setup.ledger.phase("saving"):
         model = setup.model.merge_and_unload() if config.lora is not None else causal_lm_of(setup.model)
-        model.save_pretrained(working)
-        setup.tokenizer.save_pretrained(working)
+        with quiet():
+            model.save_pretrained(working)
+            setup.tokenizer.save_pretrained(working)
     lines = (working / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1])
     write_manifest(

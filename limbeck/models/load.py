@@ -82,7 +82,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "
     Raises: ModelError when the directory is damaged, of no causal-LM kind, or holds pickled weights only.
     """
     place = locate(name)
-    with _quiet():
+    with quiet():
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 place.path,
@@ -95,6 +95,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "
             )
         except Exception as error:  # transformers raises many kinds; each becomes one line with its cause kept
             raise ModelError(f"{name}: cannot load the model ({_one_line(error)}).") from error
+    if place.gguf_file:
+        _forget_quantizer(model)
     _check_complete(info, name)
     _check_finite(model, name)
     return model.eval()
@@ -106,7 +108,7 @@ def load_tokenizer(name: str) -> Any:
     Raises: ModelError when there is none.
     """
     place = locate(name)
-    with _quiet():
+    with quiet():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 place.path, gguf_file=place.gguf_file, local_files_only=place.is_local
@@ -130,6 +132,16 @@ def load_scratch(config: ScratchConfig, layout: Layout = "padded") -> tuple[Any,
     if layout == "packed":
         model.set_attn_implementation(PACKED_ATTENTION)
     return model.eval(), symbol_tokenizer()
+
+
+def _forget_quantizer(model: Any) -> None:
+    """The GGUF reader has turned the weights into plain tensors, but marks the model as one that cannot be saved."""
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, None)
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _check_directory(path: Path) -> None:
@@ -169,7 +181,7 @@ def _check_finite(model: nn.Module, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading bars and advice of transformers off: the project has its own.
 
     The bar of its GGUF reader knows no switch, so standard error is held back for the length of a load; what goes wrong
