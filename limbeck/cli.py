@@ -24,6 +24,7 @@ from limbeck.distill import train as distill
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError, LimbeckError, nearest
 from limbeck.evaluate import stage as evaluate
+from limbeck.optim.study import converge, escape, race
 from limbeck.progress import console
 from limbeck.report import page as report
 from limbeck.sweep import execute as sweep
@@ -56,6 +57,8 @@ class Command(NamedTuple):
     """Its fields are the flags; None when the command takes paths."""
     call: Callable[[Any, Options], Any]
     help: str
+    takes: tuple[str, ...] = ("--out", "--overwrite")
+    """Which of --out, --overwrite and --resume mean something here; the others are refused."""
 
 
 def _distill(config: DistillConfig, options: Options) -> dict[str, Any]:
@@ -88,25 +91,46 @@ def _import(config: importing.ImportConfig, options: Options) -> dict[str, Any]:
     return importing.run(config, options.out, overwrite=options.overwrite)
 
 
+def _study(run: Callable[..., dict[str, Any]]) -> Callable[[Any, Options], dict[str, Any]]:
+    return lambda config, options: run(config, options.out, overwrite=options.overwrite, resume=options.resume)
+
+
+ALL = ("--out", "--overwrite", "--resume")
+
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         demo.DemoConfig,
-        lambda config, options: demo.run(config, options.out, overwrite=options.overwrite),
+        lambda config, options: demo.run(config, options.out),
         "the main job on the built-in models, offline: traces, truncation sweep, report",
+        ("--out",),
     ),
     "traces import": Command(importing.ImportConfig, _import, "read traces of any format into one JSONL file"),
     "traces show": Command(
         show.ShowConfig,
         lambda config, _: show.run(config),
         "print traces with their segments, weights and cut",
+        (),
     ),
     "traces stats": Command(
-        stats.StatsConfig, lambda config, _: stats.run(config), "count segments, and what a cut would lose"
+        stats.StatsConfig,
+        lambda config, options: stats.run(config, quiet=options.json),
+        "count segments, and what a cut would lose",
+        (),
     ),
-    "distill": Command(DistillConfig, _distill, "train one student"),
-    "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report"),
+    "distill": Command(DistillConfig, _distill, "train one student", ALL),
+    "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report", ("--out",)),
     "evaluate": Command(evaluate.EvaluateStageConfig, _evaluate, "score a model on problems, with intervals"),
-    "report": Command(None, _report, "one page from sweep or run directories"),
+    "optim escape": Command(
+        escape.EscapeConfig, _study(escape.run), "measure how the time to leave a saddle grows with dimension", ALL
+    ),
+    "optim converge": Command(
+        converge.ConvergeConfig,
+        _study(converge.run),
+        "measure iterations and samples against the accuracy asked for",
+        ALL,
+    ),
+    "optim race": Command(race.RaceConfig, _study(race.run), "race optimizers on a test problem", ALL),
+    "report": Command(None, _report, "one page from sweep or run directories", ("--out",)),
 }
 
 
@@ -123,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say(f"limbeck: {_one_line(error)}")
         code = 2
     except KeyboardInterrupt:
-        _say("limbeck: interrupted. Run the same command with --resume to go on from the last saved state.")
+        _say("limbeck: interrupted. demo and sweep go on when called again; distill goes on with --resume.")
         code = 130
     sys.exit(code)
 
@@ -140,7 +164,7 @@ def _dispatch(argv: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         _print_help(name, command)
         return 0
-    options, rest = _take_options(name, rest)
+    options, rest = _take_options(name, command.takes, rest)
     if command.config is None:
         result = command.call(rest, options)
     else:
@@ -168,12 +192,14 @@ def _read_config(config_class: type, arguments: list[str]) -> Any:
     return build(config_class, apply_flags(config_class, tree, arguments), where)
 
 
-def _take_options(name: str, arguments: list[str]) -> tuple[Options, list[str]]:
+def _take_options(name: str, takes: Sequence[str], arguments: list[str]) -> tuple[Options, list[str]]:
     rest: list[str] = []
     found: dict[str, Any] = {"out": Path("runs") / name.replace(" ", "-")}
     index = 0
     while index < len(arguments):
         flag, equals, value = arguments[index].partition("=")
+        if flag in ("--out", "--overwrite", "--resume") and flag not in takes:
+            raise ConfigError(f"{flag} means nothing to limbeck {name}; see limbeck {name} --help.")
         if flag == "--out":
             if not equals:
                 index += 1
@@ -209,7 +235,8 @@ def _print_help(name: str, command: Command) -> None:
     table.add_column(no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
     for flag, text in OPTIONS.items():
-        table.add_row(flag, text)
+        if flag in command.takes or flag not in ("--out", "--overwrite", "--resume"):
+            table.add_row(flag, text)
     for info in describe(command.config) if command.config else ():
         table.add_row("--" + info.path.replace("_", "-"), _field_text(info))
     out.print(table, markup=False, highlight=False)

@@ -61,7 +61,7 @@ class DemoConfig:
             raise ConfigError("the demo needs at least 20 traces and 10 problems")
 
 
-def run(config: DemoConfig, out: Path, *, overwrite: bool = False) -> None:
+def run(config: DemoConfig, out: Path) -> None:
     """Do the demonstration in the directory `out`, going on where an earlier one stopped; prints table and page."""
     traces = sample_traces(config, out / "traces")
     summary = execute.run(sweep_config(config, traces), out)

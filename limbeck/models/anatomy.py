@@ -82,7 +82,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     backbone = getattr(lm, "model", None)
     if backbone is None or not hasattr(lm, "lm_head"):
         raise ModelError(
-            f"{type(lm).__name__} is not laid out as backbone `model` and head `lm_head`; supported are Llama-type models "
+            f"{type(lm).__name__} has no backbone `model` and head `lm_head`; supported are Llama-type models "
             "(Llama, Mistral, Qwen2, Qwen3, SmolLM2 ...)."
         )
     return backbone

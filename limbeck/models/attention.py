@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from limbeck.errors import ModelError
+
 PACKED_ATTENTION = "limbeck_packed"
 
 
@@ -44,7 +46,7 @@ def packed_attention(
     """
     lengths = [query.shape[2]] if sequence_lengths is None else list(sequence_lengths)
     if sliding_window is not None and max(lengths) > sliding_window:
-        raise ValueError(
+        raise ModelError(
             f"packed attention: a sequence of {max(lengths)} tokens is longer than the model's sliding window "
             f"({sliding_window}); set layout padded."
         )

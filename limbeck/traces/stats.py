@@ -45,8 +45,8 @@ class StatsConfig:
     """The cut whose losses are reported."""
 
 
-def run(config: StatsConfig) -> dict[str, Any]:
-    """Print the tables to standard output and return the figures, ready for JSON.
+def run(config: StatsConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Return the figures, ready for JSON; print them as tables to standard output unless `quiet`.
 
     Raises: what reading, selecting, loading and rendering raise.
     """
@@ -55,7 +55,8 @@ def run(config: StatsConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.tokenizer)
     samples = [render(trace, tokenizer, config.render) for trace in track(traces, "rendering")]
     stats = {"read": asdict(read), "selected": asdict(selected), **trace_stats(samples, config.truncation)}
-    print_stats(stats, Console())
+    if not quiet:
+        print_stats(stats, Console())
     return stats
 
 
