@@ -56,7 +56,8 @@ def test_help_shows_every_field_with_meaning_and_default(printed, name):
     assert "…" not in text and "\\[" not in text
     assert COMMANDS[name].help in words(text)
     entries = help_entries(text)
-    assert OPTIONS.keys() <= entries.keys()
+    optional = {"--out", "--overwrite", "--resume"}
+    assert entries.keys() & OPTIONS.keys() == OPTIONS.keys() - optional | set(COMMANDS[name].takes)
     config = COMMANDS[name].config
     for info in describe(config) if config else ():
         entry = entries["--" + info.path.replace("_", "-")]
@@ -98,3 +99,10 @@ def test_results_go_to_standard_output_and_files_below_runs(tmp_path, monkeypatc
     assert "cut here" in shown
     text = printed("traces", "stats", "--traces.source", "t", "--tokenizer", "runs/distill", "--json")
     assert json.loads(text.splitlines()[-1])["num_traces"] == 5
+
+
+def test_an_option_that_means_nothing_to_a_command_is_refused(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "r.yaml", "--resume"])
+    assert stop.value.code == 2
+    assert "--resume means nothing to limbeck sweep" in capfd.readouterr().err
