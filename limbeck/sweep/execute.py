@@ -13,33 +13,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import multiprocessing
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from limbeck.checkpoint import MANIFEST, Checkpoint, hash_path, output_directory, versions, write_json, write_manifest
+from limbeck.checkpoint import MANIFEST, Checkpoint, hash_path, output_directory, write_json, write_manifest
 from limbeck.config import config_hash, to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, TeacherConfig
-from limbeck.distill.data import UNCUT, prepare, render_all
-from limbeck.errors import CheckpointError, ConfigError, LimbeckError
-from limbeck.evaluate.metrics import paired_retention
+from limbeck.distill.data import UNCUT, prepare
+from limbeck.errors import CheckpointError, ConfigError
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
 from limbeck.progress import bar, console
-from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, reference_of
+from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, tokenizer_name
+from limbeck.sweep.process import in_process
+from limbeck.sweep.summary import summarise
 from limbeck.teacher.store import FILE, build_store
-from limbeck.traces.sample import Sample
 from limbeck.traces.sources import read_traces
-from limbeck.traces.stats import trace_stats
 
 
 def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
@@ -47,11 +41,11 @@ def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     runs = plan_runs(sweep)
     _refuse_leaks(sweep)
     runs = _match_tokens(sweep, runs)
-    store = _in_process(_build_targets, sweep, runs, out) if _stores_targets(sweep) else None
-    models = _in_process(_score_models, sweep, out)
+    store = in_process(_build_targets, sweep, runs, out) if _stores_targets(sweep) else None
+    models = in_process(_score_models, sweep, out)
     for number, planned in enumerate(runs, start=1):
         console.print(f"run {number} of {len(runs)}: {planned.name}", highlight=False)
-        _in_process(
+        in_process(
             _run_one,
             _with_targets(sweep, planned, out).config,
             _scoring(sweep, planned.config),
@@ -60,91 +54,6 @@ def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     summary = summarise(sweep, runs, models, store, out)
     write_json(out / "summary.json", summary)
     return summary
-
-
-def summarise(
-    sweep: SweepConfig,
-    runs: Sequence[PlannedRun],
-    models: dict[str, Any],
-    store: dict[str, Any] | None,
-    out: Path,
-) -> dict[str, Any]:
-    """What the report reads: one row a run, from its manifest and its evaluation."""
-    first = runs[0].config
-    tokenizer = load_tokenizer(_tokenizer_name(first))
-    traces, _ = read_traces(first.traces)
-    samples, _ = render_all(traces, tokenizer, first.render, first.max_trace_tokens)
-    teacher, base = models.get("teacher"), models.get("base")
-    return {
-        "title": sweep.title,
-        "command": ["limbeck", *sys.argv[1:]],
-        "teacher": teacher,
-        "base": base,
-        "teacher_accuracy": teacher and teacher["accuracy"],
-        "base_accuracy": base and base["accuracy"],
-        "axes": list(runs[0].axes),
-        "match": sweep.match,
-        "task": {
-            "name": sweep.problems.source,
-            "num_problems": _evaluation(out, runs[0])["num_problems"],
-            "num_samples": sweep.evaluate.num_samples,
-            "temperature": sweep.evaluate.temperature,
-        },
-        "runs": [_row(planned, reference_of(planned, list(runs)), out) for planned in runs],
-        "store": store,
-        "trace_stats": _trace_facts(samples),
-        "config": to_dict(sweep),
-        "versions": versions(),
-        "machine": Checkpoint(out / "runs" / runs[0].name).manifest["machine"],
-    }
-
-
-def _trace_facts(samples: Sequence[Sample]) -> dict[str, Any]:
-    stats = trace_stats(samples, UNCUT)
-    shares = {f"{name}_token_fraction": part["token_fraction"] for name, part in stats["segments"].items()}
-    derivation = {f"first_derivation_{name}": value for name, value in stats["first_derivation"].items()}
-    return {"num_traces": stats["num_traces"], "mean_tokens": stats["tokens"]["mean"], **shares, **derivation}
-
-
-def _row(planned: PlannedRun, reference: PlannedRun | None, out: Path) -> dict[str, Any]:
-    manifest = Checkpoint(out / "runs" / planned.name).manifest
-    evaluation, ledger = _evaluation(out, planned), manifest["ledger"]
-    retention: dict[str, float | None] = dict.fromkeys(("retention", "retention_low", "retention_high"))
-    if reference is not None:
-        ratio = paired_retention(_scores(out, planned), _scores(out, reference))
-        values = (ratio.value, ratio.low, ratio.high)
-        retention = {k: (float(v) if np.isfinite(v) else None) for k, v in zip(retention, values, strict=True)}
-    return {
-        "name": planned.name,
-        "lead_fraction": planned.config.truncation.lead_fraction,
-        "keep_ending": planned.config.truncation.keep_ending,
-        "seed": planned.config.training.seed,
-        **planned.axes,
-        **{key: value for key, value in evaluation.items() if key not in ("model", "num_problems")},
-        **retention,
-        "tokens": ledger["tokens"],
-        "flops": ledger["flops"]["total"],
-        **{f"flops_{part}": ledger["flops"][part] for part in ("teacher", "student", "head")},
-        "train_seconds": ledger["train_seconds"],
-        "seconds": ledger["seconds"],
-        "peak_bytes": ledger["peak_bytes"]["total"],
-        "peak_bytes_parts": ledger["peak_bytes"],
-        "validation_ce": manifest["metrics"]["validation_ce"],
-        "lost_end_marker_fraction": manifest["counts"]["lost_end_marker_fraction"],
-        "lost_first_derivation_fraction": manifest["counts"]["lost_first_derivation_fraction"],
-        "flops_audit": ledger["flops_audit"],
-    }
-
-
-def _evaluation(out: Path, planned: PlannedRun) -> dict[str, Any]:
-    return json.loads((out / "runs" / planned.name / "evaluation" / "summary.json").read_text(encoding="utf-8"))
-
-
-def _scores(out: Path, planned: PlannedRun) -> np.ndarray:
-    """Mean score of every problem, in order."""
-    file = out / "runs" / planned.name / "evaluation" / "results.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return np.array([np.mean([verdict == "right" for verdict in row["verdicts"]]) for row in rows])
 
 
 def _refuse_leaks(sweep: SweepConfig) -> None:
@@ -164,7 +73,7 @@ def _match_tokens(sweep: SweepConfig, runs: list[PlannedRun]) -> list[PlannedRun
         return runs
     matched = []
     for planned in runs:
-        tokenizer = load_tokenizer(_tokenizer_name(planned.config))
+        tokenizer = load_tokenizer(tokenizer_name(planned.config))
         uncut = dataclasses.replace(planned.config, truncation=UNCUT)
         tokens = round(prepare(uncut, tokenizer).counts["tokens_before_cut"] * planned.config.training.epochs)
         training = dataclasses.replace(planned.config.training, max_tokens=tokens)
@@ -199,7 +108,7 @@ def _build_targets(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) ->
     )
     if (directory / MANIFEST).exists() and Checkpoint(directory).manifest["metrics"]["identity"] == identity:
         return Checkpoint(directory).manifest["metrics"]
-    tokenizer = load_tokenizer(_tokenizer_name(sweep.distill))
+    tokenizer = load_tokenizer(tokenizer_name(sweep.distill))
     sequences: dict[bytes, np.ndarray] = {}
     for planned in runs:
         for example in prepare(planned.config, tokenizer).train:
@@ -280,47 +189,3 @@ def _is_current(directory: Path, identity: str, inputs: dict[str, str]) -> bool:
 
 def _scoring(sweep: SweepConfig, config: DistillConfig) -> EvaluateStageConfig:
     return EvaluateStageConfig(model="", problems=sweep.problems, evaluate=sweep.evaluate, render=config.render)
-
-
-def _tokenizer_name(config: DistillConfig) -> str:
-    if config.student.model is None:
-        raise ConfigError("a sweep starts from an existing student; set distill.student.model.")
-    return config.student.model
-
-
-def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `function` in a fresh process and hand back its result or its error.
-
-    The processes are forked from a server that has imported the stages and run nothing, so they start quickly, own
-    all the memory that they are charged for, and inherit no thread pool.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    try:
-        kind, value = ours.recv()
-    except EOFError:
-        process.join()
-        raise LimbeckError(
-            f"{function.__name__.strip('_')}: the process died (exit code {process.exitcode}); was memory short?"
-        ) from None
-    except BaseException:
-        process.terminate()
-        raise
-    process.join()
-    if kind == "error":
-        raise value
-    return value
-
-
-def _call(pipe: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    try:
-        pipe.send(("value", function(*arguments)))
-    except (LimbeckError, OSError) as error:
-        pipe.send(("error", error))
-    except Exception as error:  # anything else is a defect: its stack is shown here, where it happened
-        traceback.print_exc()
-        pipe.send(("error", LimbeckError(f"{function.__name__.strip('_')} failed: {error!r}")))

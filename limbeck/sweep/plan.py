@@ -118,3 +118,13 @@ def is_uncut(config: DistillConfig) -> bool:
         "budget",
         "first_derivation",
     )
+
+
+def tokenizer_name(config: DistillConfig) -> str:
+    """The model whose tokenizer the runs of a sweep read.
+
+    Raises: ConfigError when the student is made from scratch.
+    """
+    if config.student.model is None:
+        raise ConfigError("a sweep starts from an existing student; set distill.student.model.")
+    return config.student.model
