@@ -33,8 +33,10 @@ def run(quick: bool, scratch: Path) -> Outcome:
         quartic = ConvergeConfig(epsilons=(0.1, 0.05), **small)
         valley = ConvergeConfig(problem="valley_saddle", epsilons=(0.2, 0.1), **small)
     else:
-        quartic = ConvergeConfig(num_seeds=22)
-        valley = ConvergeConfig(problem="valley_saddle", epsilons=(0.2, 0.1, 0.05, 0.035), num_seeds=22)
+        quartic = ConvergeConfig(num_seeds=12, seeds_per_cell=6)
+        valley = ConvergeConfig(
+            problem="valley_saddle", epsilons=(0.2, 0.1, 0.05, 0.035), num_seeds=12, seeds_per_cell=6
+        )
     keys: dict[str, Any] = {}
     tables = {}
     for name, config in {"quartic": quartic, "valley": valley}.items():

@@ -86,9 +86,7 @@ def render_all(
     return kept, len(samples) - len(kept)
 
 
-def cut_counts(
-    samples: Sequence[Sample], examples: Sequence[Example], truncation: TruncationConfig
-) -> dict[str, Any]:
+def cut_counts(samples: Sequence[Sample], examples: Sequence[Example], truncation: TruncationConfig) -> dict[str, Any]:
     """What the cut took from the traces: tokens, and shares of traces that lost marker, answer, derivation."""
     return {
         "tokens_before_cut": sum(len(sample) for sample in samples),

@@ -60,9 +60,7 @@ def packed_attention(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for q, k, v in zip(
-            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-        )
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 

@@ -41,7 +41,5 @@ def _parse_turns(record: Record, turns: object, markers: Markers | None) -> Pars
         raise TraceFormatError("two thoughts: one in reasoning_content, another in content")
     else:
         thought = join_thought(reply.reasoning, reply.text, markers or THINK)
-    parsed = parsed_trace(
-        messages, thought, reference_in(record, ("reference",)), verdict_in(record, ("correct",))
-    )
+    parsed = parsed_trace(messages, thought, reference_in(record, ("reference",)), verdict_in(record, ("correct",)))
     return with_metadata(parsed, record, USED_COLUMNS)

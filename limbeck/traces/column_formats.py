@@ -44,9 +44,7 @@ def parse_columns(record: Record, markers: Markers | None) -> list[Parsed]:
     answer_name = COT_COLUMNS[cot_name]
     cots, answers = _as_list(record[cot_name]), _as_list(field(record, answer_name))
     if len(cots) != len(answers):
-        raise TraceFormatError(
-            f"unequal lists: {len(cots)} of {cot_name} and {len(answers)} of {answer_name}"
-        )
+        raise TraceFormatError(f"unequal lists: {len(cots)} of {cot_name} and {len(answers)} of {answer_name}")
     reference, correct = reference_in(record, REFERENCE_COLUMNS), verdict_in(record, VERDICT_COLUMNS)
     used = (
         *PROMPT_COLUMNS,
@@ -100,16 +98,12 @@ def parse_reasoning_gym(record: Record, markers: Markers | None) -> list[Parsed]
     return [with_metadata(parsed, metadata, used=("answer_cot", "answer_value"))]
 
 
-def _parse_generations(
-    record: Record, messages: tuple[Message, ...], markers: Markers | None
-) -> Iterator[Parsed]:
+def _parse_generations(record: Record, messages: tuple[Message, ...], markers: Markers | None) -> Iterator[Parsed]:
     """One trace a generation; a bad generation leaves the others of its row good."""
     generations = record["generations"]
     if not isinstance(generations, list) or not generations:
         raise TraceFormatError("no generations: the field is not a list of replies")
-    verdicts = [
-        flags_in(record, name, len(generations)) for name in ("correctness_math_verify", "correctness_llama")
-    ]
+    verdicts = [flags_in(record, name, len(generations)) for name in ("correctness_math_verify", "correctness_llama")]
     reference = reference_in(record, ("answer", "reference"))
     used = (*PROMPT_COLUMNS, "answer", "solution", "reference", "system")
     for index, generation in enumerate(generations):

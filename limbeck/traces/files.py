@@ -58,9 +58,7 @@ def trace_files(directory: Path, split: str | None) -> list[Path]:
 
     Raises: TraceFormatError when there is none, or none of `split`.
     """
-    found = sorted(
-        path for path in directory.rglob("*") if path.suffix in (".jsonl", ".parquet") and path.is_file()
-    )
+    found = sorted(path for path in directory.rglob("*") if path.suffix in (".jsonl", ".parquet") and path.is_file())
     files = [path for path in found if not _is_hidden(path.relative_to(directory))]
     if not files:
         raise TraceFormatError(
@@ -86,9 +84,7 @@ def choose_split(available: list[str], wanted: str | None, where: str) -> str:
     if chosen in available:
         return chosen
     known = ", ".join(available) or "none"
-    raise TraceFormatError(
-        f"{where}: there is no split {chosen!r}; the splits are {known}: set split to one of them."
-    )
+    raise TraceFormatError(f"{where}: there is no split {chosen!r}; the splits are {known}: set split to one of them.")
 
 
 def _records(path: Path) -> Iterator[Located]:

@@ -37,15 +37,11 @@ def read_saved(directory: Path, split: str | None) -> Iterator[Located]:
     try:
         saved = datasets.load_from_disk(str(directory))
     except Exception as error:
-        raise TraceFormatError(
-            f"{directory}: damaged or empty data set: {_one_line(error)}; save it anew."
-        ) from error
+        raise TraceFormatError(f"{directory}: damaged or empty data set: {_one_line(error)}; save it anew.") from error
     if isinstance(saved, datasets.DatasetDict):
         saved = saved[choose_split(sorted(saved), split, str(directory))]
     elif split is not None and str(saved.split) != split:
-        raise TraceFormatError(
-            f"{directory}: there is no split {split!r}; the data set is saved without splits."
-        )
+        raise TraceFormatError(f"{directory}: there is no split {split!r}; the data set is saved without splits.")
     yield from _rows(saved, str(directory))
 
 

@@ -80,9 +80,7 @@ def parse_limbeck(record: Record, markers: Markers | None) -> list[Parsed]:
     cot, answer = record.get("cot"), record.get("answer")
     if not record.get("cot_closed", True):
         if answer is not None:
-            raise TraceFormatError(
-                "answer after an open thought: cot_closed is false, so answer must be null"
-            )
+            raise TraceFormatError("answer after an open thought: cot_closed is false, so answer must be null")
         thought = unclosed_thought(cot or "", "missing end marker: cot_closed is false")
     elif answer is None or not answer.strip():
         raise TraceFormatError("empty answer")
@@ -95,9 +93,7 @@ def parse_limbeck(record: Record, markers: Markers | None) -> list[Parsed]:
 
 def _check_limbeck(record: Record) -> None:
     if record.get("limbeck_trace") != 1:
-        raise TraceFormatError(
-            f"unknown version: limbeck_trace is {record.get('limbeck_trace')!r}, 1 is accepted"
-        )
+        raise TraceFormatError(f"unknown version: limbeck_trace is {record.get('limbeck_trace')!r}, 1 is accepted")
     for name, value in record.items():
         if name not in _LIMBECK_TYPES:
             raise TraceFormatError(f"unknown key: {name!r}; known are {', '.join(_LIMBECK_TYPES)}")

@@ -28,9 +28,7 @@ class SelectConfig:
         if self.min_cot_chars < 0:
             raise ConfigError(f"min_cot_chars: {self.min_cot_chars}; expected 0 or more")
         if self.max_cot_chars is not None and self.max_cot_chars < max(1, self.min_cot_chars):
-            raise ConfigError(
-                f"max_cot_chars: {self.max_cot_chars}; expected 1 or more, and min_cot_chars or more"
-            )
+            raise ConfigError(f"max_cot_chars: {self.max_cot_chars}; expected 1 or more, and min_cot_chars or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,17 +63,11 @@ class TraceConfig:
         if not self.source.strip():
             raise ConfigError("source: empty; expected a path, a hub id, reasoning-gym:TASK or builtin:chain")
         if self.format not in ("auto", *FORMATS):
-            raise ConfigError(
-                f"format: unknown format {self.format!r}; {nearest(self.format, ('auto', *FORMATS))}"
-            )
+            raise ConfigError(f"format: unknown format {self.format!r}; {nearest(self.format, ('auto', *FORMATS))}")
         if self.markers is not None and not _are_markers(*self.markers):
-            raise ConfigError(
-                f"markers: {list(self.markers)}; expected two different strings, neither of them blank"
-            )
+            raise ConfigError(f"markers: {list(self.markers)}; expected two different strings, neither of them blank")
         if self.source.startswith("builtin:") and self.source != BUILTIN_CHAIN:
-            raise ConfigError(
-                f"source: no such task {self.source!r}; {nearest(self.source, (BUILTIN_CHAIN,))}"
-            )
+            raise ConfigError(f"source: no such task {self.source!r}; {nearest(self.source, (BUILTIN_CHAIN,))}")
         if self.num_traces is not None and self.num_traces < 1:
             raise ConfigError(f"num_traces: {self.num_traces}; expected 1 or more")
         if self.makes_traces and self.num_traces is None:
@@ -191,9 +185,7 @@ def _locate(config: TraceConfig) -> Iterator[Located]:
 def _refuse_splits(config: TraceConfig, kind: str) -> None:
     for name in ("split", "subset"):
         if getattr(config, name) is not None:
-            raise ConfigError(
-                f"{name}: {getattr(config, name)!r}, but {config.source} is {kind}; leave {name} out."
-            )
+            raise ConfigError(f"{name}: {getattr(config, name)!r}, but {config.source} is {kind}; leave {name} out.")
 
 
 def _rename(record: Any, fields: Mapping[str, str]) -> Any:

@@ -18,9 +18,7 @@ from limbeck.traces.parse import FORMATS, detect
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.trace import Trace, write_jsonl
 
-QUOTING_PROMPT = (
-    "What do <think> and </think>, <|begin_of_thought|> and <|end_of_thought|>, #### and [[ ]] mean?\n"
-)
+QUOTING_PROMPT = "What do <think> and </think>, <|begin_of_thought|> and <|end_of_thought|>, #### and [[ ]] mean?\n"
 COT = "First, 2 + 2.\n\nThat makes 4."
 ANSWER = "The result is 4."
 
@@ -256,9 +254,7 @@ def test_parquet_equals_json_lines(tmp_path: Path, case: Case) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "traces.parquet")
     from_rows, _ = read_traces(TraceConfig(source=str(tmp_path / "traces.parquet"), **case.config))
     assert from_rows[1].source == f"{tmp_path / 'traces.parquet'}:row 2"
-    assert [replace(trace, source="") for trace in from_rows] == [
-        replace(trace, source="") for trace in from_lines
-    ]
+    assert [replace(trace, source="") for trace in from_rows] == [replace(trace, source="") for trace in from_lines]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES.values() if case.format != "limbeck"])

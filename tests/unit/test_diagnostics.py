@@ -95,9 +95,7 @@ def test_growth_is_one_plus_lr_gamma_and_larger_with_momentum():
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_predicted_escape_time_is_the_median_of_simulated_escapes(momentum):
     lr, gamma, radius, num_dims = 0.1, 0.2, 1e-3, 50
-    kick = (
-        radius * torch.randn(20001, generator=torch.Generator().manual_seed(0)).double() / math.sqrt(num_dims)
-    )
+    kick = radius * torch.randn(20001, generator=torch.Generator().manual_seed(0)).double() / math.sqrt(num_dims)
     position, buffer, steps = kick.clone(), torch.zeros_like(kick), torch.zeros(len(kick))
     while (inside := position.abs() < 1.0).any():
         steps += inside

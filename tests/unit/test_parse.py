@@ -259,9 +259,7 @@ def test_lists_of_thoughts_and_answers_must_pair() -> None:
     assert str(only({**record, "attempt": "a"}, "columns").problem).startswith("unequal lists: 2 of")
 
 
-@pytest.mark.parametrize(
-    ("value", "reference"), [("18", "18"), ("1,080", "1080"), ("$12.50", "12.50"), ("-3", "-3")]
-)
+@pytest.mark.parametrize(("value", "reference"), [("18", "18"), ("1,080", "1080"), ("$12.50", "12.50"), ("-3", "-3")])
 def test_gsm8k(value: str, reference: str) -> None:
     trace = only({"question": "Q", "answer": f"9 * 2 = <<9*2=18>>18\n#### {value}"}, "gsm8k").trace
     assert trace and (trace.cot, trace.answer, trace.reference) == ("9 * 2 = <<9*2=18>>18", value, reference)
@@ -346,9 +344,7 @@ def test_detect_names_formats_and_keys() -> None:
     with pytest.raises(TraceFormatError) as caught:
         detect({"instruction": "Q", "output": "A"})
     message = str(caught.value)
-    assert message.startswith(
-        "unknown format: the record's keys are instruction, output; known formats are limbeck,"
-    )
+    assert message.startswith("unknown format: the record's keys are instruction, output; known formats are limbeck,")
     assert "sharegpt" in message and "fields" in message
     with pytest.raises(TraceFormatError, match="not an object: the record is list"):
         detect([1])

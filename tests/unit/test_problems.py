@@ -77,8 +77,7 @@ def test_facts_constants_bound_the_hessian_and_its_change_within_the_radius(name
     norms = torch.rand(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     points = points / points.norm(dim=1, keepdim=True) * norms * min(facts.radius, 3.0)
     hessians = [
-        torch.autograd.functional.hessian(lambda v: problem.loss(v.view(problem.shape)), point)
-        for point in points
+        torch.autograd.functional.hessian(lambda v: problem.loss(v.view(problem.shape)), point) for point in points
     ]
     assert max(float(torch.linalg.matrix_norm(h, ord=2)) for h in hessians) <= facts.smoothness * (1 + 1e-9)
     for first, second, left, right in zip(hessians, hessians[1:], points, points[1:], strict=False):

@@ -150,9 +150,7 @@ BROKEN_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "Parquet empty file": ("t.parquet", lambda path: path.touch(), "the file holds no records"),
     "Parquet no rows": (
         "t.parquet",
-        lambda path: pyarrow.parquet.write_table(
-            pyarrow.table({"messages": pyarrow.array([], "string")}), path
-        ),
+        lambda path: pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array([], "string")}), path),
         "the file holds no records",
     ),
     "Parquet text": (
@@ -185,9 +183,7 @@ BROKEN_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("on_bad", ["error", "skip", "keep"])
 @pytest.mark.parametrize(("name", "make", "reason"), BROKEN_FILES.values(), ids=BROKEN_FILES)
-def test_broken_source(
-    tmp_path: Path, name: str, make: Callable[[Path], object], reason: str, on_bad: str
-) -> None:
+def test_broken_source(tmp_path: Path, name: str, make: Callable[[Path], object], reason: str, on_bad: str) -> None:
     """What cannot be read at all stops whatever `on_bad` says."""
     path = tmp_path / name
     make(path)
@@ -273,9 +269,7 @@ def test_limit_stops_before_later_errors(tmp_path: Path) -> None:
 def test_renamed_field_must_exist(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "traces.jsonl", [{"q": "Q", "r": "<think>c</think>a"}])
     assert prompts(read(path, fields={"q": "prompt", "r": "completion"})[0]) == ["Q"]
-    with pytest.raises(
-        TraceFormatError, match=r":1: missing field: 'p' of fields; the record's keys are q, r"
-    ):
+    with pytest.raises(TraceFormatError, match=r":1: missing field: 'p' of fields; the record's keys are q, r"):
         read(path, fields={"p": "prompt"})
 
 
@@ -305,9 +299,7 @@ def test_saved_dataset(tmp_path: Path) -> None:
     with pytest.raises(TraceFormatError, match="no split 'test'"):
         read(tmp_path / "one", split="test")
 
-    datasets.DatasetDict({"test": rows.select([0]), "train": rows.select([1])}).save_to_disk(
-        str(tmp_path / "two")
-    )
+    datasets.DatasetDict({"test": rows.select([0]), "train": rows.select([1])}).save_to_disk(str(tmp_path / "two"))
     assert prompts(read(tmp_path / "two")[0]) == ["Q1"]
     assert prompts(read(tmp_path / "two", split="test")[0]) == ["Q0"]
     with pytest.raises(TraceFormatError, match="no split 'dev'; the splits are test, train"):
@@ -343,18 +335,12 @@ def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(TraceFormatError) as caught:
         read("someone/traces")
-    assert str(caught.value).startswith(
-        "someone/traces: no such file or directory, and it cannot be read from the"
-    )
+    assert str(caught.value).startswith("someone/traces: no such file or directory, and it cannot be read from the")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "source", ["traces", "./a/b", "a/b/c", "../traces", "runs/traces.jsonl", "here/traces"]
-)
-def test_mistyped_path_never_reaches_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
-) -> None:
+@pytest.mark.parametrize("source", ["traces", "./a/b", "a/b/c", "../traces", "runs/traces.jsonl", "here/traces"])
+def test_mistyped_path_never_reaches_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
