@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,10 +51,21 @@ def _each(measure: Callable, config: Any, cells: Sequence[Cell], num_workers: in
     if num_workers <= 1 or len(jobs) < 2:
         yield from map(_work, jobs)
         return
-    with get_context("spawn").Pool(
-        min(num_workers, len(jobs)), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with get_context("spawn").Pool(min(num_workers, len(jobs)), initializer=_begin_worker) as pool:
         yield from pool.imap_unordered(_work, jobs)
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    # A killed parent leaves its jobs in the pipe: without this its workers would go on through them.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: tuple[Callable, Any, Cell]) -> tuple[Cell, dict[str, Any]]:
