@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck import ledger
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, LossConfig, StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.distill.data import Data
 from limbeck.distill.objective import Teacher
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import plan_steps
-from limbeck.ledger import Ledger
 from limbeck.models.anatomy import sizes_of
 from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
 from limbeck.optim.build import OptimizerConfig, build_optimizer
@@ -57,6 +57,8 @@ def fresh(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
 
 
 def _answer(sender: Any, function: Callable[..., dict[str, Any]], args: Sequence[Any]) -> None:
+    # The ledger starts a new peak with every phase; here the peak is that of the whole process.
+    ledger.reset_peak = lambda device: None
     sender.send(function(*args) | {"peak_bytes": status_bytes("VmHWM")})
 
 
@@ -121,7 +123,7 @@ def set_up(
         data=Data([example for group in groups for example in group], [], {}),
         steps=_one_step_each(groups, config.training),
         optimizer=build_optimizer(model, config.optimizer),
-        ledger=Ledger(),
+        ledger=ledger.Ledger(),
         ranks=Ranks(0, 1, torch.device("cpu")),
         vocab_size=vocab_size,
     )
