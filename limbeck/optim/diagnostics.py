@@ -210,9 +210,7 @@ def read_fires(path: Path) -> list[dict[str, float]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise CheckpointError(
-                f"{path}, line {number}: not JSON ({error.msg}). Write it again."
-            ) from error
+            raise CheckpointError(f"{path}, line {number}: not JSON ({error.msg}). Write it again.") from error
         if not isinstance(row, dict):
             raise CheckpointError(f"{path}, line {number}: found {line[:40]!r}, expected an object.")
         rows.append(row)

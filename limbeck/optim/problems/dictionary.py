@@ -36,9 +36,7 @@ class DictionaryLearning(Problem):
 
     def __post_init__(self) -> None:
         if self.num_dims < 2 or self.num_samples < 1:
-            raise ValueError(
-                f"num_dims >= 2, num_samples >= 1; found {self.num_dims} and {self.num_samples}."
-            )
+            raise ValueError(f"num_dims >= 2, num_samples >= 1; found {self.num_dims} and {self.num_samples}.")
         if not 0 < self.active_fraction < 0.5 or not self.smoothing > 0:
             raise ValueError(
                 f"active_fraction in (0, 0.5), smoothing > 0; found {self.active_fraction}, {self.smoothing}."
@@ -69,9 +67,7 @@ class DictionaryLearning(Problem):
     def _log_cosh(self, products: Tensor) -> Tensor:
         # log cosh u = softplus(2u) - u - log 2, which does not overflow.
         scaled = products / self.smoothing
-        return self.smoothing * (
-            torch.nn.functional.softplus(2 * scaled) - scaled - torch.log(scaled.new_tensor(2.0))
-        )
+        return self.smoothing * (torch.nn.functional.softplus(2 * scaled) - scaled - torch.log(scaled.new_tensor(2.0)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -204,9 +204,7 @@ class MatrixCompletion(Problem):
 
 
 def _spectrum(num_rows: int, rank: int, top: float) -> Tensor:
-    return torch.cat(
-        [torch.linspace(top, 1, rank, dtype=torch.float64), torch.zeros(num_rows - rank).double()]
-    )
+    return torch.cat([torch.linspace(top, 1, rank, dtype=torch.float64), torch.zeros(num_rows - rank).double()])
 
 
 @functools.lru_cache(maxsize=8)

@@ -99,9 +99,7 @@ class SmallNet(Problem):
 
 
 @functools.lru_cache(maxsize=8)
-def _data(
-    kind: Kind, num_inputs: int, num_targets: int, num_samples: int, seed: int
-) -> tuple[Tensor, Tensor]:
+def _data(kind: Kind, num_inputs: int, num_targets: int, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(num_samples, num_inputs, generator=generator, dtype=torch.float64)
     if kind == "autoencoder":

@@ -28,9 +28,7 @@ class QuadraticSaddle(TiltedProblem):
     def __post_init__(self) -> None:
         _check_positive(self, "num_dims", "negative_curvature", "curvature", "num_negative")
         if self.num_negative > self.num_dims:
-            raise ValueError(
-                f"num_negative must not exceed num_dims = {self.num_dims}; found {self.num_negative}."
-            )
+            raise ValueError(f"num_negative must not exceed num_dims = {self.num_dims}; found {self.num_negative}.")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,9 +87,7 @@ class QuarticSaddle(TiltedProblem):
     def loss(self, x: Tensor) -> Tensor:
         a = self.escape_coordinate(x).square()
         whole = self.curvature * x.square().sum(-1)
-        return (
-            0.5 * (whole - (self.curvature + self.negative_curvature) * a) + 0.25 * self.quartic * a.square()
-        )
+        return 0.5 * (whole - (self.curvature + self.negative_curvature) * a) + 0.25 * self.quartic * a.square()
 
     def gradient(self, x: Tensor) -> Tensor:
         # In closed form: escape studies with a million coordinates spend their time here.
