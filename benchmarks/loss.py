@@ -330,10 +330,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="512 tokens, small vocabulary, once; no peer's memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, choices=list(WIDTHS), help="one of the two; the larger needs 32 GB")
     parser.add_argument("--out", type=Path, help="directory for loss_cpu.md and loss_cpu.json")
     options = parser.parse_args()
     tokens, repeats = (512, 1) if options.quick else (2048, options.repeats)
-    vocabularies = list(WIDTHS)[:1] if options.quick else list(WIDTHS)
+    vocabularies = list(WIDTHS)[:1] if options.quick else [options.vocabulary] if options.vocabulary else list(WIDTHS)
 
     header = conditions(options.threads)
     print(header)
