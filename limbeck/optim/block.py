@@ -23,8 +23,8 @@ class Traits(NamedTuple):
     num_params: int
     is_plain: bool
     """All parameters are whole, real tensors, so that their local parts are themselves."""
-    numels: list[int]
-    """Real numbers in each logical parameter."""
+    numel: int
+    """Real numbers in all of its logical parameters."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,7 +33,7 @@ class Block:
 
     group: dict[str, Any]
     traits: Traits
-    positions: list[Any]
+    positions: list[int]
     """Of its parameters, among all parameters of the optimizer."""
     params: list[Tensor]
     """As handed to the optimizer: DTensor, complex ..."""
@@ -46,7 +46,7 @@ class Block:
 
     def draws(self, step: int) -> list[Draw]:
         """What the noise of each parameter depends on at `step`."""
-        group, names = self.group, self.positions
+        group, names = self.group, list[Any](self.positions)
         if "param_names" in group:
             known = {id(p): name for p, name in zip(group["params"], group["param_names"], strict=True)}
             names = [known[id(p)] for p in self.params]
@@ -65,33 +65,48 @@ def gather(groups: list[dict[str, Any]], known: dict[int, Traits]) -> list[Block
     """
     blocks, first = [], 0
     for i, group in enumerate(groups):
-        if i not in known or known[i].num_params != len(group["params"]):
-            known[i] = _traits(group["params"])
-        blocks.append(_block(group, known[i], first))
+        blocks.append(_block(group, _traits(i, group["params"], known), first))
         first += len(group["params"])
     return blocks
 
 
-def _traits(params: list[Tensor]) -> Traits:
-    numels = [p.numel() * (2 if p.is_complex() else 1) for p in params]
-    return Traits(len(params), not any(isinstance(p, DTensor) or p.is_complex() for p in params), numels)
+def plain_grads(index: int, params: list[Tensor], known: dict[int, Traits]) -> list[Tensor] | None:
+    """The gradients of a group whose parameters are all whole and real and have a dense gradient; None for others."""
+    if not params or not _traits(index, params, known).is_plain:
+        return None
+    grads = [param.grad for param in params]
+    for grad in grads:
+        if grad is None or grad.layout is not torch.strided:
+            return None
+    return grads  # type: ignore[return-value]
+
+
+def _traits(index: int, params: list[Tensor], known: dict[int, Traits]) -> Traits:
+    if index not in known or known[index].num_params != len(params):
+        is_plain = not any(isinstance(p, DTensor) or p.is_complex() for p in params)
+        known[index] = Traits(len(params), is_plain, sum(real_numel(p) for p in params))
+    return known[index]
 
 
 def _block(group: dict[str, Any], traits: Traits, first: int) -> Block:
-    positions, params, grads, numel = [], [], [], 0
-    for i, param in enumerate(group["params"]):
-        grad = param.grad
-        if grad is None:
-            continue
-        if grad.layout is not torch.strided:
-            raise ConfigError(
-                f"a gradient of layout {grad.layout} cannot be perturbed as a whole; use sparse=False in the embedding."
-            )
-        positions.append(first + i)
-        params.append(param)
-        grads.append(grad)
-        numel += traits.numels[i]
-    if traits.is_plain:
-        return Block(group, traits, positions, params, list(params), grads, numel)
-    grads = [local_like(grad, param) for grad, param in zip(grads, params, strict=True)]
-    return Block(group, traits, positions, params, [local(p.detach()) for p in params], grads, numel)
+    kept = [i for i, param in enumerate(group["params"]) if _is_dense(param.grad)]
+    params = [group["params"][i] for i in kept]
+    grads = [local_like(param.grad, param) for param in params]
+    values = list(params) if traits.is_plain else [local(p.detach()) for p in params]
+    numel = traits.numel if len(params) == traits.num_params else sum(real_numel(param) for param in params)
+    return Block(group, traits, [first + i for i in kept], params, values, grads, numel)
+
+
+def _is_dense(grad: Tensor | None) -> bool:
+    if grad is None:
+        return False
+    if grad.layout is not torch.strided:
+        raise ConfigError(
+            f"a gradient of layout {grad.layout} cannot be perturbed as a whole; use sparse=False in the embedding."
+        )
+    return True
+
+
+def real_numel(param: Tensor) -> int:
+    """Real numbers in a parameter."""
+    return param.numel() * (2 if param.is_complex() else 1)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from limbeck.optim.sharding import local, local_like, sum_over_shards
 
-BLOCK = 65_536
-"""Elements summed between two looks at the limit."""
+FIRST_BLOCK, BLOCK = 4096, 65_536
+"""Elements summed before the first look at the limit; the blocks after it double up to the second number."""
 MARGIN = 1e-3
 """Relative error that the quick sum may have; closer to the limit than this, the exact sum decides."""
 MEDIAN_STEP = 1.05
@@ -46,6 +46,14 @@ def vector_norm(vectors: Sequence[Vector], limit: float, is_plain: bool) -> floa
     if quick > ceiling:
         return math.sqrt(quick)
     return float(_total(vectors, _exact_squares(vectors)).sqrt().float())
+
+
+def head_square(tensor: Tensor) -> float:
+    """The squared norm of the first elements of a tensor; 0 where finding it would make the host wait."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return 0.0
+    head = tensor.view(-1)[:FIRST_BLOCK].float()
+    return torch.dot(head, head).item()
 
 
 def observed_norm(mean: float | Tensor, weight: float) -> Tensor:
@@ -98,7 +106,19 @@ def exact_squares(tensors: list[Tensor]) -> Tensor:
     """[P] squared norms in float64, which rounding to float32 makes independent of how a tensor was split."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).square()
+    return torch.stack([_exact_square(tensor) for tensor in tensors])
+
+
+def _exact_square(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cpu":
+        return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()
+    square = torch.zeros((), dtype=torch.float64)
+    for start in range(0, flat.numel(), BLOCK):
+        # A block's float64 copy stays in the cache: several times faster than a norm over the whole.
+        block = flat[start : start + BLOCK].double()
+        square += torch.dot(block, block)
+    return square
 
 
 def _quick_sum(vectors: Sequence[Vector], ceiling: float) -> float:
@@ -124,16 +144,18 @@ def _quick_squares(vectors: Sequence[Vector], ceiling: float) -> Tensor:
 
 def _until(tensor: Tensor, factor: float, ceiling: float) -> float:
     """The squared norm times `factor`, or a part of it that is above the ceiling."""
-    flat, square = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten(), 0.0
-    if flat.dtype not in (torch.float32, torch.float64):
-        flat = flat.float()
-    if flat.numel() <= BLOCK:
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()
+    if flat.dtype is torch.float32 and flat.numel() <= FIRST_BLOCK:
         return factor * torch.dot(flat, flat).item()
-    for start in range(0, flat.numel(), BLOCK):
-        block = flat[start : start + BLOCK]
+    start, size, numel, square = 0, FIRST_BLOCK, flat.numel(), 0.0
+    while start < numel:
+        block = flat[start : start + size]
+        if block.dtype not in (torch.float32, torch.float64):
+            block = block.float()
         square += factor * torch.dot(block, block).item()
         if square > ceiling:
             break
+        start, size = start + size, min(2 * size, BLOCK)
     return square
 
 

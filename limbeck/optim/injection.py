@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
 from limbeck.optim import gates
-from limbeck.optim.block import Block, gather
+from limbeck.optim.block import Block, Traits, gather
 from limbeck.optim.noise import add_noise_
 from limbeck.optim.settings import AUTO_FRACTION, COUNTERS, LOW_PRECISION, NOISE_DEFAULTS, WHOLE, check_group
 from limbeck.optim.settings import Gate as Gate
@@ -138,8 +138,11 @@ class NoisyOptimizer(Optimizer):
         return vectors
 
     def _gather(self) -> list[Block]:
+        return gather(self.param_groups, self._known_traits())
+
+    def _known_traits(self) -> dict[int, Traits]:
         # Not an attribute from __init__, because deepcopy and unpickling do not call it.
-        return gather(self.param_groups, self.__dict__.setdefault("_traits", {}))
+        return self.__dict__.setdefault("_traits", {})
 
     def _boost(self, group: dict[str, Any]) -> float | Tensor:
         """psi of the coming step."""
@@ -154,56 +157,74 @@ class NoisyOptimizer(Optimizer):
 
     def _decide(self, blocks: list[Block]) -> list[float | Tensor]:
         """Measure, fire, count the step; the noise radius r * phi of each block comes back."""
-        domain = sum(block.numel for block in blocks if not self._is_quiet(block.group))
-        waiting = [self._escape_steps(block.group, domain or sum(b.numel for b in blocks)) for block in blocks]
-        asking = [b for b, steps in zip(blocks, waiting, strict=True) if b.params and self._asks(b.group, steps)]
+        numel = sum(block.numel for block in blocks if not self._is_quiet(block.group))
+        numel = numel or sum(block.numel for block in blocks)
+        asking = [block for block in blocks if block.params and self._asks(block.group, numel)]
         self._statistic = self._measure(blocks, asking) if asking else math.inf
         self._observed = False
-        amounts = [self._amount(block, block in asking, steps) for block, steps in zip(blocks, waiting, strict=True)]
+        amounts = [self._amount(block.group, block in asking, numel) for block in blocks]
         for block in blocks:
             block.group["noise_step"] += 1
         return amounts
 
-    def _amount(self, block: Block, asks: bool, escape_steps: int) -> float | Tensor:
-        group = block.group
-        step, radius = group["noise_step"], self._radius(group)
-        if not self._is_on(group):
-            return 0.0
-        if group["mode"] == "constant":
-            return radius
-        if group["mode"] == "annealed":
-            return radius * (1 + step) ** (-group["anneal_power"] / 2)
+    def _is_clearly_shut(self, grads: list[list[Tensor]]) -> bool:
+        """Whether a first piece of the gradient passes every threshold: the usual case, at next to no cost.
+
+        Args:
+          grads: of every group; whole, so that no other rank is to be asked.
+        """
+        square = gates.head_square(grads[0][0])
+        for group in self.param_groups:
+            threshold = group["grad_threshold"]
+            if group["gate"] != "norm" or group["mode"] not in ("gated", "smooth") or not isinstance(threshold, float):
+                return False
+            if not square > (threshold * (1 + gates.MARGIN)) ** 2:
+                return False
+        self._statistic = math.sqrt(square)
+        return True
+
+    def _amount(self, group: dict[str, Any], asks: bool, numel: int) -> float | Tensor:
+        step = group["noise_step"]
+        if group["mode"] in ("annealed", "constant"):
+            fade = 1.0 if group["mode"] == "constant" else (1 + step) ** (-group["anneal_power"] / 2)
+            return self._radius(group) * fade if self._is_on(group) else 0.0
         if not asks:
             return 0.0
         threshold = self._threshold(group)
-        fired = (self._statistic <= threshold) & (step - group["last_fire"] > escape_steps)
+        if isinstance(self._statistic, float) and not self._statistic <= threshold:
+            return 0.0
+        fired = (self._statistic <= threshold) & (step - group["last_fire"] > self._escape_steps(group, numel))
         group["last_fire"] = group["last_fire"] + fired * (step - group["last_fire"])
         group["fires"] = group["fires"] + fired * 1
         if self._is_quiet(group):
             return 0.0
-        return radius * (fired * 1.0 if group["mode"] == "gated" else _smooth(self._statistic, threshold))
+        return self._radius(group) * (fired * 1.0 if group["mode"] == "gated" else _smooth(self._statistic, threshold))
 
-    def _asks(self, group: dict[str, Any], escape_steps: int) -> bool:
+    def _asks(self, group: dict[str, Any], numel: int) -> bool:
         """Whether the group wants to know S at this step."""
         if group["mode"] not in ("gated", "smooth") or not self._is_on(group):
             return False
         if self._is_quiet(group) and group["step_boost"] == 1.0:
             return False
-        waits = isinstance(group["last_fire"], int) and group["noise_step"] - group["last_fire"] <= escape_steps
-        # Running values must see every step.
-        return not waits or group["mode"] == "smooth" or group["grad_threshold"] == "auto" or group["gate"] == "ema"
+        if group["mode"] == "smooth" or group["grad_threshold"] == "auto" or group["gate"] == "ema":
+            # Running values must see every step.
+            return True
+        since = group["noise_step"] - group["last_fire"]
+        return isinstance(since, Tensor) or since > self._escape_steps(group, numel)
 
     def _measure(self, blocks: list[Block], asking: list[Block]) -> float | Tensor:
         first = self.param_groups[0]
         if first["gate"] in ("cross", "snr"):
             return self._observation(first)
-        automatic = any(block.group["grad_threshold"] == "auto" for block in asking)
-        limit = math.inf if automatic else max(self._threshold(block.group) for block in asking)
+        automatic = "auto" in [block.group["grad_threshold"] for block in asking]
+        limit = math.inf if automatic else max([self._threshold(block.group) for block in asking])
         blocks = [block for block in blocks if block.params]
-        vectors = (
-            [gates.Vector(b.params, b.grads) for b in blocks] if first["gate"] == "norm" else self._averages(blocks)
-        )
-        statistic = gates.vector_norm(vectors, limit, all(block.traits.is_plain for block in blocks))
+        is_plain = all(block.traits.is_plain for block in blocks)
+        if first["gate"] == "norm":
+            vectors = [gates.Vector(block.params, block.grads) for block in blocks]
+        else:
+            vectors = self._averages(blocks)
+        statistic = gates.vector_norm(vectors, limit, is_plain)
         if automatic:
             median = gates.next_median(first["gate_median"], statistic)
             for group in self.param_groups:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import ConfigError
-from limbeck.optim.block import Block
+from limbeck.optim.block import Block, plain_grads
 from limbeck.optim.gates import Vector
 from limbeck.optim.injection import Joint, NoisyOptimizer
 from limbeck.optim.settings import (
@@ -41,6 +41,10 @@ DESCENT_DEFAULTS: dict[str, Any] = {
 }
 
 
+_PLAIN = (("momentum", 0.0), ("weight_decay", 0.0), ("step_boost", 1.0), ("maximize", False))
+"""Settings under which a step is  x <- x - lr g  while the gate is shut."""
+
+
 class Langevin(NoisyOptimizer):
     """Gradient descent with momentum, plus the gate and the noise: the step of the whole family.
 
@@ -63,6 +67,8 @@ class Langevin(NoisyOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._step_shut():
+            return loss
         blocks = self._gather()
         boosts = [self._boost(block.group) for block in blocks]
         directions = []
@@ -78,6 +84,27 @@ class Langevin(NoisyOptimizer):
         for block in blocks:
             self._finish(block)
         return loss
+
+    def _step_shut(self) -> bool:
+        """Take the usual step in one piece: gate clearly shut, nothing but gradient and learning rate; False for others.
+
+        It changes what the general step would, with a third of its Python, which is what small models wait for.
+        """
+        known, grads = self._known_traits(), []
+        for i, group in enumerate(self.param_groups):
+            if any([group[name] != value for name, value in _PLAIN]):
+                return False
+            found = plain_grads(i, group["params"], known)
+            if found is None:
+                return False
+            grads.append(found)
+        if not self._is_clearly_shut(grads):
+            return False
+        for group, found in zip(self.param_groups, grads, strict=True):
+            params = group["params"]
+            _add_(params, found, -float(group["lr"]), _use_foreach(group["foreach"], params))
+            group["noise_step"] += 1
+        return True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that float32 masters stay float32."""

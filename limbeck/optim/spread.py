@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from limbeck.optim.block import Block, Draw
+from limbeck.optim.block import Block, Draw, real_numel
 from limbeck.optim.gates import exact_squares
 from limbeck.optim.noise import draw, uniform
 from limbeck.optim.sharding import sum_over_shards
@@ -24,7 +24,7 @@ def unit_stds(domain: list[Block], noise_scale: str) -> dict[int, list[float | T
     squares = sum_over_shards(params, exact_squares([v for block in domain for v in block.values]))
     if squares.device.type == "cpu" and not squares.any():
         return unit_stds(domain, "energy")
-    sizes = torch.tensor([p.numel() * (2 if p.is_complex() else 1) for p in params], device=squares.device)
+    sizes = torch.tensor([real_numel(p) for p in params], device=squares.device)
     stds = iter((squares / squares.sum() / sizes).sqrt().float())
     return {id(block): [plain(next(stds)) for _ in block.params] for block in domain}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -64,6 +65,7 @@ def radius_to_temperature(noise_radius: float, lr: float, d: int) -> float:
     return noise_radius**2 / (2 * lr * d)
 
 
+@functools.cache
 def escape_window(d: int, rate: float = 0.1) -> int:
     """ceil((4 + 0.5 ln d) / ln(1 + rate)): steps that a kick is given to leave a saddle, the default of
     `escape_steps`.
