@@ -55,8 +55,8 @@ def measure(size: int, num_tensors: int, quick: bool) -> dict[str, dict]:
     sgd = lambda: torch.optim.SGD(params, LR, foreach=True)  # noqa: E731
     adamw = lambda: torch.optim.AdamW(params, LR, foreach=True)  # noqa: E731
     cases: dict[str, tuple[Callable, Callable]] = {
-        "gated_over_sgd": (lambda: ASGLD(params, LR, grad_threshold=norm / 100), sgd),
-        "perturb_over_adamw": (lambda: Perturb(adamw(), grad_threshold=norm / 100), adamw),
+        "gated_over_sgd": (lambda: ASGLD(params, LR, grad_threshold=norm / 10), sgd),
+        "perturb_over_adamw": (lambda: Perturb(adamw(), grad_threshold=norm / 10), adamw),
         "narrow_over_sgd": (lambda: ASGLD(params, LR, grad_threshold=norm / 1.0005), sgd),
         "noise_over_sgd": (lambda: ASGLD(params, LR, mode="constant", noise_radius=1e-3), sgd),
     }

@@ -223,14 +223,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scal
     for number in range(1, len(own) + 1):
         # The prefix is attended to, and attends, in every sequence; its output is the same in all and kept once.
         q, k, v = (torch.cat([p[0], p[number]]) if plan.prefix else p[number] for p in parts)
-        out = nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )[0].transpose(0, 1)
+        # Key heads stand in the batch's place, [N_kv N/N_kv n H], their keys and values repeated without a copy:
+        # torch's own form for grouped heads hands whole groups to its threads in the backward pass, too few of them.
+        q = q.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)
+        k, v = (x.transpose(0, 1)[:, None].expand_as(q) for x in (k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).permute(2, 0, 1, 3)
         outputs.append(out[plan.prefix :] if number > 1 else out)
     return torch.cat(outputs).flatten(1)
 

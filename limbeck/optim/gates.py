@@ -13,6 +13,7 @@ from limbeck.optim.sharding import local, local_like, sum_over_shards
 
 FIRST_BLOCK, BLOCK = 4096, 65_536
 """Elements summed before the first look at the limit; the blocks after it double up to the second number."""
+_NUMPY_TYPES = (torch.float32, torch.float64)
 MARGIN = 1e-3
 """Relative error that the quick sum may have; closer to the limit than this, the exact sum decides."""
 MEDIAN_STEP = 1.05
@@ -48,12 +49,23 @@ def vector_norm(vectors: Sequence[Vector], limit: float, is_plain: bool) -> floa
     return float(_total(vectors, _exact_squares(vectors)).sqrt().float())
 
 
-def head_square(tensor: Tensor) -> float:
-    """The squared norm of the first elements of a tensor; 0 where finding it would make the host wait."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+def head_square(tensor: Tensor, ceiling: float) -> float:
+    """The squared norm of a tensor's first elements, more of them when the first few stay below the ceiling.
+
+    Returns: 0 where it takes more than a look at the host's memory.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype not in _NUMPY_TYPES or tensor.requires_grad:
         return 0.0
-    head = tensor.view(-1)[:FIRST_BLOCK].float()
-    return torch.dot(head, head).item()
+    if not tensor.is_contiguous():
+        return 0.0
+    # NumPy, because in the step of a small model a few small torch operations would cost a tenth of it.
+    flat = tensor.numpy().ravel()
+    for size in (FIRST_BLOCK, 4 * FIRST_BLOCK, BLOCK):
+        head = flat[:size]
+        square = float(head.dot(head))
+        if square > ceiling or len(flat) <= size:
+            break
+    return square
 
 
 def observed_norm(mean: float | Tensor, weight: float) -> Tensor:

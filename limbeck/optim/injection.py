@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
 from limbeck.optim import gates
-from limbeck.optim.block import Block, Traits, gather
+from limbeck.optim.block import Block, Traits, gather, plain_grads
 from limbeck.optim.noise import add_noise_
 from limbeck.optim.settings import AUTO_FRACTION, COUNTERS, LOW_PRECISION, NOISE_DEFAULTS, WHOLE, check_group
 from limbeck.optim.settings import Gate as Gate
@@ -167,21 +167,29 @@ class NoisyOptimizer(Optimizer):
             block.group["noise_step"] += 1
         return amounts
 
-    def _is_clearly_shut(self, grads: list[list[Tensor]]) -> bool:
-        """Whether a first piece of the gradient passes every threshold: the usual case, at next to no cost.
+    def _shut_grads(self) -> list[list[Tensor]] | None:
+        """The gradients of every group if a first piece of them passes every threshold: the usual case, found quickly.
 
-        Args:
-          grads: of every group; whole, so that no other rank is to be asked.
+        Returns: None if the gate may open, or asks for more than this rank's whole, dense gradients.
         """
-        square = gates.head_square(grads[0][0])
+        limit = 0.0
         for group in self.param_groups:
             threshold = group["grad_threshold"]
             if group["gate"] != "norm" or group["mode"] not in ("gated", "smooth") or not isinstance(threshold, float):
-                return False
-            if not square > (threshold * (1 + gates.MARGIN)) ** 2:
-                return False
+                return None
+            limit = max(limit, threshold)
+        known, grads = self._known_traits(), []
+        for i, group in enumerate(self.param_groups):
+            found = plain_grads(i, group["params"], known)
+            if found is None:
+                return None
+            grads.append(found)
+        ceiling = (limit * (1 + gates.MARGIN)) ** 2
+        square = gates.head_square(grads[0][0], ceiling)
+        if not square > ceiling:
+            return None
         self._statistic = math.sqrt(square)
-        return True
+        return grads
 
     def _amount(self, group: dict[str, Any], asks: bool, numel: int) -> float | Tensor:
         step = group["noise_step"]

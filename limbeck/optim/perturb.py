@@ -64,6 +64,10 @@ class Perturb(NoisyOptimizer):
         """Take one step of the optimizer, then add noise if the gate says so."""
         with torch.enable_grad():
             loss = self.optimizer.step(closure)
+        if self._shut_grads() is not None:
+            for group in self.param_groups:
+                group["noise_step"] += 1
+            return loss
         blocks = self._gather()
         self._add_noise(blocks, self._decide(blocks))
         return loss

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from limbeck.errors import ConfigError
 from limbeck.optim import ASGLD
-from limbeck.optim.gates import Vector, cross_product, observed_norm, observed_snr, vector_norm
+from limbeck.optim.gates import Vector, cross_product, head_square, observed_norm, observed_snr, vector_norm
 
 
 @settings(deadline=None, max_examples=80)
@@ -37,6 +37,16 @@ def test_the_sum_stops_soon_when_the_gate_is_shut(monkeypatch):
     monkeypatch.setattr(torch, "dot", lambda a, b: seen.append(a.numel()) or dot(a, b))
     vector_norm([Vector([], [torch.ones(1_000_000), torch.ones(1_000_000)])], limit=1.0, is_plain=True)
     assert sum(seen) == 4096
+
+
+def test_the_head_of_a_tensor_is_part_of_its_square():
+    tensor = torch.full((300, 300), 0.5)
+    assert head_square(tensor, ceiling=1.0) == pytest.approx(0.25 * 4096)
+    assert head_square(tensor, ceiling=2000.0) == pytest.approx(0.25 * 16_384)
+    assert head_square(tensor, ceiling=1e9) == pytest.approx(0.25 * 65_536)
+    assert head_square(tensor[0, 0], ceiling=1.0) == 0.25
+    for other in (tensor.T[:, :3], tensor.bfloat16(), tensor.clone().requires_grad_(), tensor.to("meta")):
+        assert head_square(other, ceiling=1.0) == 0.0
 
 
 def half_batches(params, optimizer, first, second):
