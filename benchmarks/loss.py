@@ -12,7 +12,8 @@ jsd is at beta 0.5, where all conventions agree. Without the peers (`make bench-
 
 Time: medians over repeats, all methods in turn, the order reversed every other time. Memory: each method in a
 process of its own, peak resident set (VmHWM, reset through /proc/self/clear_refs) over that with the inputs in place.
-The head's gradient, 4 V D bytes that every method must return, is subtracted and reported apart.
+The head's gradient, 4 V D bytes that every method must return, is subtracted and reported apart. A method for which
+this machine's memory is too small is not timed; TRL's dense JSD needs 68 bytes a token and entry.
 
 Last line: one JSON object. The six claims take the worse of the two vocabularies.
 
@@ -29,6 +30,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -59,6 +61,8 @@ else:
 
 WIDTHS = {49_152: (576, 576), 151_936: (896, 1536)}
 KEPT = 50
+SAFE_BYTES = 0.7 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+"""A method that needs more than this is not timed beside the others' results."""
 BETA = {"fkl": 0.0, "jsd": 0.5}
 CLAIMS = {
     "fkl_dense_bytes_per_token_vocab": ("bytes_per_token_vocab", "limbeck_fkl_dense", None),
@@ -193,9 +197,9 @@ def step(method: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[float, flo
     return seconds, loss.item(), *gradients
 
 
-def time_all(tokens: int, vocab: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every method, and how far its loss and gradients are from the naive ones."""
-    inputs, table = make_inputs(tokens, vocab), methods()
+def time_all(tokens: int, vocab: int, repeats: int, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Seconds of these methods, and how far their losses and gradients are from the naive ones."""
+    inputs, table = make_inputs(tokens, vocab), {name: methods()[name] for name in names}
     warm = inputs.first(32)
     for method in table.values():
         step(method, warm)
@@ -245,11 +249,15 @@ def status_bytes(field: str) -> int:
 
 
 def in_own_process(threads: int, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a fork of this process, which has computed nothing and so holds no buffers or threads."""
+    """`function(*args)` in a fork of this process, which has computed nothing and so holds no buffers or threads.
+
+    Returns: None if the process died, which here means that memory ran out.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:
+        Path("/proc/self/oom_score_adj").write_text("1000")
         torch.set_num_threads(threads)
         sender.send(function(*args))
 
@@ -259,21 +267,27 @@ def in_own_process(threads: int, function: Callable[..., Any], *args: Any) -> An
     try:
         return receiver.recv()
     except EOFError:
-        raise SystemExit(f"{function.__name__}{args}: the process died; is there memory enough?") from None
+        return None
     finally:
         process.join()
 
 
 def measure(tokens: int, vocab: int, repeats: int, threads: int, quick: bool) -> dict[str, dict[str, Any]]:
-    results = in_own_process(threads, time_all, tokens, vocab, repeats)
     head_gradient = 4 * vocab * WIDTHS[vocab][0]
-    for name, result in results.items():
-        result |= {"head_gradient_bytes": head_gradient, "bytes_per_token_vocab": None}
+    memory: dict[str, dict[str, Any]] = {}
+    for name in methods():
+        memory[name] = {"head_gradient_bytes": head_gradient, "bytes_per_token_vocab": None, "fits": True}
         if name.startswith("limbeck") or not quick:
-            result["peak_growth_bytes"] = in_own_process(threads, peak_growth_bytes, tokens, vocab, name)
-            own = result["peak_growth_bytes"] - head_gradient
-            result["bytes_per_token_vocab"] = own / (tokens * vocab)
-    return results
+            peak = in_own_process(threads, peak_growth_bytes, tokens, vocab, name)
+            memory[name] |= {"peak_growth_bytes": peak, "fits": peak is not None and peak < SAFE_BYTES}
+            if peak is not None:
+                memory[name]["bytes_per_token_vocab"] = (peak - head_gradient) / (tokens * vocab)
+    fitting = [name for name, row in memory.items() if row["fits"]]
+    seconds = in_own_process(threads, time_all, tokens, vocab, repeats, fitting)
+    if seconds is None:
+        raise SystemExit(f"vocabulary {vocab}: memory ran out although each method alone fits; free some and go again.")
+    unmeasured = {"seconds": None, "all_seconds": [], "loss_error": None, "gradient_error": None}
+    return {name: row | seconds.get(name, unmeasured) for name, row in memory.items()}
 
 
 def claims(results: dict[int, dict[str, dict[str, Any]]]) -> dict[str, float | None]:
@@ -284,7 +298,7 @@ def claims(results: dict[int, dict[str, dict[str, Any]]]) -> dict[str, float | N
         values = {
             vocab: table[ours][quantity] / (table[peer][quantity] if peer else 1.0)
             for vocab, table in results.items()
-            if peer is None or peer in table
+            if peer is None or (peer in table and table[peer]["fits"])
         }
         worst[claim] = round(max(values.values()), 4) if values else None
         by_vocab |= {f"{claim}_{vocab}": round(values[vocab], 4) if vocab in values else None for vocab in WIDTHS}
@@ -301,12 +315,21 @@ def report(results: dict[int, dict[str, dict[str, Any]]], tokens: int) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for name, row in table.items():
-            baseline = table["naive_{}_{}".format(*shape_of(name))]["seconds"]
             memory = row["bytes_per_token_vocab"]
+            shown = (
+                "out of memory"
+                if row.get("peak_growth_bytes", 0) is None
+                else ""
+                if memory is None
+                else f"{memory:.2f}"
+            )
+            if not row["fits"]:
+                lines.append(f"| {name} | | | | {shown} | | |")
+                continue
+            baseline = table["naive_{}_{}".format(*shape_of(name))]["seconds"]
             lines.append(
                 f"| {name} | {row['seconds']:.2f} | {min(row['all_seconds']):.2f} - {max(row['all_seconds']):.2f} "
-                f"| {row['seconds'] / baseline:.2f} | {'' if memory is None else f'{memory:.2f}'} "
-                f"| {row['loss_error']:.0e} | {row['gradient_error']:.0e} |"
+                f"| {row['seconds'] / baseline:.2f} | {shown} | {row['loss_error']:.0e} | {row['gradient_error']:.0e} |"
             )
     return "\n".join(lines)
 
@@ -330,7 +353,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="512 tokens, small vocabulary, once; no peer's memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, choices=list(WIDTHS), help="one of the two; the larger needs 32 GB")
+    parser.add_argument("--vocabulary", type=int, choices=list(WIDTHS), help="one of the two")
     parser.add_argument("--out", type=Path, help="directory for loss_cpu.md and loss_cpu.json")
     options = parser.parse_args()
     tokens, repeats = (512, 1) if options.quick else (2048, options.repeats)
