@@ -122,7 +122,7 @@ def set_up(
         teacher=teacher,
         data=Data([example for group in groups for example in group], [], {}),
         steps=_one_step_each(groups, config.training),
-        optimizer=build_optimizer(model, config.optimizer),
+        optimizer=build_optimizer(model, config.optimizer, len(groups)),
         ledger=ledger.Ledger(),
         ranks=Ranks(0, 1, torch.device("cpu")),
         vocab_size=vocab_size,

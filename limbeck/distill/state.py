@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from limbeck.checkpoint import STATE_PREFIX, write_json
 from limbeck.errors import CheckpointError
 from limbeck.ledger import Ledger
+from limbeck.optim.settings import COUNTERS
 
 
 class Resumed(NamedTuple):
@@ -45,11 +46,13 @@ def save_state(
     partial.mkdir(parents=True)
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     save_file(weights, partial / "weights.safetensors")
-    tensors, numbers = _flatten(optimizer.state_dict()["state"])
+    whole = optimizer.state_dict()
+    tensors, numbers = _flatten(whole["state"])
     save_file(tensors, partial / "optimizer.safetensors")
+    groups = [{name: group[name] for name in COUNTERS if name in group} for group in whole["param_groups"]]
     write_json(
         partial / "state.json",
-        {"step": step, "identity": identity, "optimizer": numbers, "ledger": dict(cost)},
+        {"step": step, "identity": identity, "optimizer": numbers, "groups": groups, "ledger": dict(cost)},
     )
     older = list(directory.glob(STATE_PREFIX + "*"))
     partial.rename(final)
@@ -76,6 +79,8 @@ def load_state(
             )
         step = int(tree["step"])
         _restore(model, optimizer, load_file(path / "weights.safetensors"), _optimizer_entries(path, tree))
+        for group, counters in zip(optimizer.param_groups, tree["groups"], strict=True):
+            group.update(counters)
         ledger.restore(tree["ledger"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):

@@ -133,7 +133,7 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
         world_size=ranks.world_size,
     )
     vocab_size = vocabulary_size(tokenizer)
-    optimizer = build_optimizer(student, config.optimizer)
+    optimizer = build_optimizer(student, config.optimizer, len(steps))
     _refuse_long(data, causal_lm_of(student).config.max_position_embeddings)
     return Run(
         config,
