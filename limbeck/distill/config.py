@@ -12,6 +12,7 @@ from limbeck.distill.fused import CHUNK_BYTES
 from limbeck.errors import ConfigError
 from limbeck.models.tiny import ScratchConfig
 from limbeck.optim.build import OptimizerConfig
+from limbeck.optim.growing_batch import BatchGrowth
 from limbeck.optim.schedules import ScheduleConfig
 from limbeck.traces.batch import Layout
 from limbeck.traces.render import RenderConfig
@@ -41,12 +42,8 @@ class TeacherConfig:
 
     model: str | None = None
     """Directory, alias or hub id of a live teacher with the student's tokenizer."""
-    targets: Path | None = None
-    """Directory of stored top-k targets that hold every sequence of this run."""
-
-    def __post_init__(self) -> None:
-        if self.model is not None and self.targets is not None:
-            raise ConfigError("teacher takes a model or stored targets, not both")
+    cache: Path | None = None
+    """Directory of a teacher cache that holds every sequence of this run; `model` beside it must be its teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +93,22 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchGrowthConfig:
+    """Batches that grow linearly, b_t = min(largest, b_0 + floor(per_step t)), from batch_size or batch_tokens on."""
+
+    per_step: float
+    """c: sequences (or tokens, with batch_tokens) added a step."""
+    largest: int
+    """Where the growth ends, in the same unit."""
+    as_learning_rate: bool = False
+    """The ablation: batches stay as they are and the learning rate is multiplied by b_0 / b_t instead."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.per_step < math.inf:
+            raise ConfigError(f"batch_growth.per_step must be finite and at least 0; found {self.per_step}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """The loop."""
 
@@ -109,6 +122,8 @@ class TrainingConfig:
     """Sequences in an optimizer step, over all ranks."""
     batch_tokens: int | None = None
     """Tokens in an optimizer step instead of a number of sequences (set batch_size to null)."""
+    batch_growth: BatchGrowthConfig | None = None
+    """Let the batch grow; null keeps its size."""
     microbatch_tokens: int = 4096
     """Most tokens in one forward pass. Bounds the memory; the gradient of the step does not change."""
     layout: Layout = "packed"
@@ -148,10 +163,20 @@ class TrainingConfig:
         for name in ("validate_every_steps", "save_every_steps", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and at least 0; found {getattr(self, name)}")
+        if self.batch_growth is not None and self.batch_growth.largest < (self.batch_size or self.batch_tokens or 0):
+            raise ConfigError("batch_growth.largest is less than the batch that the run starts with")
         if not 0 < self.epochs < math.inf:
             raise ConfigError(f"epochs must be finite and greater than 0; found {self.epochs}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be in 0 to 2^32 - 1; found {self.seed}")
+
+    def growth(self) -> BatchGrowth | None:
+        """Size of the batch at every step; None when it stays."""
+        if self.batch_growth is None:
+            return None
+        start = self.batch_size or self.batch_tokens
+        assert start is not None
+        return BatchGrowth(start, self.batch_growth.per_step, self.batch_growth.largest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +216,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if not self.has_teacher and self.loss.kd_ratio:
-            raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model or teacher.targets")
+            raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model or teacher.cache")
         if self.num_validation < 0:
             raise ConfigError(f"num_validation must be at least 0; found {self.num_validation}")
         if self.max_trace_tokens is not None and self.max_trace_tokens < 1:
@@ -200,7 +225,7 @@ class DistillConfig:
     @property
     def has_teacher(self) -> bool:
         """Whether any teacher is named."""
-        return self.teacher.model is not None or self.teacher.targets is not None
+        return self.teacher.model is not None or self.teacher.cache is not None
 
     @property
     def kd_ratio(self) -> float:

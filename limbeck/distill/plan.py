@@ -3,18 +3,21 @@
 1. Examples are shuffled, seeded by (seed, epoch).
 2. Within windows of `bucket_batches` batches they are sorted by length, so that a batch holds like with like.
 3. Windows are cut into batches of `batch_size` sequences, or under `batch_tokens` tokens; the batches are shuffled.
+   Batches that grow are cut, in order and without the sorting, from an endless row of shuffled epochs instead.
 4. A batch is dealt to the ranks, longest first to the emptiest, and each rank's share is cut into micro-batches under
    `microbatch_tokens` tokens. Micro-batches bound the memory; they do not change the gradient.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from limbeck.errors import ConfigError
+from limbeck.optim.growing_batch import BatchGrowth
 from limbeck.traces.batch import Layout
 
 
@@ -43,6 +46,7 @@ def plan_steps(
     max_steps: int | None = None,
     max_tokens: int | None = None,
     world_size: int = 1,
+    growth: BatchGrowth | None = None,
 ) -> list[Step]:
     """All steps of a run.
 
@@ -55,6 +59,7 @@ def plan_steps(
       bucket_batches: batches a window that is sorted by length; 1 leaves the order fully random.
       max_steps, max_tokens: stop after so many; when one is given, epochs repeat until it is reached.
       world_size: number of ranks.
+      growth: size of the batch at each step, in sequences or tokens as the batch is; `bucket_batches` is not used.
     Raises: ConfigError when there is no example.
     """
     if not lengths:
@@ -63,22 +68,46 @@ def plan_steps(
     sequences_left = max(1, round(epochs * len(lengths)))
     steps: list[Step] = []
     tokens = 0
-    epoch = 0
-    while is_limited or sequences_left > 0:
-        for batch in _epoch_batches(lengths, batch_size, batch_tokens, bucket_batches, seed, epoch):
-            if not is_limited:
-                batch = batch[:sequences_left]
-                sequences_left -= len(batch)
-            steps.append(_split_step(batch, lengths, microbatch_tokens, layout, world_size))
-            tokens += sum(lengths[index] for index in batch)
-            if max_steps is not None and len(steps) >= max_steps:
-                return steps
-            if max_tokens is not None and tokens >= max_tokens:
-                return steps
-            if not is_limited and sequences_left <= 0:
-                return steps
-        epoch += 1
+    if growth is None:
+        batches = _fixed_batches(lengths, batch_size, batch_tokens, bucket_batches, seed)
+    else:
+        batches = _growing_batches(lengths, growth, batch_tokens is not None, seed)
+    for batch in batches:
+        if not is_limited:
+            batch = batch[:sequences_left]
+            sequences_left -= len(batch)
+        steps.append(_split_step(batch, lengths, microbatch_tokens, layout, world_size))
+        tokens += sum(lengths[index] for index in batch)
+        is_full = (max_steps is not None and len(steps) >= max_steps) or (
+            max_tokens is not None and tokens >= max_tokens
+        )
+        if is_full or (not is_limited and sequences_left <= 0):
+            break
     return steps
+
+
+def _fixed_batches(
+    lengths: Sequence[int], batch_size: int | None, batch_tokens: int | None, bucket_batches: int, seed: int
+) -> Iterator[list[int]]:
+    for epoch in itertools.count():
+        yield from _epoch_batches(lengths, batch_size, batch_tokens, bucket_batches, seed, epoch)
+
+
+def _growing_batches(
+    lengths: Sequence[int], growth: BatchGrowth, counts_tokens: bool, seed: int
+) -> Iterator[list[int]]:
+    row = (
+        int(i) for epoch in itertools.count() for i in np.random.default_rng((seed, epoch)).permutation(len(lengths))
+    )
+    pending = next(row)
+    for step in itertools.count():
+        batch, filled = [pending], lengths[pending] if counts_tokens else 1
+        pending = next(row)
+        while filled + (cost := lengths[pending] if counts_tokens else 1) <= growth.size_at(step):
+            batch.append(pending)
+            filled += cost
+            pending = next(row)
+        yield batch
 
 
 def _epoch_batches(

@@ -35,6 +35,7 @@ from limbeck.models.load import model_hash, quiet, vocabulary_size
 from limbeck.optim.build import build_optimizer
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
+from limbeck.teacher.cache import Spec
 from limbeck.traces.batch import Example, collate
 
 
@@ -131,6 +132,7 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
         max_steps=training.max_steps,
         max_tokens=training.max_tokens,
         world_size=ranks.world_size,
+        growth=None if training.batch_growth is None or training.batch_growth.as_learning_rate else training.growth(),
     )
     vocab_size = vocabulary_size(tokenizer)
     optimizer = build_optimizer(student, config.optimizer, len(steps))
@@ -205,7 +207,7 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
     with ledger.phase("optimizer"):
         sum_gradients(setup.model, setup.ranks.world_size)
         norm = float(nn.utils.clip_grad_norm_(setup.model.parameters(), config.training.clip_norm or float("inf")))
-        rate = config.optimizer.learning_rate * learning_rate_factor(config.schedule, number, len(setup.steps))
+        rate = _learning_rate(config, number, len(setup.steps))
         _refuse_divergence(number, ce + kd, norm)
         for group_settings in setup.optimizer.param_groups:
             group_settings["lr"] = rate
@@ -216,6 +218,14 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
         ledger.count(steps=1)
     row = {"step": number + 1, "loss": ce + kd, "ce_term": ce, "kd_term": kd}
     return row | {"gradient_norm": norm, "learning_rate": rate, "tokens": int(tokens)}
+
+
+def _learning_rate(config: DistillConfig, number: int, total_steps: int) -> float:
+    rate = config.optimizer.learning_rate * learning_rate_factor(config.schedule, number, total_steps)
+    growth = config.training.growth()
+    if growth is None or config.training.batch_growth is None or not config.training.batch_growth.as_learning_rate:
+        return rate
+    return rate * growth.b0 / growth.size_at(number)
 
 
 def _refuse_divergence(number: int, loss: float, norm: float) -> None:
@@ -292,11 +302,14 @@ def _write(setup: Run, source: Checkpoint | None, working: Path) -> None:
 
 
 def inputs_of(config: DistillConfig, source: Checkpoint | None = None) -> dict[str, str]:
-    """What a run reads, by role, as hashes of the files: student, teacher or its stored targets, traces."""
+    """What a run reads, by role, as hashes of the files: student, teacher or its cache, traces."""
     names = {"student": str(source.path) if source else config.student.model, "teacher": config.teacher.model}
-    paths = {"teacher_targets": config.teacher.targets, "traces": Path(config.traces.source)}
-    models = {role: model_hash(name) for role, name in names.items() if name is not None}
-    return models | {role: hash_path(path) for role, path in paths.items() if path is not None and path.exists()}
+    found = {role: model_hash(name) for role, name in names.items() if name is not None}
+    if config.teacher.cache is not None:
+        # What a cache says of a sequence depends on teacher and form alone, not on what else it holds.
+        found["teacher_cache"] = Spec.read(config.teacher.cache).identity
+    traces = Path(config.traces.source)
+    return found | ({"traces": hash_path(traces)} if traces.exists() else {})
 
 
 def _validation_groups(examples: Sequence[Example], budget_tokens: int) -> list[list[Example]]:

@@ -4,6 +4,7 @@ import pytest
 
 from limbeck.distill.plan import plan_steps
 from limbeck.errors import ConfigError
+from limbeck.optim.growing_batch import BatchGrowth
 
 SETTINGS = {
     "epochs": 1.0,
@@ -79,3 +80,24 @@ def test_a_rank_may_have_nothing():
 def test_no_example_is_refused():
     with pytest.raises(ConfigError, match="no trace is left to train on"):
         plan([], max_steps=3)
+
+
+def test_growing_batches_take_the_row_of_epochs_in_order():
+    steps = plan([5] * 10, growth=BatchGrowth(2, 0.5, 4), max_steps=8)
+    assert [len(step.indices) for step in steps] == [2, 2, 3, 3, 4, 4, 4, 4]
+    row = [index for step in steps for index in sorted(step.indices)]
+    assert sorted(row[:10]) == list(range(10)), "the first epoch reads every example once"
+
+
+def test_growing_batches_of_tokens_stay_within_their_size():
+    lengths = [3, 9, 4, 7, 5, 6, 8]
+    growth = BatchGrowth(10, 2.0, 30)
+    steps = plan(lengths, batch_size=None, batch_tokens=10, growth=growth, max_steps=20)
+    for number, step in enumerate(steps):
+        tokens = sum(lengths[i] for i in step.indices)
+        assert tokens <= growth.size_at(number)
+        assert tokens > growth.size_at(number) - max(lengths)
+
+
+def test_growing_batches_end_with_the_epochs():
+    assert seen(plan([5] * 10, growth=BatchGrowth(2, 1.0, 8), epochs=2.0)) == sorted([*range(10), *range(10)])

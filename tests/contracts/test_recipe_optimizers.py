@@ -1,0 +1,102 @@
+"""Every optimizer that a recipe can name: trains, adds its noise when asked, and resumes to the same bits."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import assert_same_bits, run_config
+
+from limbeck.distill import train
+from limbeck.errors import ConfigError
+from limbeck.optim.build import NoiseConfig, OptimizerConfig, build_optimizer
+
+OPEN = {"grad_threshold": 1e3, "noise_radius": 1e-2, "escape_steps": 0, "quiet_fraction": 0.0}
+NAMES = {
+    "adamw": {},
+    "sgd": {},
+    "asgld": OPEN,
+    "agld": OPEN,
+    "asg": OPEN,
+    "sgld": {"temperature": 1e-6, "quiet_fraction": 0.0},
+    "psgld": {"temperature": 1e-6, "quiet_fraction": 0.0},
+    "noisy_sgd": {"noise_radius": 0.5, "quiet_fraction": 0.0},
+    "perturb(adamw)": OPEN,
+    "perturb(sgd)": OPEN,
+}
+
+
+def config(name, **noise):
+    changes = {f"optimizer.noise.{field}": value for field, value in (NAMES[name] | noise).items()}
+    return run_config(
+        {
+            "training.max_steps": 4,
+            "training.save_every_steps": 1,
+            "optimizer.name": name,
+            "optimizer.learning_rate": 1e-3,
+            **changes,
+        }
+    )
+
+
+def weights(checkpoint):
+    return load_file(checkpoint.path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_is_uninterrupted(name, tmp_path, monkeypatch):
+    train.run(config(name), None, tmp_path / "whole")
+    whole_step = train._step
+
+    def step(setup, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return whole_step(setup, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config(name), None, tmp_path / "cut")
+    train.run(config(name), None, tmp_path / "cut", resume=True)
+    assert_same_bits(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("noisy", "plain"), [("perturb(adamw)", "adamw"), ("perturb(sgd)", "sgd")])
+def test_without_noise_it_is_the_plain_optimizer_and_with_noise_it_is_not(noisy, plain, tmp_path):
+    silent = weights(train.run(config(noisy, quiet_fraction=1.0), None, tmp_path / "silent"))
+    expected = weights(train.run(config(plain), None, tmp_path / "plain"))
+    assert all(torch.equal(silent[name], expected[name]) for name in expected)
+    loud = weights(train.run(config(noisy), None, tmp_path / "loud"))
+    moved = {name for name in expected if not torch.equal(loud[name], expected[name])}
+    assert any("q_proj" in name for name in moved)
+
+
+def test_only_matrices_outside_the_embedding_get_noise():
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    optimizer = build_optimizer(model, OptimizerConfig(name="asgld", weight_decay=0.0, noise=_noise()), total_steps=10)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p.detach(), before[name])}
+    assert moved == {"1.weight"}
+
+
+def test_noise_ends_before_the_last_part():
+    model = torch.nn.Linear(3, 3)
+    optimizer = build_optimizer(model, OptimizerConfig(name="perturb(sgd)", weight_decay=0.0, noise=_noise()), 10)
+    moved = []
+    for _ in range(10):
+        model.weight.grad, model.bias.grad = torch.zeros(3, 3), torch.zeros(3)
+        before = model.weight.detach().clone()
+        optimizer.step()
+        moved.append(not torch.equal(model.weight.detach(), before))
+    assert moved == [True] * 8 + [False] * 2
+
+
+@pytest.mark.parametrize("name", ["sgld", "psgld", "noisy_sgd"])
+def test_noise_without_a_size_is_refused(name):
+    with pytest.raises(ConfigError, match=r"temperature|noise_radius"):
+        OptimizerConfig(name=name)
+
+
+def _noise():
+    return NoiseConfig(grad_threshold=1.0, noise_radius=0.1, escape_steps=0)
