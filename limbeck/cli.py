@@ -20,6 +20,7 @@ from rich.table import Table
 
 from limbeck import __version__, demo
 from limbeck.config import FieldInfo, apply_flags, build, describe, read_recipe
+from limbeck.distill import caching
 from limbeck.distill import train as distill
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError, LimbeckError, nearest
@@ -29,6 +30,7 @@ from limbeck.progress import console
 from limbeck.report import page as report
 from limbeck.sweep import execute as sweep
 from limbeck.sweep.plan import SweepConfig
+from limbeck.teacher import build as cache
 from limbeck.traces import importing, show, stats
 
 OPTIONS = {
@@ -87,6 +89,15 @@ def _report(paths: Sequence[str], options: Options) -> dict[str, Any]:
     return {"report": str(report.run([Path(path) for path in paths], options.out))}
 
 
+def _on_cache(call: Callable[[Path], dict[str, Any]]) -> Callable[[Sequence[str], Options], dict[str, Any]]:
+    def on_one(paths: Sequence[str], _: Options) -> dict[str, Any]:
+        if len(paths) != 1:
+            raise ConfigError("limbeck teacher: name one cache directory.")
+        return call(Path(paths[0]))
+
+    return on_one
+
+
 def _import(config: importing.ImportConfig, options: Options) -> dict[str, Any]:
     return importing.run(config, options.out, overwrite=options.overwrite)
 
@@ -117,6 +128,14 @@ COMMANDS: dict[str, Command] = {
         "count segments, and what a cut would lose",
         (),
     ),
+    "teacher cache": Command(
+        caching.CacheStageConfig,
+        lambda config, options: caching.run(config, options.out),
+        "store what a teacher says about traces, for every run that reads them; goes on where it was stopped",
+        ("--out",),
+    ),
+    "teacher stats": Command(None, _on_cache(cache.stats), "what a teacher cache holds, costs and loses", ()),
+    "teacher verify": Command(None, _on_cache(cache.verify), "read every byte of a cache, name what is damaged", ()),
     "distill": Command(DistillConfig, _distill, "train one student", ALL),
     "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report", ("--out",)),
     "evaluate": Command(evaluate.EvaluateStageConfig, _evaluate, "score a model on problems, with intervals"),

@@ -48,9 +48,11 @@ def distributions(logits: Tensor, targets: TeacherTargets, i: int, temperature: 
         )
     assert isinstance(targets, TopKTargets)
     log_probs = torch.log_softmax(logits, -1)
+    real = targets.log_probs[i] > -torch.inf
+    ids = targets.ids[i][real]
     kept = torch.zeros(len(logits), dtype=torch.bool)
-    kept[targets.ids[i]] = True
-    student, teacher = log_probs[targets.ids[i]], targets.log_probs[i]
+    kept[ids] = True
+    student, teacher = log_probs[ids], targets.log_probs[i][real]
     if not kept.all():
         student = torch.cat([student, log_probs[~kept].logsumexp(0, keepdim=True)])
         teacher = torch.cat([teacher, targets.log_tail[i : i + 1]])

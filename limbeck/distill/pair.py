@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 
 from limbeck.checkpoint import Checkpoint
-from limbeck.distill.config import DistillConfig
+from limbeck.distill.config import DistillConfig, TeacherConfig
 from limbeck.distill.objective import Teacher
 from limbeck.errors import ConfigError, PairError
-from limbeck.models.anatomy import head_of
-from limbeck.models.load import load_model, load_scratch, load_tokenizer, vocabulary_size
+from limbeck.models.anatomy import Head, head_of
+from limbeck.models.load import load_model, load_scratch, load_tokenizer, model_hash, vocabulary_size
+from limbeck.teacher.cache import Spec, TeacherCache
 from limbeck.teacher.live import LiveTeacher
-from limbeck.teacher.store import TargetStore
 
 
 def load_student(config: DistillConfig, source: Checkpoint | None) -> tuple[Any, Any]:
@@ -48,16 +49,34 @@ def load_student(config: DistillConfig, source: Checkpoint | None) -> tuple[Any,
 def load_teacher(config: DistillConfig, device: torch.device) -> Teacher | None:
     """The teacher that the config names; None when the loss has no KD term.
 
-    Raises: PairError when a live teacher cannot read the ids of its own tokenizer.
+    Raises: PairError when a live teacher cannot read the ids of its own tokenizer, or a cache is of another teacher.
     """
-    if config.kd_ratio == 0:
+    if config.kd_ratio == 0 and config.on_policy is None:
         return None
+    if config.teacher.cache is not None:
+        return _open_cache(config.teacher, config.teacher.cache, device)
     if config.teacher.model is not None:
         model = load_model(config.teacher.model, torch.float32, config.training.layout)
         tokenizer = load_tokenizer(config.teacher.model)
         _check_vocabulary(f"teacher {config.teacher.model}", model, tokenizer)
         return LiveTeacher(model.to(device), vocabulary_size(tokenizer))
-    return TargetStore(config.teacher.targets) if config.teacher.targets is not None else None
+    return None
+
+
+def _open_cache(teacher: TeacherConfig, directory: Path, device: torch.device) -> TeacherCache:
+    """The cache, with the head of its teacher where it holds hidden states."""
+    spec = Spec.read(directory)
+    name, needs_head = teacher.model or spec.teacher, spec.config.mode == "hidden"
+    if (teacher.model is not None or needs_head) and model_hash(name) != spec.teacher_hash:
+        raise PairError(
+            f"{directory}: written with another teacher ({spec.teacher}, hash {spec.teacher_hash}) than {name} (hash "
+            f"{model_hash(name)}); name that teacher, or write a cache of this one."
+        )
+    if not needs_head:
+        return TeacherCache(directory)
+    weight, bias = head_of(load_model(name, getattr(torch, spec.dtype)))
+    weight, bias = weight.detach()[: spec.vocab_size], None if bias is None else bias.detach()[: spec.vocab_size]
+    return TeacherCache(directory, Head(weight.to(device), None if bias is None else bias.to(device)))
 
 
 def check_pair(config: DistillConfig, student: Any, tokenizer: Any) -> None:
@@ -66,6 +85,11 @@ def check_pair(config: DistillConfig, student: Any, tokenizer: Any) -> None:
     Raises: PairError.
     """
     _check_vocabulary("student", student, tokenizer)
+    if config.teacher.cache is not None and vocabulary_size(tokenizer) != Spec.read(config.teacher.cache).vocab_size:
+        raise PairError(
+            f"{config.teacher.cache}: of a vocabulary of {Spec.read(config.teacher.cache).vocab_size} tokens, the "
+            f"student's has {vocabulary_size(tokenizer)}; token distillation needs one tokenizer."
+        )
     if config.teacher.model is None:
         return
     other = load_tokenizer(config.teacher.model)

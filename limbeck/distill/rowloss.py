@@ -67,9 +67,10 @@ def _dense(
 def _topk(logits: Tensor, targets: TopKTargets, coef: Tensor, divergence: Divergence, temperature: float) -> Tensor:
     """D [n] over K + 1 events, the kept entries and the rest; `logits` becomes coef * dD / dlogits.
 
-    The log-mass of the rest is the log-sum-exp of the row without the kept entries: exact, however small.
+    The log-mass of the rest is the log-sum-exp of the row without the kept entries: exact, however small. Padding (a
+    teacher's log-probability of -inf) is an event that neither of the two can have.
     """
-    kept = logits.gather(1, targets.ids)
+    kept = logits.gather(1, targets.ids).masked_fill_(targets.log_probs == -torch.inf, -torch.inf)
     rest = logits.scatter_(1, targets.ids, -torch.inf)
     log_rest = torch.logsumexp(rest, -1, keepdim=True)
     log_student = _log_softmax(torch.cat([kept, log_rest], 1), temperature)
@@ -78,7 +79,8 @@ def _topk(logits: Tensor, targets: TopKTargets, coef: Tensor, divergence: Diverg
     gradient = _by_logits(gradient, log_student).mul_(coef / temperature)
     # An entry has its share exp(z - log_rest) of the rest's gradient. With K = V there is none, and no NaN.
     rest.sub_(log_rest.clamp(min=LOG_FLOOR)).exp_().mul_(gradient[:, -1:])
-    logits.scatter_(1, targets.ids, gradient[:, :-1])
+    # The kept places hold 0 now; padding adds its 0 to a place that another entry of the row fills.
+    logits.scatter_add_(1, targets.ids, gradient[:, :-1])
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ def make_rows(labels: Tensor, ce_coef: Tensor, kd_coef: Tensor, targets: Teacher
             log_probs=targets.log_probs.to(ce_coef.dtype).masked_fill(~with_kd[:, None], 0.0),
             log_tail=targets.log_tail.to(ce_coef.dtype).masked_fill(~with_kd, 0.0),
         )
+        # Padding repeats the row's first entry, so that it takes nothing out of the rest.
+        topk = replace(topk, ids=torch.where(topk.log_probs == -torch.inf, topk.ids[:, :1], topk.ids))
         _check_ids("top-k id", topk.ids, vocab)
     return Rows(
         labels=labels[:, None] if bool(with_ce.any()) else None,

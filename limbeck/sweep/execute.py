@@ -1,13 +1,13 @@
 """Run a sweep: one teacher pass, then every run in a process of its own, then one summary. Resumable run by run.
 
 1. Plan the runs; render and cut their traces; refuse problems that are also training prompts.
-2. The teacher reads every distinct sequence once and its top-k targets are stored; sequences that are cut at their end
-   share rows with the uncut ones, so the lead fractions cost nothing more.
+2. The teacher reads every distinct sequence once, into a cache of the positions that any run asks for; sequences that
+   are cut at their end share rows with the uncut ones, so the lead fractions cost nothing more.
 3. Each run trains and is scored in a fresh process, so that its peak memory is its own. A run whose manifest has the
    same config is not run again.
 4. Scores are set against the uncut run problem by problem.
 
-    OUT/targets/   OUT/runs/NAME/   OUT/runs/NAME/evaluation/   OUT/teacher/   OUT/base/   OUT/summary.json
+    OUT/teacher_cache/   OUT/runs/NAME/   OUT/runs/NAME/evaluation/   OUT/teacher/   OUT/base/   OUT/summary.json
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from limbeck.checkpoint import MANIFEST, Checkpoint, hash_path, output_directory, write_json, write_manifest
-from limbeck.config import config_hash, to_dict
+from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
+from limbeck.config import config_hash
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, TeacherConfig
 from limbeck.distill.data import UNCUT, prepare
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.evaluate.stage import EvaluateStageConfig, score
-from limbeck.ledger import Ledger
-from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
-from limbeck.progress import bar, console
+from limbeck.models.load import load_tokenizer, model_hash
+from limbeck.progress import console
 from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, tokenizer_name
 from limbeck.sweep.process import in_process
 from limbeck.sweep.summary import summarise
-from limbeck.teacher.store import FILE, build_store
+from limbeck.teacher.build import write_cache
+from limbeck.teacher.cache import CacheConfig
+from limbeck.teacher.shard import Stored
 from limbeck.traces.sources import read_traces
+
+CACHE = "teacher_cache"
 
 
 def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
@@ -41,13 +42,13 @@ def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     runs = plan_runs(sweep)
     _refuse_leaks(sweep)
     runs = _match_tokens(sweep, runs)
-    store = in_process(_build_targets, sweep, runs, out) if _stores_targets(sweep) else None
+    store = in_process(_fill_cache, sweep, runs, out) if _has_cache(sweep) else None
     models = in_process(_score_models, sweep, out)
     for number, planned in enumerate(runs, start=1):
         console.print(f"run {number} of {len(runs)}: {planned.name}", highlight=False)
         in_process(
             _run_one,
-            _with_targets(sweep, planned, out).config,
+            _with_cache(sweep, planned, out).config,
             _scoring(sweep, planned.config),
             out / "runs" / planned.name,
         )
@@ -81,61 +82,28 @@ def _match_tokens(sweep: SweepConfig, runs: list[PlannedRun]) -> list[PlannedRun
     return matched
 
 
-def _stores_targets(sweep: SweepConfig) -> bool:
+def _has_cache(sweep: SweepConfig) -> bool:
     return sweep.top_k > 0 and sweep.distill.teacher.model is not None
 
 
-def _with_targets(sweep: SweepConfig, planned: PlannedRun, out: Path) -> PlannedRun:
-    if not _stores_targets(sweep) or planned.config.teacher.model is None:
+def _with_cache(sweep: SweepConfig, planned: PlannedRun, out: Path) -> PlannedRun:
+    if not _has_cache(sweep) or planned.config.teacher.model is None:
         return planned
-    teacher = TeacherConfig(targets=out / "targets")
+    teacher = TeacherConfig(cache=out / CACHE)
     return planned._replace(config=dataclasses.replace(planned.config, teacher=teacher))
 
 
-def _build_targets(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
-    """Store the teacher's targets for all runs, unless a store of the same runs is there."""
-    directory = out / "targets"
+def _fill_cache(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
+    """Store what the teacher says at every position that a run asks for; what is there already is kept."""
     name = sweep.distill.teacher.model
     assert name is not None
-    sources = {planned.config.traces.source for planned in runs}
-    identity = config_hash(
-        {
-            "top_k": sweep.top_k,
-            "runs": [to_dict(planned.config) for planned in runs],
-            "teacher": model_hash(name),
-            "traces": {source: hash_path(Path(source)) for source in sources if Path(source).exists()},
-        }
-    )
-    if (directory / MANIFEST).exists() and Checkpoint(directory).manifest["metrics"]["identity"] == identity:
-        return Checkpoint(directory).manifest["metrics"]
     tokenizer = load_tokenizer(tokenizer_name(sweep.distill))
-    sequences: dict[bytes, np.ndarray] = {}
-    for planned in runs:
-        for example in prepare(planned.config, tokenizer).train:
-            sequences.setdefault(example.sample.input_ids.tobytes(), example.sample.input_ids)
-    ledger = Ledger()
-    with output_directory(directory, overwrite=True) as working, bar("teacher targets, tokens") as progress:
-        counts = build_store(
-            load_model(name, layout="packed"),
-            list(sequences.values()),
-            working,
-            top_k=sweep.top_k,
-            vocab_size=vocabulary_size(tokenizer),
-            ledger=ledger,
-            advance=progress.advance,
-        )
-        cost = ledger.as_dict()
-        counts |= {"identity": identity, "flops": cost["flops"]["total"], "seconds": cost["train_seconds"]}
-        write_manifest(
-            working,
-            stage="teacher targets",
-            config=sweep,
-            inputs={"teacher": model_hash(name)},
-            ledger=cost,
-            metrics=counts,
-        )
-    assert (directory / FILE).exists()
-    return counts
+    asked = [
+        Stored(example.sample.input_ids, example.kd_weight > 0)
+        for planned in runs
+        for example in prepare(planned.config, tokenizer).train
+    ]
+    return write_cache(name, CacheConfig(top_k=sweep.top_k), asked, out / CACHE, sweep)
 
 
 def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:

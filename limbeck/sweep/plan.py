@@ -12,6 +12,7 @@ from limbeck.config import build, get_field, resolve_path, set_field, to_dict
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError
 from limbeck.evaluate.run import EvaluateConfig
+from limbeck.teacher.codec import MOST_ENTRIES
 from limbeck.traces.sources import TraceConfig
 from limbeck.traces.truncate import exact_fraction
 
@@ -34,8 +35,8 @@ class SweepConfig:
     """examples: every run sees the same traces; tokens: every run sees as many tokens as the uncut one."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """How students are scored."""
-    top_k: int = 50
-    """Teacher entries stored a position, for all runs at once; 0 keeps the teacher live."""
+    top_k: int = 128
+    """Most teacher entries stored a position, for all runs at once, 0 to 255; 0 keeps the teacher live."""
     evaluate_teacher: bool = True
     """Score the teacher too, where it is a model."""
 
@@ -45,8 +46,8 @@ class SweepConfig:
         for axis, values in self.grid.items():
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"grid.{axis} must be a list of at least one value; found {values!r}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be at least 0; found {self.top_k}")
+        if not 0 <= self.top_k <= MOST_ENTRIES:
+            raise ConfigError(f"top_k must be in 0 to {MOST_ENTRIES}; found {self.top_k}")
 
 
 class PlannedRun(NamedTuple):

@@ -29,9 +29,10 @@ class TopKTargets:
     """The teacher's K largest log-probabilities a position, and the log of the mass that all other entries share."""
 
     ids: Tensor
-    """int64 [N K], distinct within a row."""
+    """int64 [N K], distinct within a row where they are entries; any value in padding."""
     log_probs: Tensor
-    """float [N K], at temperature 1, natural logarithm, normalised over the whole vocabulary."""
+    """float [N K], at temperature 1, natural logarithm, normalised over the whole vocabulary. Where rows have different
+    numbers of entries, -inf marks the padding behind the last of them; the first is always an entry."""
     log_tail: Tensor
     """float [N]: log(1 - sum exp(log_probs)); -inf when nothing is left."""
 

@@ -184,7 +184,7 @@ def test_broken_recipes(place, refused, kind):
         (["distill", "good.yaml", "--out", "good.yaml"], "exists already"),
         (["distill", "good.yaml", "--out", "good.yaml/x"], "good.yaml"),
         (["distill", "good.yaml", "--out", ".", "--overwrite"], "no limbeck output"),
-        (["distill", "good.yaml", "--teacher.targets", "none"], "none/targets.safetensors: no readable target store"),
+        (["distill", "good.yaml", "--teacher.cache", "none"], r"none: no teacher cache .no cache.json.; write one"),
         (["evaluate", "--model", "tiny-studnet", "--problems.source", "good.jsonl"], "did you mean 'tiny-student'"),
         (["evaluate", "--model", "x", "--problems.source", "none.jsonl"], "none.jsonl: no such file"),
         (["evaluate", "--model", "x", "--problems.source", "good.jsonl", "--num-samples", "2"], "temperature"),

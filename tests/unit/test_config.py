@@ -191,7 +191,6 @@ def test_messages_keep_their_dots():
         ({"student.scratch.num_heads": 3}, "must be a whole, even head size"),
         ({"student.scratch.num_layers": 0}, "num_layers must be at least 1"),
         ({"student.scratch": None}, "student needs exactly one of model and scratch"),
-        ({"teacher.model": "a", "teacher.targets": "b"}, "not both"),
         ({"num_validation": -1}, "num_validation must be at least 0"),
         ({"max_trace_tokens": 0}, "max_trace_tokens must be at least 1"),
         ({"traces.format": "mesages"}, "did you mean 'messages'"),

@@ -16,12 +16,23 @@ N, D, V = 9, 5, 13
 FORWARD_KL = DivergenceConfig(name="forward_kl")
 EVERY = [DivergenceConfig(name=name, beta=0.3, forward_ratio=0.7) for name in sorted(DIVERGENCES)]
 every_divergence = pytest.mark.parametrize("divergence", EVERY, ids=lambda config: config.name)
-every_teacher = pytest.mark.parametrize("teacher", ["dense", "topk", "topk_all"])
+every_teacher = pytest.mark.parametrize("teacher", ["dense", "topk", "topk_all", "ragged"])
 
 
 def topk(logits: torch.Tensor, k: int) -> TopKTargets:
     log_probs, order = logits.log_softmax(-1).sort(-1, descending=True)
     return TopKTargets(order[:, :k].clone(), log_probs[:, :k].clone(), log_probs[:, k:].logsumexp(-1))
+
+
+def ragged(logits: torch.Tensor) -> TopKTargets:
+    """Rows of 1 to 4 entries, the last of all; padding has ids of its own, of another entry or of none."""
+    whole = topk(logits, logits.shape[1])
+    counts = torch.arange(len(logits)) % 4 + 1
+    counts[-1] = logits.shape[1]
+    padding = torch.arange(logits.shape[1]) >= counts[:, None]
+    tails = whole.log_probs.masked_fill(~padding, -torch.inf).logsumexp(-1)
+    filler = torch.tensor([-1, 0, 5])[torch.arange(len(logits)) % 3, None]
+    return TopKTargets(torch.where(padding, filler, whole.ids), whole.log_probs.masked_fill(padding, -torch.inf), tails)
 
 
 def make_targets(teacher: str, vocab: int = V, teacher_vocab: int | None = None) -> DenseTargets | TopKTargets:
@@ -33,7 +44,7 @@ def make_targets(teacher: str, vocab: int = V, teacher_vocab: int | None = None)
     if teacher == "dense":
         return dense
     logits = 2.0 * torch.randn(N, vocab, dtype=torch.float64)
-    return topk(logits, 4 if teacher == "topk" else vocab)
+    return ragged(logits) if teacher == "ragged" else topk(logits, 4 if teacher == "topk" else vocab)
 
 
 def make_problem(teacher: str = "dense", *, bias: bool = False, labels_below: int = V, **options) -> dict:
@@ -257,6 +268,7 @@ def test_finite_at_logit_gaps_of_200(divergence, teacher, temperature):
         "dense": DenseTargets(teacher_logits, torch.eye(4)),
         "topk": topk(teacher_logits, 2),
         "topk_all": topk(teacher_logits, 4),
+        "ragged": ragged(teacher_logits),
     }[teacher]
     weight, ones = torch.eye(4, requires_grad=True), torch.ones(3)
     loss = fused_loss(

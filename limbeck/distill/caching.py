@@ -1,0 +1,58 @@
+"""The stage `limbeck teacher cache`: traces in, what the teacher says about them on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limbeck.distill.data import UNCUT, render_all
+from limbeck.models.load import load_tokenizer
+from limbeck.teacher.build import stats, write_cache
+from limbeck.teacher.cache import CacheConfig
+from limbeck.teacher.shard import Stored
+from limbeck.traces.batch import make_example
+from limbeck.traces.render import RenderConfig
+from limbeck.traces.select import SelectConfig, select_traces
+from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.supervise import Preset, SupervisionConfig
+from limbeck.traces.truncate import TruncationConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheStageConfig:
+    """Whose words on which tokens are stored, and in which form."""
+
+    teacher: str
+    """Directory, alias (tiny-teacher, smollm2-135m) or hub id of the teacher; its tokenizer renders the traces."""
+    traces: TraceConfig
+    """Where the traces come from."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Which traces are used."""
+    max_trace_tokens: int | None = None
+    """Leave out traces that are longer than this in tokens, before any cut."""
+    render: RenderConfig = field(default_factory=RenderConfig)
+    """How text becomes tokens; runs that read the cache must render in the same way."""
+    truncation: TruncationConfig = UNCUT
+    """Which part of every trace is stored. Uncut traces serve every cut at the end; other cuts (keep_ending, middle)
+    make other sequences, which are added by calling the command again with that cut and the same directory."""
+    segments: Preset = "cot+answer"
+    """Segments whose positions are stored; prompt+cot+answer stores all."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """What is kept at a position."""
+
+
+def run(config: CacheStageConfig, out: Path) -> dict[str, Any]:
+    """Bring the cache in `out` to hold what `config` asks for; a call that was interrupted goes on.
+
+    Raises: PairError when `out` is the cache of another teacher or form, and what reading and rendering raise.
+    """
+    traces, _ = read_traces(config.traces)
+    traces, _ = select_traces(traces, config.select)
+    samples, _ = render_all(traces, load_tokenizer(config.teacher), config.render, config.max_trace_tokens)
+    segments = SupervisionConfig(preset=config.segments)
+    examples = [make_example(sample, config.truncation, segments) for sample in samples]
+    asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
+    metrics = write_cache(config.teacher, config.cache, asked, out, config)
+    written = {name: metrics[name] for name in ("shards_written", "shards_kept", "seconds")}
+    return {"out": str(out), **stats(out), **written}

@@ -1,0 +1,236 @@
+"""Write a teacher cache: plan its shards, score what is missing, report how true it is.
+
+1. Sequences that begin another one are left to it; the rest are sorted and cut into shards. That plan, and a hash of it
+   in the shards' names, depend on nothing but the sequences asked for and the spec.
+2. Shards of other plans stay as they are, and what they hold is not scored again: further traces may be added.
+3. A shard of this plan that is there and whole stays; one that is missing or damaged is scored and written.
+4. Each shard holds, for a sample of its rows, the KL from the full teacher to what was written.
+
+Killed at any moment, the same call goes on and ends with the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.checkpoint import Checkpoint, write_json, write_manifest
+from limbeck.errors import CheckpointError, PairError
+from limbeck.ledger import Ledger
+from limbeck.models.anatomy import head_of
+from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
+from limbeck.progress import bar
+from limbeck.teacher.cache import CHECKSUMS, SPEC, CacheConfig, Spec, TeacherCache, check_sums, open_shards, seal
+from limbeck.teacher.score import score_shard
+from limbeck.teacher.shard import PARTIAL, Shard, Stored
+
+SHARD_POSITIONS = 16_384
+"""Positions in a shard: what a kill costs at most."""
+
+
+def write_cache(
+    teacher: str, config: CacheConfig, sequences: Sequence[Stored], out: Path, stage_config: Any
+) -> dict[str, Any]:
+    """Load the teacher, bring `out` to hold targets of all `sequences`, and finish it with manifest and checksums.
+
+    Args:
+      teacher: directory, alias or hub id.
+      stage_config: what goes into the manifest as the config.
+    Returns: the manifest's metrics: fidelity, bytes, cost, shards written and kept.
+    """
+    model, tokenizer = load_model(teacher, layout="packed"), load_tokenizer(teacher)
+    spec = spec_of(model, teacher, model_hash(teacher), vocabulary_size(tokenizer), config)
+    ledger = Ledger()
+    positions = sum(int(root.positions.sum()) for root in share_prefixes(sequences))
+    with bar("teacher cache, positions", positions) as progress:
+        counts = build_cache(model, spec, sequences, out, ledger=ledger, advance=progress.advance)
+    if counts["shards_written"] == 0 and _is_sealed(out):
+        return Checkpoint(out).manifest["metrics"]
+    cost = ledger.as_dict()
+    metrics = fidelity(open_shards(out, spec)) | counts | {"seconds": cost["train_seconds"]}
+    write_manifest(
+        out,
+        stage="teacher cache",
+        config=stage_config,
+        inputs={"teacher": spec.teacher_hash},
+        ledger=cost,
+        metrics=metrics | {"tokens_asked": sum(len(s.ids) for s in sequences)},
+    )
+    seal(out)
+    return Checkpoint(out).manifest["metrics"]
+
+
+def stats(directory: Path) -> dict[str, Any]:
+    """What a finished cache holds and costs: all files on disk over the positions stored."""
+    cache = TeacherCache(directory)
+    found = fidelity(cache.shards)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    config = {"teacher": cache.spec.teacher, "teacher_hash": cache.spec.teacher_hash, "mode": cache.spec.config.mode}
+    return config | found | {"shards": len(cache.shards), "bytes": size, "bytes_per_token": size / found["positions"]}
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Read every byte of a cache and compare all checksums; returns how much was read.
+
+    Raises: CheckpointError that names the damaged files.
+    """
+    TeacherCache(directory).verify()
+    return {"verified": str(directory), **{name: stats(directory)[name] for name in ("shards", "positions", "bytes")}}
+
+
+def spec_of(model: Any, name: str, identity: str, vocab_size: int, config: CacheConfig) -> Spec:
+    """The spec of a cache of `model`, which was loaded as `name` and has the hash `identity`."""
+    weight = head_of(model).weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Spec(name, identity, min(vocab_size, len(weight)), weight.shape[1], dtype, config)
+
+
+def build_cache(
+    model: Any,
+    spec: Spec,
+    sequences: Sequence[Stored],
+    out: Path,
+    *,
+    shard_positions: int = SHARD_POSITIONS,
+    ledger: Ledger | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Bring the directory `out` to hold targets of all `sequences`; `cache.seal` finishes it.
+
+    Args:
+      model: the teacher of `spec`, loaded with the packed attention.
+      sequences: token ids and positions; duplicates and beginnings of others cost nothing.
+      advance: called with the number of positions done.
+    Returns: counts (shards written and kept, positions scored).
+    Raises: PairError when `out` is the cache of another teacher or form; CheckpointError when a shard of another plan
+      is damaged.
+    """
+    ledger = ledger or Ledger()
+    _claim(out, spec)
+    plan, shards = plan_shards(sequences, spec, out, shard_positions)
+    counts = {"shards_written": 0, "shards_kept": 0, "positions_scored": 0}
+    for number, members in enumerate(shards):
+        path = out / f"shard-{plan}-{number:05d}.bin"
+        positions = sum(int(member.positions.sum()) for member in members)
+        if _is_whole(path, spec):
+            counts["shards_kept"] += 1
+        else:
+            (out / CHECKSUMS).unlink(missing_ok=True)
+            score_shard(model, spec, members, path, ledger)
+            counts["shards_written"] += 1
+            counts["positions_scored"] += positions
+        if advance is not None:
+            advance(positions)
+    return counts
+
+
+def plan_shards(
+    sequences: Sequence[Stored], spec: Spec, out: Path, shard_positions: int = SHARD_POSITIONS
+) -> tuple[str, list[list[Stored]]]:
+    """A name of the plan, and the members of each of its shards that no shard of another plan holds."""
+    roots = share_prefixes(sequences)
+    digest = hashlib.sha256(spec.identity.encode())
+    for root in roots:
+        digest.update(len(root.ids).to_bytes(8) + root.ids.astype(">u4").tobytes() + root.positions.tobytes())
+    plan = digest.hexdigest()[:12]
+    held = open_shards(out, spec, lambda path: not path.name.startswith(f"shard-{plan}-"))
+    for shard in held:
+        shard.verify()
+    shards: list[list[Stored]] = [[]]
+    filled = 0
+    for root in roots:
+        if not root.positions.any() or _is_held(root, held):
+            continue
+        if filled >= shard_positions:
+            shards.append([])
+            filled = 0
+        shards[-1].append(root)
+        filled += int(root.positions.sum())
+    return plan, [members for members in shards if members]
+
+
+def share_prefixes(sequences: Sequence[Stored]) -> list[Stored]:
+    """The sequences that begin no other one, sorted by their tokens; each has the positions of those that begin it."""
+    merged: dict[bytes, np.ndarray] = {}
+    for ids, positions in sequences:
+        key = ids.astype(">u4").tobytes()
+        merged[key] = merged[key] | positions if key in merged else positions.copy()
+    roots: list[Stored] = []
+    keys = sorted(merged)
+    for number, key in enumerate(keys):
+        follower = keys[number + 1] if number + 1 < len(keys) else b""
+        if follower.startswith(key):
+            merged[follower][: len(merged[key])] |= merged[key]
+        else:
+            roots.append(Stored(np.frombuffer(key, ">u4").astype(np.int32), merged[key]))
+    return roots
+
+
+def fidelity(shards: Sequence[Shard]) -> dict[str, Any]:
+    """How true a cache is and what it costs, over all its shards: means over the sampled rows, bytes over positions."""
+    totals = {name: sum(shard.header[name] for shard in shards) for name in ("sequences", "tokens", "positions")}
+    totals |= {name: sum(shard.header["sample"][name] for shard in shards) for name in ("rows", "entries", "mass")}
+    divergences = [shard.header["sample"]["kl"] for shard in shards]
+    rows, size = max(1, totals["rows"]), sum(shard.path.stat().st_size for shard in shards)
+    return {
+        "sequences": totals["sequences"],
+        "tokens": totals["tokens"],
+        "positions": totals["positions"],
+        "bytes_per_token": size / max(1, totals["positions"]),
+        "flops": sum(shard.header["flops"] for shard in shards),
+        "sampled_rows": totals["rows"],
+        "kl_to_full_teacher_nats": None if None in divergences else sum(divergences) / rows,
+        "mass_kept": totals["mass"] / rows,
+        "entries_per_position": totals["entries"] / rows,
+    }
+
+
+def _claim(out: Path, spec: Spec) -> None:
+    """Make `out` the directory of `spec`, or refuse one that is another's."""
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob("*" + PARTIAL):
+        leftover.unlink()
+    if not (out / SPEC).exists():
+        if any(out.iterdir()):
+            raise CheckpointError(f"{out}: not empty, and no teacher cache; choose another directory.")
+        write_json(out / SPEC, spec.as_dict())
+    try:
+        found = Spec.read(out)
+    except CheckpointError:
+        # Damaged: written anew. Shards that are another teacher's are refused by their own headers.
+        write_json(out / SPEC, spec.as_dict())
+        return
+    if found.identity != spec.identity:
+        theirs, ours = found.as_dict(), spec.as_dict()
+        names = [name for name in ours if ours[name] != theirs[name]]
+        what = ", ".join(f"{name} {theirs[name]} there and {ours[name]} here" for name in names)
+        raise PairError(f"{out}: holds another cache ({what}); choose another directory.")
+
+
+def _is_sealed(out: Path) -> bool:
+    try:
+        check_sums(out, lambda name: True)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _is_whole(path: Path, spec: Spec) -> bool:
+    try:
+        shard = Shard(path, spec.vocab_size)
+        shard.verify()
+    except CheckpointError:
+        return False
+    return shard.header["spec"] == spec.identity
+
+
+def _is_held(root: Stored, shards: Sequence[Shard]) -> bool:
+    return any(
+        not (root.positions & ~shard.sequence(number).positions[: len(root.ids)]).any()
+        for shard in shards
+        for number in shard.find(root.ids)
+    )
