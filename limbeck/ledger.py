@@ -22,7 +22,7 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from limbeck.models.anatomy import Computed, Sizes
 
-FLOP_PARTS = ("teacher", "student", "head")
-COUNTS = ("tokens", "padded_tokens", "supervised_tokens", "sequences", "steps")
+FLOP_PARTS = ("teacher", "student", "head", "sampling")
+COUNTS = ("tokens", "padded_tokens", "supervised_tokens", "sequences", "steps", "rollout_tokens")
 
 
 class Ledger:
@@ -55,7 +55,7 @@ class Ledger:
             self.counts[name] += amount
 
     def add_flops(self, **amounts: int) -> None:
-        """Add FLOPs to the parts teacher, student, head."""
+        """Add FLOPs to the parts of FLOP_PARTS."""
         for name, amount in amounts.items():
             self.flops[name] += amount
 
@@ -122,6 +122,21 @@ def backbone_backward_flops(sizes: Sizes, computed: Computed) -> int:
     attention = 14 if sizes.recomputed_linear_weights else 10
     products = weights * computed.tokens - 2 * sizes.last_layer_weights * _left_out(computed)
     return 2 * products + attention * sizes.attention_width * sum(n * n for n in computed.lengths)
+
+
+def decoding_flops(sizes: Sizes, prompt_tokens: int, new_tokens: Sequence[int]) -> int:
+    """FLOPs of several completions of one prompt over a key-value cache, the prompt read once.
+
+    A completion of n tokens takes n - 1 forward passes of one token behind the prompt, each attending to all before it.
+    Padding and finished rows that are computed along are not counted.
+    """
+    flops = backbone_forward_flops(sizes, Computed.whole([prompt_tokens])) + head_forward_flops(sizes, 1)
+    for count in new_tokens:
+        passes = max(0, count - 1)
+        attended = passes * prompt_tokens + passes * (passes + 1) // 2
+        flops += 2 * sizes.linear_weights * passes + 4 * sizes.attention_width * attended
+        flops += head_forward_flops(sizes, passes)
+    return flops
 
 
 def _left_out(computed: Computed) -> int:

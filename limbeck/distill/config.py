@@ -9,6 +9,7 @@ from typing import Literal
 
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.fused import CHUNK_BYTES
+from limbeck.distill.rollouts import OnPolicyConfig
 from limbeck.errors import ConfigError
 from limbeck.models.tiny import ScratchConfig
 from limbeck.optim.build import OptimizerConfig
@@ -211,12 +212,19 @@ class DistillConfig:
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning-rate schedule."""
+    on_policy: OnPolicyConfig | None = None
+    """Train a share of the steps on what the student writes itself; null never does."""
     lora: LoraConfig | None = None
     """Train adapters instead of all weights; the output holds the merged model."""
 
     def __post_init__(self) -> None:
         if not self.has_teacher and self.loss.kd_ratio:
             raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model or teacher.cache")
+        if self.on_policy is not None and (self.teacher.model is None or self.teacher.cache is not None):
+            raise ConfigError(
+                "on_policy needs a teacher that can score new text: set teacher.model and no teacher.cache, "
+                "which knows given traces only"
+            )
         if self.num_validation < 0:
             raise ConfigError(f"num_validation must be at least 0; found {self.num_validation}")
         if self.max_trace_tokens is not None and self.max_trace_tokens < 1:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from limbeck.distill.config import DistillConfig
+from limbeck.distill.rollouts import Prompts
 from limbeck.errors import ConfigError
 from limbeck.progress import track
 from limbeck.traces.batch import Example, make_example
-from limbeck.traces.render import RenderConfig, render
+from limbeck.traces.render import RenderConfig, render, render_prompt
 from limbeck.traces.sample import Sample
 from limbeck.traces.select import select_traces, split_traces
 from limbeck.traces.sources import read_traces
@@ -32,6 +35,8 @@ class Data(NamedTuple):
     """Uncut, thought and answer supervised, whatever the run's own cut and supervision are."""
     counts: dict[str, Any]
     """What was read, dropped and cut, for the manifest."""
+    prompts: Prompts | None = None
+    """Of the training examples, where the student is to write rollouts."""
 
 
 def prepare(config: DistillConfig, tokenizer: Any) -> Data:
@@ -59,7 +64,16 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
         "validation_traces": len(validation),
         **cut_counts(train, examples, config.truncation),
     }
-    return Data(examples, [make_example(sample, UNCUT, RESPONSE) for sample in validation], counts)
+    uncut = [make_example(sample, UNCUT, RESPONSE) for sample in validation]
+    prompts = None if config.on_policy is None else _prompts(train_traces, train, tokenizer, config.render)
+    return Data(examples, uncut, counts, prompts)
+
+
+def _prompts(traces: Sequence[Trace], samples: Sequence[Sample], tokenizer: Any, config: RenderConfig) -> Prompts:
+    """The prompt of each sample, whatever the cut has left of it."""
+    messages = {trace.key: trace.messages for trace in traces}
+    ids = [render_prompt(tokenizer, messages[sample.trace_key], config) for sample in samples]
+    return Prompts(ids, float(np.mean([len(s) - len(p) for s, p in zip(samples, ids, strict=True)])))
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -76,7 +76,7 @@ def plan_steps(
         if not is_limited:
             batch = batch[:sequences_left]
             sequences_left -= len(batch)
-        steps.append(_split_step(batch, lengths, microbatch_tokens, layout, world_size))
+        steps.append(split_step(batch, lengths, microbatch_tokens, layout, world_size))
         tokens += sum(lengths[index] for index in batch)
         is_full = (max_steps is not None and len(steps) >= max_steps) or (
             max_tokens is not None and tokens >= max_tokens
@@ -150,9 +150,10 @@ def _cut_batches(
         yield batch
 
 
-def _split_step(
+def split_step(
     batch: Sequence[int], lengths: Sequence[int], microbatch_tokens: int, layout: Layout, world_size: int
 ) -> Step:
+    """Deal the examples of one batch to the ranks and cut each share into micro-batches; arguments as above."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for index in sorted(batch, key=lambda i: (-lengths[i], i)):

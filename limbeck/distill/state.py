@@ -1,4 +1,4 @@
-"""What a run needs to go on with the same bits: weights, optimizer state, ledger and the number of steps done.
+"""What a run needs to go on with the same bits: weights, optimizer state, rollouts in use, ledger and steps done.
 
 The order of the traces and the dropout are functions of (seed, step), so there is no generator state to keep. Tensors
 go to safetensors, numbers to JSON; a state is written under a temporary name and renamed, and the one before it is
@@ -29,6 +29,8 @@ class Resumed(NamedTuple):
 
     step: int
     """Steps already done."""
+    rollouts: dict[str, Any] | None
+    """The rollouts in use (`Rollouts.state`)."""
 
 
 def save_state(
@@ -38,6 +40,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     cost: Mapping[str, Any],
     identity: str,
+    rollouts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the state after `step` steps below `directory`; `cost` is the ledger's, over all ranks."""
     final = directory / f"{STATE_PREFIX}{step:08d}"
@@ -52,7 +55,14 @@ def save_state(
     groups = [{name: group[name] for name in COUNTERS if name in group} for group in whole["param_groups"]]
     write_json(
         partial / "state.json",
-        {"step": step, "identity": identity, "optimizer": numbers, "groups": groups, "ledger": dict(cost)},
+        {
+            "step": step,
+            "identity": identity,
+            "optimizer": numbers,
+            "groups": groups,
+            "ledger": dict(cost),
+            "rollouts": rollouts,
+        },
     )
     older = list(directory.glob(STATE_PREFIX + "*"))
     partial.rename(final)
@@ -77,7 +87,7 @@ def load_state(
             raise CheckpointError(
                 f"{path}: this state belongs to another config or other traces; use the same ones or drop --resume."
             )
-        step = int(tree["step"])
+        resumed = Resumed(int(tree["step"]), tree["rollouts"])
         _restore(model, optimizer, load_file(path / "weights.safetensors"), _optimizer_entries(path, tree))
         for group, counters in zip(optimizer.param_groups, tree["groups"], strict=True):
             group.update(counters)
@@ -87,7 +97,7 @@ def load_state(
             raise
         what = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: damaged state ({what}); delete it and run again.") from error
-    return Resumed(step)
+    return resumed
 
 
 def _restore(

@@ -23,11 +23,13 @@ from limbeck.config import config_hash, to_dict
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import Data, fingerprint, prepare
 from limbeck.distill.fused import FusedLoss
-from limbeck.distill.objective import Teacher, Totals, microbatch_loss, step_totals
+from limbeck.distill.objective import Teacher, microbatch_loss, step_totals
 from limbeck.distill.pair import check_pair, load_student, load_teacher
 from limbeck.distill.parallel import Ranks, join, sum_gradients, sum_numbers, total_cost, wait
 from limbeck.distill.plan import Step, plan_steps
+from limbeck.distill.rollouts import Rollouts, make_rollouts
 from limbeck.distill.state import load_state, save_state
+from limbeck.distill.work import Work, given_work, rollout_work
 from limbeck.errors import CheckpointError, ConfigError, LimbeckError
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import Sizes, causal_lm_of, sizes_of
@@ -53,6 +55,8 @@ class Run(NamedTuple):
     ledger: Ledger
     ranks: Ranks
     vocab_size: int
+    rollouts: Rollouts | None = None
+    """What the student writes itself, where the config asks for it."""
 
 
 def run(
@@ -104,7 +108,7 @@ def validate(setup: Run) -> float | None:
     with setup.ledger.phase("validation"), torch.no_grad():
         for group in _validation_groups(mine, setup.config.training.microbatch_tokens):
             totals = step_totals(group, "token_mean")
-            loss = _loss(setup, group, totals, kd_ratio=0.0)
+            loss = _loss(setup, group, Work([group], totals, setup.config.loss, 0.0, {}))
             total += totals.ce * (0.0 if loss is None else loss.total.item())
             weight += totals.ce
     setup.model.train(was_training)
@@ -149,7 +153,14 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
         ledger,
         ranks,
         vocab_size,
+        _rollouts(config, steps, data, tokenizer),
     )
+
+
+def _rollouts(config: DistillConfig, steps: Sequence[Step], data: Data, tokenizer: Any) -> Rollouts | None:
+    if config.on_policy is None or data.prompts is None:
+        return None
+    return make_rollouts(config.on_policy, steps, data.prompts, tokenizer, config.render, config.training.seed)
 
 
 def _refuse_long(data: Data, limit_tokens: int) -> None:
@@ -168,6 +179,8 @@ def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -
     ledger = setup.ledger if ranks.is_first else Ledger(ranks.device)
     resumed = load_state(working, setup.model, setup.optimizer, ledger, identity) if resume else None
     first = resumed.step if resumed else 0
+    if resumed and resumed.rollouts is not None and setup.rollouts is not None:
+        setup.rollouts.restore(resumed.rollouts)
     metrics = working / "metrics.jsonl"
     if ranks.is_first:
         _keep_lines(metrics, first)
@@ -186,7 +199,8 @@ def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -
                 cost = total_cost(setup.ledger, ranks)
                 if ranks.is_first:
                     with setup.ledger.phase("saving"):
-                        save_state(working, number + 1, setup.model, setup.optimizer, cost, identity)
+                        rollouts = None if setup.rollouts is None else setup.rollouts.state()
+                        save_state(working, number + 1, setup.model, setup.optimizer, cost, identity, rollouts)
             tokens = sum(len(setup.data.train[i]) for i in setup.steps[number].indices)
             speed = row["tokens"] / max(1e-9, setup.ledger.train_seconds)
             progress.advance(tokens, f"loss {row['loss']:.4f}, {speed:,.0f} tokens/s")
@@ -194,14 +208,13 @@ def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -
 
 def _step(setup: Run, number: int) -> dict[str, Any]:
     """One optimizer step; returns its line of metrics.jsonl."""
-    config, step, ledger = setup.config, setup.steps[number], setup.ledger
+    config, ledger = setup.config, setup.ledger
     torch.manual_seed((config.training.seed * 1_000_003 + number) * 1_009 + setup.ranks.rank)
-    totals = step_totals([setup.data.train[i] for i in step.indices], config.loss.normalization)
+    work = _work(setup, number)
     ce = kd = 0.0
-    for group in step.microbatches[setup.ranks.rank]:
-        examples = [setup.data.train[i] for i in group]
-        work = _forward_backward if ledger.audit else _audited
-        ce_part, kd_part = work(setup, examples, totals)
+    for examples in work.microbatches:
+        forward_backward = _forward_backward if ledger.audit else _audited
+        ce_part, kd_part = forward_backward(setup, examples, work)
         ce, kd = ce + ce_part, kd + kd_part
     ce, kd, tokens = sum_numbers([ce, kd, ledger.counts["tokens"]], setup.ranks)
     with ledger.phase("optimizer"):
@@ -211,13 +224,22 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
         _refuse_divergence(number, ce + kd, norm)
         for group_settings in setup.optimizer.param_groups:
             group_settings["lr"] = rate
-        if _has_loss(totals, config.kd_ratio):
+        if work.has_loss:
             setup.optimizer.step()
         setup.optimizer.zero_grad(set_to_none=True)
     if setup.ranks.is_first:
         ledger.count(steps=1)
     row = {"step": number + 1, "loss": ce + kd, "ce_term": ce, "kd_term": kd}
-    return row | {"gradient_norm": norm, "learning_rate": rate, "tokens": int(tokens)}
+    return row | {"gradient_norm": norm, "learning_rate": rate, "tokens": int(tokens), **work.metrics}
+
+
+def _work(setup: Run, number: int) -> Work:
+    """The given traces of the step or, when it is due, what the student writes."""
+    ranks, rollouts = setup.ranks, setup.rollouts
+    if rollouts is None or not rollouts.is_due(number):
+        return given_work(setup.config, setup.data.train, setup.steps[number], ranks.rank)
+    rollouts.refresh(number, setup.model, setup.sizes, setup.ledger, ranks)
+    return rollout_work(setup.config, rollouts, number, ranks.rank, ranks.world_size)
 
 
 def _learning_rate(config: DistillConfig, number: int, total_steps: int) -> float:
@@ -237,13 +259,8 @@ def _refuse_divergence(number: int, loss: float, norm: float) -> None:
         )
 
 
-def _has_loss(totals: Totals, kd_ratio: float) -> bool:
-    """Whether the step supervises anything; one that does not must leave weights and moments alone on all ranks."""
-    return (kd_ratio < 1 and totals.ce > 0) or (kd_ratio > 0 and totals.kd > 0)
-
-
-def _forward_backward(setup: Run, examples: Sequence[Example], totals: Totals) -> tuple[float, float]:
-    loss = _loss(setup, examples, totals, setup.config.kd_ratio)
+def _forward_backward(setup: Run, examples: Sequence[Example], work: Work) -> tuple[float, float]:
+    loss = _loss(setup, examples, work)
     if loss is None:
         return 0.0, 0.0
     with setup.ledger.phase("student"):
@@ -251,18 +268,18 @@ def _forward_backward(setup: Run, examples: Sequence[Example], totals: Totals) -
     return float(loss.ce_sum), float(loss.kd_sum)
 
 
-def _audited(setup: Run, examples: Sequence[Example], totals: Totals) -> tuple[float, float]:
+def _audited(setup: Run, examples: Sequence[Example], work: Work) -> tuple[float, float]:
     """The first micro-batch with a loss, counted by torch as well as by the formulas."""
     before = sum(setup.ledger.flops.values())
     with flop_counter() as counter:
-        result = _forward_backward(setup, examples, totals)
+        result = _forward_backward(setup, examples, work)
     formula = sum(setup.ledger.flops.values()) - before
     if formula:
         setup.ledger.audit = {"formula_flops": formula, "counted_flops": counter.get_total_flops()}
     return result
 
 
-def _loss(setup: Run, examples: Sequence[Example], totals: Totals, kd_ratio: float) -> FusedLoss | None:
+def _loss(setup: Run, examples: Sequence[Example], work: Work) -> FusedLoss | None:
     training = setup.config.training
     with setup.ledger.phase("data"):
         batch = collate(examples, training.layout, setup.tokenizer.pad_token_id).to(setup.ranks.device)
@@ -270,12 +287,12 @@ def _loss(setup: Run, examples: Sequence[Example], totals: Totals, kd_ratio: flo
         return microbatch_loss(
             setup.model,
             setup.sizes,
-            setup.teacher if kd_ratio else None,
+            setup.teacher if work.kd_ratio else None,
             batch,
             examples,
-            totals,
-            setup.config.loss,
-            kd_ratio,
+            work.totals,
+            work.loss,
+            work.kd_ratio,
             setup.ledger,
             vocab_size=setup.vocab_size,
         )

@@ -88,6 +88,7 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
     advance: Callable[[int], Any] | None = None,
+    keys: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """Complete every prompt `num_samples` times.
 
@@ -98,11 +99,12 @@ def generate(
       stop_ids: tokens that end a completion.
       pad_id: any valid token id; padding is masked.
       advance: called with the number of completions that have just ended.
+      keys: a number for each prompt that its draws come from; its position by default.
     Returns: for each prompt, in the order given, its samples.
     Raises: ConfigError for an empty prompt or one that fills the context; ModelError for a model with layers other
       than attention.
     """
-    rows = _all_rows(prompts, config, _context_tokens(model))
+    rows = _all_rows(prompts, config, _context_tokens(model), keys or range(len(prompts)))
     _refuse_other_layers(model)
     waiting = deque(sorted(rows, key=lambda row: len(row.prompt), reverse=True))
     device = next(model.parameters()).device
@@ -243,16 +245,18 @@ def _gather(parts: list[_Batch]) -> _Batch | None:
     return _Batch(rows, gather_rows(sources), width - torch.cat(lengths), torch.cat(next_ids))
 
 
-def _all_rows(prompts: Sequence[Sequence[int]], config: SamplingConfig, context: int) -> list[_Row]:
+def _all_rows(
+    prompts: Sequence[Sequence[int]], config: SamplingConfig, context: int, keys: Sequence[int]
+) -> list[_Row]:
     rows = []
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
         if not 0 < len(prompt) < context:
             raise ConfigError(
                 f"prompt {index} has {len(prompt)} tokens; expected at least 1 and fewer than the {context} tokens of "
                 "the model's context."
             )
         limit = min(config.max_new_tokens, context - len(prompt))
-        rows += [_Row(index, prompt, limit, (config.seed, index, sample)) for sample in range(config.num_samples)]
+        rows += [_Row(index, prompt, limit, (config.seed, key, sample)) for sample in range(config.num_samples)]
     return rows
 
 

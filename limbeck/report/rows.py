@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from limbeck.errors import CheckpointError
 
-FLOP_PARTS = ("teacher", "student", "head")
+FLOP_PARTS = ("teacher", "student", "head", "sampling")
 ESTIMATES = ("accuracy", "pass_at_k", "retention", "stop_rate", "end_marker_rate", "output_tokens")
 NUMBERS = (
     *(f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")),

@@ -1,0 +1,253 @@
+"""On-policy distillation: the student writes, the teacher scores what it wrote, KD only.
+
+1. `OnPolicyConfig.is_on_policy` says from the step number alone whether a step trains on rollouts: none in the first
+   `start_fraction` of the run (given traces: the first stage), then the share `fraction`, evenly spread.
+2. A window of `max_staleness_steps + 1` steps shares one refresh: at its first on-policy step the student completes
+   the prompts of all its on-policy steps. A window without end is offline on-policy distillation (2604.13010).
+3. Rollouts become examples with KD weight on what the student wrote. From there on they are like any other example:
+   packed, scored by the teacher in one pass, any divergence. No gradient passes through the sampling.
+
+Draws come from (seed, step of the refresh, example, sample), so neither the ranks nor a restart change them; the
+rollouts in use are part of the saved state, because the weights that wrote them are gone.
+
+Sources: GKD (2306.13649, lambda = `fraction`), 2502.14305 (two stages, temperature 0.8 to 0.9, 300 tokens), 2602.15260
+(rollouts of a few tokens), 2604.13010 (score once). Differs from GKD:
+a step is of one kind, and the kinds are spread evenly, not drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+
+from limbeck.distill.divergence import DivergenceConfig
+from limbeck.distill.parallel import Ranks
+from limbeck.distill.plan import Step
+from limbeck.errors import ConfigError
+from limbeck.ledger import Ledger, decoding_flops
+from limbeck.models.anatomy import Sizes
+from limbeck.models.generate import Completion, SamplingConfig, generate
+from limbeck.progress import console
+from limbeck.traces.batch import Example
+from limbeck.traces.render import RenderConfig, stop_ids
+from limbeck.traces.sample import COT, PROMPT, Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnPolicyConfig:
+    """Training on what the student writes itself. One recipe holds both stages: given traces first, then rollouts."""
+
+    start_fraction: float | None = 0.5
+    """Share of the steps that train on given traces first; 0 is purely on-policy, 1 or null never on-policy."""
+    fraction: float = 1.0
+    """Share of the steps after that that train on rollouts, 0 < x <= 1; the others keep to the given traces."""
+    temperature: float = 0.9
+    """Sampling temperature of the rollouts, > 0; 0.8 to 0.9 serve best (2502.14305)."""
+    top_p: float = 1.0
+    """Nucleus of the sampling; 1 keeps every token."""
+    max_new_tokens: int = 300
+    """Longest rollout in tokens. A few tokens are rollouts of prefixes only (2602.15260)."""
+    num_samples: int = 1
+    """Rollouts of each prompt of a step."""
+    max_staleness_steps: int | None = 0
+    """Most optimizer steps between the weights that wrote a rollout and those it trains; null writes all rollouts once,
+    at the first on-policy step (offline on-policy distillation)."""
+    batch_size: int = 64
+    """Sequences decoded at once."""
+    mask_special_tokens: bool = True
+    """No loss where the student wrote a special token, except the end of turn and the markers, which it must learn."""
+    divergence: DivergenceConfig | None = None
+    """Divergence on rollouts; null takes the one of the given traces."""
+    length_warning_factor: float = 1.5
+    """Say so when rollouts are longer in the mean than this many times the given responses (length inflation)."""
+
+    def __post_init__(self) -> None:
+        if self.start_fraction is not None and not 0 <= self.start_fraction <= 1:
+            raise ConfigError(f"on_policy.start_fraction must be in [0, 1] or null; found {self.start_fraction}")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"on_policy.fraction must be in (0, 1]; found {self.fraction}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"on_policy.temperature must be finite and above 0; found {self.temperature}")
+        if self.max_staleness_steps is not None and self.max_staleness_steps < 0:
+            raise ConfigError(
+                f"on_policy.max_staleness_steps must be 0 or more, or null; found {self.max_staleness_steps}"
+            )
+        if not self.length_warning_factor > 0:
+            raise ConfigError(f"on_policy.length_warning_factor must be above 0; found {self.length_warning_factor}")
+        self.sampling(0)
+
+    def sampling(self, seed: int) -> SamplingConfig:
+        """The part that the sampler reads."""
+        return SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            seed=seed,
+        )
+
+    def first_step(self, total_steps: int) -> int:
+        """The step (0-based) at which the second stage begins; `total_steps` when there is none."""
+        return total_steps if self.start_fraction is None else round(self.start_fraction * total_steps)
+
+    def is_on_policy(self, step: int, total_steps: int) -> bool:
+        """Whether `step` trains on rollouts: of the first n steps of the second stage, ceil(fraction n) do."""
+        since = step - self.first_step(total_steps)
+        return since >= 0 and math.ceil((since + 1) * self.fraction) > math.ceil(since * self.fraction)
+
+    def window(self, step: int, total_steps: int) -> range:
+        """The steps that share the rollouts of an on-policy `step`; weights are at most `max_staleness_steps` old."""
+        if self.max_staleness_steps is None:
+            return range(self.first_step(total_steps), total_steps)
+        start, length = self.first_step(total_steps), self.max_staleness_steps + 1
+        begin = start + (step - start) // length * length
+        return range(begin, min(begin + length, total_steps))
+
+
+class Prompts(NamedTuple):
+    """What the student is asked, and how long the given traces answer."""
+
+    ids: list[list[int]]
+    """Token ids of each example's prompt, as at inference."""
+    mean_response_tokens: float
+    """Of the given traces before any cut."""
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """The rollouts in use, and what is needed to write the next ones."""
+
+    config: OnPolicyConfig
+    steps: Sequence[Step]
+    prompts: Prompts
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    masked_ids: np.ndarray
+    seed: int
+    refreshed_at: int = -1
+    """The step whose weights wrote the rollouts in use."""
+    completions: dict[int, list[Completion]] = field(default_factory=dict)
+    """Index of an example -> the completions of its prompt."""
+    has_warned: bool = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` trains on rollouts."""
+        return self.config.is_on_policy(step, len(self.steps))
+
+    def refresh(self, step: int, model: Any, sizes: Sizes, ledger: Ledger, ranks: Ranks) -> None:
+        """Let the student write the rollouts of the window of `step`, unless they are there; charged as `sampling`.
+
+        Every rank writes a share of them and all get the whole.
+        """
+        window = self.config.window(step, len(self.steps))
+        if self.refreshed_at in window:
+            return
+        needed = sorted({i for number in window if self.is_due(number) for i in self.steps[number].indices})
+        mine = needed[ranks.rank :: ranks.world_size]
+        prompts = [self.prompts.ids[i] for i in mine]
+        sampling = self.config.sampling(self.seed * 1_000_003 + step)
+        with ledger.phase("sampling"):
+            found = generate(model, prompts, sampling, self.stop_ids, self.pad_id, keys=mine)
+        parts = [dict(zip(mine, found, strict=True))]
+        self._charge(ledger, sizes, prompts, found)
+        if ranks.world_size > 1:
+            parts = [{} for _ in range(ranks.world_size)]
+            dist.all_gather_object(parts, dict(zip(mine, found, strict=True)))
+        self.completions = {i: part[i] for part in parts for i in part}
+        self.refreshed_at = step
+
+    def examples_of(self, step: int) -> list[Example]:
+        """The rollouts of the prompts of `step`, KD weight 1 on what the student wrote."""
+        return [
+            self._example(index, completion)
+            for index in self.steps[step].indices
+            for completion in self.completions[index]
+        ]
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """Columns of metrics.jsonl for an on-policy step; says once when rollouts have grown too long."""
+        written = [c for index in self.steps[step].indices for c in self.completions[index]]
+        mean = sum(len(c.token_ids) for c in written) / len(written)
+        growth = mean / self.prompts.mean_response_tokens
+        if growth > self.config.length_warning_factor and not self.has_warned:
+            self.has_warned = True
+            console.print(
+                f"step {step + 1}: rollouts have {mean:.0f} tokens in the mean, {growth:.1f} times the given responses "
+                "(length inflation); lower on_policy.max_new_tokens or raise start_fraction.",
+                highlight=False,
+            )
+        return {
+            "rollout_tokens": mean,
+            "rollout_stopped": sum(c.stopped for c in written) / len(written),
+            "rollout_length_over_given": growth,
+            "rollout_age_steps": step - self.refreshed_at,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs: JSON-ready."""
+        return {
+            "refreshed_at": self.refreshed_at,
+            "has_warned": self.has_warned,
+            "completions": {
+                str(i): [[c.token_ids, c.stopped] for c in found] for i, found in sorted(self.completions.items())
+            },
+        }
+
+    def restore(self, tree: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.refreshed_at, self.has_warned = int(tree["refreshed_at"]), bool(tree["has_warned"])
+        self.completions = {
+            int(i): [Completion([int(token) for token in ids], bool(stopped)) for ids, stopped in found]
+            for i, found in tree["completions"].items()
+        }
+
+    def _example(self, index: int, completion: Completion) -> Example:
+        prompt, written = self.prompts.ids[index], np.array(completion.token_ids, dtype=np.int32)
+        ids = np.concatenate([np.array(prompt, dtype=np.int32), written])
+        weight = np.zeros(len(ids), dtype=np.float32)
+        weight[len(prompt) :] = ~np.isin(written, self.masked_ids)
+        segments = np.full(len(ids), COT, dtype=np.int8)
+        segments[: len(prompt)] = PROMPT
+        sample = Sample(input_ids=ids, segment_ids=segments, ending_start=len(ids), source=f"rollout of {index}")
+        return Example(sample=sample, ce_weight=np.zeros_like(weight), kd_weight=weight)
+
+    def _charge(
+        self, ledger: Ledger, sizes: Sizes, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[Completion]]
+    ) -> None:
+        lengths = [[len(c.token_ids) for c in samples] for samples in found]
+        ledger.count(rollout_tokens=sum(map(sum, lengths)))
+        ledger.add_flops(
+            sampling=sum(decoding_flops(sizes, len(p), new) for p, new in zip(prompts, lengths, strict=True))
+        )
+
+
+def make_rollouts(
+    config: OnPolicyConfig,
+    steps: Sequence[Step],
+    prompts: Prompts,
+    tokenizer: Any,
+    render: RenderConfig,
+    seed: int,
+) -> Rollouts:
+    """Rollouts for the prompts of a planned run.
+
+    Args:
+      steps: the plan; an on-policy step takes the prompts of its examples.
+      prompts: those of the run's examples, in order.
+      seed: the run's seed.
+    """
+    stops = stop_ids(tokenizer, render)
+    markers = {
+        i
+        for marker in (render.start_marker, render.end_marker)
+        for i in tokenizer.encode(marker, add_special_tokens=False)
+    }
+    masked = set(tokenizer.all_special_ids) - set(stops) - markers if config.mask_special_tokens else set()
+    masked_ids = np.array(sorted(masked), dtype=np.int32)
+    return Rollouts(config, steps, prompts, tokenizer.pad_token_id, stops, masked_ids, seed)

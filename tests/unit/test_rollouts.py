@@ -1,0 +1,236 @@
+"""On-policy steps: when they come, what they train on, that a restart and a second rank change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import assert_same_bits, metrics_of, run_config, save_model, train_on_ranks, weights_of
+
+from limbeck.checkpoint import Checkpoint
+from limbeck.config import to_dict
+from limbeck.distill import train
+from limbeck.distill.parallel import Ranks
+from limbeck.distill.rollouts import OnPolicyConfig
+from limbeck.errors import ConfigError
+from limbeck.ledger import decoding_flops, flop_counter
+from limbeck.models.anatomy import sizes_of
+from limbeck.models.generate import SamplingConfig, generate
+from limbeck.models.load import load_model
+
+STEPS = 6
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("teacher") / "model", sharpness=30.0)
+
+
+def config(teacher, **changes):
+    tree = {
+        "teacher.model": teacher,
+        "training.max_steps": STEPS,
+        "training.save_every_steps": 1,
+        "on_policy": {"start_fraction": 0.34, "max_new_tokens": 12, "max_staleness_steps": 2},
+    }
+    return run_config({**tree, **changes})
+
+
+@given(
+    total=st.integers(1, 200),
+    start=st.one_of(st.none(), st.floats(0, 1)),
+    fraction=st.floats(0.01, 1),
+    staleness=st.one_of(st.none(), st.integers(0, 20)),
+)
+def test_schedule_is_exact_even_and_never_stale(total, start, fraction, staleness):
+    policy = OnPolicyConfig(start_fraction=start, fraction=fraction, max_staleness_steps=staleness)
+    first = policy.first_step(total)
+    due = [policy.is_on_policy(step, total) for step in range(total)]
+    assert not any(due[:first])
+    assert sum(due[first:]) == math.ceil((total - first) * fraction)
+    for step in range(total):
+        if due[step]:
+            window = policy.window(step, total)
+            assert step in window and window[0] >= first
+            assert all(policy.window(other, total) == window for other in window)
+            assert staleness is None or len(window) <= staleness + 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"start_fraction": 1.5}, "start_fraction"),
+        ({"fraction": 0.0}, "fraction"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"max_staleness_steps": -1}, "max_staleness_steps"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"length_warning_factor": 0.0}, "length_warning_factor"),
+    ],
+)
+def test_bad_settings_are_refused(fields, what):
+    with pytest.raises(ConfigError, match=what):
+        OnPolicyConfig(**fields)
+
+
+def test_teachers_that_cannot_score_new_text_are_refused(teacher, tmp_path):
+    with pytest.raises(ConfigError, match="score new text"):
+        config(teacher, **{"teacher.cache": str(tmp_path)})
+    with pytest.raises(ConfigError, match="score new text"):
+        run_config({"on_policy": {}})
+
+
+def set_up(config):
+    setup = train._set_up(config, None, ALONE)
+    setup.model.train()
+    return setup
+
+
+def test_rollouts_are_what_the_student_writes(teacher):
+    """Prompt as at inference, tokens of the sampler, weights on what was written; CE has no share in it."""
+    setup = set_up(config(teacher, **{"on_policy.start_fraction": 0.0, "on_policy.num_samples": 2}))
+    work = train._work(setup, 0)
+    examples = sorted((e for group in work.microbatches for e in group), key=lambda e: e.sample.source)
+    assert len(examples) == 2 * len(setup.steps[0].indices)
+    for index in setup.steps[0].indices:
+        prompt = setup.data.prompts.ids[index]
+        sampling = SamplingConfig(max_new_tokens=12, temperature=0.9, num_samples=2, seed=5 * 1_000_003)
+        ((one, two),) = generate(
+            setup.model, [prompt], sampling, setup.rollouts.stop_ids, setup.rollouts.pad_id, keys=[index]
+        )
+        mine = [e for e in examples if e.sample.source == f"rollout of {index}"]
+        assert [e.sample.input_ids.tolist() for e in mine] == [prompt + c.token_ids for c in (one, two)]
+        for example in mine:
+            assert not example.ce_weight.any()
+            assert not example.kd_weight[: len(prompt)].any()
+    assert work.kd_ratio == 1.0
+    assert work.totals.kd == sum(e.kd_weight.sum() for e in examples)
+    assert setup.model.training
+
+
+def test_special_tokens_carry_no_loss_but_those_that_must_be_learnt(teacher):
+    setup = set_up(config(teacher))
+    rollouts, tokenizer = setup.rollouts, setup.tokenizer
+    words = ["<|im_start|>", "<|endoftext|>", "<think>", "</think>", "<|im_end|>", "5"]
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in words]
+    completion = next(iter(generate(setup.model, [[7]], SamplingConfig(max_new_tokens=1), [], 0)))[0]
+    completion = dataclasses.replace(completion, token_ids=ids)
+    weights = rollouts._example(0, completion).kd_weight[-len(ids) :]
+    assert weights.tolist() == [0, 0, 1, 1, 1, 1]
+    open_setup = set_up(config(teacher, **{"on_policy.mask_special_tokens": False}))
+    assert open_setup.rollouts._example(0, completion).kd_weight[-len(ids) :].all()
+
+
+def test_buffer_is_refreshed_when_it_is_older_than_allowed(teacher, tmp_path):
+    train.run(config(teacher), None, tmp_path / "out")
+    rows = metrics_of(tmp_path / "out")
+    assert [row["on_policy"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert [row["rollout_age_steps"] for row in rows[2:]] == [0, 1, 2, 0]
+    assert all(row["ce_term"] == 0 and row["kd_term"] > 0 for row in rows[2:])
+    train.run(config(teacher, **{"on_policy.max_staleness_steps": None}), None, tmp_path / "offline")
+    assert [row["rollout_age_steps"] for row in metrics_of(tmp_path / "offline")[2:]] == [0, 1, 2, 3]
+    ledger = Checkpoint(tmp_path / "out").manifest["ledger"]
+    assert ledger["rollout_tokens"] > 0 and ledger["flops"]["sampling"] > 0 and ledger["seconds"]["sampling"] > 0
+
+
+@pytest.mark.parametrize("start_fraction", [1.0, None])
+def test_never_on_policy_is_the_run_on_given_traces(teacher, tmp_path, start_fraction):
+    train.run(config(teacher, **{"on_policy.start_fraction": start_fraction}), None, tmp_path / "never")
+    train.run(config(teacher, on_policy=None), None, tmp_path / "given")
+    mine, theirs = weights_of(tmp_path / "never"), weights_of(tmp_path / "given")
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_resumed_with_rollouts_in_use_is_the_same_run(teacher, tmp_path, monkeypatch, steps):
+    class PulledPlug(BaseException):
+        pass
+
+    changes = {"on_policy.max_staleness_steps": 3, "on_policy.fraction": 0.75, "training.microbatch_tokens": 90}
+    run = config(teacher, **changes)
+    train.run(run, None, tmp_path / "whole")
+    whole_step = train._step
+
+    def step(setup, number):
+        if number == steps:
+            raise PulledPlug
+        return whole_step(setup, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", step)
+        with pytest.raises(PulledPlug):
+            train.run(run, None, tmp_path / "out")
+    state = json.loads((tmp_path / f"out.partial/state-{steps:08d}/state.json").read_text())
+    assert state["rollouts"]["completions"]
+    train.run(run, None, tmp_path / "out", resume=True)
+    assert_same_bits(tmp_path / "out", tmp_path / "whole")
+    costs = [Checkpoint(tmp_path / name).manifest["ledger"] for name in ("out", "whole")]
+    assert costs[0]["flops"] == costs[1]["flops"]
+    assert costs[0]["rollout_tokens"] == costs[1]["rollout_tokens"]
+
+
+def test_no_gradient_passes_through_the_sampling(teacher):
+    """The step's gradient is that of the same tokens given as plain data."""
+    setup = set_up(config(teacher, **{"on_policy.start_fraction": 0.0}))
+    work = train._work(setup, 0)
+    assert all(p.grad is None for p in setup.model.parameters())
+    for examples in work.microbatches:
+        train._forward_backward(setup, examples, work)
+    gradients = {n: p.grad.clone() for n, p in setup.model.named_parameters()}
+    setup.model.zero_grad()
+    frozen = [
+        dataclasses.replace(e, sample=dataclasses.replace(e.sample, input_ids=np.array(e.sample.input_ids)))
+        for group in work.microbatches
+        for e in group
+    ]
+    train._forward_backward(setup, frozen, work)
+    for name, p in setup.model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-7)
+    assert any(g.abs().max() > 1e-5 for g in gradients.values())
+
+
+def test_two_ranks_are_one(teacher, tmp_path):
+    run = config(teacher, **{"training.save_every_steps": 2})
+    train.run(run, None, tmp_path / "one")
+    train_on_ranks(run, tmp_path / "two")
+    for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+    mine, theirs = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=2e-5)
+    ledgers = [Checkpoint(tmp_path / name).manifest["ledger"] for name in ("one", "two")]
+    assert ledgers[0]["rollout_tokens"] == ledgers[1]["rollout_tokens"]
+    assert ledgers[0]["flops"]["sampling"] == ledgers[1]["flops"]["sampling"]
+
+
+def test_length_inflation_is_said_once(teacher, tmp_path, capsys, monkeypatch):
+    from limbeck.distill import rollouts
+
+    said = []
+    monkeypatch.setattr(rollouts.console, "print", lambda text, **_: said.append(text))
+    train.run(config(teacher, **{"on_policy.length_warning_factor": 0.01}), None, tmp_path / "out")
+    assert len(said) == 1 and "length inflation" in said[0]
+    rows = [row for row in metrics_of(tmp_path / "out") if row["on_policy"]]
+    assert all(0 < row["rollout_tokens"] <= 12 and 0 <= row["rollout_stopped"] <= 1 for row in rows)
+
+
+def test_own_divergence_on_rollouts(teacher):
+    run = config(teacher, **{"on_policy.divergence": {"name": "reverse_kl"}, "on_policy.start_fraction": 0.0})
+    assert train._work(set_up(run), 0).loss.divergence.name == "reverse_kl"
+    assert run.loss.divergence.name == "forward_kl"
+
+
+def test_sampling_flops_are_those_that_torch_counts(teacher):
+    model = load_model(teacher)
+    with flop_counter() as counter:
+        ((completion,),) = generate(model, [[3, 4, 5, 6, 7]], SamplingConfig(max_new_tokens=9), [], 0)
+    assert len(completion.token_ids) == 9
+    assert decoding_flops(sizes_of(model), 5, [9]) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert to_dict(OnPolicyConfig())["start_fraction"] == 0.5
