@@ -1,7 +1,8 @@
 """Does noise help distillation? Langevin optimizers and a growing batch against tuned AdamW on the tiny recipe.
 
-Registered before the first run. Question: does any of perturb(adamw), asgld, asg or AdamW with a growing batch end at a lower validation CE than AdamW, at equal tokens? Expectation: no (a pre-trained student starts near a good
-basin, and AdamW leaves toy saddles by itself).
+Registered before the first run. Question: does any of perturb(adamw), asgld, asg or AdamW with a growing batch end at
+a lower validation CE than AdamW, at equal tokens? Expectation: no (a pre-trained student starts near a good basin, and
+AdamW leaves toy saddles by itself).
 - Task: the demonstration's student and teacher, its traces with right answers, whole; stored teacher targets.
 - Tuning, on a seed of its own: three learning rates for adamw and for asgld; perturb and the growing batch take
   AdamW's rate and try two radii and two rates of growth; asg takes asgld's rate. Lowest validation CE wins.
