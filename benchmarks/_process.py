@@ -70,7 +70,7 @@ def status_bytes(field: str) -> int:
     raise SystemExit("benchmarks: /proc/self/status is missing; peak memory is measured on Linux only.")
 
 
-def save_models(directory: Path) -> dict[str, Any]:
+def save_models(directory: Path, noise: float = 0.01) -> dict[str, Any]:
     """Write teacher and student, which is the same model with 1 % of noise, so that there is a loss to compare."""
     model, tokenizer = load_model(MODEL), load_tokenizer(MODEL)
     generator = torch.Generator().manual_seed(0)
@@ -79,8 +79,8 @@ def save_models(directory: Path) -> dict[str, Any]:
         tokenizer.save_pretrained(directory / name)
         with torch.no_grad():
             for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise, alpha=0.01 * float(parameter.std()))
+                random = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(random, alpha=noise * float(parameter.std()))
     return {}
 
 

@@ -8,8 +8,8 @@ Peer: `trl.experimental.gkd.GKDTrainer`, unmodified, with its own collator, on t
 Options that make it exactly this task: lmbda 0 and seq_kd false (the given traces, nothing generated), beta 0 (forward
 KL), temperature 1; bf16 and gradient checkpointing, on in TRL by default, are off, which makes it faster.
 
-Ours: limbeck's own loop with its defaults. `live` runs the teacher beside the student, as TRL does; `cached` reads its
-stored top 50; `cot_only` has a live teacher and supervises the thought alone.
+Ours: limbeck's own loop with its defaults. `live` runs the teacher beside the student, as TRL does; `cached` reads a
+teacher cache; `cot_only` has a live teacher and supervises the thought alone.
 
 Bound: the products. 6 FLOPs a weight and token for the student, 2 for a live teacher, less where limbeck skips what
 cannot change the result (the head at unsupervised positions; what models/lean.py leaves out). `mfu` is training FLOPs a
@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _process import (
     LEARNING_RATE,
@@ -50,8 +51,10 @@ from _process import (
 
 from limbeck.distill import train
 from limbeck.models.load import load_model, load_tokenizer
+from limbeck.teacher.build import write_cache
+from limbeck.teacher.cache import CacheConfig, TeacherCache
 from limbeck.teacher.live import LiveTeacher
-from limbeck.teacher.store import TargetStore, build_store
+from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import make_example
 from limbeck.traces.sample import PROMPT, Sample
 from limbeck.traces.supervise import SupervisionConfig
@@ -65,7 +68,7 @@ Batches = Sequence[Sequence[Sample]]
 def ours(mode: str, models: Path, store: Path, warm_up: Sequence[Sample], batches: Batches, threads: int) -> dict:
     """Train the batches with limbeck."""
     is_cached = mode == "cached"
-    teacher = TargetStore(store) if is_cached else LiveTeacher(load_model(str(models / "teacher"), layout="packed"))
+    teacher = TeacherCache(store) if is_cached else LiveTeacher(load_model(str(models / "teacher"), layout="packed"))
     supervision = SupervisionConfig(preset=SUPERVISION[mode])
     examples = [[make_example(sample, TruncationConfig(), supervision) for sample in batch] for batch in batches]
     run = set_up(models / "student", teacher, warm_up, examples, threads)
@@ -147,11 +150,10 @@ def trl(models: Path, warm_up: Sequence[Sample], batches: Batches, threads: int)
 
 
 def store_targets(models: Path, store: Path, samples: Sequence[Sample], threads: int) -> dict:
-    """Write the teacher's top 50 for all samples and their beginnings."""
+    """Write a cache of the teacher at all positions of all samples; the warm-up reads those of the prompt."""
     torch.set_num_threads(threads)
-    model = load_model(str(models / "teacher"), layout="packed")
-    sequences = [sample.input_ids for sample in samples]
-    build_store(model, [*sequences, *(ids[:WARM_UP_TOKENS] for ids in sequences)], store, batch_tokens=2048)
+    asked = [Stored(sample.input_ids, np.arange(len(sample)) > 0) for sample in samples]
+    write_cache(str(models / "teacher"), CacheConfig(), asked, store, CacheConfig())
     return {}
 
 
