@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step distill_optimizers
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .PHONY: demo test test-slow check format bench bench-quick bench-peers smollm2 clean
@@ -26,16 +27,14 @@ format: $(VENV)/.ready
 
 smollm2: $(VENV)/.smollm2
 
-# Full benchmarks, about an hour on 2 idle cores; results go to benchmarks/results.
+# Full benchmarks, about two hours on 2 idle cores; results go to benchmarks/results.
 bench: $(VENV)/.smollm2 bench-peers
-	.venv-peers/bin/python benchmarks/loss.py --out benchmarks/results
-	.venv-peers/bin/python benchmarks/train_vs_trl.py --out benchmarks/results
-	$(BIN)/python benchmarks/truncation_cost.py --out benchmarks/results
+	for name in loss train_vs_trl octopus; do .venv-peers/bin/python benchmarks/$$name.py --out benchmarks/results || exit 1; done
+	for name in $(OWN_BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out benchmarks/results || exit 1; done
 
 bench-quick: $(VENV)/.smollm2 bench-peers
-	.venv-peers/bin/python benchmarks/loss.py --quick
-	.venv-peers/bin/python benchmarks/train_vs_trl.py --quick
-	$(BIN)/python benchmarks/truncation_cost.py --quick
+	for name in loss train_vs_trl octopus; do .venv-peers/bin/python benchmarks/$$name.py --quick || exit 1; done
+	for name in $(OWN_BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 bench-peers: .venv-peers/.ready
 
