@@ -31,7 +31,7 @@ from limbeck.report import page as report
 from limbeck.sweep import execute as sweep
 from limbeck.sweep.plan import SweepConfig
 from limbeck.teacher import build as cache
-from limbeck.traces import importing, show, stats
+from limbeck.traces import importing, probe, show, stats
 
 OPTIONS = {
     "--out": "directory to write; default runs/COMMAND",
@@ -98,6 +98,10 @@ def _on_cache(call: Callable[[Path], dict[str, Any]]) -> Callable[[Sequence[str]
     return on_one
 
 
+def _probe(config: probe.ProbeConfig, options: Options) -> dict[str, Any]:
+    return probe.run(config, options.out, overwrite=options.overwrite)
+
+
 def _import(config: importing.ImportConfig, options: Options) -> dict[str, Any]:
     return importing.run(config, options.out, overwrite=options.overwrite)
 
@@ -136,6 +140,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "teacher stats": Command(None, _on_cache(cache.stats), "what a teacher cache holds, costs and loses", ()),
     "teacher verify": Command(None, _on_cache(cache.verify), "read every byte of a cache, name what is damaged", ()),
+    "traces probe": Command(
+        probe.ProbeConfig, _probe, "find where a teacher already knows the answer, for truncation.policy probed"
+    ),
     "distill": Command(DistillConfig, _distill, "train one student", ALL),
     "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report", ("--out",)),
     "evaluate": Command(evaluate.EvaluateStageConfig, _evaluate, "score a model on problems, with intervals"),

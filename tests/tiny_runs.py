@@ -130,6 +130,7 @@ def one_step(
                 config.kd_ratio,
                 ledger,
                 vocab_size=vocabulary_size(tokenizer),
+                select=config.supervision.select,
             )
             if loss is not None:
                 loss.total.backward()

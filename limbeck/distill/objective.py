@@ -15,15 +15,18 @@ from torch import Tensor
 
 from limbeck.distill.config import LossConfig
 from limbeck.distill.fused import FusedLoss, fused_loss
+from limbeck.distill.selection import SupervisedRows, divergences, keep_top, teacher_entropies
 from limbeck.ledger import (
     Ledger,
     backbone_backward_flops,
     backbone_forward_flops,
     head_flops,
+    head_forward_flops,
 )
-from limbeck.models.anatomy import Computed, Sizes, head_of, hidden_rows
-from limbeck.teacher.targets import TeacherTargets
+from limbeck.models.anatomy import Computed, Head, Sizes, head_of, hidden_rows
+from limbeck.teacher.targets import DenseTargets, TeacherTargets
 from limbeck.traces.batch import Batch, Example
+from limbeck.traces.supervise import TokenSelection
 
 
 class Teacher(Protocol):
@@ -78,6 +81,7 @@ def microbatch_loss(
     kd_ratio: float,
     ledger: Ledger,
     vocab_size: int | None = None,
+    select: TokenSelection | None = None,
 ) -> FusedLoss | None:
     """Forward pass of a micro-batch and its share of the step's loss; None when nothing in it is supervised.
 
@@ -86,6 +90,8 @@ def microbatch_loss(
       batch: on the student's device; `examples` are the same ones, in order.
       totals: the step's denominators.
       vocab_size: the tokenizer's real vocabulary; head rows beyond it are padding.
+      select: which of the KD positions are kept; rows that it leaves without any term skip the student's head and,
+        where the teacher alone decides, its forward pass.
     """
     rows = batch.target_rows()
     ce_coef, kd_coef = coefficients(batch, rows, totals, kd_ratio, config.normalization)
@@ -97,11 +103,21 @@ def microbatch_loss(
         return None
     needs_teacher = teacher is not None and bool((kd_coef != 0).any())
     targets = teacher.targets(batch, examples, rows, ledger) if teacher is not None and needs_teacher else None
+    supervised = SupervisedRows(rows, ce_coef, kd_coef, targets)
+    head = head_of(student)
+    vocab = vocab_size or len(head.weight)
+    if select is not None and select.by == "teacher_entropy":
+        supervised = _select_by_entropy(select, supervised, batch, vocab, ledger)
     with ledger.phase("student"):
         packed = batch.sequence_lengths if batch.layout == "packed" else None
-        hidden, computed = hidden_rows(student, batch.input_ids, batch.positions, rows - 1, packed)
+        hidden, computed = hidden_rows(student, batch.input_ids, batch.positions, supervised.rows - 1, packed)
+    if select is not None and select.by == "divergence":
+        scored = len(hidden)
+        supervised, hidden = _select_by_divergence(select, supervised, batch, hidden, head, config, vocab, ledger)
+        if torch.is_grad_enabled() and targets is not None:
+            ledger.add_flops(head=head_forward_flops(student_sizes, scored))
+    rows, ce_coef, kd_coef, targets = supervised
     with ledger.phase("head"):
-        head = head_of(student)
         loss = fused_loss(
             hidden,
             head.weight,
@@ -117,6 +133,48 @@ def microbatch_loss(
         )
     _charge(ledger, student_sizes, batch, computed, len(rows))
     return loss
+
+
+def _select_by_entropy(
+    select: TokenSelection, supervised: SupervisedRows, batch: Batch, vocab: int, ledger: Ledger
+) -> SupervisedRows:
+    if supervised.targets is None:
+        return supervised
+    with ledger.phase("teacher"):
+        scores = teacher_entropies(supervised.targets, vocab)
+        return _keep(select, supervised, batch, scores, vocab, ledger)[0]
+
+
+def _select_by_divergence(
+    select: TokenSelection,
+    supervised: SupervisedRows,
+    batch: Batch,
+    hidden: Tensor,
+    head: Head,
+    config: LossConfig,
+    vocab: int,
+    ledger: Ledger,
+) -> tuple[SupervisedRows, Tensor]:
+    if supervised.targets is None:
+        return supervised, hidden
+    with ledger.phase("head"):
+        scores = divergences(
+            hidden, head.weight, head.bias, supervised.targets, config.divergence, config.temperature, vocab
+        )
+        kept, used = _keep(select, supervised, batch, scores, vocab, ledger)
+        return kept, hidden[used]
+
+
+def _keep(
+    select: TokenSelection, supervised: SupervisedRows, batch: Batch, scores: Tensor, vocab: int, ledger: Ledger
+) -> tuple[SupervisedRows, Tensor]:
+    """The positions left and which they are; the loss takes the kept ones through the teacher's head a second time."""
+    kd_coef = keep_top(scores, _owner(batch)[supervised.rows], supervised.kd_coef, select.fraction)
+    kept, used = supervised._replace(kd_coef=kd_coef).used()
+    if isinstance(kept.targets, DenseTargets):
+        rows_of_head, width = kept.targets.head_weight.shape
+        ledger.add_flops(teacher=2 * len(kept.rows) * min(vocab, rows_of_head) * width)
+    return kept, used
 
 
 def _laid_out(batch: Batch) -> list[int]:
@@ -136,9 +194,14 @@ def _charge(ledger: Ledger, sizes: Sizes, batch: Batch, computed: Computed, num_
         ledger.add_flops(student=flops, head=head)
 
 
+def _owner(batch: Batch) -> Tensor:
+    """int64 [B T]: the sequence of every place in the flattened batch."""
+    lengths = torch.tensor(_laid_out(batch), device=batch.input_ids.device)
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+
 def _per_sequence(batch: Batch, weight: Tensor) -> Tensor:
     """Weights divided by their sum within each sequence."""
-    lengths = torch.tensor(_laid_out(batch), device=weight.device)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=weight.device), lengths)
-    sums = torch.zeros(len(lengths), dtype=weight.dtype, device=weight.device).index_add_(0, owner, weight)
+    owner = _owner(batch)
+    sums = weight.new_zeros(len(batch.sequence_lengths)).index_add_(0, owner, weight)
     return weight / sums.clamp_min(torch.finfo(weight.dtype).tiny)[owner]

@@ -295,6 +295,7 @@ def _loss(setup: Run, examples: Sequence[Example], work: Work) -> FusedLoss | No
             work.kd_ratio,
             setup.ledger,
             vocab_size=setup.vocab_size,
+            select=setup.config.supervision.select,
         )
 
 

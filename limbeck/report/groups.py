@@ -17,7 +17,7 @@ from limbeck.sweep.frontier import on_frontier
 
 CUT_AXES = ("policy", "unit", "budget_tokens", "mask_only")
 """Axes that say how traces are cut, beside lead_fraction and keep_ending."""
-UNFRACTIONED = ("budget", "first_derivation")
+UNFRACTIONED = ("budget", "first_derivation", "probed")
 """Policies that cut although lead_fraction is 1."""
 
 

@@ -14,7 +14,7 @@ from limbeck.errors import ConfigError
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.teacher.codec import MOST_ENTRIES
 from limbeck.traces.sources import TraceConfig
-from limbeck.traces.truncate import exact_fraction
+from limbeck.traces.truncate import WITHOUT_FRACTION, exact_fraction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,10 +115,8 @@ def reference_of(run: PlannedRun, runs: list[PlannedRun]) -> PlannedRun | None:
 
 def is_uncut(config: DistillConfig) -> bool:
     """Whether the run keeps every token of every trace."""
-    return exact_fraction(config.truncation.lead_fraction) == 1 and config.truncation.policy not in (
-        "budget",
-        "first_derivation",
-    )
+    cut = config.truncation
+    return exact_fraction(cut.lead_fraction) == 1 and cut.policy not in WITHOUT_FRACTION
 
 
 def tokenizer_name(config: DistillConfig) -> str:

@@ -30,6 +30,8 @@ from limbeck.traces.trace import Trace
 Tokenizer = Any
 """A fast Hugging Face tokenizer (PreTrainedTokenizerFast)."""
 
+PROBED_CHARS = "probed_cot_chars"
+"""Metadata of a trace: characters of its thought in the earliest prefix from which a teacher already answers right."""
 _SENTINEL = "limbeckSentinel"
 _WITH_THOUGHT = {"enable_thinking": True, "thinking": True}
 """What switches the thought on in templates that have a switch (Qwen3, SmolLM3; DeepSeek V3.1, Granite)."""
@@ -72,6 +74,16 @@ class _Response(NamedTuple):
     """Before the end marker, or before the answer when there is no thought; the end when the thought stays open."""
 
 
+class Located(NamedTuple):
+    """A sample with where its tokens end in the text of the thought."""
+
+    sample: Sample
+    ends: np.ndarray
+    """int64 [T]: characters of the thought up to the end of each token; negative or 0 before it."""
+    thought: str
+    """The thought as it is written into the sequence."""
+
+
 class _Encoded(NamedTuple):
     """Tokens of a text; starts and ends are characters, never decreasing."""
 
@@ -85,6 +97,11 @@ def render(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
 
     Raises: TemplateError when the tokenizer has no offsets or no chat template, or when the template fails.
     """
+    return render_located(trace, tokenizer, config).sample
+
+
+def render_located(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Located:
+    """As `render`, with the places of the tokens in the thought."""
     header = prompt_text(trace.messages, tokenizer, config)
     prefill = _prefill(header, tokenizer, config)
     response = _response(trace, prefill, turn_end(tokenizer, config), config)
@@ -93,14 +110,24 @@ def render(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
     segments = np.where(encoded.ends <= origin + response.cot_end, COT, ANSWER).astype(np.int8)
     segments[num_header:][encoded.ends[num_header:] <= origin] = COT if response.cot_end else ANSWER
     segments[:num_header] = np.where(encoded.ends[:num_header] <= origin - len(prefill), PROMPT, COT)
-    return Sample(
+    ends = encoded.ends - (origin + response.thought_start)
+    ending_start = int(np.searchsorted(encoded.ends, origin + response.ending_start, side="right"))
+    chars = trace.metadata.get(PROBED_CHARS)
+    sample = Sample(
         input_ids=encoded.input_ids,
         segment_ids=segments,
-        ending_start=int(np.searchsorted(encoded.ends, origin + response.ending_start, side="right")),
+        ending_start=ending_start,
+        probed_end=None if chars is None else min(tokens_until(ends, int(chars)), ending_start),
         derivation_end=_derivation_end(trace, config, origin + response.thought_start, encoded),
         trace_key=trace.key,
         source=trace.source,
     )
+    return Located(sample, ends, _thought(trace))
+
+
+def tokens_until(ends: np.ndarray, chars: int) -> int:
+    """Tokens of the shortest prefix that holds the first `chars` characters of the thought."""
+    return int(np.searchsorted(ends, chars, side="left")) + 1
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], config: RenderConfig) -> list[int]:

@@ -24,6 +24,9 @@ class Sample:
     open. End marker, answer and end of turn are `[ending_start:]`."""
     derivation_end: int | None = None
     """One past the token that completes the first derivation of the answer in the thought; None when not found."""
+    probed_end: int | None = None
+    """One past the last token of the earliest prefix from which a teacher already answers right (`traces probe`); None when
+    the trace was not probed or no prefix will do."""
     trace_key: str = ""
     """`Trace.key` of its origin."""
     source: str = ""

@@ -16,7 +16,7 @@ from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sample import ANSWER, COT, SEGMENT_NAMES, Sample
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
-from limbeck.traces.truncate import TruncationConfig, truncate
+from limbeck.traces.truncate import WITHOUT_FRACTION, TruncationConfig, truncate
 
 LEAD_FRACTIONS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1.0")
 LOSSES = {
@@ -73,7 +73,7 @@ def trace_stats(samples: Sequence[Sample], truncation: TruncationConfig) -> dict
     segments = np.array([[int(np.sum(s.segment_ids == i)) for i in range(len(SEGMENT_NAMES))] for s in samples])
     positions = [s.derivation_end / len(s) for s in samples if s.derivation_end is not None]
     base = truncation
-    if truncation.policy in ("budget", "first_derivation"):
+    if truncation.policy in WITHOUT_FRACTION:
         base = replace(truncation, policy="lead", budget_tokens=None)
     return {
         "num_traces": len(samples),

@@ -38,6 +38,21 @@ class SegmentWeights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSelection:
+    """KD on the top share of each sequence's supervised positions only."""
+
+    by: Literal["teacher_entropy", "divergence"]
+    """teacher_entropy: where the teacher is least sure (SE-KD, arXiv 2602.01395); divergence: where the student is
+    farthest from it (TIP, arXiv 2604.14084)."""
+    fraction: float
+    """Share of the KD positions that is kept in each sequence, 0 < x <= 1; at least one is."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"select.fraction must be in (0, 1]; found {self.fraction}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SupervisionConfig:
     """Which segments are supervised. The six presets are the paper's conditions; weights override them."""
 
@@ -47,6 +62,8 @@ class SupervisionConfig:
     """Weights of the cross-entropy term; the preset when not set."""
     kd: SegmentWeights | None = None
     """Weights of the distillation term; the preset when not set."""
+    select: TokenSelection | None = None
+    """Distil only the positions that matter most; null distils all."""
 
     def __post_init__(self) -> None:
         if self.preset not in get_args(Preset):

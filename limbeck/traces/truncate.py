@@ -7,6 +7,8 @@ A policy picks a span of a unit (the whole sequence, the response, or the though
     random_span       the same number from a seeded random start
     budget            the first `budget_tokens` tokens
     first_derivation  up to the first derivation of the verified answer; the whole unit when none is found
+    probed            up to the earliest prefix from which a teacher already answers right (`limbeck traces probe`); the
+                      whole unit when there is none
 
 with floor in exact rational arithmetic and at least 1 token. What lies before the unit stays; what lies after it goes,
 unless `keep_ending` re-attaches the end marker, the answer and the end of turn. `mask_only` keeps every token in
@@ -28,7 +30,9 @@ import numpy as np
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.sample import ANSWER, PROMPT, Sample
 
-Policy = Literal["lead", "middle", "tail", "random_span", "budget", "first_derivation"]
+Policy = Literal["lead", "middle", "tail", "random_span", "budget", "first_derivation", "probed"]
+WITHOUT_FRACTION = ("budget", "first_derivation", "probed")
+"""Policies that take no fraction and cut even where it is 1."""
 Unit = Literal["sequence", "response", "cot"]
 
 
@@ -37,7 +41,8 @@ class TruncationConfig:
     """Which part of every trace is kept."""
 
     policy: Policy = "lead"
-    """lead | middle | tail | random_span take a fraction; budget takes tokens; first_derivation stops at the answer."""
+    """lead | middle | tail | random_span take a fraction; budget takes tokens; first_derivation stops at the answer and
+    probed where a teacher already knows it."""
     lead_fraction: float | str = 1.0
     """Share of the unit's tokens that is kept, 0 < x <= 1; a number or an exact ratio such as "1/3"."""
     unit: Unit = "sequence"
@@ -60,7 +65,7 @@ class TruncationConfig:
             raise ConfigError("budget_tokens goes with policy budget, and policy budget needs it")
         if self.budget_tokens is not None and self.budget_tokens < 1:
             raise ConfigError(f"budget_tokens must be at least 1; found {self.budget_tokens}")
-        if self.policy in ("budget", "first_derivation") and exact_fraction(self.lead_fraction) != 1:
+        if self.policy in WITHOUT_FRACTION and exact_fraction(self.lead_fraction) != 1:
             raise ConfigError(f"lead_fraction has no meaning with policy {self.policy}; leave it at 1")
 
 
@@ -121,14 +126,16 @@ def apply_cut(sample: Sample, cut: Cut) -> Sample:
     """The sample with only the kept tokens; landmarks move along."""
     kept = cut.kept
     ending = int(np.searchsorted(kept, sample.ending_start))
-    derivation = sample.derivation_end
-    if derivation is not None:
-        derivation = int(np.searchsorted(kept, derivation)) if derivation - 1 in kept else None
+
+    def moved(end: int | None) -> int | None:
+        return int(np.searchsorted(kept, end)) if end is not None and end - 1 in kept else None
+
     return Sample(
         input_ids=sample.input_ids[kept],
         segment_ids=sample.segment_ids[kept],
         ending_start=ending,
-        derivation_end=derivation,
+        derivation_end=moved(sample.derivation_end),
+        probed_end=moved(sample.probed_end),
         trace_key=sample.trace_key,
         source=sample.source,
     )
@@ -145,8 +152,8 @@ def _unit_bounds(sample: Sample, unit: Unit) -> tuple[int, int]:
 
 def _span(sample: Sample, policy: TruncationConfig, start: int, stop: int) -> tuple[int, int]:
     length = stop - start
-    if policy.policy == "first_derivation":
-        end = sample.derivation_end
+    if policy.policy in ("first_derivation", "probed"):
+        end = sample.derivation_end if policy.policy == "first_derivation" else sample.probed_end
         return start, stop if end is None else min(max(end, start), stop)
     if policy.policy == "budget":
         assert policy.budget_tokens is not None

@@ -1,0 +1,140 @@
+"""Tokens a second of limbeck's batched sampler over those of transformers' `generate`, 64 sequences at once.
+
+Regime: 64 different prompts, one sample each at temperature 0.9, float32 on a CPU, up to a limit of new tokens or the
+end of turn: chains of the built-in task for tiny-teacher, gsm_symbolic problems for smollm2-135m. Only tokens written
+up to its end of turn count. Both sides have the same model, prompts and limits in one process, warmed up,
+alternating; medians over the repeats.
+
+Peer: `generate(do_sample=True, temperature=0.9)` of transformers with its own dynamic cache, left padding, one call.
+
+Bound: where all time goes into the linear layers (smollm2-135m: 135 M weights are read once a step for 64 rows) both
+sides do the same products, and only cache copies, attention over padding, the sampling and Python remain to be saved.
+
+    python benchmarks/rollouts.py [--quick] [--threads 2] [--repeats 3] [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _process import conditions, markdown, publish
+
+from limbeck.models.generate import SamplingConfig, generate
+from limbeck.models.load import load_model, load_tokenizer
+from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
+from limbeck.traces.sources import TraceConfig, read_traces
+
+ROWS, TEMPERATURE = 64, 0.9
+TASKS = {
+    "tiny-teacher": TraceConfig(source="builtin:chain", num_traces=ROWS, seed=11),
+    "smollm2-135m": TraceConfig(source="reasoning-gym:gsm_symbolic", num_traces=ROWS, seed=11),
+}
+LIMITS = {"tiny-teacher": (240, 96), "smollm2-135m": (128, 16)}
+"""New tokens at most: in full, and with --quick."""
+
+
+class Side:
+    """One model with its prompts, sampled by either side."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.model, self.tokenizer, self.limit = load_model(name).eval(), load_tokenizer(name), limit
+        traces, _ = read_traces(TASKS[name])
+        self.prompts = [render_prompt(self.tokenizer, trace.messages, RenderConfig()) for trace in traces]
+        self.stops = list(stop_ids(self.tokenizer, RenderConfig()))
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
+
+    def ours(self, limit: int, seed: int) -> int:
+        """Tokens written by limbeck's sampler."""
+        config = SamplingConfig(max_new_tokens=limit, temperature=TEMPERATURE, batch_size=ROWS, seed=seed)
+        return sum(len(c.token_ids) for (c,) in generate(self.model, self.prompts, config, self.stops, self.pad))
+
+    def theirs(self, limit: int, seed: int) -> int:
+        """Tokens written by transformers' generate."""
+        torch.manual_seed(seed)
+        width = max(map(len, self.prompts))
+        ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in self.prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self.prompts])
+        output = self.model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=limit,
+            eos_token_id=self.stops,
+            pad_token_id=self.pad,
+        )
+        return sum(_written(row, self.stops) for row in output[:, width:].tolist())
+
+
+def _written(row: list[int], stops: list[int]) -> int:
+    return next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+
+
+def measure(name: str, quick: bool, repeats: int) -> dict[str, Any]:
+    """Tokens and seconds of both sides, alternating."""
+    side = Side(name, LIMITS[name][quick])
+    calls = {"ours": side.ours, "theirs": side.theirs}
+    for call in calls.values():
+        call(4, 0)
+    rows: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+    for repeat in range(repeats):
+        for key in calls if repeat % 2 == 0 else reversed(calls):
+            start = time.perf_counter()
+            tokens = calls[key](side.limit, repeat)
+            rows[key].append({"tokens": tokens, "seconds": time.perf_counter() - start})
+    return {"model": name, "limit": side.limit, **rows}
+
+
+def rate(rows: list[dict[str, float]]) -> float:
+    """Median tokens a second."""
+    return statistics.median(row["tokens"] / row["seconds"] for row in rows)
+
+
+def table_of(found: list[dict[str, Any]]) -> str:
+    """One row a model."""
+    rows = [
+        [
+            one["model"],
+            str(one["limit"]),
+            f"{statistics.mean(row['tokens'] for row in one['ours']):.0f}",
+            *(f"{rate(one[key]):,.0f} ({_spread(one[key])})" for key in ("ours", "theirs")),
+            f"{rate(one['ours']) / rate(one['theirs']):.2f}",
+        ]
+        for one in found
+    ]
+    columns = ["model", "limit", "tokens written", "ours, tokens/s (range)", "generate, tokens/s (range)", "ratio"]
+    return markdown(columns, rows)
+
+
+def _spread(rows: list[dict[str, float]]) -> str:
+    speeds = [row["tokens"] / row["seconds"] for row in rows]
+    return f"{min(speeds):,.0f} to {max(speeds):,.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="shorter limits and one repeat, under 60 seconds")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="directory for rollouts.md and rollouts.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    header = conditions(options.threads, ("torch", "transformers"))
+    found = [measure(name, options.quick, 1 if options.quick else options.repeats) for name in TASKS]
+    ratios = {one["model"]: round(rate(one["ours"]) / rate(one["theirs"]), 3) for one in found}
+    keys = {
+        "tokens_per_second_over_generate": min(ratios.values()),
+        **{f"tokens_per_second_over_generate_{name}": ratio for name, ratio in ratios.items()},
+    }
+    publish("rollouts", __doc__, header, table_of(found), keys, found, options.out)
+
+
+if __name__ == "__main__":
+    main()

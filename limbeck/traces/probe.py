@@ -1,0 +1,232 @@
+"""`limbeck traces probe`: for each trace, the earliest point at which the teacher already knows the answer.
+
+1. Checkpoints are marked along the thought: ends of lines, ends of sentences, or every so many tokens.
+2. The teacher reads prompt and thought once, over a key-value cache.
+3. Behind each checkpoint the end marker is forced and the verified answer appended. These tails are laid side by side
+   in one pass over that cache, each attending to the prefix before its checkpoint and to itself: a block mask, so that
+   a probe costs its own few tokens and no more. Tails go in chunks, earliest first, until one is sure enough.
+4. The cut point is the first checkpoint whose answer has at least `min_probability`; it is stored in the trace's
+   metadata as characters of the thought, so any tokenizer can use it: `truncation: {policy: probed}`.
+
+Own method. Its relatives stop the *student* early by confidence; here a teacher marks training text, once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from limbeck.checkpoint import hash_path, output_directory, write_manifest
+from limbeck.errors import ConfigError
+from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
+from limbeck.models.anatomy import Computed, Sizes, backbone_of, head_of, sizes_of
+from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
+from limbeck.progress import bar
+from limbeck.traces.render import PROBED_CHARS, Located, RenderConfig, render_located, tokens_until
+from limbeck.traces.select import SelectConfig, select_traces
+from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.trace import Trace, write_jsonl
+
+MARKS = {"lines": r"\n", "sentences": r"[.!?](?=\s|$)|\n"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeConfig:
+    """Which traces are probed, by whom, and when the teacher counts as sure."""
+
+    traces: TraceConfig
+    """Where the traces come from; only those not known to be wrong are probed."""
+    teacher: str
+    """Directory, alias or hub id of the model that is probed."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Which traces are used."""
+    render: RenderConfig = field(default_factory=RenderConfig)
+    """How text becomes tokens."""
+    checkpoints: Literal["lines", "sentences", "tokens"] = "lines"
+    """Where the thought may be cut: behind lines, behind sentences, or anywhere every `every_tokens`."""
+    every_tokens: int = 16
+    """Least distance between checkpoints in tokens."""
+    min_probability: float = 0.9
+    """Probability of the whole verified answer from which on the teacher counts as sure, 0 < x < 1. Near 1, because a
+    short answer can be a lucky guess before anything is derived."""
+    answer_template: str = "{answer}"
+    """What is forced behind the end marker; only the tokens of {answer} count. For mathematics, for example
+    "The answer is \\boxed{answer}"."""
+    tail_tokens: int = 1024
+    """Most probe tokens in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_tokens", "tail_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; found {getattr(self, name)}")
+        if not 0 < self.min_probability < 1:
+            raise ConfigError(f"min_probability must be in (0, 1); found {self.min_probability}")
+        if self.answer_template.count("{answer}") != 1:
+            raise ConfigError(f"answer_template must hold {{answer}} once; found {self.answer_template!r}")
+
+
+class Tail(NamedTuple):
+    """What is forced behind a checkpoint."""
+
+    ids: list[int]
+    """End marker, blank line, template and answer."""
+    scored: range
+    """Places of the answer's tokens in `ids`."""
+
+
+def run(config: ProbeConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the traces with their cut points, `traces.jsonl`, and a manifest into `out`; returns the counts."""
+    traces, _ = read_traces(config.traces)
+    traces, _ = select_traces(traces, config.select)
+    model, tokenizer, ledger = load_model(config.teacher).eval(), load_tokenizer(config.teacher), Ledger()
+    sizes = sizes_of(model, vocabulary_size(tokenizer))
+    probed: list[Trace] = []
+    shares: list[float] = []
+    with output_directory(out, overwrite=overwrite) as working:
+        with bar("probing", len(traces)) as progress, ledger.phase("teacher"):
+            for trace in traces:
+                found = probe_trace(model, tokenizer, trace, config, sizes, ledger)
+                shares += [] if found is None else [found[1]]
+                metadata = {k: v for k, v in trace.metadata.items() if k != PROBED_CHARS}
+                probed.append(
+                    replace(trace, metadata=metadata if found is None else metadata | {PROBED_CHARS: found[0]})
+                )
+                progress.advance(1)
+        write_jsonl(probed, working / "traces.jsonl")
+        counts = {"traces": len(traces), "with_cut_point": len(shares)}
+        metrics = {"mean_kept_fraction": float(np.mean(shares)) if shares else None}
+        source = Path(config.traces.source)
+        write_manifest(
+            working,
+            stage="traces probe",
+            config=config,
+            inputs={"teacher": model_hash(config.teacher)} | ({"traces": hash_path(source)} if source.exists() else {}),
+            ledger=ledger.as_dict(),
+            metrics=metrics,
+            counts=counts,
+        )
+    return {"out": str(out / "traces.jsonl"), **counts, **metrics, "teacher_seconds": ledger.seconds["teacher"]}
+
+
+def probe_trace(
+    model: Any, tokenizer: Any, trace: Trace, config: ProbeConfig, sizes: Sizes, ledger: Ledger
+) -> tuple[int, float] | None:
+    """Characters of the thought up to the cut point, and that prefix's share of the sequence; None without one."""
+    answer = (trace.reference if trace.reference is not None else trace.answer) or ""
+    if trace.correct is False or not answer.strip() or not (trace.cot or "").strip():
+        return None
+    located = render_located(trace, tokenizer, config.render)
+    marks = checkpoints(located, config)
+    if not marks:
+        return None
+    tails = [_tail(tokenizer, config, answer.strip(), _ends_line(located, mark)) for mark in marks]
+    ids = torch.from_numpy(located.sample.input_ids[: marks[-1]].astype(np.int64)).to(head_of(model).weight.device)
+    ledger.count(tokens=len(ids), sequences=1)
+    threshold = float(np.log(config.min_probability))
+    for number, log_prob in enumerate(answer_log_probs(model, ids, marks, tails, config.tail_tokens, sizes, ledger)):
+        if log_prob >= threshold:
+            return int(located.ends[marks[number] - 1]), marks[number] / len(located.sample)
+    return None
+
+
+def checkpoints(located: Located, config: ProbeConfig) -> list[int]:
+    """Lengths in tokens of the prefixes that are probed, increasing; the last is the whole thought."""
+    sample, ends = located.sample, located.ends
+    first = int(np.searchsorted(ends, 0, side="right"))
+    if config.checkpoints == "tokens":
+        wanted = list(range(first + config.every_tokens, sample.ending_start, config.every_tokens))
+    else:
+        places = [match.end() for match in re.finditer(MARKS[config.checkpoints], located.thought)]
+        wanted = sorted({tokens_until(ends, place) for place in places if place > 0})
+    marks: list[int] = []
+    for mark in wanted:
+        if mark < sample.ending_start and mark - (marks[-1] if marks else first) >= config.every_tokens:
+            marks.append(mark)
+    return [*marks, sample.ending_start]
+
+
+@torch.inference_mode()
+def answer_log_probs(
+    model: Any,
+    ids: Tensor,
+    marks: Sequence[int],
+    tails: Sequence[Tail],
+    tail_tokens: int,
+    sizes: Sizes,
+    ledger: Ledger,
+) -> Iterator[float]:
+    """Log-probability of the answer behind each checkpoint, one after the other; what is not asked for is not computed.
+
+    Args:
+      model: a causal LM with an attention that takes masks (layout padded).
+      ids: int64 [T], prompt and thought.
+      marks: prefix lengths, the last T at most.
+      tails: what is forced behind each.
+    """
+    cache = DynamicCache()
+    backbone, head = backbone_of(model), head_of(model)
+    prefix = len(ids)
+    backbone(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    ledger.add_flops(teacher=backbone_forward_flops(sizes, Computed.whole([prefix])))
+    for group in _groups([len(tail.ids) for tail in tails], tail_tokens):
+        part = [tails[i] for i in group]
+        flat = torch.tensor([t for tail in part for t in tail.ids], device=ids.device)
+        owner = torch.repeat_interleave(
+            torch.arange(len(part), device=ids.device),
+            torch.tensor([len(tail.ids) for tail in part], device=ids.device),
+        )
+        lengths = torch.tensor([marks[i] for i in group], device=ids.device)
+        offsets = torch.cat([torch.arange(len(tail.ids), device=ids.device) for tail in part])
+        past = torch.arange(prefix, device=ids.device) < lengths[owner][:, None]
+        itself = (owner[:, None] == owner) & (offsets[:, None] >= offsets)
+        hidden = backbone(
+            input_ids=flat[None],
+            position_ids=(lengths[owner] + offsets)[None],
+            attention_mask=torch.cat([past, itself], 1)[None, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[0]
+        cache.crop(-len(flat))
+        starts = np.cumsum([0, *(len(tail.ids) for tail in part)])
+        places = torch.tensor([int(s) + i for s, tail in zip(starts, part, strict=False) for i in tail.scored])
+        logits = torch.nn.functional.linear(hidden[places - 1], head.weight, head.bias)[:, : sizes.vocab_size].float()
+        values = torch.log_softmax(logits, -1).gather(1, flat[places][:, None])[:, 0].double()
+        attention = 4 * sizes.attention_width * len(flat) * (prefix + len(flat))
+        products = 2 * sizes.linear_weights * len(flat)
+        ledger.add_flops(teacher=products + attention + head_forward_flops(sizes, len(places)))
+        ledger.count(supervised_tokens=len(places))
+        yield from (float(v.sum()) for v in values.split([len(tail.scored) for tail in part]))
+
+
+def _tail(tokenizer: Any, config: ProbeConfig, answer: str, behind_newline: bool) -> Tail:
+    before, after = config.answer_template.split("{answer}")
+    lead = ("" if behind_newline else "\n") + config.render.end_marker + "\n\n" + before
+    encoded = tokenizer(lead + answer + after, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    start = next(i for i, end in enumerate(ends) if end > len(lead))
+    stop = next(i for i, end in enumerate(ends) if end >= len(lead + answer)) + 1
+    return Tail(list(encoded["input_ids"])[:stop], range(start, stop))
+
+
+def _ends_line(located: Located, mark: int) -> bool:
+    return (located.thought + "\n")[: int(located.ends[mark - 1])].endswith("\n")
+
+
+def _groups(lengths: Sequence[int], limit: int) -> list[range]:
+    """Consecutive tails of `limit` tokens together, at least one each."""
+    groups: list[range] = []
+    start = total = 0
+    for number, length in enumerate(lengths):
+        if number > start and total + length > limit:
+            groups.append(range(start, number))
+            start, total = number, 0
+        total += length
+    return [*groups, range(start, len(lengths))]
