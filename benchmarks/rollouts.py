@@ -1,11 +1,12 @@
 """Tokens a second of limbeck's batched sampler over those of transformers' `generate`, 64 sequences at once.
 
-Regime: 64 different prompts, one sample each at temperature 0.9, float32 on a CPU, up to a limit of new tokens or the
-end of turn: chains of the built-in task for tiny-teacher, gsm_symbolic problems for smollm2-135m. Only tokens written
-up to its end of turn count. Both sides have the same model, prompts and limits in one process, warmed up,
-alternating; medians over the repeats.
+Regime: 8 prompts with 8 samples each at temperature 0.9, float32 on a CPU, up to a limit of new tokens or the end of turn:
+chains of the built-in task for tiny-teacher, gsm_symbolic problems for smollm2-135m. Only tokens written up to the end of
+turn count. Both sides have the same model, prompts and limits in one process, warmed up, alternating; medians over the
+repeats.
 
-Peer: `generate(do_sample=True, temperature=0.9)` of transformers with its own dynamic cache, left padding, one call.
+Peer: `generate(do_sample=True, num_return_sequences=8)` of transformers with its own dynamic cache, left padding, one
+call. It reads every prompt once a sample.
 
 Bound: where all time goes into the linear layers (smollm2-135m: 135 M weights are read once a step for 64 rows) both
 sides do the same products, and only cache copies, attention over padding, the sampling and Python remain to be saved.
@@ -29,10 +30,10 @@ from limbeck.models.load import load_model, load_tokenizer
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig, read_traces
 
-ROWS, TEMPERATURE = 64, 0.9
+PROMPTS, SAMPLES, TEMPERATURE = 8, 8, 0.9
 TASKS = {
-    "tiny-teacher": TraceConfig(source="builtin:chain", num_traces=ROWS, seed=11),
-    "smollm2-135m": TraceConfig(source="reasoning-gym:gsm_symbolic", num_traces=ROWS, seed=11),
+    "tiny-teacher": TraceConfig(source="builtin:chain", num_traces=PROMPTS, seed=11),
+    "smollm2-135m": TraceConfig(source="reasoning-gym:gsm_symbolic", num_traces=PROMPTS, seed=11),
 }
 LIMITS = {"tiny-teacher": (240, 96), "smollm2-135m": (128, 16)}
 """New tokens at most: in full, and with --quick."""
@@ -50,8 +51,15 @@ class Side:
 
     def ours(self, limit: int, seed: int) -> int:
         """Tokens written by limbeck's sampler."""
-        config = SamplingConfig(max_new_tokens=limit, temperature=TEMPERATURE, batch_size=ROWS, seed=seed)
-        return sum(len(c.token_ids) for (c,) in generate(self.model, self.prompts, config, self.stops, self.pad))
+        config = SamplingConfig(
+            max_new_tokens=limit,
+            temperature=TEMPERATURE,
+            num_samples=SAMPLES,
+            batch_size=PROMPTS * SAMPLES,
+            seed=seed,
+        )
+        found = generate(self.model, self.prompts, config, self.stops, self.pad)
+        return sum(len(completion.token_ids) for samples in found for completion in samples)
 
     def theirs(self, limit: int, seed: int) -> int:
         """Tokens written by transformers' generate."""
@@ -63,6 +71,7 @@ class Side:
             ids,
             attention_mask=mask,
             do_sample=True,
+            num_return_sequences=SAMPLES,
             temperature=TEMPERATURE,
             top_k=0,
             top_p=1.0,

@@ -53,7 +53,7 @@ def take(targets: TeacherTargets, keep: Tensor) -> TeacherTargets:
     if isinstance(targets, TopKTargets):
         return TopKTargets(targets.ids[keep], targets.log_probs[keep], targets.log_tail[keep])
     if targets is not None:
-        raise ConfigError("supervision.select needs one teacher; leave it out, or name one.")
+        raise _several()
     return None
 
 
@@ -82,10 +82,12 @@ def keep_top(scores: Tensor, owner: Tensor, coef: Tensor, fraction: float) -> Te
 
 
 @torch.no_grad()
-def teacher_entropies(targets: DenseTargets | TopKTargets, vocab: int) -> Tensor:
+def teacher_entropies(targets: TeacherTargets, vocab: int) -> Tensor:
     """Entropy in nats [N] of the teacher at temperature 1; over the K + 1 events of top-k targets."""
     if isinstance(targets, TopKTargets):
         return _entropy(torch.cat([targets.log_probs, targets.log_tail[:, None]], 1))
+    if not isinstance(targets, DenseTargets):
+        raise _several()
     with torch.autocast(targets.hidden.device.type, enabled=False):
         head = Head(targets.hidden, targets.head_weight, targets.head_bias, vocab)
         head.allocate(min(CHUNK_ROWS, len(targets)))
@@ -102,7 +104,7 @@ def divergences(
     hidden: Tensor,
     head_weight: Tensor,
     head_bias: Tensor | None,
-    targets: DenseTargets | TopKTargets,
+    targets: TeacherTargets,
     divergence: DivergenceConfig,
     temperature: float,
     vocab: int,
@@ -126,6 +128,10 @@ def divergences(
                 reference = teacher.finish(teacher.logits(teacher.states(index)), torch.float32)
             values.append(row_loss(logits, reference, rows, divergence.bind(), temperature)[1])
         return torch.cat(values)
+
+
+def _several() -> ConfigError:
+    return ConfigError("supervision.select ranks by one teacher; name one, or leave select out.")
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
