@@ -25,13 +25,14 @@ from limbeck.distill import train as distill
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError, LimbeckError, nearest
 from limbeck.evaluate import stage as evaluate
+from limbeck.evaluate import verify
 from limbeck.optim.study import converge, escape, race
 from limbeck.progress import console
 from limbeck.report import page as report
 from limbeck.sweep import execute as sweep
 from limbeck.sweep.plan import SweepConfig
 from limbeck.teacher import build as cache
-from limbeck.traces import importing, probe, show, stats
+from limbeck.traces import generation, importing, probe, show, stats
 
 OPTIONS = {
     "--out": "directory to write; default runs/COMMAND",
@@ -106,6 +107,14 @@ def _import(config: importing.ImportConfig, options: Options) -> dict[str, Any]:
     return importing.run(config, options.out, overwrite=options.overwrite)
 
 
+def _generate(config: generation.GenerateConfig, options: Options) -> dict[str, Any]:
+    return generation.run(config, options.out, overwrite=options.overwrite)
+
+
+def _verify(config: verify.VerifyConfig, options: Options) -> dict[str, Any]:
+    return verify.run(config, options.out, overwrite=options.overwrite)
+
+
 def _study(run: Callable[..., dict[str, Any]]) -> Callable[[Any, Options], dict[str, Any]]:
     return lambda config, options: run(config, options.out, overwrite=options.overwrite, resume=options.resume)
 
@@ -120,6 +129,12 @@ COMMANDS: dict[str, Command] = {
         ("--out",),
     ),
     "traces import": Command(importing.ImportConfig, _import, "read traces of any format into one JSONL file"),
+    "traces generate": Command(
+        generation.GenerateConfig, _generate, "sample traces from a model or a server; started again, it goes on"
+    ),
+    "traces verify": Command(
+        verify.VerifyConfig, _verify, "check answers, then filter by pass rate, length and overlap with test sets"
+    ),
     "traces show": Command(
         show.ShowConfig,
         lambda config, _: show.run(config),
@@ -173,7 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say(f"limbeck: {_one_line(error)}")
         code = 2
     except KeyboardInterrupt:
-        _say("limbeck: interrupted. demo and sweep go on when called again; distill goes on with --resume.")
+        _say(
+            "limbeck: interrupted. demo, sweep, teacher cache and traces generate go on when called again; distill and "
+            "optim go on with --resume."
+        )
         code = 130
     sys.exit(code)
 

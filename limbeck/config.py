@@ -200,6 +200,10 @@ def _check_tree(config_class: type, tree: Mapping[str, Any], where: str, prefix:
         nested = nested_class(hints[key])
         if nested is not None and isinstance(value, Mapping):
             _check_tree(nested, value, where, f"{prefix}{key}.")
+        entry = nested_class(options[0]) if typing.get_origin(hints[key]) is list else None
+        for index, item in enumerate(value if entry is not None and isinstance(value, list) else ()):
+            if entry is not None and isinstance(item, Mapping):
+                _check_tree(entry, item, where, f"{prefix}{key}.{index}.")
 
 
 class _StrictLoader(yaml.SafeLoader):

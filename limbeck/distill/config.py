@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from limbeck.client import ClientConfig, server_root
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.fused import CHUNK_BYTES
 from limbeck.distill.rollouts import OnPolicyConfig
@@ -15,6 +16,7 @@ from limbeck.models.tiny import ScratchConfig
 from limbeck.optim.build import OptimizerConfig
 from limbeck.optim.growing_batch import BatchGrowth
 from limbeck.optim.schedules import ScheduleConfig
+from limbeck.teacher.served import Dialect
 from limbeck.traces.batch import Layout
 from limbeck.traces.render import RenderConfig
 from limbeck.traces.select import SelectConfig
@@ -39,12 +41,45 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
-    """Who gives the targets of the KD term. With neither field set the run is supervised fine-tuning on the text."""
+    """Who gives the targets of the KD term. With none the run is supervised fine-tuning on the text."""
 
     model: str | None = None
     """Directory, alias or hub id of a live teacher with the student's tokenizer."""
     cache: Path | None = None
     """Directory of a teacher cache that holds every sequence of this run; `model` beside it must be its teacher."""
+    server: str | None = None
+    """Address of a model server instead (http://HOST:PORT): vLLM, SGLang or llama.cpp, asked for prompt log-probs."""
+    server_model: str | None = None
+    """The teacher's name at the server; null takes the only one there."""
+    dialect: Dialect = "auto"
+    """Kind of the server: vllm, sglang or llama_cpp; auto asks it."""
+    top_n: int = 20
+    """Entries asked of a server a position; vLLM gives at most its --max-logprobs, which is 20 unless raised."""
+    client: ClientConfig = field(default_factory=ClientConfig)
+    """How the server is asked."""
+    weight: float = 1.0
+    """Weight w of this teacher: the KD term is the sum of w_i D(p_i, student) over all teachers."""
+    others: list[TeacherConfig] = field(default_factory=list)
+    """Further teachers, each with fields and weight of its own."""
+
+    def __post_init__(self) -> None:
+        if self.server is not None:
+            server_root(self.server)
+            if self.model is not None or self.cache is not None:
+                raise ConfigError("teacher takes a server, or a model and a cache, not both; list several under others")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"weight must be finite and above 0; found {self.weight}")
+        if self.top_n < 1:
+            raise ConfigError(f"top_n must be at least 1; found {self.top_n}")
+        if self.others and not self.is_named:
+            raise ConfigError("others lists further teachers, but the first has neither model, cache nor server")
+        if any(other.others or not other.is_named for other in self.others):
+            raise ConfigError("every entry of others needs a model, a cache or a server, and no others of its own")
+
+    @property
+    def is_named(self) -> bool:
+        """Whether there is a teacher at all."""
+        return self.model is not None or self.cache is not None or self.server is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,7 +254,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if not self.has_teacher and self.loss.kd_ratio:
-            raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model or teacher.cache")
+            raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model, teacher.cache or teacher.server")
         if self.on_policy is not None and (self.teacher.model is None or self.teacher.cache is not None):
             raise ConfigError(
                 "on_policy needs a teacher that can score new text: set teacher.model and no teacher.cache, "
@@ -233,7 +268,7 @@ class DistillConfig:
     @property
     def has_teacher(self) -> bool:
         """Whether any teacher is named."""
-        return self.teacher.model is not None or self.teacher.cache is not None
+        return self.teacher.is_named
 
     @property
     def kd_ratio(self) -> float:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from limbeck.distill.config import LossConfig
-from limbeck.distill.fused import FusedLoss, fused_loss
+from limbeck.distill.ensemble import weighted_fused_loss
+from limbeck.distill.fused import FusedLoss
 from limbeck.distill.selection import SupervisedRows, divergences, keep_top, teacher_entropies
 from limbeck.ledger import (
     Ledger,
@@ -118,7 +119,7 @@ def microbatch_loss(
             ledger.add_flops(head=head_forward_flops(student_sizes, scored))
     rows, ce_coef, kd_coef, targets = supervised
     with ledger.phase("head"):
-        loss = fused_loss(
+        loss = weighted_fused_loss(
             hidden,
             head.weight,
             batch.input_ids.flatten()[rows],

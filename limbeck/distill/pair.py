@@ -9,13 +9,16 @@ import peft
 import torch
 
 from limbeck.checkpoint import Checkpoint
+from limbeck.client import Client, api_key
 from limbeck.distill.config import DistillConfig, TeacherConfig
+from limbeck.distill.ensemble import SeveralTeachers
 from limbeck.distill.objective import Teacher
 from limbeck.errors import ConfigError, PairError
 from limbeck.models.anatomy import Head, head_of
 from limbeck.models.load import load_model, load_scratch, load_tokenizer, model_hash, vocabulary_size
 from limbeck.teacher.cache import Spec, TeacherCache
 from limbeck.teacher.live import LiveTeacher
+from limbeck.teacher.served import connect
 
 
 def load_student(config: DistillConfig, source: Checkpoint | None) -> tuple[Any, Any]:
@@ -51,16 +54,32 @@ def load_teacher(config: DistillConfig, device: torch.device) -> Teacher | None:
 
     Raises: PairError when a live teacher cannot read the ids of its own tokenizer, or a cache is of another teacher.
     """
-    if config.kd_ratio == 0 and config.on_policy is None:
+    if (config.kd_ratio == 0 and config.on_policy is None) or not config.has_teacher:
         return None
-    if config.teacher.cache is not None:
-        return _open_cache(config.teacher, config.teacher.cache, device)
-    if config.teacher.model is not None:
-        model = load_model(config.teacher.model, torch.float32, config.training.layout)
-        tokenizer = load_tokenizer(config.teacher.model)
-        _check_vocabulary(f"teacher {config.teacher.model}", model, tokenizer)
-        return LiveTeacher(model.to(device), vocabulary_size(tokenizer))
-    return None
+    teachers = [config.teacher, *config.teacher.others]
+    loaded = [_load(teacher, config, device) for teacher in teachers]
+    if len(loaded) == 1 and config.teacher.weight == 1.0:
+        return loaded[0]
+    return SeveralTeachers(tuple(loaded), tuple(teacher.weight for teacher in teachers))
+
+
+def _load(teacher: TeacherConfig, config: DistillConfig, device: torch.device) -> Teacher:
+    if teacher.server is not None:
+        vocab_size = vocabulary_size(load_tokenizer(student_tokenizer_name(config)))
+        client = Client(teacher.server, teacher.client, api_key(teacher.client))
+        return connect(client, teacher.server_model, teacher.dialect, teacher.top_n, vocab_size)
+    if teacher.cache is not None:
+        return _open_cache(teacher, teacher.cache, device)
+    assert teacher.model is not None
+    model = load_model(teacher.model, torch.float32, config.training.layout)
+    tokenizer = load_tokenizer(teacher.model)
+    _check_vocabulary(f"teacher {teacher.model}", model, tokenizer)
+    return LiveTeacher(model.to(device), vocabulary_size(tokenizer))
+
+
+def student_tokenizer_name(config: DistillConfig) -> str:
+    """The model whose tokenizer the student has; a student from scratch has the built-in one."""
+    return config.student.model or "tiny-student"
 
 
 def _open_cache(teacher: TeacherConfig, directory: Path, device: torch.device) -> TeacherCache:
@@ -85,18 +104,23 @@ def check_pair(config: DistillConfig, student: Any, tokenizer: Any) -> None:
     Raises: PairError.
     """
     _check_vocabulary("student", student, tokenizer)
-    if config.teacher.cache is not None and vocabulary_size(tokenizer) != Spec.read(config.teacher.cache).vocab_size:
+    for teacher in (config.teacher, *config.teacher.others):
+        _check_teacher(teacher, tokenizer)
+
+
+def _check_teacher(teacher: TeacherConfig, tokenizer: Any) -> None:
+    if teacher.cache is not None and vocabulary_size(tokenizer) != Spec.read(teacher.cache).vocab_size:
         raise PairError(
-            f"{config.teacher.cache}: of a vocabulary of {Spec.read(config.teacher.cache).vocab_size} tokens, the "
+            f"{teacher.cache}: of a vocabulary of {Spec.read(teacher.cache).vocab_size} tokens, the "
             f"student's has {vocabulary_size(tokenizer)}; token distillation needs one tokenizer."
         )
-    if config.teacher.model is None:
+    if teacher.model is None:
         return
-    other = load_tokenizer(config.teacher.model)
+    other = load_tokenizer(teacher.model)
     if other.get_vocab() != tokenizer.get_vocab():
         differing = len(set(other.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
         raise PairError(
-            f"teacher {config.teacher.model}: its tokenizer differs from the student's in {differing} entries; token "
+            f"teacher {teacher.model}: its tokenizer differs from the student's in {differing} entries; token "
             "distillation needs one tokenizer. Use a teacher of the same family, or train on its text (no teacher)."
         )
 

@@ -27,6 +27,7 @@ from limbeck.distill.objective import Teacher, microbatch_loss, step_totals
 from limbeck.distill.pair import check_pair, load_student, load_teacher
 from limbeck.distill.parallel import Ranks, join, sum_gradients, sum_numbers, total_cost, wait
 from limbeck.distill.plan import Step, plan_steps
+from limbeck.distill.preflight import check_templates, report
 from limbeck.distill.rollouts import Rollouts, make_rollouts
 from limbeck.distill.state import load_state, save_state
 from limbeck.distill.work import Work, given_work, rollout_work
@@ -122,7 +123,10 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
     student.to(ranks.device)
     teacher = load_teacher(config, ranks.device)
     check_pair(config, student, tokenizer)
+    check_templates(config, tokenizer)
     data = prepare(config, tokenizer)
+    if ranks.is_first:
+        data.counts["preflight"] = report(config, student, tokenizer, data.train)
     training = config.training
     steps = plan_steps(
         [len(example) for example in data.train],

@@ -47,5 +47,17 @@ class TopKTargets:
         return len(self.ids)
 
 
-TeacherTargets = DenseTargets | TopKTargets | None
+@dataclass(frozen=True, slots=True)
+class SeveralTargets:
+    """What several teachers say at the same N positions; the KD term is sum_i w_i D(p_i, q)."""
+
+    parts: tuple[DenseTargets | TopKTargets, ...]
+    weights: tuple[float, ...]
+    """w_i of each part."""
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+
+TeacherTargets = DenseTargets | TopKTargets | SeveralTargets | None
 """None: the teacher gives text only, so there is no KD term."""

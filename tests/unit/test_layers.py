@@ -10,7 +10,7 @@ import limbeck
 ROOT = Path(limbeck.__file__).parent
 LAYERS = [
     ["errors"],
-    ["config", "progress"],
+    ["config", "progress", "client"],
     ["checkpoint"],
     ["models"],
     ["ledger"],

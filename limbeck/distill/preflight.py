@@ -1,0 +1,101 @@
+"""Before the first step: does the pair read the same tokens, and can the student learn to stop?
+
+What cannot work is refused with one line that names the field to set; what works but surprises is noted on the console
+and in the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from limbeck.distill.config import DistillConfig
+from limbeck.errors import PairError, TemplateError
+from limbeck.models.anatomy import head_of
+from limbeck.models.load import load_tokenizer, vocabulary_size
+from limbeck.progress import console
+from limbeck.traces.batch import Example
+from limbeck.traces.render import RenderConfig, render, stop_ids
+from limbeck.traces.sources import read_traces
+from limbeck.traces.trace import Trace
+
+
+def check_templates(config: DistillConfig, tokenizer: Any) -> None:
+    """Render the first trace for the student and for every teacher with a tokenizer, and compare the tokens.
+
+    Raises: PairError, naming the first place where they differ.
+    """
+    names = [teacher.model for teacher in (config.teacher, *config.teacher.others) if teacher.model is not None]
+    if not names:
+        return
+    (trace, *_), _ = read_traces(replace(config.traces, num_traces=1, on_bad="keep"))
+    for name in names:
+        compare_rendered(trace, name, load_tokenizer(name), tokenizer, config.render)
+
+
+def compare_rendered(trace: Trace, name: str, teacher: Any, student: Any, config: RenderConfig) -> None:
+    """Refuse a teacher whose template makes other tokens of a trace; a base model without one has none to differ.
+
+    Raises: PairError.
+    """
+    if config.chat_template is None and not teacher.chat_template:
+        return
+    try:
+        theirs = render(trace, teacher, config).input_ids
+    except TemplateError as error:
+        raise PairError(f"teacher {name}: cannot render the first trace ({error})") from error
+    ours = render(trace, student, config).input_ids
+    if np.array_equal(ours, theirs):
+        return
+    length = min(len(ours), len(theirs))
+    differing = np.flatnonzero(ours[:length] != theirs[:length])
+    place = int(differing[0]) if len(differing) else length
+    raise PairError(
+        f"teacher {name}: its chat template makes other tokens of the first trace, from token {place} on "
+        f"({_shown(teacher, theirs, place)} there, {_shown(student, ours, place)} for the student). Give one template "
+        "for both as render.chat_template."
+    )
+
+
+def report(config: DistillConfig, student: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
+    """Facts about the pair for the manifest; what is likely to surprise is also said on the console, once."""
+    markers = {
+        name: len(tokenizer.encode(getattr(config.render, name), add_special_tokens=False))
+        for name in ("start_marker", "end_marker")
+    }
+    ends = set(stop_ids(tokenizer, config.render))
+    trained = [bool(e.ce_weight[-1] or e.kd_weight[-1]) and int(e.sample.input_ids[-1]) in ends for e in examples]
+    facts = {
+        "start_marker_tokens": markers["start_marker"],
+        "end_marker_tokens": markers["end_marker"],
+        "vocabulary_tokens": vocabulary_size(tokenizer),
+        "padded_vocabulary_rows": head_of(student).weight.shape[0] - vocabulary_size(tokenizer),
+        "pad_is_end_of_turn": tokenizer.pad_token_id in ends,
+        "end_of_turn_trained_fraction": float(np.mean(trained)) if trained else 0.0,
+    }
+    for note in notes(facts):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    return facts
+
+
+def notes(facts: dict[str, Any]) -> list[str]:
+    """What a user should know about some facts of `report`."""
+    found = []
+    if facts["end_of_turn_trained_fraction"] == 0:
+        found.append(
+            "no trace trains the end of turn, so the student may never stop: set truncation.keep_ending, or supervise "
+            "the answer."
+        )
+    if max(facts["start_marker_tokens"], facts["end_marker_tokens"]) > 1:
+        found.append(
+            f"the think markers are {facts['start_marker_tokens']} and {facts['end_marker_tokens']} tokens, not one "
+            "each; segments are found in the text, so they are weighed right, but they cost tokens."
+        )
+    return found
+
+
+def _shown(tokenizer: Any, ids: np.ndarray, place: int) -> str:
+    return repr(tokenizer.decode(ids[place : place + 4])) if place < len(ids) else "the end"
