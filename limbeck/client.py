@@ -159,7 +159,8 @@ def map_concurrently(
 ) -> Iterator[tuple[Item, Result]]:
     """(item, function(item)) in the order of the items, with at most `concurrency` calls under way.
 
-    Items are taken only as calls end, so that an interruption costs at most that many of them.
+    Items are taken only as calls end, so that an interruption costs at most that many of them. Before an error is
+    raised, later items that are done come first.
     """
     queue: deque[tuple[Item, Future[Result]]] = deque()
     pending = iter(items)
@@ -171,6 +172,10 @@ def map_concurrently(
             if not queue:
                 return
             first, future = queue.popleft()
+            if future.exception() is not None:
+                # What other calls have finished by now is handed on before the error ends the round.
+                ready = [pair for pair in queue if pair[1].done() and pair[1].exception() is None]
+                yield from ((item, done.result()) for item, done in ready)
             yield first, future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

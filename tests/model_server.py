@@ -80,6 +80,7 @@ class ModelServer:
             "/v1/models": lambda _: {"object": "list", "data": [{"id": "tiny"}]},
             "/v1/chat/completions": self.chat,
         }
+        common |= {"/tokenize": self.tokenize}
         own: dict[str, dict[str, Any]] = {
             "vllm": {"/version": lambda _: {"version": "0.11.0"}, "/v1/completions": self.vllm},
             "sglang": {"/get_model_info": lambda _: {"model_path": "tiny"}, "/generate": self.sglang},
@@ -133,6 +134,10 @@ class ModelServer:
             for v, i in zip(values.tolist(), ids.tolist(), strict=True)
         ]
         return {"content": "", "completion_probabilities": [{**top[0], "top_logprobs": top}]}
+
+    def tokenize(self, body: Any) -> Any:
+        text = body["prompt"] if "prompt" in body else body["content"]
+        return {"tokens": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def chat(self, body: Any) -> Any:
         question = body["messages"][-1]["content"]

@@ -18,7 +18,7 @@ from limbeck.models.anatomy import Head, head_of
 from limbeck.models.load import load_model, load_scratch, load_tokenizer, model_hash, vocabulary_size
 from limbeck.teacher.cache import Spec, TeacherCache
 from limbeck.teacher.live import LiveTeacher
-from limbeck.teacher.served import connect
+from limbeck.teacher.served import check_tokenizer, connect
 
 
 def load_student(config: DistillConfig, source: Checkpoint | None) -> tuple[Any, Any]:
@@ -65,9 +65,11 @@ def load_teacher(config: DistillConfig, device: torch.device) -> Teacher | None:
 
 def _load(teacher: TeacherConfig, config: DistillConfig, device: torch.device) -> Teacher:
     if teacher.server is not None:
-        vocab_size = vocabulary_size(load_tokenizer(student_tokenizer_name(config)))
+        tokenizer = load_tokenizer(student_tokenizer_name(config))
         client = Client(teacher.server, teacher.client, api_key(teacher.client))
-        return connect(client, teacher.server_model, teacher.dialect, teacher.top_n, vocab_size)
+        served = connect(client, teacher.server_model, teacher.dialect, teacher.top_n, vocabulary_size(tokenizer))
+        check_tokenizer(served, tokenizer)
+        return served
     if teacher.cache is not None:
         return _open_cache(teacher, teacher.cache, device)
     assert teacher.model is not None

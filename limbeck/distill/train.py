@@ -324,12 +324,18 @@ def _write(setup: Run, source: Checkpoint | None, working: Path) -> None:
 
 
 def inputs_of(config: DistillConfig, source: Checkpoint | None = None) -> dict[str, str]:
-    """What a run reads, by role, as hashes of the files: student, teacher or its cache, traces."""
-    names = {"student": str(source.path) if source else config.student.model, "teacher": config.teacher.model}
-    found = {role: model_hash(name) for role, name in names.items() if name is not None}
-    if config.teacher.cache is not None:
-        # What a cache says of a sequence depends on teacher and form alone, not on what else it holds.
-        found["teacher_cache"] = Spec.read(config.teacher.cache).identity
+    """What a run reads, by role, as hashes of the files: student, teachers or their caches, traces."""
+    names = {"student": str(source.path) if source else config.student.model}
+    found = {}
+    for number, teacher in enumerate((config.teacher, *config.teacher.others), 1):
+        role = "teacher" if number == 1 else f"teacher_{number}"
+        names[role] = teacher.model
+        if teacher.cache is not None:
+            # What a cache says of a sequence depends on teacher and form alone, not on what else it holds.
+            found[f"{role}_cache"] = Spec.read(teacher.cache).identity
+        if teacher.server is not None:
+            found[f"{role}_server"] = f"{teacher.server} {teacher.server_model or 'its only model'}"
+    found |= {role: model_hash(name) for role, name in names.items() if name is not None}
     traces = Path(config.traces.source)
     return found | ({"traces": hash_path(traces)} if traces.exists() else {})
 

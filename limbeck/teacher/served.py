@@ -36,6 +36,9 @@ Entries = list[tuple[int, float]]
 MOST_LOG_MASS = math.log1p(-1e-7)
 """Kept mass at most: where rounding leaves none for the tail, the tail has 1e-7, and its logarithm stays finite."""
 
+PROBE = "If 3x + 4 = 19, what is x? It's (19-4)/3 = 5.0;\n\n  \u00fcber, \u4e2d\u6587."
+"""Digits, signs, spaces and letters beyond ASCII: where tokenizers differ."""
+
 
 class Query(NamedTuple):
     """Positions of one sequence: the distribution of token t given those before it, for every t of `positions`."""
@@ -89,6 +92,27 @@ def connect(client: Client, model: str | None, dialect: Dialect, top_n: int, voc
     kind = dialect if dialect != "auto" else detect(client)
     name = model or client.only_model()
     return ServedTeacher(client, name, kind, top_n, vocab_size)
+
+
+def check_tokenizer(teacher: ServedTeacher, tokenizer: Any) -> None:
+    """Compare the server's tokens of a short text with the student's, where the server tokenizes (vLLM, llama.cpp).
+
+    Raises: PairError when they differ; the ids that are sent would mean other text to the server's model.
+    """
+    if teacher.dialect == "vllm":
+        body = {"model": teacher.model, "prompt": PROBE, "add_special_tokens": False}
+    elif teacher.dialect == "llama_cpp":
+        body = {"content": PROBE, "add_special": False, "parse_special": True}
+    else:
+        return
+    theirs = _at(teacher.client.post("/tokenize", body), teacher, "tokens")
+    ours = tokenizer.encode(PROBE, add_special_tokens=False)
+    if theirs != ours:
+        raise PairError(
+            f"{teacher.client.url}: its model reads {PROBE!r} as {len(theirs)} tokens, the student as {len(ours)} "
+            "other ones; token distillation needs one tokenizer. Serve a teacher of the same family, or train on its "
+            "text (traces generate)."
+        )
 
 
 def detect(client: Client) -> str:

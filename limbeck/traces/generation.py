@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,6 @@ from limbeck.client import Client, ClientConfig, api_key, server_root
 from limbeck.config import config_hash, to_dict
 from limbeck.errors import ConfigError, LimbeckError, TraceFormatError
 from limbeck.models.generate import SamplingConfig
-from limbeck.models.load import model_hash
 from limbeck.progress import bar
 from limbeck.traces.journal import Journal
 from limbeck.traces.render import RenderConfig
@@ -27,7 +28,7 @@ from limbeck.traces.select import deduplicate
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.thought import Markers, Thought, join_thought, split_thought, unclosed_thought
 from limbeck.traces.trace import Trace, write_jsonl
-from limbeck.traces.writers import LocalWriter, Records, ServedWriter
+from limbeck.traces.writers import LocalWriter, Records, ServedWriter, Writer
 
 TRACES_FILE, SKIPPED_FILE = "traces.jsonl", "skipped.json"
 JOURNAL_FILE = STATE_PREFIX + "journal.jsonl"
@@ -76,11 +77,12 @@ def run(config: GenerateConfig, out: Path, *, overwrite: bool = False) -> dict[s
         return _result(out, Checkpoint(out).manifest["counts"])
     prompts, num_duplicates = read_prompts(config.prompts)
     with output_directory(out, overwrite=overwrite, resume=True) as working:
-        with Journal(working / JOURNAL_FILE, _job(config, prompts)) as journal:
-            _fill(config, prompts, journal)
-        counts = _write(config, prompts, journal.records, working)
+        with _writer(config) as writer, Journal(working / JOURNAL_FILE, _job(config, writer, prompts)) as journal:
+            _fill(writer, prompts, journal)
+        counts = _write(config, writer, prompts, journal.records, working)
         counts = {"prompts": len(prompts), "duplicate_prompts": num_duplicates, **counts}
-        write_manifest(working, stage="traces generate", config=config, inputs=_inputs(config), counts=counts)
+        inputs = {"model": writer.identity}
+        write_manifest(working, stage="traces generate", config=config, inputs=inputs, counts=counts)
     # Only now: an interruption up to here finds all of its work again.
     (out / JOURNAL_FILE).unlink()
     return _result(out, counts)
@@ -110,34 +112,35 @@ def to_thought(record: dict[str, Any], markers: Markers) -> Thought:
     return thought._replace(problem="cut: the length limit ended the answer")
 
 
-def _fill(config: GenerateConfig, prompts: list[Trace], journal: Journal) -> None:
-    """Have every sample in the journal."""
-    total = len(prompts) * config.sampling.num_samples
-    client: Client | None = None
-    writer: LocalWriter | ServedWriter
-    if config.server is not None:
-        client = Client(config.server, config.client, api_key(config.client))
-        name = config.server_model or client.only_model()
-        writer = ServedWriter(client, name, config.sampling)
-    else:
-        assert config.model is not None
-        writer = LocalWriter(config.model, config.sampling, config.render, config.group_prompts)
-    start, tokens = time.monotonic(), 0
+@contextmanager
+def _writer(config: GenerateConfig) -> Iterator[Writer]:
+    if config.model is not None:
+        yield LocalWriter(config.model, config.sampling, config.render, config.group_prompts)
+        return
+    assert config.server is not None
+    client = Client(config.server, config.client, api_key(config.client))
     try:
-        with bar("generating", total) as progress:
-            progress.advance(len(journal.records))
-            for records in writer.write(prompts, journal.records):
-                new = sum(key not in journal for key in records)
-                journal.add(records)
-                tokens += sum(record["tokens"] for record in records.values())
-                speed = tokens / max(1e-9, time.monotonic() - start)
-                progress.advance(new, f"{tokens:,} tokens, {speed:,.0f} tokens/s")
+        yield ServedWriter(client, config.server_model or client.only_model(), config.sampling)
     finally:
-        if client is not None:
-            client.close()
+        client.close()
 
 
-def _write(config: GenerateConfig, prompts: list[Trace], records: Records, working: Path) -> dict[str, Any]:
+def _fill(writer: Writer, prompts: list[Trace], journal: Journal) -> None:
+    """Have every sample in the journal."""
+    start, tokens = time.monotonic(), 0
+    with bar("generating", len(prompts) * writer.sampling.num_samples) as progress:
+        progress.advance(len(journal.records))
+        for records in writer.write(prompts, journal.records):
+            new = sum(key not in journal for key in records)
+            journal.add(records)
+            tokens += sum(record["tokens"] for record in records.values())
+            speed = tokens / max(1e-9, time.monotonic() - start)
+            progress.advance(new, f"{tokens:,} tokens, {speed:,.0f} tokens/s")
+
+
+def _write(
+    config: GenerateConfig, writer: Writer, prompts: list[Trace], records: Records, working: Path
+) -> dict[str, Any]:
     markers = Markers(config.render.start_marker, config.render.end_marker)
     traces: list[Trace] = []
     skipped: list[dict[str, Any]] = []
@@ -145,7 +148,7 @@ def _write(config: GenerateConfig, prompts: list[Trace], records: Records, worki
     for prompt in prompts:
         for sample in range(config.sampling.num_samples):
             record = records[prompt.prompt_key, sample]
-            trace, problem = _trace(config, prompt, sample, record, markers)
+            trace, problem = _trace(writer, prompt, sample, record, markers)
             if problem is not None:
                 reasons[problem.partition(":")[0]] += 1
             if trace is not None and (problem is None or config.on_bad == "keep"):
@@ -170,14 +173,14 @@ def _write(config: GenerateConfig, prompts: list[Trace], records: Records, worki
 
 
 def _trace(
-    config: GenerateConfig, prompt: Trace, sample: int, record: dict[str, Any], markers: Markers
+    writer: Writer, prompt: Trace, sample: int, record: dict[str, Any], markers: Markers
 ) -> tuple[Trace | None, str | None]:
     try:
         thought = to_thought(record, markers)
     except TraceFormatError as error:
         return None, str(error)
     made = {
-        "writer": config.model or config.server_model or "served",
+        "writer": writer.model,
         "sample": sample,
         "output_tokens": record["tokens"],
     }
@@ -193,14 +196,10 @@ def _trace(
     return trace, thought.problem
 
 
-def _job(config: GenerateConfig, prompts: list[Trace]) -> str:
+def _job(config: GenerateConfig, writer: Writer, prompts: list[Trace]) -> str:
     """What must be equal for the work of an interrupted run to be used: all but how the server is asked."""
     tree = {key: value for key, value in to_dict(config).items() if key not in ("client", "server", "on_bad")}
-    return config_hash({**tree, "prompt_keys": [prompt.prompt_key for prompt in prompts], **_inputs(config)})
-
-
-def _inputs(config: GenerateConfig) -> dict[str, str]:
-    return {"model": model_hash(config.model)} if config.model is not None else {}
+    return config_hash({**tree, "writer": writer.identity, "prompt_keys": [prompt.prompt_key for prompt in prompts]})
 
 
 def _result(out: Path, counts: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.client import Client, ServerRefusal, map_concurrently
 from limbeck.models.generate import SamplingConfig, generate
-from limbeck.models.load import load_model, load_tokenizer
+from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.traces.journal import Key
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.trace import Trace
@@ -33,6 +33,11 @@ class LocalWriter:
     sampling: SamplingConfig
     render: RenderConfig
     group_prompts: int
+
+    @property
+    def identity(self) -> str:
+        """Hash of the model's files."""
+        return model_hash(self.model)
 
     def write(self, prompts: Sequence[Trace], done: Records) -> Iterator[Records]:
         """The records of every group that is not wholly `done`."""
@@ -73,6 +78,11 @@ class ServedWriter:
     model: str
     sampling: SamplingConfig
 
+    @property
+    def identity(self) -> str:
+        """The model's name at the server, all that is known of it."""
+        return self.model
+
     def write(self, prompts: Sequence[Trace], done: Records) -> Iterator[Records]:
         """One record at a time, for every sample that is not `done`."""
         todo = (
@@ -111,6 +121,9 @@ class ServedWriter:
             "prompt_tokens": int(usage.get("prompt_tokens") or 0),
             "tokens": int(usage.get("completion_tokens") or 0),
         }
+
+
+Writer = LocalWriter | ServedWriter
 
 
 def sample_seed(seed: int, prompt_key: str, sample: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from limbeck.client import Client, ClientConfig
 from limbeck.config import build
 from limbeck.models.load import load_model, load_tokenizer, locate, vocabulary_size
-from limbeck.teacher.served import Query, connect, to_targets
+from limbeck.teacher.served import Query, check_tokenizer, connect, to_targets
 from limbeck.traces.generation import GenerateConfig, run
 from limbeck.traces.render import RenderConfig, render_prompt
 from limbeck.traces.trace import Trace, write_jsonl
@@ -89,6 +89,7 @@ def test_scores_of_the_server_are_those_of_the_model(server):
     vocab_size = vocabulary_size(tokenizer)
     teacher = connect(Client(server.url, PATIENT), None, "auto", 20, vocab_size)
     assert teacher.dialect == "llama_cpp"
+    check_tokenizer(teacher, tokenizer)
     (rows,) = teacher.score([Query(tokens, positions)])
     targets = to_targets(rows, 20, vocab_size, torch.device("cpu"))
     with torch.inference_mode():

@@ -13,7 +13,8 @@ from tiny_runs import CPU, one_step, run_config
 from limbeck.client import Client, ClientConfig, map_concurrently, retry_after_seconds, server_root
 from limbeck.distill.pair import load_teacher
 from limbeck.errors import ConfigError, LimbeckError, PairError
-from limbeck.teacher.served import Query, ServedTeacher, connect, detect, to_targets
+from limbeck.models.load import load_tokenizer
+from limbeck.teacher.served import Query, ServedTeacher, check_tokenizer, connect, detect, to_targets
 
 QUICK = ClientConfig(backoff_seconds=0.001, max_backoff_seconds=0.01, retries=3, concurrency=2)
 DIALECTS = ["vllm", "sglang", "llama_cpp"]
@@ -173,6 +174,16 @@ def test_distillation_from_a_server_is_distillation_from_the_live_teacher(layout
     live = one_step(run_config({**changes, "teacher.model": "tiny-teacher"}))
     assert served.kd == pytest.approx(live.kd, rel=1e-4)
     assert served.ce == pytest.approx(live.ce, rel=1e-6)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "llama_cpp"])
+def test_a_server_with_another_tokenizer_is_refused(dialect):
+    with ModelServer(dialect) as server:
+        teacher = connect(Client(server.url, QUICK), None, "auto", 6, 56)
+        check_tokenizer(teacher, load_tokenizer("tiny-student"))
+        server.tokenizer.add_tokens(["what"])
+        with pytest.raises(PairError, match=r"one tokenizer\. Serve a teacher of the same family"):
+            check_tokenizer(teacher, load_tokenizer("tiny-student"))
 
 
 def test_several_teachers_add_up():
