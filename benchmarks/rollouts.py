@@ -1,9 +1,9 @@
 """Tokens a second of limbeck's batched sampler over those of transformers' `generate`, 64 sequences at once.
 
-Regime: 8 prompts with 8 samples each at temperature 0.9, float32 on a CPU, up to a limit of new tokens or the end of turn:
-chains of the built-in task for tiny-teacher, gsm_symbolic problems for smollm2-135m. Only tokens written up to the end of
-turn count. Both sides have the same model, prompts and limits in one process, warmed up, alternating; medians over the
-repeats.
+Regime: 8 prompts with 8 samples each at temperature 0.9, float32 on a CPU, up to a limit of new tokens or the end of
+turn: chains of the built-in task for tiny-teacher, gsm_symbolic problems for smollm2-135m. Only tokens written up to
+the end of turn count. Both sides have the same model, prompts and limits in one process, warmed up, alternating;
+medians over the repeats.
 
 Peer: `generate(do_sample=True, num_return_sequences=8)` of transformers with its own dynamic cache, left padding, one
 call. It reads every prompt once a sample.

@@ -3,7 +3,8 @@
 1. Prompts go longest first; one prompt is prefilled once for all the samples that enter the batch with it.
 2. Rows are right-aligned: padding is on the left, so that every row writes its next key into the same column and one
    slice assignment serves the batch. The cache has room to grow; a step copies nothing that is already there.
-3. A finished row stays until an eighth of the batch has finished. Then the survivors are gathered together with newly
+3. For plain Llama-type models on a CPU a step goes through `lean_decode`, which makes fewer calls.
+4. A finished row stays until an eighth of the batch has finished. Then the survivors are gathered together with newly
    prefilled prompts into one cache, and columns that are padding in every row are cut off.
 
 Draws come from (seed, prompt index, sample index, position) alone, so a completion does not depend on the batch that
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from limbeck.errors import ConfigError, ModelError
-from limbeck.models.anatomy import causal_lm_of
+from limbeck.models.anatomy import SOFTCAP_FIELDS, causal_lm_of
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.cache import Source, empty_cache, gather_rows
+from limbeck.models.lean import can_run
+from limbeck.models.lean_decode import next_logits
 from limbeck.models.sampling import choose_tokens
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -108,9 +111,10 @@ def generate(
     _refuse_other_layers(model)
     waiting = deque(sorted(rows, key=lambda row: len(row.prompt), reverse=True))
     device = next(model.parameters()).device
-    decoder = _Decoder(model, config, frozenset(stop_ids), pad_id, advance or (lambda _: None), device)
     batch: _Batch | None = None
     with _decoding(model), torch.inference_mode():
+        is_lean = _is_lean(model)
+        decoder = _Decoder(model, config, frozenset(stop_ids), pad_id, advance or (lambda _: None), device, is_lean)
         while waiting or batch is not None:
             free = config.batch_size - (0 if batch is None else len(batch.alive()))
             admitted = [waiting.popleft() for _ in range(min(free, len(waiting)))]
@@ -169,6 +173,8 @@ class _Decoder:
     pad_id: int
     advance: Callable[[int], Any]
     device: torch.device
+    is_lean: bool
+    """Whether a step goes through `lean_decode`."""
 
     def prefill(self, rows: list[_Row]) -> _Batch:
         """Read the prompts, each once, and draw every row's first token. The first prompt is the longest."""
@@ -189,7 +195,8 @@ class _Decoder:
 
     def step(self, batch: _Batch) -> None:
         """One more token for every row; finished rows are computed along and ignored."""
-        logits = self._forward(batch.next_ids, batch.padding, batch.cache)
+        forward = self._lean_forward if self.is_lean else self._forward
+        logits = forward(batch.next_ids, batch.padding, batch.cache)
         batch.next_ids = self._append(batch.rows, logits)
 
     def _forward(self, input_ids: Tensor, padding: Tensor, cache: Cache) -> Tensor:
@@ -205,6 +212,9 @@ class _Decoder:
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+    def _lean_forward(self, input_ids: Tensor, padding: Tensor, cache: Cache) -> Tensor:
+        return next_logits(causal_lm_of(self.model), input_ids, padding, cache)
 
     def _append(self, rows: list[_Row], logits: Tensor) -> Tensor:
         uniforms = None
@@ -288,6 +298,13 @@ def _decoding(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(was_training)
         config._attn_implementation = attention
+
+
+def _is_lean(model: nn.Module) -> bool:
+    """Whether the lean step computes what the model does: a plain float32 Llama on a CPU with a plain head."""
+    lm = causal_lm_of(model)
+    has_plain_head = not any(getattr(lm.config, field, None) not in (None, 1, 1.0) for field in SOFTCAP_FIELDS)
+    return has_plain_head and hasattr(lm, "model") and can_run(lm.model)
 
 
 def _context_tokens(model: nn.Module) -> int:

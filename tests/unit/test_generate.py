@@ -95,6 +95,25 @@ def test_completions_do_not_depend_on_the_batch(llama: nn.Module, prompts: list[
     assert all(a != b for samples in one_by_one for a, b in itertools.combinations(samples, 2) if len(a) > 4)
 
 
+def test_lean_step_is_the_step_of_transformers(
+    llama: nn.Module, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same tokens with either, padded and not; and the lean one is what runs."""
+    config = SamplingConfig(max_new_tokens=20, temperature=0.9, num_samples=2, batch_size=8, seed=3)
+    forwards: list[int] = []
+    hook = llama.register_forward_pre_hook(
+        lambda _, __, kw: forwards.append(kw["input_ids"].shape[1]), with_kwargs=True
+    )
+    for chosen in (prompts, [prompts[3], prompts[4]]):
+        lean = generate(llama, chosen, config, [5], PAD)
+        assert min(forwards) >= min(map(len, chosen)) and len(forwards) < 20
+        with monkeypatch.context() as patch:
+            patch.setattr("limbeck.models.generate._is_lean", lambda _: False)
+            assert generate(llama, chosen, config, [5], PAD) == lean
+        forwards.clear()
+    hook.remove()
+
+
 def test_seed_changes_the_draws(llama: nn.Module, prompts: list[list[int]]) -> None:
     outputs = [
         generate(llama, prompts[:3], SamplingConfig(max_new_tokens=12, temperature=1.0, seed=seed), [], PAD)
@@ -119,7 +138,7 @@ def test_prompt_is_prefilled_once_for_its_samples(llama: nn.Module, prompts: lis
 
 def test_finished_rows_leave_the_batch(llama: nn.Module, prompts: list[list[int]]) -> None:
     rows: list[int] = []
-    hook = llama.register_forward_pre_hook(lambda _, __, kw: rows.append(len(kw["input_ids"])), with_kwargs=True)
+    hook = llama.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     stop_ids = list(range(1, VOCABULARY, 4))
     outputs = generate(llama, prompts, SamplingConfig(max_new_tokens=60, batch_size=11), stop_ids, PAD)
     hook.remove()
