@@ -20,7 +20,7 @@ from typing import Any
 from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
 from limbeck.config import config_hash
 from limbeck.distill import train
-from limbeck.distill.config import DistillConfig, TeacherConfig
+from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import UNCUT, prepare
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.evaluate.stage import EvaluateStageConfig, score
@@ -89,7 +89,8 @@ def _has_cache(sweep: SweepConfig) -> bool:
 def _with_cache(sweep: SweepConfig, planned: PlannedRun, out: Path) -> PlannedRun:
     if not _has_cache(sweep) or planned.config.teacher.model is None:
         return planned
-    teacher = TeacherConfig(cache=out / CACHE)
+    # Weight and further teachers stay.
+    teacher = dataclasses.replace(planned.config.teacher, model=None, cache=out / CACHE)
     return planned._replace(config=dataclasses.replace(planned.config, teacher=teacher))
 
 
