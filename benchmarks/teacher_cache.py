@@ -33,14 +33,15 @@ import torch
 from _process import conditions, fresh, gsm_traces, markdown, publish, render_traces, save_models, set_up
 from torch import Tensor
 
+from limbeck.checkpoint import write_manifest
 from limbeck.distill import train
 from limbeck.distill.config import LossConfig
 from limbeck.distill.objective import Teacher, microbatch_loss, step_totals
 from limbeck.ledger import Ledger
 from limbeck.models.anatomy import Head, head_of, sizes_of
 from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
-from limbeck.teacher.build import build_cache, spec_of, stats, write_cache
-from limbeck.teacher.cache import MODES, CacheConfig, TeacherCache
+from limbeck.teacher.build import build_cache, spec_of, stats
+from limbeck.teacher.cache import MODES, CacheConfig, TeacherCache, seal
 from limbeck.teacher.live import LiveTeacher
 from limbeck.teacher.score import reconstruction_kl
 from limbeck.teacher.shard import Stored
@@ -92,18 +93,30 @@ def asked(samples: Sequence[Sample]) -> list[Stored]:
     return [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
 
 
-def write(mode: str, models: Path, samples: Sequence[Sample], out: Path, threads: int) -> dict[str, Any]:
-    """Fill a cache; seconds are those of scoring and writing, without loading."""
+def modes(models: Path, samples: Sequence[Sample], few: Sequence[Sample], threads: int) -> dict[str, Any]:
+    """What every mode costs and loses; gradients are of the `few` samples."""
     torch.set_num_threads(threads)
-    name = str(models / "teacher")
-    model, config = load_model(name, layout="packed"), CacheConfig(mode=mode)  # type: ignore[arg-type]
+    model = load_model(str(models / "teacher"), layout="packed")
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        found[mode] = write(mode, model, models, samples) | read(model, samples, models / mode)
+    found["fidelity"] = fidelity(model, samples, models / "top_k")
+    found["gradients"] = gradients(model, few, models)
+    return found
+
+
+def write(mode: str, model: Any, models: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Fill a cache; seconds are those of scoring and writing, without loading."""
+    name, out = str(models / "teacher"), models / mode
+    config = CacheConfig(mode=mode)  # type: ignore[arg-type]
     spec = spec_of(model, name, "benchmark", vocabulary_size(load_tokenizer(name)), config)
     # A first, short pass through the model, so that its one-time costs are not in the figure.
     build_cache(model, spec, asked(samples[:1]), out.with_name("warm-up-" + mode))
     start = time.perf_counter()
-    counts = build_cache(model, spec, asked(samples), out.with_name("timed-" + mode))
+    counts = build_cache(model, spec, asked(samples), out)
     seconds = time.perf_counter() - start
-    write_cache(name, config, asked(samples), out, config)
+    write_manifest(out, stage="teacher cache", config=config, inputs={}, metrics=counts)
+    seal(out)
     return stats(out) | {"write_tokens_per_second": counts["positions_scored"] / seconds}
 
 
@@ -112,10 +125,9 @@ def open_cache(directory: Path, teacher: Any) -> TeacherCache:
     return TeacherCache(directory, Head(weight, bias))
 
 
-def read(models: Path, samples: Sequence[Sample], directory: Path, threads: int) -> dict[str, Any]:
+def read(model: Any, samples: Sequence[Sample], directory: Path) -> dict[str, Any]:
     """Positions a second, for batches in the order of the traces; the second of two passes."""
-    torch.set_num_threads(threads)
-    cache = open_cache(directory, load_model(str(models / "teacher")))
+    cache = open_cache(directory, model)
     examples = [make_example(sample, UNCUT, RESPONSE) for sample in samples]
     groups = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
     batches = [collate(group, "packed", 0) for group in groups]
@@ -129,10 +141,9 @@ def read(models: Path, samples: Sequence[Sample], directory: Path, threads: int)
     return {"read_tokens_per_second": count / seconds}
 
 
-def fidelity(models: Path, samples: Sequence[Sample], directory: Path, threads: int) -> dict[str, Any]:
+def fidelity(model: Any, samples: Sequence[Sample], directory: Path) -> dict[str, Any]:
     """KL from the full teacher over all stored positions: to the cache, and to the plain top 50."""
-    torch.set_num_threads(threads)
-    live = LiveTeacher(load_model(str(models / "teacher"), layout="packed"))
+    live = LiveTeacher(model)
     cache, sums, count = TeacherCache(directory), {"cache": 0.0, "plain": 0.0}, 0
     for sample in samples:
         group = [make_example(sample, UNCUT, RESPONSE)]
@@ -145,12 +156,10 @@ def fidelity(models: Path, samples: Sequence[Sample], directory: Path, threads: 
     return {name: value / count for name, value in sums.items()}
 
 
-def gradients(models: Path, samples: Sequence[Sample], root: Path, threads: int) -> dict[str, Any]:
+def gradients(model: Any, samples: Sequence[Sample], models: Path) -> dict[str, Any]:
     """Relative errors of one step's loss and gradient, by teacher."""
-    torch.set_num_threads(threads)
-    model = load_model(str(models / "teacher"), layout="packed")
     live = LiveTeacher(model)
-    teachers: dict[str, Teacher] = {mode: open_cache(root / mode, model) for mode in MODES}
+    teachers: dict[str, Teacher] = {mode: open_cache(models / mode, model) for mode in MODES}
     teachers["plain_top50"] = LiveEntries(live, PLAIN, torch.float16)
     exact = step(models, samples, live)
     entries = step(models, samples, LiveEntries(live, CacheConfig(), torch.float32))
@@ -195,16 +204,32 @@ def save_small_student(models: Path) -> dict[str, Any]:
     return {}
 
 
-def epoch(fraction: float, cache: Path | None, models: Path, samples: Sequence[Sample], threads: int) -> dict[str, Any]:
+def sweep(models: Path, samples: Sequence[Sample], threads: int) -> dict[str, Any]:
+    """Seconds of every epoch with the cache and with the live teacher, in turn, and of filling the cache."""
+    torch.set_num_threads(threads)
+    teacher = load_model(str(models / "teacher"), layout="packed")
+    live, cache = LiveTeacher(teacher), TeacherCache(models / "top_k")
+    spec = cache.spec
+    start = time.perf_counter()
+    build_cache(teacher, spec, asked(samples), models / "swept")
+    found: dict[str, Any] = {"write_seconds": time.perf_counter() - start, "cached": [], "live": []}
+    for fraction in FRACTIONS:
+        found["cached"].append(epoch(fraction, live, cache, models, samples, threads))
+        found["live"].append(epoch(fraction, live, live, models, samples, threads))
+    return found
+
+
+def epoch(
+    fraction: float, live: Teacher, teacher: Teacher, models: Path, samples: Sequence[Sample], threads: int
+) -> dict[str, Any]:
     """Seconds of one epoch at a lead fraction of the response, and those of the teacher in it."""
     cut = TruncationConfig(lead_fraction=fraction, unit="response")
     examples = [make_example(sample, cut, RESPONSE) for sample in samples]
     batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
-    live = LiveTeacher(load_model(str(models / "teacher"), layout="packed"))
+    # The warm-up is on prompts, which are not in the cache.
     run = set_up(models / "small", live, samples[:BATCH], batches, threads)
     train._step(run, 0)
-    if cache is not None:
-        run.teacher = TeacherCache(cache)
+    run = run._replace(teacher=teacher)
     teacher_seconds = run.ledger.seconds["teacher"]
     start = time.perf_counter()
     for number in range(1, len(run.steps)):
@@ -214,26 +239,12 @@ def epoch(fraction: float, cache: Path | None, models: Path, samples: Sequence[S
 
 
 def measure(quick: bool, threads: int, scratch: Path) -> dict[str, Any]:
-    """All measurements, each in a process of its own."""
+    """All measurements."""
     fresh(save_models, scratch, 0.1)
     fresh(save_small_student, scratch)
     samples = render_traces(gsm_traces(6 if quick else 128), scratch / "teacher")
-    some, swept = (samples[:2], samples[:4]) if quick else (samples[:32], samples[:48])
-    found: dict[str, Any] = {}
-    for mode in MODES:
-        found[mode] = fresh(write, mode, scratch, samples, scratch / mode, threads)
-        found[mode] |= fresh(read, scratch, samples, scratch / mode, threads)
-    found["fidelity"] = fresh(fidelity, scratch, samples, scratch / "top_k", threads)
-    found["gradients"] = fresh(gradients, scratch, some, scratch, threads)
-    start = time.perf_counter()
-    fresh(write, "top_k", scratch, swept, scratch / "swept", threads)
-    found["sweep"] = {"write_process_seconds": time.perf_counter() - start, "live": [], "cached": []}
-    for fraction in FRACTIONS:
-        found["sweep"]["cached"].append(fresh(epoch, fraction, scratch / "swept", scratch, swept, threads))
-        found["sweep"]["live"].append(fresh(epoch, fraction, None, scratch, swept, threads))
-    positions = sum(int(stored.positions.sum()) for stored in asked(swept))
-    found["sweep"]["write_seconds"] = positions / found["top_k"]["write_tokens_per_second"]
-    return found
+    few, swept = (samples[:2], samples[:4]) if quick else (samples[:32], samples[:48])
+    return fresh(modes, scratch, samples, few, threads) | {"sweep": fresh(sweep, scratch, swept, threads)}
 
 
 def summarise(found: dict[str, Any]) -> dict[str, Any]:
@@ -257,11 +268,11 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
     keys["bytes_per_token_plain_top50"] = 50 * (4 + 2) + 2
     keys["kl_to_full_teacher_nats_plain_top50"] = found["fidelity"]["plain"]
     keys["bytes_per_token_distillkit_published"] = [114, 300]
-    sweep = found["sweep"]
-    live = sum(answer["seconds"] for answer in sweep["live"])
-    cached = sum(answer["seconds"] for answer in sweep["cached"]) + sweep["write_seconds"]
+    swept = found["sweep"]
+    live = sum(answer["seconds"] for answer in swept["live"])
+    cached = sum(answer["seconds"] for answer in swept["cached"]) + swept["write_seconds"]
     keys["sweep_cost_over_live_teacher"] = cached / live
-    keys["teacher_share_of_live_seconds"] = sum(answer["teacher_seconds"] for answer in sweep["live"]) / live
+    keys["teacher_share_of_live_seconds"] = sum(answer["teacher_seconds"] for answer in swept["live"]) / live
     return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in keys.items()}
 
 

@@ -130,7 +130,7 @@ def test_every_recipe_loads(recipe):
 
 def test_readme_names_real_commands_and_files():
     readme = (ROOT / "README.md").read_text()
-    for command in re.findall(r"`limbeck ((?:traces )?[a-z]+)", readme):
+    for command in re.findall(r"`limbeck ((?:(?:traces|teacher) )?[a-z]+)", readme):
         assert command in COMMANDS
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / target).exists(), f"README links to {target}"
