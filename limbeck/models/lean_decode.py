@@ -35,7 +35,7 @@ def next_logits(model: Any, input_ids: Tensor, padding: Tensor, cache: Cache) ->
         norm = layer.input_layernorm
         normed = _unit(hidden, _epsilon(norm))[0].mul_(norm.weight)
         query, key, value = (
-            torch.mm(normed, linear.weight.T).view(len(hidden), -1, 2 * cos.shape[-1])
+            _product(normed, linear).view(len(hidden), -1, 2 * cos.shape[-1])
             for linear in _attention_linears(layer)[:3]
         )
         keys, values = cache.update(_rotate_(key, cos, sin)[:, :, None], value[:, :, None], number)
@@ -50,10 +50,14 @@ def next_logits(model: Any, input_ids: Tensor, padding: Tensor, cache: Cache) ->
         hidden = torch.addmm(hidden, attended.reshape(len(hidden), -1), layer.self_attn.o_proj.weight.T)
         norm = layer.post_attention_layernorm
         normed = _unit(hidden, _epsilon(norm))[0].mul_(norm.weight)
-        gate, up, down = (linear.weight.T for linear in _feed_forward_linears(layer))
-        gated = nn.functional.silu(torch.mm(normed, gate), inplace=True).mul_(torch.mm(normed, up))
-        hidden = torch.addmm(hidden, gated, down)
+        gate, up, _ = _feed_forward_linears(layer)
+        gated = nn.functional.silu(_product(normed, gate), inplace=True).mul_(_product(normed, up))
+        hidden = torch.addmm(hidden, gated, layer.mlp.down_proj.weight.T)
     return model.lm_head(_unit(hidden, _epsilon(backbone.norm))[0].mul_(backbone.norm.weight))
+
+
+def _product(x: Tensor, linear: Any) -> Tensor:
+    return torch.mm(x, linear.weight.T)
 
 
 def _mask(padding: Tensor, columns: int, dtype: torch.dtype) -> Tensor | None:
