@@ -32,7 +32,7 @@ def test_generate_verify_distill(tmp_path, capfd):
     # The first problem of the source is the evaluation set: its traces must go.
     assert counts["dropped"]["overlap with an evaluation problem"] >= 1
     assert counts["kept"] + sum(counts["dropped"].values()) == counts["read"]["kept"]
-    training = ("--max-steps", 2, "--num-validation", 0, "--batch-size", 2, "--select.deduplicate", "false")
+    training = ("--max-steps", 2, "--num-validation", 0, "--training.batch-size", 2, "--select.deduplicate", "false")
     pair = ("--student.model", "tiny-student", "--teacher.model", "tiny-teacher")
     code, _, err = call(
         capfd, "distill", "--traces.source", checked / "traces.jsonl", *pair, *training, "--out", student
