@@ -98,7 +98,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, total_steps: int)
     noise = config.noise
     gated: dict[str, Any] = {"grad_threshold": noise.grad_threshold, "escape_steps": noise.escape_steps}
     shape: dict[str, Any] = {"noise_radius": noise.noise_radius, "mode": noise.mode, "noise_scale": noise.noise_scale}
-    shared = {"seed": noise.noise_seed}
+    shared: dict[str, Any] = {"seed": noise.noise_seed}
     optimizer: torch.optim.Optimizer
     if config.name in ("adamw", "sgd"):
         return _plain(config.name, groups, config)
