@@ -25,8 +25,8 @@ class Sample:
     derivation_end: int | None = None
     """One past the token that completes the first derivation of the answer in the thought; None when not found."""
     probed_end: int | None = None
-    """One past the last token of the earliest prefix from which a teacher already answers right (`traces probe`); None when
-    the trace was not probed or no prefix will do."""
+    """One past the last token of the earliest prefix from which a teacher already answers right (`traces probe`); None
+    when the trace was not probed or no prefix will do."""
     trace_key: str = ""
     """`Trace.key` of its origin."""
     source: str = ""
