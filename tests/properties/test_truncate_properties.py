@@ -42,7 +42,7 @@ def samples(draw) -> Sample:
 @st.composite
 def configs(draw, share: Fraction | None = None) -> TruncationConfig:
     policy = draw(st.sampled_from(POLICIES))
-    takes_share = policy not in ("budget", "first_derivation")
+    takes_share = policy not in ("budget", "first_derivation", "probed")
     return TruncationConfig(
         policy=policy,
         unit=draw(st.sampled_from(UNITS)),
@@ -75,7 +75,7 @@ def test_kept_tokens_are_some_of_the_sample_in_order(sample, config):
 @relaxed
 @given(samples(), configs(share=Fraction(1)))
 def test_a_share_of_one_is_the_identity(sample, config):
-    if config.policy in ("budget", "first_derivation"):
+    if config.policy in ("budget", "first_derivation", "probed"):
         return
     cut = truncate(sample, config)
     assert cut.kept.tolist() == list(range(len(sample))) and cut.supervised.all()
@@ -84,7 +84,7 @@ def test_a_share_of_one_is_the_identity(sample, config):
 @relaxed
 @given(samples(), configs(), SHARES, SHARES)
 def test_a_larger_share_keeps_what_a_smaller_one_kept(sample, config, a, b):
-    if config.policy in ("budget", "first_derivation"):
+    if config.policy in ("budget", "first_derivation", "probed"):
         return
     fields = {"policy": config.policy, "unit": config.unit, "keep_ending": config.keep_ending, "seed": config.seed}
     small, large = (TruncationConfig(lead_fraction=str(x), **fields) for x in sorted((a, b)))
@@ -151,7 +151,7 @@ def test_every_policy_composes_with_every_supervision(policy, unit, preset):
         ending_start=13,
         derivation_end=9,
     )
-    share = 1.0 if policy in ("budget", "first_derivation") else 0.4
+    share = 1.0 if policy in ("budget", "first_derivation", "probed") else 0.4
     for keep_ending, mask_only in itertools.product((False, True), repeat=2):
         config = TruncationConfig(
             policy=policy,
