@@ -219,7 +219,7 @@ def write_sweep(place, **changes):
         ({"grid": {"seed": [1, 2]}}, "'seed' stands for"),
         ({"problems": {"source": "good.jsonl"}}, "12 of 12 are also training prompts"),
         ({"match": "hours"}, "found 'hours'"),
-        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"top_k": -1}, "top_k must be in 0 to 255"),
     ],
 )
 def test_broken_sweeps(place, refused, changes, message):
