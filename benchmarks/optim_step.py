@@ -6,7 +6,7 @@ through memory; a separate pass for the gradient's norm would add 4. Bound: 1.0.
 soon as they have passed the threshold, so its cost should not depend on the number of parameters.
 Peer: torch.optim.SGD and AdamW with foreach=True, in the same process, step by step in turn, medians of ratios.
 
-    python benchmarks/optim_step.py [--quick]
+    python benchmarks/optim_step.py [--quick] [--out benchmarks/results]
 
 The last line is JSON. `gated_over_sgd` and `perturb_over_adamw` are the larger of the ratios at the sizes measured;
 `narrow_over_sgd` is the dearest case, a gradient norm 0.05 percent above the threshold: no early stop.
@@ -15,40 +15,38 @@ The last line is JSON. `gated_over_sgd` and `perturb_over_adamw` are the larger 
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from _study import Outcome, main
 
 from limbeck.optim import ASGLD, Perturb
 
 LR = 1e-6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1 M and 10 M parameters, under a minute")
-    quick = parser.parse_args().quick
+def measure(quick: bool, scratch: Path) -> Outcome:
     torch.set_num_threads(1)
     sizes = {1_000_000: 20, (10_000_000 if quick else 100_000_000): 50}
-    found = {size: measure(size, num_tensors, quick) for size, num_tensors in sizes.items()}
-    print(f"{'parameters':>12} {'case':>18} {'seconds':>12} {'peer':>12} {'ratio':>8} {'middle half':>16}")
-    for size, cases in found.items():
-        for name, case in cases.items():
-            low, high = case["middle_half"]
-            spread = f"{low:.3f} - {high:.3f}"
-            seconds = f"{case['seconds']:>12.6f} {case['peer_seconds']:>12.6f}"
-            print(f"{size:>12} {name:>18} {seconds} {case['ratio']:>8.3f} {spread:>16}")
+    found = {size: measure_size(size, num_tensors, quick) for size, num_tensors in sizes.items()}
     worst = {name: max(cases[name]["ratio"] for cases in found.values()) for name in next(iter(found.values()))}
-    versions = {"torch": torch.__version__, "machine": platform.machine(), "quick": quick}
-    print(json.dumps({**worst, **versions, "sizes": {str(size): cases for size, cases in found.items()}}))
+    rows = [
+        (size, name, *(case[key] for key in ("seconds", "peer_seconds", "ratio")), _range(case["middle_half"]))
+        for size, cases in found.items()
+        for name, case in cases.items()
+    ]
+    header = ("parameters", "case", "seconds", "peer", "ratio", "middle half")
+    return worst | {"sizes": {str(size): cases for size, cases in found.items()}}, {"A step": (header, rows)}, []
 
 
-def measure(size: int, num_tensors: int, quick: bool) -> dict[str, dict]:
+def _range(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:.3f} to {ends[1]:.3f}"
+
+
+def measure_size(size: int, num_tensors: int, quick: bool) -> dict[str, dict]:
     """Every case at one size, each beside its peer on the same tensors."""
     params = make_params(size, num_tensors)
     norm = sum(float(p.grad.double().square().sum()) for p in params) ** 0.5
@@ -96,4 +94,4 @@ def seconds_a_step(optimizer: torch.optim.Optimizer, steps: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main("optim_step", __doc__, measure)
