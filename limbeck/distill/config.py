@@ -206,12 +206,17 @@ class TrainingConfig:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be in 0 to 2^32 - 1; found {self.seed}")
 
-    def growth(self) -> BatchGrowth | None:
+    def growing_batch(self) -> BatchGrowth | None:
         """Size of the batch at every step; None when it stays."""
-        if self.batch_growth is None:
-            return None
+        return None if self.batch_growth is None or self.batch_growth.as_learning_rate else self._growth()
+
+    def rate_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by, beside its schedule."""
+        return self._growth().rate_factor(step) if self.batch_growth and self.batch_growth.as_learning_rate else 1.0
+
+    def _growth(self) -> BatchGrowth:
         start = self.batch_size or self.batch_tokens
-        assert start is not None
+        assert start is not None and self.batch_growth is not None
         return BatchGrowth(start, self.batch_growth.per_step, self.batch_growth.largest)
 
 

@@ -140,7 +140,7 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
         max_steps=training.max_steps,
         max_tokens=training.max_tokens,
         world_size=ranks.world_size,
-        growth=None if training.batch_growth is None or training.batch_growth.as_learning_rate else training.growth(),
+        growth=training.growing_batch(),
     )
     vocab_size = vocabulary_size(tokenizer)
     optimizer = build_optimizer(student, config.optimizer, len(steps))
@@ -247,11 +247,8 @@ def _work(setup: Run, number: int) -> Work:
 
 
 def _learning_rate(config: DistillConfig, number: int, total_steps: int) -> float:
-    rate = config.optimizer.learning_rate * learning_rate_factor(config.schedule, number, total_steps)
-    growth = config.training.growth()
-    if growth is None or config.training.batch_growth is None or not config.training.batch_growth.as_learning_rate:
-        return rate
-    return rate * growth.b0 / growth.size_at(number)
+    scheduled = config.optimizer.learning_rate * learning_rate_factor(config.schedule, number, total_steps)
+    return scheduled * config.training.rate_factor(number)
 
 
 def _refuse_divergence(number: int, loss: float, norm: float) -> None:

@@ -64,6 +64,10 @@ class BatchGrowth:
         size = self.b0 + math.floor(self.growth * step)
         return size if self.b_max is None else min(self.b_max, size)
 
+    def rate_factor(self, step: int) -> float:
+        """b0 / b_t: what the learning rate is multiplied by where it falls in place of a growing batch."""
+        return self.b0 / self.size_at(step)
+
     def advance(self) -> None:
         """Count a step at the present size, and grow."""
         self.samples += self.batch_size
@@ -235,4 +239,4 @@ class _Share:
         self.b0, self.growth, self.b_max = growth.b0, growth.growth, growth.b_max
 
     def __call__(self, step: int) -> float:
-        return self.b0 / BatchGrowth(self.b0, self.growth, self.b_max).size_at(step)
+        return BatchGrowth(self.b0, self.growth, self.b_max).rate_factor(step)

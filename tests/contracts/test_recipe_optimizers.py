@@ -1,5 +1,7 @@
 """Every optimizer that a recipe can name: trains, adds its noise when asked, and resumes to the same bits."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -100,3 +102,20 @@ def test_noise_without_a_size_is_refused(name):
 
 def _noise():
     return NoiseConfig(grad_threshold=1.0, noise_radius=0.1, escape_steps=0)
+
+
+@pytest.mark.parametrize("as_learning_rate", [False, True])
+def test_growth_changes_the_batch_or_the_rate(as_learning_rate, tmp_path):
+    changes = {
+        "training.max_steps": 4,
+        "training.batch_size": 2,
+        "training.batch_growth": {"per_step": 1.0, "largest": 4, "as_learning_rate": as_learning_rate},
+        "optimizer.learning_rate": 1e-3,
+        "schedule": {"name": "constant", "warmup_fraction": 0.0},
+    }
+    out = train.run(run_config(changes), None, tmp_path / "out")
+    rows = [json.loads(line) for line in (out.path / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] / 1e-3 for row in rows]
+    sequences = out.manifest["ledger"]["sequences"]
+    assert rates == pytest.approx([1, 2 / 3, 1 / 2, 1 / 2] if as_learning_rate else [1, 1, 1, 1])
+    assert sequences == (8 if as_learning_rate else 2 + 3 + 4 + 4)
