@@ -108,6 +108,7 @@ def _noise():
 def test_growth_changes_the_batch_or_the_rate(as_learning_rate, tmp_path):
     changes = {
         "training.max_steps": 4,
+        "num_validation": 2,  # Ten traces are left: no batch of two is short.
         "training.batch_size": 2,
         "training.batch_growth": {"per_step": 1.0, "largest": 4, "as_learning_rate": as_learning_rate},
         "optimizer.learning_rate": 1e-3,
