@@ -7,6 +7,7 @@
     ├── ModelError (ValueError)          a model directory is missing, damaged or of an unsupported kind
     ├── CheckpointError (ValueError)     an output directory or its manifest is missing, damaged or foreign
     ├── PairError (ValueError)           teacher and student do not fit together
+    ├── CompressionError (ValueError)    a layer cannot be pruned, quantised or exported as asked
     └── ShapeError (ValueError)          tensors do not fit together
 
 A message says where, what was found, what is accepted and what to do. The command line prints it as one line and
@@ -45,6 +46,10 @@ class CheckpointError(LimbeckError, ValueError):
 
 class PairError(LimbeckError, ValueError):
     """Teacher and student do not fit together."""
+
+
+class CompressionError(LimbeckError, ValueError):
+    """A layer, or a model, cannot be pruned, quantised or exported as asked."""
 
 
 class ShapeError(LimbeckError, ValueError):

@@ -19,6 +19,7 @@ LAYERS = [
     ["optim"],
     ["distill"],
     ["evaluate"],
+    ["compress"],
     ["sweep"],
     ["report"],
     ["demo"],

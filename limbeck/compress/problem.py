@@ -1,0 +1,173 @@
+"""The layer problem: a linear layer's weight W and the second moments H of its inputs.
+
+All solvers minimise the same error, tr((B - W) H (B - W)'), over another set of weights B each: sparse ones, ones on a
+grid, ones without some inputs. What they need of H beyond the matrix itself (factorisations) is computed once and kept
+with the moments, since the layers that share an input share their moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from limbeck.errors import CompressionError
+
+DAMPING = 0.01
+"""Share of H's mean diagonal that is added to its diagonal (GPTQ, OSSCAR and ALPS use the same)."""
+
+
+@dataclass(eq=False)
+class Moments:
+    """Second moments of the inputs of one or more linear layers."""
+
+    gram: Tensor
+    """float32 [I I], the sum of x x' over the tokens, divided by their number."""
+    absolute_mean: Tensor
+    """float32 [I], mean of |x| (AWQ)."""
+    absolute_max: Tensor
+    """float32 [I], largest |x| (SmoothQuant)."""
+    tokens: int
+    """How many inputs were seen; 0 leaves the moments at zero."""
+    _kept: dict[tuple[str, float], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Moments:
+        """Moments of inputs [n I]."""
+        inputs = inputs.float()
+        count = max(len(inputs), 1)
+        size = inputs.shape[1]
+        largest = inputs.abs().amax(0) if len(inputs) else torch.zeros(size, device=inputs.device)
+        return cls(inputs.T @ inputs / count, inputs.abs().sum(0) / count, largest, len(inputs))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of inputs together."""
+        tokens = self.tokens + other.tokens
+        mine, others = self.tokens / max(tokens, 1), other.tokens / max(tokens, 1)
+        return Moments(
+            self.gram * mine + other.gram * others,
+            self.absolute_mean * mine + other.absolute_mean * others,
+            torch.maximum(self.absolute_max, other.absolute_max),
+            tokens,
+        )
+
+    def scaled(self, factors: Tensor) -> Moments:
+        """Moments of the inputs x * factors; factors [I] > 0."""
+        return Moments(
+            self.gram * factors[:, None] * factors,
+            self.absolute_mean * factors,
+            self.absolute_max * factors,
+            self.tokens,
+        )
+
+    def damped(self, damping: float = DAMPING) -> Tensor:
+        """H + damping * mean(diag H) * I, float32 [I I]; the identity where nothing was seen or all inputs are 0.
+
+        With the identity every solver falls back to what it does without data: rounding to nearest, magnitude pruning.
+        """
+        diagonal = self.gram.diagonal()
+        mean = diagonal.mean()
+        if not bool(mean > 0):
+            return torch.eye(len(self.gram), device=self.gram.device)
+        # Positive even for damping 0, so that an input that is always zero does not make H singular.
+        return self.gram + torch.diag_embed((mean * max(damping, 1e-6)).expand_as(diagonal))
+
+    def inverse(self, damping: float = DAMPING) -> Tensor:
+        """(H + damping)^-1, float32 [I I]; computed once, in float64."""
+        return self._once("inverse", damping)[0]
+
+    def inverse_factor(self, damping: float = DAMPING) -> Tensor:
+        """Upper Cholesky factor U of the inverse, U'U = (H + damping)^-1, float32 [I I]; computed once, in float64."""
+        return self._once("inverse_factor", damping)[0]
+
+    def eigen(self, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [I] and vectors [I I] of D H D, H damped and D = diag(H)^-1/2: the unit-diagonal form.
+
+        float32; computed once, in float64.
+        """
+        values, vectors = self._once("eigen", damping)
+        return values, vectors
+
+    def _once(self, name: str, damping: float) -> tuple[Tensor, ...]:
+        if (name, damping) not in self._kept:
+            damped = self.damped(damping).double()
+            self._kept[name, damping] = tuple(part.float() for part in _COMPUTED[name](damped))
+        return self._kept[name, damping]
+
+
+def _inverse(damped: Tensor) -> tuple[Tensor, ...]:
+    return (torch.cholesky_inverse(torch.linalg.cholesky(damped)),)
+
+
+def _inverse_factor(damped: Tensor) -> tuple[Tensor, ...]:
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return (torch.linalg.cholesky(inverse, upper=True),)
+
+
+def _unit_eigen(damped: Tensor) -> tuple[Tensor, ...]:
+    scale = damped.diagonal().rsqrt()
+    values, vectors = torch.linalg.eigh(damped * scale[:, None] * scale)
+    return values, vectors
+
+
+_COMPUTED = {"inverse": _inverse, "inverse_factor": _inverse_factor, "eigen": _unit_eigen}
+
+
+@dataclass(eq=False)
+class LayerProblem:
+    """A linear layer to approximate: y = W x over inputs with the given moments."""
+
+    weight: Tensor
+    """float32 [O I]; the target, all of it finite."""
+    moments: Moments
+    name: str = "layer"
+    """For messages."""
+    mask: Tensor | None = None
+    """bool [O I]; False marks weights that are zero and must stay zero. None: all are free."""
+
+    def __post_init__(self) -> None:
+        if not bool(torch.isfinite(self.weight).all()):
+            raise CompressionError(f"{self.name}: the weight holds NaN or infinity; the checkpoint is damaged.")
+        if not bool(torch.isfinite(self.moments.gram).all()):
+            raise CompressionError(
+                f"{self.name}: the inputs seen in calibration hold NaN or infinity; load the model in float32 or check "
+                "the layers before."
+            )
+        if self.weight.shape[1] != len(self.moments.gram):
+            raise CompressionError(
+                f"{self.name}: weight {list(self.weight.shape)} and moments of {len(self.moments.gram)} inputs do not "
+                "belong together."
+            )
+
+
+def layer_error(problem: LayerProblem, weight: Tensor) -> float:
+    """Relative error of the layer's outputs: tr((B - W) H (B - W)') / tr(W H W'), H without damping.
+
+    Args:
+      problem: the layer.
+      weight: B, float [O I].
+    Returns: 0 for the layer itself, 1 for outputs of zero; plain squared differences where no input was seen.
+    """
+    gram = problem.moments.gram if bool(problem.moments.gram.diagonal().any()) else problem.moments.damped()
+    difference = weight.float() - problem.weight
+    scale = ((problem.weight @ gram) * problem.weight).sum(dtype=torch.float64)
+    error = ((difference @ gram) * difference).sum(dtype=torch.float64)
+    return float(error / scale) if bool(scale > 0) else float(error)
+
+
+def retarget(problem: LayerProblem, cross: Tensor, damping: float = DAMPING) -> LayerProblem:
+    """The problem whose target is the dense model's output on its own inputs, as one of the ordinary kind.
+
+    With inputs x of the compressed model, inputs z of the dense one and C = E[z x'], the error E|B x - W z|^2 is
+    E|(B - W C H^-1) x|^2 plus a constant: the same problem for another weight. H is damped, and C with it, so that
+    without difference between x and z the weight stays W. Masked weights stay masked.
+
+    Args:
+      problem: moments of x, weight W.
+      cross: float32 [I I], E[z x'].
+    Source: the full sequential mode of OSSCAR (2403.12983).
+    """
+    ridge = problem.moments.damped(damping) - problem.moments.gram
+    target = problem.weight @ (cross + ridge) @ problem.moments.inverse(damping)
+    return LayerProblem(target, problem.moments, problem.name, problem.mask)

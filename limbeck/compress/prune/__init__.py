@@ -1,0 +1,1 @@
+"""Pruning: one solver a file."""

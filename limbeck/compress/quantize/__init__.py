@@ -1,0 +1,1 @@
+"""Quantisation: one solver a file."""

@@ -1,0 +1,107 @@
+"""The grid that weights are rounded to, and weights on it: codes times scales.
+
+Symmetric grids only, without zero points: engines load them everywhere (asymmetric int4 fails in transformers).
+Source: the compressed-tensors checkpoint format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from limbeck.errors import CompressionError, ConfigError
+
+FP8_LARGEST = 448.0
+"""Largest value of float8 E4M3."""
+_SMALLEST_SCALE = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Codes of a given width, one scale for a group of inputs or for a whole output channel."""
+
+    bits: int = 4
+    """Width of a code, 2 to 8."""
+    kind: str = "int"
+    """int | float (8 bits, E4M3)."""
+    group_size: int | None = 128
+    """Consecutive inputs that share a scale; null: all inputs of an output channel."""
+    largest_code: int | None = None
+    """Codes stay in -largest_code..largest_code; null: the whole width, -2^(bits-1)..2^(bits-1)-1. 63 at 8 bits keeps
+    AVX2's 16-bit sums from overflowing, and costs little."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("int", "float"):
+            raise ConfigError(f"kind must be int or float; found {self.kind!r}")
+        if not 2 <= self.bits <= 8 or (self.kind == "float" and self.bits != 8):
+            raise ConfigError(f"bits must be 2 to 8, and 8 for kind float; found {self.bits}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ConfigError(f"group_size must be positive or null; found {self.group_size}")
+        if self.largest_code is not None and not 1 <= self.largest_code < 2 ** (self.bits - 1):
+            raise ConfigError(f"largest_code must be in 1 to {2 ** (self.bits - 1) - 1}; found {self.largest_code}")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest code."""
+        if self.kind == "float":
+            return -FP8_LARGEST, FP8_LARGEST
+        if self.largest_code is not None:
+            return -self.largest_code, self.largest_code
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def groups(self, inputs: int, name: str = "layer") -> int:
+        """Scales of an output channel.
+
+        Raises: CompressionError when the group size does not divide the inputs.
+        """
+        if self.group_size is None:
+            return 1
+        if inputs % self.group_size:
+            raise CompressionError(
+                f"{name}: {inputs} inputs are no multiple of group_size {self.group_size}; choose one that divides "
+                "them (32 and 64 do for most models) or null."
+            )
+        return inputs // self.group_size
+
+    def round(self, values: Tensor) -> Tensor:
+        """Nearest codes of values in units of the scale, as float32."""
+        low, high = self.range
+        if self.kind == "float":
+            return values.clamp(low, high).to(torch.float8_e4m3fn).float()
+        return values.round().clamp(low, high)
+
+    def scales(self, weight: Tensor, name: str = "layer") -> Tensor:
+        """Scales [O G] that just reach the largest weight of every group; exactly 1 code step for a group of zeros.
+
+        Symmetric: the largest magnitude meets the largest positive code.
+        """
+        grouped = weight.float().view(len(weight), self.groups(weight.shape[1], name), -1)
+        return (grouped.abs().amax(-1) / self.range[1]).clamp(min=_SMALLEST_SCALE)
+
+
+class Quantized(NamedTuple):
+    """Weights on a grid: weight = codes * scales, scales repeated over their group."""
+
+    codes: Tensor
+    """int8 [O I], or float8_e4m3fn [O I]."""
+    scales: Tensor
+    """float32 [O G]."""
+    grid: Grid
+
+    def dequantize(self) -> Tensor:
+        """float32 [O I]."""
+        return self.codes.float() * spread(self.scales, self.codes.shape[1])
+
+
+def spread(scales: Tensor, inputs: int) -> Tensor:
+    """Scales [O G] repeated to [O I]."""
+    return scales.repeat_interleave(inputs // scales.shape[1], dim=1)
+
+
+def encode(weight: Tensor, scales: Tensor, grid: Grid) -> Quantized:
+    """Nearest codes of a weight [O I] for given scales [O G]."""
+    codes = grid.round(weight.float() / spread(scales, weight.shape[1]))
+    return Quantized(codes.to(torch.int8 if grid.kind == "int" else torch.float8_e4m3fn), scales, grid)
