@@ -47,7 +47,7 @@ class CacheConfig:
     (RS-KD, arXiv 2503.16870) | hidden: the last hidden state, from which any divergence is exact."""
     top_k: int = 128
     """Most entries kept at a position, 1 to 255 (mode top_k)."""
-    min_probability: float = 1e-3
+    min_probability: float = 9e-4
     """Entries below this probability go to the tail; the likeliest is always kept (mode top_k)."""
     num_samples: int = 50
     """Draws at a position (mode sampled)."""
