@@ -1,0 +1,117 @@
+"""Calibration tokens: what the layers are shown while they are compressed.
+
+Reasoning models lose least when they are calibrated on their own kind of text, so traces come first; any text will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limbeck.checkpoint import MANIFEST, Checkpoint
+from limbeck.config import build
+from limbeck.errors import ConfigError
+from limbeck.models.load import BUILT_IN
+from limbeck.traces.render import RenderConfig, render
+from limbeck.traces.sources import BUILTIN_CHAIN, TraceConfig, read_traces
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """Which text, and how much of it."""
+
+    traces: TraceConfig | None = None
+    """Traces, rendered whole. Null, with text null too: those that the model was distilled on, by its manifest."""
+    text: Path | None = None
+    """A UTF-8 text file instead, cut into windows."""
+    sequences: int = 64
+    """At most this many sequences, spread evenly over what there is."""
+    sequence_length_tokens: int = 512
+    """Longer traces are cut to this; windows of text have it."""
+    render: RenderConfig = field(default_factory=RenderConfig)
+    """How traces become tokens."""
+
+    def __post_init__(self) -> None:
+        if self.traces is not None and self.text is not None:
+            raise ConfigError("calibration: set traces or text, not both")
+        if self.sequences < 1 or self.sequence_length_tokens < 1:
+            raise ConfigError("calibration: sequences and sequence_length_tokens must be 1 or more")
+
+
+class Rows(NamedTuple):
+    """Right-padded sequences; with causal attention padding changes nothing before it."""
+
+    input_ids: Tensor
+    """int64 [n T]."""
+    valid: Tensor
+    """bool [n T], False on padding."""
+
+    @classmethod
+    def of(cls, sequences: list[list[int]]) -> Rows:
+        """Pad sequences of token ids with 0."""
+        width = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+        valid = torch.zeros(len(sequences), width, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            valid[row, : len(sequence)] = True
+        return cls(ids, valid)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.valid.sum())
+
+
+def calibration_rows(config: CalibrationConfig, tokenizer: Any, model: str) -> Rows:
+    """The calibration tokens of a model.
+
+    Raises: ConfigError when nothing says which text to take, or when there is none in it.
+    """
+    if config.text is not None:
+        sequences = _windows(config, tokenizer)
+    else:
+        traces, _ = read_traces(config.traces or _own_traces(model, config.sequences))
+        found = [render(trace, tokenizer, config.render).input_ids for trace in traces]
+        sequences = [ids[: config.sequence_length_tokens].tolist() for ids in found if len(ids)]
+    if not sequences:
+        raise ConfigError("calibration: the traces or the text hold no tokens.")
+    chosen = np.linspace(0, len(sequences) - 1, min(config.sequences, len(sequences))).round().astype(int)
+    return Rows.of([sequences[index] for index in chosen])
+
+
+def _windows(config: CalibrationConfig, tokenizer: Any) -> list[list[int]]:
+    assert config.text is not None
+    try:
+        text = config.text.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"calibration.text: {config.text} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"calibration.text: {config.text} is not UTF-8.") from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    length = min(config.sequence_length_tokens, len(ids))
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, max(length, 1))] if ids else []
+
+
+def _own_traces(model: str, sequences: int) -> TraceConfig:
+    """The traces in the manifest of a distilled model or of one made from it; the built-in task for built-in models."""
+    if model in BUILT_IN:
+        return TraceConfig(source=BUILTIN_CHAIN, num_traces=sequences)
+    directory = Path(model)
+    for _ in range(20):
+        if not (directory / MANIFEST).is_file():
+            break
+        config = Checkpoint(directory).manifest["config"]
+        if config.get("traces"):
+            return build(TraceConfig, config["traces"], "traces of the model's manifest")
+        if not config.get("model"):
+            break
+        directory = Path(config["model"])
+    raise ConfigError(
+        f"calibration: {model} has no manifest that names traces; set calibration.traces.source or calibration.text."
+    )

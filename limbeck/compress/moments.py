@@ -1,0 +1,104 @@
+"""Second moments on disk: collected once on the dense model, then any solver runs from them.
+
+One file a block, `moments-....safetensors`, with the moments of every group of linear layers by the group's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.checkpoint import Checkpoint, output_directory, write_manifest
+from limbeck.compress.blocks import Blocks, Group
+from limbeck.compress.calibrate import CalibrationConfig, calibration_rows
+from limbeck.compress.problem import LayerProblem, Moments
+from limbeck.compress.walk import Solution, WalkOptions, walk
+from limbeck.compress.weights import SafetensorSource, ShardWriter
+from limbeck.config import config_hash
+from limbeck.errors import CheckpointError
+from limbeck.ledger import Ledger
+from limbeck.models.load import load_tokenizer, model_hash
+
+_PARTS = ("gram", "absolute_mean", "absolute_max")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MomentsConfig:
+    """Collect the second moments of a model's layers."""
+
+    model: str
+    """Directory, alias or hub id."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """The tokens."""
+
+
+class _Collect:
+    """The method that changes nothing and writes what it saw."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Tensor] = {}
+
+    def wants(self, group: Group) -> bool:
+        return True
+
+    def solve(self, group: Group, problems: Sequence[LayerProblem]) -> Solution:
+        moments = problems[0].moments
+        for part in _PARTS:
+            self._seen[f"{group.name}.{part}"] = getattr(moments, part)
+        self._seen[f"{group.name}.tokens"] = torch.tensor(moments.tokens)
+        return Solution([problem.weight for problem in problems])
+
+    def tensors(self, number: int, block: Any, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+        seen, self._seen = self._seen, {}
+        return seen
+
+
+def run(config: MomentsConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Write the moments of all layers of a model into `out`."""
+    ledger, key = Ledger(), model_hash(config.model)
+    blocks = Blocks(config.model)
+    rows = calibration_rows(config.calibration, load_tokenizer(config.model), config.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with output_directory(out, overwrite=overwrite, resume=resume) as working:
+        writer = ShardWriter(working, len(blocks), stem="moments")
+        fingerprint = config_hash({"config": config_hash(config), "model": key})
+        with ledger.phase("calibration"):
+            records = walk(blocks, rows, _Collect(), WalkOptions("moments"), writer, fingerprint, device)
+        for file in working.glob("state-*"):
+            file.unlink()
+        metrics = {"layers": len(records), "calibration_tokens": rows.tokens}
+        write_manifest(
+            working,
+            stage="moments",
+            config=config,
+            inputs={"model": key},
+            ledger=ledger.as_dict(),
+            metrics=metrics,
+        )
+    return {"out": str(out), **metrics}
+
+
+class StoredMoments:
+    """Reads the moments of a group, for `solve_stored`."""
+
+    def __init__(self, directory: Path, model: str) -> None:
+        made_for = Checkpoint(directory).manifest["inputs"].get("model")
+        if made_for != model_hash(model):
+            raise CheckpointError(f"{directory}: the moments are of another model than {model}; collect them for it.")
+        self._directory, self._source = directory, SafetensorSource(directory)
+
+    def __call__(self, group: Group) -> Moments:
+        """Moments of the inputs of a group.
+
+        Raises: CheckpointError when they are not there.
+        """
+        names = [f"model.layers.{group.block}.{group.name}.{part}" for part in (*_PARTS, "tokens")]
+        if not set(names) <= self._source.names():
+            raise CheckpointError(f"{self._directory}: no moments of {group.name}; collect them again.")
+        *parts, tokens = (self._source.tensor(name) for name in names)
+        return Moments(*parts, int(tokens))

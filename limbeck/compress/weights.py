@@ -1,0 +1,107 @@
+"""Weights by name, one block at a time: reading them from safetensors files, writing them as shards.
+
+A model larger than memory is never whole in it: a block is read, worked on, written and dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from limbeck.errors import ModelError
+from limbeck.models.load import load_model, locate
+
+INDEX = "model.safetensors.index.json"
+
+
+class WeightSource(Protocol):
+    """Tensors by their name in the model's state dict."""
+
+    def names(self) -> set[str]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class SafetensorSource:
+    """The safetensors files of a directory; a tensor is read when it is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file_of: dict[str, Path] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self._file_of.update(dict.fromkeys(opened.keys(), file))
+            except SafetensorError as error:
+                raise ModelError(f"{file}: cannot be read ({error}); fetch or make it again.") from error
+
+    def names(self) -> set[str]:
+        """All names."""
+        return set(self._file_of)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it is stored."""
+        with safe_open(self._file_of[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+class LoadedSource:
+    """A model in memory, for formats whose names differ from the model's (GGUF, experts in one file each)."""
+
+    def __init__(self, model: Any) -> None:
+        self._state = model.state_dict()
+
+    def names(self) -> set[str]:
+        """All names."""
+        return set(self._state)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._state[name]
+
+
+def open_weights(name: str, needed: Iterable[str]) -> WeightSource:
+    """Stream from the files where they hold all the needed names, else load the model once."""
+    place = locate(name)
+    if place.is_local and place.gguf_file is None:
+        source = SafetensorSource(Path(place.path))
+        if set(needed) <= source.names():
+            return source
+    return LoadedSource(load_model(name, dtype=torch.float32))
+
+
+class ShardWriter:
+    """Writes numbered safetensors shards, each through a temporary name, and the index at the end."""
+
+    def __init__(self, directory: Path, count: int, stem: str = "model") -> None:
+        self.directory, self._count, self._stem = directory, count, stem
+
+    def path(self, number: int) -> Path:
+        """Shard `number`, counted from 0."""
+        return self.directory / f"{self._stem}-{number + 1:05d}-of-{self._count:05d}.safetensors"
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard."""
+        path = self.path(number)
+        partial = path.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+        partial.replace(path)
+
+    def finish(self) -> int:
+        """Write the index; returns the bytes of all tensors."""
+        weight_map, total = {}, 0
+        for number in range(self._count):
+            path = self.path(number)
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    weight_map[name] = path.name
+            total += path.stat().st_size
+        tree = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.directory / INDEX).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        return total
