@@ -89,6 +89,15 @@ class Blocks:
         """Of a block's names in the state dict."""
         return f"model.layers.{number}."
 
+    def linear_names(self) -> list[str]:
+        """The linear layers in blocks, such as `layers.0.mlp.down_proj`."""
+        return [
+            f"layers.{number}.{name}"
+            for number, layer in enumerate(self.layers)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+
     @contextmanager
     def block(self, number: int, device: torch.device) -> Iterator[Any]:
         """A block with its weights in float32, for the length of the context; experts apart from each other."""

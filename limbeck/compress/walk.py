@@ -45,6 +45,8 @@ class Solution(NamedTuple):
     """float32 [O I] for each layer, as the walk goes on with them."""
     factors: Tensor | None = None
     """[I] > 0: the weights expect inputs divided by these; the norm before takes the division."""
+    kept: list[list[int]] | None = None
+    """Groups of inputs that stay, for each layer; None where all do."""
 
 
 class Method(Protocol):
@@ -83,6 +85,8 @@ class Record(NamedTuple):
     seconds: float
     """Of solving, shared by the group's layers."""
     tokens: int
+    kept: list[int] | None = None
+    """Groups of inputs that stay (neurons, KV groups)."""
 
 
 class Stops:
@@ -117,9 +121,11 @@ class Stops:
         targets = problems if cross is None else [retarget(problem, cross) for problem in problems]
         solution = self._method.solve(group, targets)
         seconds = (time.perf_counter() - start) / len(linears)
-        for problem, linear, weight in zip(problems, linears.values(), solution.weights, strict=True):
+        kept = solution.kept or [None] * len(problems)
+        for problem, linear, weight, groups in zip(problems, linears.values(), solution.weights, kept, strict=True):
             plain = weight if solution.factors is None else weight / solution.factors
-            self.records.append(Record(problem.name, layer_error(problem, plain), seconds, moments.tokens))
+            error = layer_error(problem, plain)
+            self.records.append(Record(problem.name, error, seconds, moments.tokens, groups))
             linear.weight.data = weight
         if solution.factors is None:
             return None
