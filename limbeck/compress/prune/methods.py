@@ -10,7 +10,11 @@ from torch import Tensor
 
 from limbeck.compress.blocks import Group
 from limbeck.compress.problem import LayerProblem
+from limbeck.compress.prune import osscar
+from limbeck.compress.prune.osscar import OsscarConfig
+from limbeck.compress.shrink import BlockKept, BlockSizes, kv_group_choices, round_size, shrink_block
 from limbeck.compress.walk import Solution, stored_state
+from limbeck.models.experts import UnfusedExperts
 
 Solve = Callable[[LayerProblem], Tensor]
 
