@@ -18,6 +18,7 @@ from torch import nn
 from limbeck.checkpoint import hash_path
 from limbeck.errors import ModelError, nearest
 from limbeck.models.attention import PACKED_ATTENTION
+from limbeck.models.quantized import Quantization, load_quantized, quantization_of
 from limbeck.models.tiny import ScratchConfig, scratch_model, symbol_tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -73,7 +74,7 @@ def model_hash(name: str) -> str:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "padded") -> Any:
-    """A causal language model in evaluation mode.
+    """A causal language model in evaluation mode; a quantised directory as the dense model that computes the same.
 
     Args:
       name: directory, alias or hub id.
@@ -82,17 +83,24 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "
     Raises: ModelError when the directory is damaged, of no causal-LM kind, or holds pickled weights only.
     """
     place = locate(name)
+    quantization = _quantization(place)
+    attention = PACKED_ATTENTION if layout == "packed" else "sdpa"
     with quiet():
         try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                place.path,
-                gguf_file=place.gguf_file,
-                dtype=dtype,
-                attn_implementation=PACKED_ATTENTION if layout == "packed" else "sdpa",
-                local_files_only=place.is_local,
-                use_safetensors=None if place.gguf_file else True,
-                output_loading_info=True,
-            )
+            if quantization is not None:
+                model, info = load_quantized(Path(place.path), quantization, dtype, attention)
+            else:
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    place.path,
+                    gguf_file=place.gguf_file,
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    local_files_only=place.is_local,
+                    use_safetensors=None if place.gguf_file else True,
+                    output_loading_info=True,
+                )
+        except ModelError:
+            raise
         except Exception as error:  # transformers raises many kinds; each becomes one line with its cause kept
             raise ModelError(f"{name}: cannot load the model ({_one_line(error)}).") from error
     if place.gguf_file:
@@ -142,6 +150,14 @@ def _forget_quantizer(model: Any) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def _quantization(place: Location) -> Quantization | None:
+    """How a local directory is quantised; what lies on the hub is left to transformers."""
+    if not place.is_local or place.gguf_file:
+        return None
+    config = Path(place.path) / "config.json"
+    return quantization_of(json.loads(config.read_text(encoding="utf-8")), str(config))
 
 
 def _check_directory(path: Path) -> None:
