@@ -54,16 +54,17 @@ class Int8Layer(DynamicLayer):
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
+        self.is_initialized = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens; returns all states so far, dequantised."""
         new_keys, new_values = _to_bytes(Int8.of(key_states)), _to_bytes(Int8.of(value_states))
         if self.is_initialized:
-            new_keys = torch.cat([self.keys, new_keys], dim=-2)
-            new_values = torch.cat([self.values, new_values], dim=-2)
+            new_keys, new_values = torch.cat([self.keys, new_keys], -2), torch.cat([self.values, new_values], -2)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.keys, self.values = new_keys, new_values
-        return _from_bytes(new_keys).dequantize(self.dtype), _from_bytes(new_values).dequantize(self.dtype)
+        self.keys: Tensor = new_keys
+        self.values: Tensor = new_values
+        return _from_bytes(new_keys).dequantize(key_states.dtype), _from_bytes(new_values).dequantize(key_states.dtype)
 
 
 def int8_cache() -> Cache:

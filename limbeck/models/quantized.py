@@ -91,8 +91,8 @@ def _read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
         raise ModelError(f"{where}: asymmetric weights, which transformers does not load; quantise symmetrically.")
     if weights.get("actorder") == "group":
         raise ModelError(f"{where}: actorder group, which is being removed; quantise with static groups.")
-    kind, strategy = weights.get("type"), weights.get("strategy")
-    bits, size = weights.get("num_bits"), weights.get("group_size")
+    kind, strategy = str(weights.get("type")), str(weights.get("strategy"))
+    bits, size = int(weights.get("num_bits") or 0), weights.get("group_size")
     is_known = (kind == "int" and bits in range(2, 9)) or (kind == "float" and bits == 8)
     is_known &= (strategy == "group" and bool(size)) or strategy in ("channel", "tensor")
     activations = None

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from made_models import made_model
-from safetensors.torch import save_file
+from written_models import linears_of, rounded_to, schemes_for, write_quantized
 
-from limbeck.compress.quantize.grid import Grid, encode
 from limbeck.errors import CompressionError, ConfigError, ModelError
 from limbeck.models.anatomy import backbone_of, hidden_rows
 from limbeck.models.kv_quant import (
@@ -23,57 +22,6 @@ from limbeck.models.quantized import RoundedLinear, quantization_of, rounded_inp
 from limbeck.models.schemes import SCHEMES, Scheme, config_of, scheme_of, tensors_of, weight_of
 
 IDS = torch.tensor([[5, 17, 80, 3, 42, 9, 61]])
-
-
-def grid_of(scheme):
-    return Grid(bits=scheme.bits, kind=scheme.kind, group_size=scheme.group_size, largest_code=scheme.largest_code)
-
-
-def rounded_to(weight, scheme, dtype=torch.float32):
-    """Codes and scales of a weight, the scales as they will be stored."""
-    grid = grid_of(scheme)
-    scales = grid.scales(weight).to(dtype).float()
-    if scheme.strategy == "tensor":
-        scales = scales.amax().expand_as(scales)
-    return encode(weight, scales, grid)
-
-
-def write_quantized(directory, model, schemes, dtype=torch.float32, kv_scales=None, input_scale=0.02):
-    """A quantised copy of a model; `schemes` maps linear layers of the blocks to schemes, others stay dense."""
-    tensors, dense = {}, {}
-    for name, tensor in model.to(dtype).state_dict().items():
-        layer = name.removesuffix(".weight")
-        if layer in schemes and name.endswith(".weight"):
-            scheme = schemes[layer]
-            quantized = rounded_to(tensor.float(), scheme, dtype)
-            scale = input_scale if scheme.activations == "static" else None
-            tensors |= tensors_of(layer, quantized.codes, quantized.scales, scheme, dtype, scale)
-            dense[name] = (
-                quantized.codes.float()
-                * quantized.scales.repeat_interleave(tensor.shape[1] // quantized.scales.shape[1], 1)
-            ).to(dtype)
-        elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            tensors[name] = tensor
-    tensors |= kv_scales or {}
-    directory.mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
-    one = set(schemes.values())
-    left = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in schemes]
-    config = json.loads(model.config.to_json_string(use_diff=False)) | {
-        "architectures": [type(model).__name__],
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization_config": config_of(one.pop() if len(one) == 1 else schemes, left, kv_cache=kv_scales is not None),
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    return dense
-
-
-def linears_of(model):
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n]
-
-
-def schemes_for(model, scheme):
-    return dict.fromkeys(linears_of(model), scheme)
 
 
 def changed_config(directory, change):
@@ -286,14 +234,11 @@ def test_the_int8_cache_gives_what_rounding_gives_and_drifts_little():
 
 def test_the_int8_cache_serves_generate():
     model = made_model("llama", seed=3)
-    plain = model.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    with_cache = model.generate(
-        IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False, past_key_values=int8_cache()
-    )
-    assert with_cache.shape == plain.shape
+    limits = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    with_cache = model.generate(IDS, **limits, past_key_values=int8_cache())
     with rounded_cache(model):
         rounded = model.generate(IDS, **limits)
-    assert torch.equal(rounded, with_cache)
+    assert with_cache.shape == (1, IDS.shape[1] + 12) and torch.equal(rounded, with_cache)
 
 
 def test_fixed_scales_of_the_cache(tmp_path):

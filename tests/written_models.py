@@ -1,0 +1,70 @@
+"""Quantised copies of small models, written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from limbeck.compress.quantize.grid import Quantized, encode
+from limbeck.compress.quantize.methods import grid_of
+from limbeck.models.schemes import Scheme, config_of, tensors_of
+
+
+def rounded_to(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Quantized:
+    """Codes and scales of a weight, the scales as they will be stored."""
+    grid = grid_of(scheme)
+    scales = grid.scales(weight).to(dtype).float()
+    if scheme.strategy == "tensor":
+        scales = scales.amax().expand_as(scales)
+    return encode(weight, scales, grid)
+
+
+def write_quantized(
+    directory: Path,
+    model: Any,
+    schemes: dict[str, Scheme],
+    dtype: torch.dtype = torch.float32,
+    kv_scales: dict[str, Tensor] | None = None,
+    input_scale: float = 0.02,
+) -> dict[str, Tensor]:
+    """A quantised copy of a model: named layers by their scheme, the others dense. Returns the dense twins by name."""
+    tensors, dense = {}, {}
+    for name, tensor in model.to(dtype).state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer in schemes and name.endswith(".weight"):
+            scheme = schemes[layer]
+            quantized = rounded_to(tensor.float(), scheme, dtype)
+            scale = input_scale if scheme.activations == "static" else None
+            tensors |= tensors_of(layer, quantized.codes, quantized.scales, scheme, dtype, scale)
+            dense[name] = quantized.dequantize().to(dtype)
+        elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            tensors[name] = tensor
+    tensors |= kv_scales or {}
+    directory.mkdir(exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    kinds = set(schemes.values())
+    left = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in schemes]
+    tree = json.loads(model.config.to_json_string(use_diff=False)) | {
+        "architectures": [type(model).__name__],
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": config_of(
+            kinds.pop() if len(kinds) == 1 else schemes, left, kv_cache=kv_scales is not None
+        ),
+    }
+    (directory / "config.json").write_text(json.dumps(tree))
+    return dense
+
+
+def linears_of(model: Any) -> list[str]:
+    """The linear layers of the blocks."""
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n]
+
+
+def schemes_for(model: Any, scheme: Scheme) -> dict[str, Scheme]:
+    """One scheme for all of them."""
+    return dict.fromkeys(linears_of(model), scheme)
