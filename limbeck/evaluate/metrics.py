@@ -95,6 +95,22 @@ def mean_interval(values: ArrayLike, seed: int = 0) -> Interval:
     return _around(float(scores.mean()), means)
 
 
+def ratio_interval(sums: ArrayLike, counts: ArrayLike, seed: int = 0) -> Interval:
+    """Sum over sum, such as nats over tokens, with its bootstrap interval over the parts they were summed in.
+
+    Args:
+      sums: [P], finite.
+      counts: [P], above 0.
+      seed: of the bootstrap.
+    Raises: ValueError when the numbers of parts differ or a count is not above 0.
+    """
+    above, below = _problems_by_samples(sums)[:, 0], _problems_by_samples(counts)[:, 0]
+    if len(above) != len(below) or not (below > 0).all():
+        raise ValueError(f"expected a count above 0 for each of {len(above)} sums; found {len(below)}")
+    ratios = np.concatenate([above[index].sum(1) / below[index].sum(1) for index in _resamples(len(above), seed)])
+    return _around(float(above.sum() / below.sum()), ratios)
+
+
 def paired_retention(scores: ArrayLike, scores_uncut: ArrayLike, seed: int = 0) -> Interval:
     """Retention mean(scores) / mean(scores_uncut), with a paired bootstrap: both runs keep the same drawn problems.
 

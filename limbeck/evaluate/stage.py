@@ -1,4 +1,4 @@
-"""The stage `evaluate`: a model and problems in, rows and a summary with intervals out."""
+"""The stage `evaluate`: a model and problems or a text in, rows and a summary with intervals out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
 from limbeck.errors import ConfigError
+from limbeck.evaluate.perplexity import PerplexityConfig, token_windows, window_sums
 from limbeck.evaluate.run import EvaluateConfig, evaluate
 from limbeck.evaluate.tasks import task_from_traces
 from limbeck.models.load import load_model, load_tokenizer, model_hash
@@ -23,12 +24,18 @@ class EvaluateStageConfig:
 
     model: str
     """Directory, alias (tiny-teacher, tiny-student, smollm2-135m) or hub id."""
-    problems: TraceConfig
+    problems: TraceConfig | None = None
     """Traces whose prompts are the problems and whose references are the right answers."""
+    perplexity: PerplexityConfig | None = None
+    """Perplexity on a text, beside the problems or alone."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Sampling and checking."""
     render: RenderConfig = field(default_factory=RenderConfig)
     """How prompts become tokens."""
+
+    def __post_init__(self) -> None:
+        if self.problems is None and self.perplexity is None:
+            raise ConfigError("evaluate: set problems.source, or perplexity.text (`prose` or a file), or both")
 
 
 def run(
@@ -37,7 +44,12 @@ def run(
     """Write `results.jsonl`, `summary.json` and a manifest into `out`; returns the summary."""
     name = str(source.path) if source is not None else config.model
     with output_directory(out, overwrite=overwrite) as working:
-        summary = score(name, config, working)
+        summary: dict[str, Any] = {"model": Path(name).name}
+        if config.problems is not None:
+            summary = score(name, config, working)
+        if config.perplexity is not None:
+            summary |= measure_perplexity(name, config.perplexity, config.render)
+            write_json(working / "summary.json", summary)
         write_manifest(
             working,
             stage="evaluate",
@@ -50,6 +62,7 @@ def run(
 
 def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, Any]:
     """Generate, check and write the rows and the summary of one model into an existing directory."""
+    assert config.problems is not None
     traces, _ = read_traces(config.problems)
     traces, _ = select_traces(traces, SelectConfig())
     without = sum(trace.reference is None for trace in traces)
@@ -74,3 +87,12 @@ def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, 
     summary = {"model": Path(name).name, "num_problems": len(traces), **result.summary}
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def measure_perplexity(name: str, config: PerplexityConfig, rendering: RenderConfig) -> dict[str, Any]:
+    """Perplexity of one model, and its divergence from the reference where there is one."""
+    windows = token_windows(config, load_tokenizer(name), rendering)
+    reference = load_model(config.reference) if config.reference is not None else None
+    with bar(f"perplexity of {Path(name).name}", len(windows)) as progress:
+        sums = window_sums(load_model(name), windows, reference, progress.advance)
+    return sums.summary(config.seed)
