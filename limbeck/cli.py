@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from limbeck import __version__, demo
+from limbeck.compress import moments
+from limbeck.compress.prune import stage as prune
 from limbeck.config import FieldInfo, apply_flags, build, describe, read_recipe
 from limbeck.distill import caching
 from limbeck.distill import train as distill
@@ -115,7 +117,7 @@ def _verify(config: verify.VerifyConfig, options: Options) -> dict[str, Any]:
     return verify.run(config, options.out, overwrite=options.overwrite)
 
 
-def _study(run: Callable[..., dict[str, Any]]) -> Callable[[Any, Options], dict[str, Any]]:
+def _resumable(run: Callable[..., dict[str, Any]]) -> Callable[[Any, Options], dict[str, Any]]:
     return lambda config, options: run(config, options.out, overwrite=options.overwrite, resume=options.resume)
 
 
@@ -161,16 +163,25 @@ COMMANDS: dict[str, Command] = {
     "distill": Command(DistillConfig, _distill, "train one student", ALL),
     "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report", ("--out",)),
     "evaluate": Command(evaluate.EvaluateStageConfig, _evaluate, "score a model on problems, with intervals"),
+    "moments": Command(
+        moments.MomentsConfig,
+        _resumable(moments.run),
+        "collect what prune and quantize need of a model's layers, once for any number of solvers",
+        ALL,
+    ),
+    "prune": Command(
+        prune.PruneConfig, _resumable(prune.run), "remove layers, neurons, KV groups or single weights", ALL
+    ),
     "optim escape": Command(
-        escape.EscapeConfig, _study(escape.run), "measure how the time to leave a saddle grows with dimension", ALL
+        escape.EscapeConfig, _resumable(escape.run), "measure how the time to leave a saddle grows with dimension", ALL
     ),
     "optim converge": Command(
         converge.ConvergeConfig,
-        _study(converge.run),
+        _resumable(converge.run),
         "measure iterations and samples against the accuracy asked for",
         ALL,
     ),
-    "optim race": Command(race.RaceConfig, _study(race.run), "race optimizers on a test problem", ALL),
+    "optim race": Command(race.RaceConfig, _resumable(race.run), "race optimizers on a test problem", ALL),
     "report": Command(None, _report, "one page from sweep or run directories", ("--out",)),
 }
 

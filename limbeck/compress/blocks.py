@@ -7,7 +7,7 @@ query, key and value; the attention's output; gate and up; down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -63,7 +63,8 @@ OnGroup = Callable[[Group, Tensor], Tensor | None]
 class Blocks:
     """The blocks of a causal language model, with what comes before and after them."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, kept: Sequence[int] | None = None) -> None:
+        """Args: name of the model; `kept` leaves out all other layers, None keeps all."""
         place = locate(name)
         with quiet():
             self.config = transformers.AutoConfig.from_pretrained(
@@ -73,7 +74,8 @@ class Blocks:
             with init_empty_weights(include_buffers=False):
                 self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
         self.backbone: Any = backbone_of(self.model)
-        self.layers: list[Any] = list(self.backbone.layers)
+        self.kept = list(range(len(self.backbone.layers)) if kept is None else kept)
+        self.layers: list[Any] = [self.backbone.layers[number] for number in self.kept]
         self._names = [list(layer.state_dict()) for layer in self.layers]
         self.dtypes: dict[str, torch.dtype] = {}
         """Stored dtypes of the block that has its weights, by name within it."""
@@ -86,7 +88,7 @@ class Blocks:
         return len(self.layers)
 
     def prefix(self, number: int) -> str:
-        """Of a block's names in the state dict."""
+        """Of a block's names in the state dict of what is written."""
         return f"model.layers.{number}."
 
     def linear_names(self) -> list[str]:
@@ -101,7 +103,7 @@ class Blocks:
     @contextmanager
     def block(self, number: int, device: torch.device) -> Iterator[Any]:
         """A block with its weights in float32, for the length of the context; experts apart from each other."""
-        layer, prefix = self.layers[number], self.prefix(number)
+        layer, prefix = self.layers[number], self.prefix(self.kept[number])
         tensors = {name: self.source.tensor(prefix + name) for name in self._names[number]}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         layer.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
@@ -123,11 +125,11 @@ class Blocks:
         self.backbone.embed_tokens.to(device)
         self.backbone.rotary_emb.to(device)
         norm, self.backbone.norm = self.backbone.norm, nn.Identity()
-        recorders = [_Recorder() for _ in self.layers]
+        recorders = [_Recorder() for _ in self.backbone.layers]
         layers, self.backbone.layers = self.backbone.layers, nn.ModuleList(recorders)
         try:
             self.backbone(input_ids=input_ids[:1].to(device), use_cache=False)
-            calls = [dict(recorder.call) for recorder in recorders]
+            calls = [dict(recorders[number].call) for number in self.kept]
             hidden = self.backbone(input_ids=input_ids.to(device), use_cache=False).last_hidden_state
         finally:
             self.backbone.layers, self.backbone.norm = layers, norm

@@ -73,16 +73,29 @@ def calibration_rows(config: CalibrationConfig, tokenizer: Any, model: str) -> R
 
     Raises: ConfigError when nothing says which text to take, or when there is none in it.
     """
+    return split_rows(config, tokenizer, model, 0)[0]
+
+
+def split_rows(config: CalibrationConfig, tokenizer: Any, model: str, held_out: int) -> tuple[Rows, Rows | None]:
+    """Calibration tokens, and at most `held_out` sequences of the same text beside them; None where none is left.
+
+    Raises: ConfigError as `calibration_rows`.
+    """
     if config.text is not None:
         sequences = _windows(config, tokenizer)
     else:
-        traces, _ = read_traces(config.traces or _own_traces(model, config.sequences))
+        traces, _ = read_traces(config.traces or _own_traces(model, config.sequences + held_out))
         found = [render(trace, tokenizer, config.render).input_ids for trace in traces]
         sequences = [ids[: config.sequence_length_tokens].tolist() for ids in found if len(ids)]
     if not sequences:
         raise ConfigError("calibration: the traces or the text hold no tokens.")
-    chosen = np.linspace(0, len(sequences) - 1, min(config.sequences, len(sequences))).round().astype(int)
-    return Rows.of([sequences[index] for index in chosen])
+    # Held-out ones are spread evenly too, so that both are of the same kind; some always stay for calibration.
+    spare = min(held_out, len(sequences) // 4) if held_out else 0
+    apart = np.linspace(0, len(sequences) - 1, spare).round().astype(int).tolist() if spare else []
+    others = sorted(set(range(len(sequences))) - set(apart))
+    chosen = np.linspace(0, len(others) - 1, min(config.sequences, len(others))).round().astype(int)
+    rows = Rows.of([sequences[others[index]] for index in chosen])
+    return rows, Rows.of([sequences[index] for index in apart]) if apart else None
 
 
 def _windows(config: CalibrationConfig, tokenizer: Any) -> list[list[int]]:

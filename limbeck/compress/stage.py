@@ -14,13 +14,16 @@ import transformers
 
 from limbeck.checkpoint import output_directory, write_json, write_manifest
 from limbeck.compress.blocks import Blocks
-from limbeck.compress.calibrate import CalibrationConfig, Rows, calibration_rows
+from limbeck.compress.calibrate import CalibrationConfig, Rows, split_rows
+from limbeck.compress.fidelity import GateConfig, check, compare, label_ids
 from limbeck.compress.moments import StoredMoments
 from limbeck.compress.walk import Method, Record, WalkOptions, solve_stored, walk, write_rest
 from limbeck.compress.weights import SafetensorSource, ShardWriter
 from limbeck.config import config_hash
+from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
-from limbeck.models.load import load_tokenizer, locate, model_hash, quiet
+from limbeck.models.load import load_model, load_tokenizer, locate, model_hash, quiet
+from limbeck.progress import console
 
 Finish = Callable[[Path, list[Record]], dict[str, Any]]
 ERRORS = "layers.json"
@@ -40,6 +43,8 @@ class Job:
     moments: Path | None
     """Stored moments to solve from; None walks."""
     options: WalkOptions
+    gate: GateConfig
+    """Held-out comparison with the model it was made of."""
     needs_data: bool = True
     """False for methods that look at the weights only: nothing is calibrated."""
 
@@ -82,6 +87,8 @@ def compress(
                 "calibration_tokens": rows.tokens if rows else 0,
             }
             metrics |= finish(working, records)
+        with ledger.phase("comparison"):
+            metrics |= _held_out(job, working, tokenizer)
         write_json(working / ERRORS, [record._asdict() for record in records])
         write_manifest(
             working, stage=job.stage, config=job.config, inputs={"model": key}, ledger=ledger.as_dict(), metrics=metrics
@@ -96,12 +103,33 @@ def _records(
         stored = StoredMoments(job.moments, job.model)
         return solve_stored(blocks, stored, method, job.options, writer, device), None
     if job.needs_data:
-        rows = calibration_rows(job.calibration, tokenizer, job.model)
+        rows, _ = split_rows(job.calibration, tokenizer, job.model, job.gate.sequences)
     else:
         rows = Rows.of([[0]])
     fingerprint = config_hash({"stage": job.stage, "config": config_hash(job.config), "model": key})
     records = walk(blocks, rows, method, job.options, writer, fingerprint, device)
     return records, rows if job.needs_data else None
+
+
+def _held_out(job: Job, directory: Path, tokenizer: Any) -> dict[str, Any]:
+    """What the compressed model lost on text beside the calibration, and what it fails of its gate."""
+    if not job.gate.sequences:
+        return {}
+    try:
+        _, rows = split_rows(job.calibration, tokenizer, job.model, job.gate.sequences)
+    except ConfigError:
+        # A method that looks at the weights only may have no text at hand.
+        if job.needs_data:
+            raise
+        rows = None
+    if rows is None:
+        return {}
+    labels = label_ids(job.gate.labels, tokenizer)
+    found = compare(load_model(job.model), load_model(str(directory)), rows, labels)
+    failures = check(found, job.gate)
+    if failures:
+        console.print(f"{job.stage}: the model fails its gate: {'; '.join(failures)}", style="red", highlight=False)
+    return {"held_out": found, "held_out_tokens": rows.tokens, "gate_failures": failures}
 
 
 def summary(records: list[Record]) -> dict[str, Any]:

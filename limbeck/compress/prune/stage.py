@@ -10,21 +10,25 @@ from typing import Any
 import torch
 
 from limbeck.compress.blocks import Blocks
-from limbeck.compress.calibrate import CalibrationConfig
+from limbeck.compress.calibrate import CalibrationConfig, split_rows
+from limbeck.compress.fidelity import GateConfig
 from limbeck.compress.masks import write_masks
+from limbeck.compress.passes import Passes
 from limbeck.compress.prune import alps, magnitude, sparsegpt, wanda
 from limbeck.compress.prune.alps import AlpsConfig
+from limbeck.compress.prune.depth import Depth, remove_layers
 from limbeck.compress.prune.magnitude import MagnitudeConfig
 from limbeck.compress.prune.methods import Solve, Sparsify, Structured
 from limbeck.compress.prune.osscar import OsscarConfig
 from limbeck.compress.prune.pattern import Pattern
-from limbeck.compress.prune.sparsegpt import SparseGPTConfig
+from limbeck.compress.prune.sparsegpt import SparseGptConfig
 from limbeck.compress.prune.wanda import WandaConfig
 from limbeck.compress.shrink import shrunk_config
 from limbeck.compress.stage import Finish, Job, compress, parameters_of
 from limbeck.compress.walk import Method, Record, WalkOptions
 from limbeck.compress.weights import SafetensorSource
 from limbeck.errors import ConfigError, nearest
+from limbeck.models.load import load_model, load_tokenizer
 
 SOLVERS: dict[str, Callable[..., torch.Tensor]] = {
     "magnitude": magnitude.solve,
@@ -32,17 +36,19 @@ SOLVERS: dict[str, Callable[..., torch.Tensor]] = {
     "sparsegpt": sparsegpt.solve,
     "alps": alps.solve,
 }
-METHODS = (*SOLVERS, "osscar")
+METHODS = (*SOLVERS, "osscar", "depth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneConfig:
-    """Prune a model: whole neurons and KV groups (osscar), or single weights (the other methods)."""
+    """Prune a model: whole layers, neurons and KV groups (osscar, depth), or single weights (the other methods)."""
 
     model: str
     """Directory, alias (tiny-teacher, tiny-student, smollm2-135m) or hub id."""
     method: str = "osscar"
-    """osscar | alps | sparsegpt | wanda | magnitude."""
+    """osscar | depth | alps | sparsegpt | wanda | magnitude."""
+    drop_layers: int = 0
+    """Whole layers to remove first, those whose absence costs least on held-out text (osscar, depth)."""
     neuron_sparsity: float = 0.25
     """Share of the MLP neurons to remove (osscar)."""
     kv_group_sparsity: float = 0.0
@@ -50,18 +56,20 @@ class PruneConfig:
     multiple_of: int = 32
     """The neurons that stay are a multiple of this, for the kernels of engines (osscar)."""
     pattern: str = "0.5"
-    """Share of zeros, or N:M, N of every M inputs stay (all but osscar)."""
+    """Share of zeros, or N:M, N of every M inputs stay (single weights)."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Tokens that the layers are shown."""
     moments: Path | None = None
     """Moments collected by `limbeck moments`: solve from them, without passing through the model again."""
     dense_targets: bool = False
     """Let every layer aim at the dense model's output, so that later layers repair earlier damage."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """What the compressed model may lose on held-out text."""
     ignore: tuple[str, ...] = ()
     """Layers whose name contains one of these are left as they are."""
     alps: AlpsConfig = field(default_factory=AlpsConfig)
     """Settings of alps."""
-    sparsegpt: SparseGPTConfig = field(default_factory=SparseGPTConfig)
+    sparsegpt: SparseGptConfig = field(default_factory=SparseGptConfig)
     """Settings of sparsegpt."""
     wanda: WandaConfig = field(default_factory=WandaConfig)
     """Settings of wanda."""
@@ -77,6 +85,10 @@ class PruneConfig:
         for name in ("neuron_sparsity", "kv_group_sparsity"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1); found {getattr(self, name)}")
+        if self.drop_layers < (1 if self.method == "depth" else 0):
+            raise ConfigError(f"drop_layers: {self.drop_layers}; method depth removes 1 or more, others 0 or more")
+        if self.drop_layers and self.method not in ("osscar", "depth"):
+            raise ConfigError(f"drop_layers: method {self.method} removes single weights only")
         if self.multiple_of < 1:
             raise ConfigError(f"multiple_of must be 1 or more; found {self.multiple_of}")
         if self.moments is not None and self.dense_targets:
@@ -88,19 +100,27 @@ def run(config: PruneConfig, out: Path, *, overwrite: bool = False, resume: bool
 
     Raises: ConfigError, ModelError or CompressionError when the model cannot be pruned as asked.
     """
-    blocks = Blocks(config.model)
+    depth = _depth(config) if config.drop_layers else None
+    blocks = Blocks(config.model, depth.kept if depth else None)
     options = WalkOptions("prune", config.dense_targets, config.ignore)
-    job = Job("prune", config.model, config, config.calibration, config.moments, options, config.method != "magnitude")
+    needs_data = config.method != "magnitude"
+    job = Job("prune", config.model, config, config.calibration, config.moments, options, config.gate, needs_data)
     method: Method
     finish: Finish = _write_mask
-    if config.method == "osscar":
-        method = Structured(
-            blocks.config, config.neuron_sparsity, config.kv_group_sparsity, config.multiple_of, config.osscar
-        )
-        finish = _smaller_config(blocks.config, method)
-    else:
+    if config.method in SOLVERS:
         method = Sparsify(_solver(config))
+    else:
+        cuts = (config.neuron_sparsity, config.kv_group_sparsity) if config.method == "osscar" else (0.0, 0.0)
+        method = Structured(blocks.config, *cuts, config.multiple_of, config.osscar)
+        finish = _smaller_config(blocks, method, depth)
     return compress(job, blocks, method, out, overwrite=overwrite, resume=resume, finish=finish)
+
+
+def _depth(config: PruneConfig) -> Depth:
+    """Which layers stay, by the KL to the whole model on held-out text."""
+    held_out = max(config.gate.sequences, 1)
+    rows, apart = split_rows(config.calibration, load_tokenizer(config.model), config.model, held_out)
+    return remove_layers(Passes(load_model(config.model), apart or rows), config.drop_layers)
 
 
 def _solver(config: PruneConfig) -> Solve:
@@ -121,13 +141,16 @@ def _write_mask(directory: Path, records: list[Record]) -> dict[str, Any]:
     }
 
 
-def _smaller_config(config: Any, method: Structured) -> Finish:
+def _smaller_config(blocks: Blocks, method: Structured, depth: Depth | None) -> Finish:
     def finish(directory: Path, records: list[Record]) -> dict[str, Any]:
-        shrunk_config(config, neurons=method.neurons, kv_groups=method.kv_groups).save_pretrained(directory)
+        layers = depth.kept if depth else None
+        smaller = shrunk_config(blocks.config, neurons=method.neurons, kv_groups=method.kv_groups, layers=layers)
+        smaller.save_pretrained(directory)
         return {
             "parameters": parameters_of(directory),
             "neurons": [method.all_neurons, method.neurons],
             "kv_groups": [method.all_groups, method.kv_groups],
+            "removed_layers": list(depth.removed) if depth else [],
         }
 
     return finish

@@ -1,0 +1,123 @@
+"""How far a compressed model is from the one it was made of, on tokens that calibration did not see; and the gate.
+
+Generating models are judged by perplexity and by the whole distribution, scoring models by what is read from them: the
+probability of a label among the labels, and how often the likeliest one changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.compress.calibrate import Rows
+from limbeck.errors import ConfigError
+from limbeck.models.anatomy import head_of, hidden_states
+
+_ROWS_AT_ONCE = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig:
+    """What a compressed model may lose against the model it was made of, on held-out tokens; null does not matter."""
+
+    sequences: int = 16
+    """Held-out sequences: further ones of the calibration text; 0 skips the comparison."""
+    labels: tuple[str, ...] = ()
+    """Texts of one token whose probabilities are the scores of a ranking model, the first the positive one."""
+    max_kl_nats: float | None = None
+    """Mean KL(original || compressed) a token."""
+    max_perplexity_ratio: float | None = None
+    """Perplexity of the compressed model over that of the original."""
+    max_label_change: float | None = None
+    """Mean absolute change of the first label's probability among the labels."""
+    max_label_swaps: float | None = None
+    """Share of positions where another label becomes the likeliest."""
+
+    def __post_init__(self) -> None:
+        if self.sequences < 0:
+            raise ConfigError(f"gate.sequences must be 0 or more; found {self.sequences}")
+        if len(self.labels) == 1:
+            raise ConfigError("gate.labels: one label has probability 1 always; name two or more")
+        if not self.labels and (self.max_label_change is not None or self.max_label_swaps is not None):
+            raise ConfigError("gate: max_label_change and max_label_swaps need gate.labels")
+
+
+def label_ids(labels: Sequence[str], tokenizer: Any) -> list[int]:
+    """Token ids of the labels.
+
+    Raises: ConfigError when a label is not one token.
+    """
+    ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+    for label, found in zip(labels, ids, strict=True):
+        if len(found) != 1:
+            raise ConfigError(f"gate.labels: {label!r} is {len(found)} tokens; a label is one (try a space before).")
+    return [found[0] for found in ids]
+
+
+@torch.no_grad()
+def compare(original: Any, compressed: Any, rows: Rows, labels: Sequence[int] = ()) -> dict[str, float]:
+    """Differences over all predicted tokens of some sequences.
+
+    Args:
+      original, compressed: causal LMs of one vocabulary.
+      rows: held-out tokens.
+      labels: token ids of the labels.
+    Returns: `kl_nats`, `perplexity` of the compressed model, `perplexity_ratio`, `top1_agreement`; with labels also
+      `label_change` and `label_swaps`.
+    """
+    sums: dict[str, float] = {}
+    count = 0
+    for start in range(0, len(rows.input_ids), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        ids, valid = rows.input_ids[part], rows.valid[part]
+        predicted = (valid[:, 1:] & valid[:, :-1]).flatten()
+        targets = ids[:, 1:].flatten()[predicted]
+        count += len(targets)
+        log_p, log_q = (_log_probs(model, ids, predicted) for model in (original, compressed))
+        for name, value in _sums(log_p, log_q, targets, labels).items():
+            sums[name] = sums.get(name, 0.0) + value
+    means = {name: value / max(count, 1) for name, value in sums.items()}
+    original_nll, nll = means.pop("original_nll"), means.pop("nll")
+    return {"perplexity": math.exp(nll), "perplexity_ratio": math.exp(nll - original_nll), **means}
+
+
+def check(found: dict[str, float], gate: GateConfig) -> list[str]:
+    """What a model fails of its gate, in words; empty when it passes."""
+    limits = {
+        "kl_nats": gate.max_kl_nats,
+        "perplexity_ratio": gate.max_perplexity_ratio,
+        "label_change": gate.max_label_change,
+        "label_swaps": gate.max_label_swaps,
+    }
+    return [
+        f"{name} {found[name]:.4g} > {limit:g}"
+        for name, limit in limits.items()
+        # Written so that NaN fails.
+        if limit is not None and not found[name] <= limit
+    ]
+
+
+def _log_probs(model: Any, ids: Tensor, predicted: Tensor) -> Tensor:
+    positions = torch.arange(ids.shape[1])[None].expand_as(ids)
+    hidden = hidden_states(model, ids, positions)[:, :-1].flatten(0, 1)[predicted]
+    head = head_of(model)
+    return torch.nn.functional.linear(hidden, head.weight, head.bias).float().log_softmax(-1)
+
+
+def _sums(log_p: Tensor, log_q: Tensor, targets: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    found = {
+        "original_nll": float(-log_p.gather(1, targets[:, None]).sum()),
+        "nll": float(-log_q.gather(1, targets[:, None]).sum()),
+        "kl_nats": float((log_p.exp() * (log_p - log_q)).sum()),
+        "top1_agreement": float((log_p.argmax(1) == log_q.argmax(1)).sum()),
+    }
+    if labels:
+        p, q = (log[:, list(labels)].softmax(1) for log in (log_p, log_q))
+        found["label_change"] = float((p[:, 0] - q[:, 0]).abs().sum())
+        found["label_swaps"] = float((p.argmax(1) != q.argmax(1)).sum())
+    return found
