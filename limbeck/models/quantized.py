@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import ModelError
 from limbeck.models.kv_quant import FP8_LARGEST, Rounding, attention_layers, round_cache
-from limbeck.models.schemes import KV_CACHE_SCHEME, STATUS, SUFFIXES, Scheme, weight_of
+from limbeck.models.schemes import KV_CACHE_SCHEME, STATUS, SUFFIXES, Scheme, Stored, stored_weight, weight_of
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
 
@@ -130,9 +130,9 @@ def load_quantized(
     """
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     del config.quantization_config
-    stored = read_tensors(directory)
-    scales = {name: stored.pop(name) for name in list(stored) if name.endswith(("k_scale", "v_scale"))}
-    weights, rounding = dense_weights(stored, quantization, dtype)
+    layers, weights = split_tensors(read_tensors(directory), quantization)
+    scales = {name: weights.pop(name) for name in list(weights) if name.endswith(("k_scale", "v_scale"))}
+    weights |= {f"{name}.weight": weight_of(layer.stored, dtype) for name, layer in layers.items()}
     kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     model, info = kind.from_pretrained(
         None,
@@ -145,10 +145,10 @@ def load_quantized(
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             scheme = quantization.scheme(name)
-            if scheme is not None and name not in rounding:
+            if scheme is not None and name not in layers:
                 raise ModelError(f"{directory}: {name} is stored dense, but config.json says it is quantised.")
             if scheme is not None and scheme.activations is not None:
-                model.set_submodule(name, RoundedLinear(module, scheme, rounding[name]))
+                model.set_submodule(name, RoundedLinear(module, scheme, layers[name].input_scale))
     if quantization.kv_cache:
         round_cache(model, _fixed_rounding(model, scales, dtype, directory))
     elif scales:
@@ -171,35 +171,44 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def dense_weights(
-    stored: Mapping[str, Tensor], quantization: Quantization, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """Weights by the model's own names, and for every quantised layer its `input_scale`, None without one.
+class Layer(NamedTuple):
+    """A quantised linear layer of a file."""
+
+    stored: Stored
+    input_scale: Tensor | None
+    """[1], of static activations."""
+
+
+def split_tensors(
+    stored: Mapping[str, Tensor], quantization: Quantization
+) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """Quantised layers by module name, and all other tensors by their own.
 
     Raises: ModelError when a tensor has no place in its layer's scheme.
     """
-    layers = {name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")}
-    dense: dict[str, Tensor] = {}
-    rounding: dict[str, Tensor | None] = {}
-    for layer in layers:
+    layers: dict[str, Layer] = {}
+    for name in stored:
+        layer, _, suffix = name.rpartition(".")
+        if suffix != "weight_scale":
+            continue
         scheme = quantization.scheme(layer)
         if scheme is None:
             raise ModelError(f"{layer}: has a weight_scale, but no group of config.json is meant for it.")
         if layer.endswith("lm_head") and scheme.activations is not None:
             raise ModelError(f"{layer}: a head whose inputs are quantised is not supported; leave it dense.")
         own = {suffix: stored[f"{layer}.{suffix}"] for suffix in SUFFIXES if f"{layer}.{suffix}" in stored}
-        dense[f"{layer}.weight"] = weight_of(own, scheme, dtype, layer)
-        rounding[layer] = own.get("input_scale")
         if scheme.activations == "static" and "input_scale" not in own:
             raise ModelError(f"{layer}: static activations without an input_scale; the file is damaged.")
+        layers[layer] = Layer(stored_weight(own, scheme, layer), own.get("input_scale"))
+    others: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         layer, _, suffix = name.rpartition(".")
         if layer in layers and suffix in SUFFIXES:
             continue
         if suffix.startswith(("weight_", "input_")):
             raise ModelError(f"{name}: such a tensor is not read; the checkpoint has an unsupported scheme.")
-        dense[name] = tensor
-    return dense, rounding
+        others[name] = tensor
+    return layers, others
 
 
 def _fixed_rounding(model: nn.Module, scales: Mapping[str, Tensor], dtype: torch.dtype, directory: Path) -> Rounding:

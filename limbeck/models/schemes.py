@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -195,8 +195,18 @@ def _stored_scales(prefix: str, codes: Tensor, scales: Tensor, scheme: Scheme) -
     return scales[:1, 0]
 
 
-def weight_of(tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype, where: str) -> Tensor:
-    """The dense weight [O I] that stored tensors stand for: code * scale, the scale first rounded to `dtype`.
+class Stored(NamedTuple):
+    """A quantised layer's weight as it is stored: codes times scales."""
+
+    codes: Tensor
+    """int8 or float8_e4m3fn [O I]."""
+    scales: Tensor
+    """[O G], in the dtype of the file."""
+    scheme: Scheme
+
+
+def stored_weight(tensors: Mapping[str, Tensor], scheme: Scheme, where: str) -> Stored:
+    """Codes and scales of a layer.
 
     Args:
       tensors: by suffix, as `tensors_of` gives them for an empty prefix.
@@ -208,21 +218,22 @@ def weight_of(tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype,
         if suffix not in tensors:
             raise ModelError(f"{where}: no tensor {suffix}, which format {scheme.format} has; the file is damaged.")
     if scheme.format == "pack-quantized":
-        outputs, inputs = (int(size) for size in tensors["weight_shape"])
-        codes = unpack(tensors["weight_packed"], scheme.bits, inputs)
+        codes = unpack(tensors["weight_packed"], scheme.bits, int(tensors["weight_shape"][1]))
     else:
         codes = tensors["weight"]
-        outputs, inputs = codes.shape
+    outputs, inputs = codes.shape
     groups = inputs // scheme.group_size if scheme.group_size else 1
     shape = (1,) if scheme.strategy == "tensor" else (outputs, groups)
     scales = tensors["weight_scale"]
-    if codes.shape != (outputs, inputs) or scales.shape != shape or inputs % groups:
+    if scales.shape != shape or groups == 0 or inputs % groups:
         raise ModelError(
             f"{where}: scales {list(scales.shape)} for weight {[outputs, inputs]}; its scheme has {list(shape)}."
         )
-    grouped = codes.to(torch.float32).view(outputs, groups, -1)
-    return (
-        (grouped * scales.to(dtype).float().view(-1, 1 if len(shape) == 1 else groups, 1))
-        .view(outputs, inputs)
-        .to(dtype)
-    )
+    return Stored(codes, scales.reshape(-1, groups).expand(outputs, groups), scheme)
+
+
+def weight_of(stored: Stored, dtype: torch.dtype) -> Tensor:
+    """The dense weight [O I]: code * scale, the scale first rounded to `dtype`."""
+    outputs, inputs = stored.codes.shape
+    grouped = stored.codes.to(torch.float32).view(outputs, stored.scales.shape[1], -1)
+    return (grouped * stored.scales.to(dtype).float()[:, :, None]).view(outputs, inputs).to(dtype)

@@ -19,7 +19,7 @@ from limbeck.models.kv_quant import (
 from limbeck.models.lean import can_run
 from limbeck.models.load import load_model
 from limbeck.models.quantized import RoundedLinear, quantization_of, rounded_inputs
-from limbeck.models.schemes import SCHEMES, Scheme, config_of, scheme_of, tensors_of, weight_of
+from limbeck.models.schemes import SCHEMES, Scheme, config_of, scheme_of, stored_weight, tensors_of, weight_of
 
 IDS = torch.tensor([[5, 17, 80, 3, 42, 9, 61]])
 
@@ -48,7 +48,7 @@ def test_stored_tensors_stand_for_the_rounded_weight(scheme, dtype):
     scale = 0.1 if scheme.activations == "static" else None
     tensors = tensors_of("", quantized.codes, quantized.scales, scheme, dtype, scale)
     assert tensors["weight_scale"].dtype == dtype
-    assert torch.equal(weight_of(tensors, scheme, torch.float32, "layer"), quantized.dequantize())
+    assert torch.equal(weight_of(stored_weight(tensors, scheme, "layer"), torch.float32), quantized.dequantize())
     config = {"quantization_config": config_of(scheme)}
     assert quantization_of(config, "config").scheme("model.layers.0.mlp.up_proj") == scheme
     assert quantization_of(config, "config").scheme("lm_head") is None
@@ -170,9 +170,9 @@ def test_damaged_tensors_are_refused():
     quantized = rounded_to(torch.randn(8, 32), scheme)
     tensors = tensors_of("", quantized.codes, quantized.scales, scheme)
     with pytest.raises(ModelError, match="layer: no tensor weight_shape"):
-        weight_of({k: v for k, v in tensors.items() if k != "weight_shape"}, scheme, torch.float32, "layer")
+        stored_weight({k: v for k, v in tensors.items() if k != "weight_shape"}, scheme, "layer")
     with pytest.raises(ModelError, match=r"scales \[8, 2\] for weight \[8, 32\]"):
-        weight_of(tensors, scheme_of("w4a16", 32), torch.float32, "layer")
+        stored_weight(tensors, scheme_of("w4a16", 32), "layer")
 
 
 def test_what_does_not_fit_a_scheme_is_refused():
