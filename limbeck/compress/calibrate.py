@@ -106,7 +106,7 @@ def _windows(config: CalibrationConfig, tokenizer: Any) -> list[list[int]]:
         raise ConfigError(f"calibration.text: {config.text} does not exist.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"calibration.text: {config.text} is not UTF-8.") from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     length = min(config.sequence_length_tokens, len(ids))
     return [ids[start : start + length] for start in range(0, len(ids) - length + 1, max(length, 1))] if ids else []
 
