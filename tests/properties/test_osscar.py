@@ -25,9 +25,9 @@ def made(outputs, inputs, seed=0, tokens=None, rank=None):
     return LayerProblem(torch.randn(outputs, inputs, generator=draw), Moments.of(x))
 
 
-def best_on(problem, inputs):
+def best_on(problem, inputs, damping=0.01):
     """The damped squared error of the best weight that reads only `inputs`, float64."""
-    gram, weight = problem.moments.damped().double(), problem.weight.double()
+    gram, weight = problem.moments.damped(damping).double(), problem.weight.double()
     index = torch.tensor(inputs)
     inner = torch.linalg.solve(gram[index][:, index], gram[index] @ weight.T)
     return float((weight @ gram * weight).sum() - (inner * (gram[index] @ weight.T)).sum())
@@ -178,6 +178,18 @@ def test_fewer_tokens_than_inputs(tokens):
     kept = solve(problem, 1, 3, SEARCH)
     assert kept.weight.isfinite().all()
     assert error_of(problem, kept) <= best_on(problem, brute_greedy(problem, 1, 3)) * 1.01
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_almost_no_damping_of_a_singular_matrix(size):
+    problem = made(6, 48, 2, tokens=12)
+    sweep = Sweep(problem, size, 0.0)
+    error = sum(sweep.remove_cheapest() for _ in range(24 // size))
+    # Twelve tokens: far fewer inputs than half carry everything.
+    assert error < 1e-3 * best_on(problem, [0], 0.0)
+    assert error == pytest.approx(best_on(problem, sweep.inputs().nonzero()[:, 0].tolist(), 0.0), rel=1e-2, abs=1e-3)
+    kept = solve(problem, size, 24 // size, OsscarConfig(damping=0.0))
+    assert layer_error(problem, kept.weight) < 1e-3
 
 
 def test_all_kept_is_the_layer_itself():

@@ -69,16 +69,29 @@ def solve(problem: LayerProblem, group_size: int, keep: int, config: OsscarConfi
 
 def path(problem: LayerProblem, group_size: int, keeps: Sequence[int], config: OsscarConfig) -> list[Kept]:
     """Solutions for several numbers of kept groups, in the order asked for; each starts from the next larger one."""
+    chosen = select(problem, group_size, keeps, config)
+    return [Kept(groups, refit(problem, inputs_of(problem, groups, group_size), config.damping)) for groups in chosen]
+
+
+def select(problem: LayerProblem, group_size: int, keeps: Sequence[int], config: OsscarConfig) -> list[Tensor]:
+    """The groups of `path` alone, int64 [K] each, without a refit."""
     groups = _check(problem, group_size, keeps)
     swap = config.swap if config.steps else 0
     sweep = Sweep(problem, group_size, config.damping, min(swap, groups // 2))
-    solutions: dict[int, Kept] = {}
+    chosen: dict[int, Tensor] = {}
     for keep in sorted(set(keeps), reverse=True):
         for _ in range(sweep.count - keep):
             sweep.remove_cheapest()
         _search(sweep, min(swap, keep, groups - keep), config.steps)
-        solutions[keep] = Kept(sweep.kept.nonzero()[:, 0], refit(problem, sweep.inputs(), config.damping))
-    return [solutions[keep] for keep in keeps]
+        chosen[keep] = sweep.kept.nonzero()[:, 0]
+    return [chosen[keep] for keep in keeps]
+
+
+def inputs_of(problem: LayerProblem, groups: Tensor, group_size: int) -> Tensor:
+    """The inputs of some groups, bool [I]."""
+    inputs = torch.zeros(problem.weight.shape[1], dtype=torch.bool, device=problem.weight.device)
+    inputs.view(-1, group_size)[groups] = True
+    return inputs
 
 
 def refit(problem: LayerProblem, inputs: Tensor, damping: float = DAMPING) -> Tensor:

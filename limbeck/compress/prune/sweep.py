@@ -27,6 +27,8 @@ from limbeck.compress.problem import LayerProblem
 
 _PANEL = 64
 """Columns that wait for one product."""
+_LEAST_DAMPING = 1e-3
+"""Below this the inverse of H is too large for sweeps in float32."""
 
 
 class Sweep:
@@ -36,12 +38,14 @@ class Sweep:
         """`exchange`: groups that are removed and added between `mark` and `back_to_mark`."""
         weight, inputs = problem.weight, problem.weight.shape[1]
         self._problem, self._damping, self._size = problem, damping, group_size
+        self._dtype = torch.float32 if damping >= _LEAST_DAMPING else torch.float64
         self.kept = torch.ones(inputs // group_size, dtype=torch.bool, device=weight.device)
         self.count = len(self.kept)
         panel = max(_PANEL, group_size, 2 * exchange * group_size)
-        self._left, self._signed, self._right = (weight.new_empty(panel, inputs) for _ in range(3))
+        self._left, self._signed, self._right = (weight.new_empty(panel, inputs, dtype=self._dtype) for _ in range(3))
         self._waiting = self._started = 0
         self._swept = self._products = self._pivots = self._energies = weight.new_empty(0)
+        self._signs = -weight.new_ones(self.count, 1, 1, dtype=self._dtype)
         self._start()
         self.mark()
 
@@ -64,11 +68,12 @@ class Sweep:
     def mark(self) -> None:
         """Remember this state; holds for as many sweeps as `exchange` says."""
         self._apply()
-        self._marked = (self.kept.clone(), self.count, self._pivots.clone(), self._energies.clone())
+        state = (self.kept, self._signs, self._pivots, self._energies)
+        self._marked = (self.count, [part.clone() for part in state])
 
     def back_to_mark(self) -> None:
         """Undo all sweeps since `mark`, exactly."""
-        self.kept, self.count, self._pivots, self._energies = self._marked
+        self.count, (self.kept, self._signs, self._pivots, self._energies) = self._marked
         self._waiting = 0
 
     def _start(self) -> None:
@@ -80,25 +85,15 @@ class Sweep:
         if bool(seen.any()):
             # Damping alone would make an input that is always zero worth more than one that is small.
             weight = weight * seen[:, None]
-        if bool(kept.all()):
+        if self.count == len(self.kept) and self._dtype == torch.float32:
             self._swept = -self._problem.moments.inverse(self._damping) * scale[:, None] * scale
             self._products = weight @ weight.T
         else:
-            gram = gram / scale[:, None] / scale
-            cross = gram[~kept][:, kept]
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[kept][:, kept].double())).float()
-            regression = cross @ inverse
-            rest = gram[~kept][:, ~kept] - regression @ cross.T
-            order = torch.cat([kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]]).argsort()
-            state = torch.cat([torch.cat([-inverse, regression.T], 1), torch.cat([regression, rest], 1)])
-            self._swept = state[order][:, order]
-            refit = torch.cat([weight[kept] + regression.T @ weight[~kept], rest @ weight[~kept]])[order]
+            gram = gram.to(self._dtype) / scale[:, None] / scale
+            self._swept, refit = _state(gram, weight.to(self._dtype), kept)
             self._products = refit @ refit.T
-        signs = torch.where(self.kept, -1.0, 1.0)[:, None, None]
-        self._pivots, self._energies = (
-            _blocks(self._swept, self._size) * signs,
-            _blocks(self._products, self._size).clone(),
-        )
+        self._pivots = _blocks(self._swept, self._size) * self._signs
+        self._energies = _blocks(self._products, self._size).clone()
         self._waiting, self._started = 0, self.count
 
     def _scores(self) -> Tensor:
@@ -111,8 +106,7 @@ class Sweep:
         if self._waiting + self._size > len(self._left):
             self._apply()
         here = slice(group * self._size, (group + 1) * self._size)
-        factor = torch.linalg.cholesky(self._pivots[group])
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(self._size, device=factor.device), upper=False)
+        factor, inverse = _factor(self._pivots[group])
         column, product = self._columns(here)
         column[:, here] = sign * self._pivots[group]
         product[:, here] = self._energies[group]
@@ -129,6 +123,7 @@ class Sweep:
         self._left[panel], self._signed[panel], self._right[panel] = left, sign * left, right
         self._waiting = panel.stop
         self.kept[group] = sign > 0
+        self._signs[group] = -sign
         self.count += int(sign)
 
     def _columns(self, here: slice) -> tuple[Tensor, Tensor]:
@@ -141,8 +136,7 @@ class Sweep:
     def _update_blocks(self, left: Tensor, right: Tensor, sign: float) -> None:
         """Take one sweep into the diagonal blocks, which the scores need at once."""
         left, right = (part.unflatten(1, (-1, self._size)).permute(1, 2, 0) for part in (left, right))
-        signs = torch.where(self.kept, -sign, sign)[:, None, None]
-        self._pivots -= signs * (left @ left.mT)
+        self._pivots -= sign * self._signs * (left @ left.mT)
         cross = left @ right.mT
         self._energies -= cross + cross.mT
 
@@ -154,10 +148,30 @@ class Sweep:
         left, signed, right = (part[: self._waiting] for part in (self._left, self._signed, self._right))
         self._swept.addmm_(signed.T, left, alpha=-1)
         self._products.addmm_(left.T, right, alpha=-1).addmm_(right.T, left, alpha=-1)
-        signs = torch.where(self.kept, -1.0, 1.0)[:, None, None]
-        _blocks(self._swept, self._size).copy_(self._pivots * signs)
+        _blocks(self._swept, self._size).copy_(self._pivots * self._signs)
         _blocks(self._products, self._size).copy_(self._energies)
         self._waiting = 0
+
+
+def _state(gram: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and Z from their definitions; gram [I I], weight W' [I O], kept bool [I]."""
+    cross = gram[~kept][:, kept]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[kept][:, kept].double())).to(gram.dtype)
+    regression = cross @ inverse
+    rest = gram[~kept][:, ~kept] - regression @ cross.T
+    swept = torch.cat([torch.cat([-inverse, regression.T], 1), torch.cat([regression, rest], 1)])
+    refit = torch.cat([weight[kept] + regression.T @ weight[~kept], rest @ weight[~kept]])
+    order = torch.cat([kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]]).argsort()
+    return swept[order][:, order], refit[order]
+
+
+def _factor(pivot: Tensor) -> tuple[Tensor, Tensor]:
+    """K with K K' = pivot, lower triangular, and its inverse."""
+    if len(pivot) == 1:
+        factor = pivot.sqrt()
+        return factor, 1 / factor
+    factor = torch.linalg.cholesky(pivot)
+    return factor, torch.linalg.solve_triangular(factor, torch.eye(len(pivot)).to(pivot), upper=False)
 
 
 def _blocks(matrix: Tensor, size: int) -> Tensor:
