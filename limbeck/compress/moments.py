@@ -5,6 +5,7 @@ One file a block, `moments-....safetensors`, with the moments of every group of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,8 +98,17 @@ class StoredMoments:
 
         Raises: CheckpointError when they are not there.
         """
-        names = [f"model.layers.{group.block}.{group.name}.{part}" for part in (*_PARTS, "tokens")]
-        if not set(names) <= self._source.names():
+        prefix = f"model.layers.{group.block}.{group.name}."
+        if f"{prefix}gram" not in self._source.names():
             raise CheckpointError(f"{self._directory}: no moments of {group.name}; collect them again.")
-        *parts, tokens = (self._source.tensor(name) for name in names)
+        return self._read(prefix)
+
+    def named(self, roles: Sequence[str]) -> dict[str, Moments]:
+        """The moments of all groups of some roles, by their names."""
+        wanted = re.compile(rf"model\.layers\.\d+\.(layers\.\d+\.(?:{'|'.join(roles)})(?:\.\d+)?)\.gram$")
+        found = [(name, match[1]) for name in sorted(self._source.names()) if (match := wanted.match(name))]
+        return {group: self._read(name.removesuffix("gram")) for name, group in found}
+
+    def _read(self, prefix: str) -> Moments:
+        *parts, tokens = (self._source.tensor(prefix + part) for part in (*_PARTS, "tokens"))
         return Moments(*parts, int(tokens))

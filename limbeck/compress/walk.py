@@ -202,7 +202,7 @@ def solve_stored(
             with blocks.block(number, device) as block:
                 stops = Stops(method, options, {})
                 for group in groups_of(block, number):
-                    stops.from_stored(group, moments(group))
+                    stops.from_stored(group, moments(group._replace(block=blocks.kept[number])))
                 _write_block(blocks, number, block, method, writer)
             records += stops.records
             progress.advance(1, note=f"mean error {_mean(stops.records):.3g}")

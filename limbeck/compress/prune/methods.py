@@ -12,7 +12,8 @@ from limbeck.compress.blocks import Group
 from limbeck.compress.problem import LayerProblem
 from limbeck.compress.prune import osscar
 from limbeck.compress.prune.osscar import OsscarConfig
-from limbeck.compress.shrink import BlockKept, BlockSizes, kv_group_choices, round_size, shrink_block
+from limbeck.compress.shape_cost import whole_shape
+from limbeck.compress.shrink import BlockKept, BlockSizes, shrink_block
 from limbeck.compress.walk import Solution, stored_state
 from limbeck.models.experts import UnfusedExperts
 
@@ -41,47 +42,40 @@ class Sparsify:
 class Structured:
     """Whole neurons and KV groups go, the same number in every block; the written blocks are smaller."""
 
-    def __init__(
-        self, config: Any, neuron_sparsity: float, kv_group_sparsity: float, multiple_of: int, settings: OsscarConfig
-    ) -> None:
-        self.sizes, self._settings = BlockSizes.of(config), settings
-        self.all_neurons, self.all_groups = config.intermediate_size, _groups_of(config)
-        self.neurons = round_size((1 - neuron_sparsity) * self.all_neurons, multiple_of, self.all_neurons)
-        wanted = (1 - kv_group_sparsity) * self.all_groups
-        # transformers does not load every number of heads, so the nearest one that it loads is taken.
-        self.kv_groups = min(kv_group_choices(config), key=lambda count: (abs(count - wanted), count))
-        self._neurons: list[Tensor] = []
+    def __init__(self, config: Any, neurons: int, kv_groups: int, settings: OsscarConfig) -> None:
+        """Args: the whole model's config; what stays of neurons and KV groups; how they are chosen."""
+        whole = whole_shape(config)
+        self._sizes, self._settings = BlockSizes.of(config), settings
+        self._neurons, self._prunes_neurons = neurons, neurons < whole.neurons
+        self._groups, self._prunes_groups = kv_groups, kv_groups < whole.kv_groups
+        self._kept_neurons: list[Tensor] = []
         self._kept_groups: Tensor | None = None
 
     def wants(self, group: Group) -> bool:
         """The layers that read neurons or heads."""
-        return (group.role == "mlp_out" and self.neurons < self.all_neurons) or (
-            group.role == "attention_out" and self.kv_groups < self.all_groups
+        return (group.role == "mlp_out" and self._prunes_neurons) or (
+            group.role == "attention_out" and self._prunes_groups
         )
 
     def solve(self, group: Group, problems: Sequence[LayerProblem]) -> Solution:
         """Choose what stays of the one layer of the group, and refit it."""
         if group.role == "mlp_out":
-            kept = osscar.solve(problems[0], 1, self.neurons, self._settings)
-            self._neurons.append(kept.groups)
+            kept = osscar.solve(problems[0], 1, self._neurons, self._settings)
+            self._kept_neurons.append(kept.groups)
         else:
-            size = self.sizes.head_dim * self.sizes.query_heads
-            kept = osscar.solve(problems[0], size, self.kv_groups, self._settings)
+            size = self._sizes.head_dim * self._sizes.query_heads
+            kept = osscar.solve(problems[0], size, self._groups, self._settings)
             self._kept_groups = kept.groups
         return Solution([kept.weight], kept=[kept.groups.tolist()])
 
     def tensors(self, number: int, block: Any, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
         """The smaller block."""
-        neurons = torch.stack(self._neurons) if self._neurons else None
+        neurons = torch.stack(self._kept_neurons) if self._kept_neurons else None
         if neurons is not None and not _has_experts(block):
             neurons = neurons[0]
         kept = BlockKept(neurons, self._kept_groups)
-        self._neurons, self._kept_groups = [], None
-        return shrink_block(stored_state(block, dtypes), kept, self.sizes)
-
-
-def _groups_of(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._kept_neurons, self._kept_groups = [], None
+        return shrink_block(stored_state(block, dtypes), kept, self._sizes)
 
 
 def _has_experts(block: Any) -> bool:

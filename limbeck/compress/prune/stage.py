@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,20 +11,25 @@ from typing import Any
 import torch
 
 from limbeck.compress.blocks import Blocks
-from limbeck.compress.calibrate import CalibrationConfig, split_rows
+from limbeck.compress.budget import BudgetConfig, choose
+from limbeck.compress.calibrate import CalibrationConfig, Rows, split_rows
 from limbeck.compress.fidelity import GateConfig
 from limbeck.compress.masks import write_masks
+from limbeck.compress.moments import MomentsConfig, StoredMoments
+from limbeck.compress.moments import run as collect
 from limbeck.compress.passes import Passes
+from limbeck.compress.problem import Moments
 from limbeck.compress.prune import alps, magnitude, sparsegpt, wanda
 from limbeck.compress.prune.alps import AlpsConfig
-from limbeck.compress.prune.depth import Depth, remove_layers
+from limbeck.compress.prune.depth import remove_layers
 from limbeck.compress.prune.magnitude import MagnitudeConfig
 from limbeck.compress.prune.methods import Solve, Sparsify, Structured
 from limbeck.compress.prune.osscar import OsscarConfig
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.sparsegpt import SparseGptConfig
 from limbeck.compress.prune.wanda import WandaConfig
-from limbeck.compress.shrink import shrunk_config
+from limbeck.compress.shape_cost import Shape, whole_shape
+from limbeck.compress.shrink import kv_group_choices, round_size, shrunk_config
 from limbeck.compress.stage import Finish, Job, compress, parameters_of
 from limbeck.compress.walk import Method, Record, WalkOptions
 from limbeck.compress.weights import SafetensorSource
@@ -53,6 +59,9 @@ class PruneConfig:
     """Share of the MLP neurons to remove (osscar)."""
     kv_group_sparsity: float = 0.0
     """Share of the KV groups to remove, each with its query heads (osscar)."""
+    budget: BudgetConfig | None = None
+    """A target in parameters, bytes or milliseconds instead: neurons, KV groups and layers are chosen for it by the
+    loss of every unit saved (osscar)."""
     multiple_of: int = 32
     """The neurons that stay are a multiple of this, for the kernels of engines (osscar)."""
     pattern: str = "0.5"
@@ -89,6 +98,8 @@ class PruneConfig:
             raise ConfigError(f"drop_layers: {self.drop_layers}; method depth removes 1 or more, others 0 or more")
         if self.drop_layers and self.method not in ("osscar", "depth"):
             raise ConfigError(f"drop_layers: method {self.method} removes single weights only")
+        if self.budget is not None and self.method != "osscar":
+            raise ConfigError(f"budget: method {self.method} does not change shapes; set method to osscar")
         if self.multiple_of < 1:
             raise ConfigError(f"multiple_of must be 1 or more; found {self.multiple_of}")
         if self.moments is not None and self.dense_targets:
@@ -100,27 +111,55 @@ def run(config: PruneConfig, out: Path, *, overwrite: bool = False, resume: bool
 
     Raises: ConfigError, ModelError or CompressionError when the model cannot be pruned as asked.
     """
-    depth = _depth(config) if config.drop_layers else None
-    blocks = Blocks(config.model, depth.kept if depth else None)
     options = WalkOptions("prune", config.dense_targets, config.ignore)
     needs_data = config.method != "magnitude"
     job = Job("prune", config.model, config, config.calibration, config.moments, options, config.gate, needs_data)
     method: Method
-    finish: Finish = _write_mask
     if config.method in SOLVERS:
-        method = Sparsify(_solver(config))
+        blocks, method, finish = Blocks(config.model), Sparsify(_solver(config)), _write_mask
     else:
-        cuts = (config.neuron_sparsity, config.kv_group_sparsity) if config.method == "osscar" else (0.0, 0.0)
-        method = Structured(blocks.config, *cuts, config.multiple_of, config.osscar)
-        finish = _smaller_config(blocks, method, depth)
+        shape, metrics = _shape(config)
+        blocks = Blocks(config.model, shape.layers)
+        method = Structured(blocks.config, shape.neurons, shape.kv_groups, config.osscar)
+        finish = _smaller_config(blocks.config, shape, metrics)
     return compress(job, blocks, method, out, overwrite=overwrite, resume=resume, finish=finish)
 
 
-def _depth(config: PruneConfig) -> Depth:
-    """Which layers stay, by the KL to the whole model on held-out text."""
+def _shape(config: PruneConfig) -> tuple[Shape, dict[str, Any]]:
+    """The sizes asked for, or those that the search finds, with what is to be said about the choice."""
+    model_config = Blocks(config.model).config
+    whole = shape = whole_shape(model_config)
+    if config.budget is not None:
+        steps = choose(load_model(config.model), _apart(config), _moments(config), config.budget)
+        return steps[-1].shape, {"search": [[*step.shape, step.cost, step.loss] for step in steps]}
+    metrics: dict[str, Any] = {}
+    if config.drop_layers:
+        depth = remove_layers(Passes(load_model(config.model), _apart(config)), config.drop_layers)
+        shape, metrics = shape._replace(layers=depth.kept), {"loss_without_layers": list(depth.losses)}
+    if config.method == "depth":
+        return shape, metrics
+    neurons = round_size((1 - config.neuron_sparsity) * whole.neurons, config.multiple_of, whole.neurons)
+    groups = (1 - config.kv_group_sparsity) * whole.kv_groups
+    # transformers does not load every number of heads, so the nearest one that it loads is taken.
+    accepted = min(kv_group_choices(model_config), key=lambda count: (abs(count - groups), count))
+    return shape._replace(neurons=neurons, kv_groups=accepted), metrics
+
+
+def _apart(config: PruneConfig) -> Rows:
+    """Tokens beside those of calibration, for the loss that whole layers and sizes are chosen by."""
     held_out = max(config.gate.sequences, 1)
     rows, apart = split_rows(config.calibration, load_tokenizer(config.model), config.model, held_out)
-    return remove_layers(Passes(load_model(config.model), apart or rows), config.drop_layers)
+    return apart or rows
+
+
+def _moments(config: PruneConfig) -> dict[str, Moments]:
+    """Moments of what neurons and heads are read by, as the search names them."""
+    if config.moments is not None:
+        return StoredMoments(config.moments, config.model).named(("attention_out", "mlp_out"))
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "moments"
+        collect(MomentsConfig(model=config.model, calibration=config.calibration), directory)
+        return StoredMoments(directory, config.model).named(("attention_out", "mlp_out"))
 
 
 def _solver(config: PruneConfig) -> Solve:
@@ -141,16 +180,17 @@ def _write_mask(directory: Path, records: list[Record]) -> dict[str, Any]:
     }
 
 
-def _smaller_config(blocks: Blocks, method: Structured, depth: Depth | None) -> Finish:
+def _smaller_config(whole: Any, shape: Shape, metrics: dict[str, Any]) -> Finish:
     def finish(directory: Path, records: list[Record]) -> dict[str, Any]:
-        layers = depth.kept if depth else None
-        smaller = shrunk_config(blocks.config, neurons=method.neurons, kv_groups=method.kv_groups, layers=layers)
+        smaller = shrunk_config(whole, neurons=shape.neurons, kv_groups=shape.kv_groups, layers=shape.layers)
         smaller.save_pretrained(directory)
+        before = whole_shape(whole)
         return {
             "parameters": parameters_of(directory),
-            "neurons": [method.all_neurons, method.neurons],
-            "kv_groups": [method.all_groups, method.kv_groups],
-            "removed_layers": list(depth.removed) if depth else [],
+            "neurons": [before.neurons, shape.neurons],
+            "kv_groups": [before.kv_groups, shape.kv_groups],
+            "removed_layers": sorted(set(before.layers) - set(shape.layers)),
+            **metrics,
         }
 
     return finish
