@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step distill_optimizers
+OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step distill_optimizers \
+	solvers perplexity
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow check format bench bench-quick bench-peers smollm2 clean
+.PHONY: demo test test-slow check format bench bench-quick bench-peers bench-peers-compress smollm2 clean
 
 demo: $(VENV)/.ready
 	$(BIN)/limbeck demo --out runs/demo
@@ -28,15 +29,17 @@ format: $(VENV)/.ready
 smollm2: $(VENV)/.smollm2
 
 # Full benchmarks, about two hours on 2 idle cores; results go to benchmarks/results.
-bench: $(VENV)/.smollm2 bench-peers
+bench: $(VENV)/.smollm2 bench-peers bench-peers-compress
 	for name in loss train_vs_trl octopus; do .venv-peers/bin/python benchmarks/$$name.py --out benchmarks/results || exit 1; done
 	for name in $(OWN_BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out benchmarks/results || exit 1; done
 
-bench-quick: $(VENV)/.smollm2 bench-peers
+bench-quick: $(VENV)/.smollm2 bench-peers bench-peers-compress
 	for name in loss train_vs_trl octopus; do .venv-peers/bin/python benchmarks/$$name.py --quick || exit 1; done
 	for name in $(OWN_BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 bench-peers: .venv-peers/.ready
+
+bench-peers-compress: .venv-compress/.ready .venv-fmchisel/.ready
 
 # pip, not uv or poetry: the pinned torch must resolve to the CPU build.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -60,5 +63,23 @@ $(VENV)/.smollm2: $(VENV)/.ready
 	.venv-peers/bin/pip install --quiet --editable .
 	touch $@
 
+# Brotli's source carries two texts in the public domain that perplexity is measured and calibrated on.
+.venv-compress/.ready:
+	test -x .venv-compress/bin/python || $(PYTHON) -m venv .venv-compress
+	.venv-compress/bin/pip install --quiet torch==2.13.0
+	.venv-compress/bin/pip install --quiet llmcompressor==0.14.0.1
+	.venv-compress/bin/pip download --quiet --no-deps --no-binary :all: --dest .venv-compress/texts brotli==1.2.1
+	tar xzf .venv-compress/texts/brotli-1.2.1.tar.gz -C .venv-compress/texts --strip-components=3 \
+		brotli-1.2.1/tests/testdata/alice29.txt brotli-1.2.1/tests/testdata/lcet10.txt
+	touch $@
+
+# Its pins ask for an older torch, which its solvers do not need.
+.venv-fmchisel/.ready:
+	test -x .venv-fmchisel/bin/python || $(PYTHON) -m venv .venv-fmchisel
+	.venv-fmchisel/bin/pip install --quiet torch==2.13.0 numpy 'transformers<5' loguru 'pydantic>=2' \
+		'datasets>=4,<5' accelerate dataclasses_json 'lightning<3'
+	.venv-fmchisel/bin/pip install --quiet --no-deps fmchisel==0.1.2 llmcompressor==0.5.1 compressed-tensors==0.9.4
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers runs build *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-compress .venv-fmchisel runs build *.egg-info
