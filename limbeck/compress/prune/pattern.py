@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from limbeck.errors import CompressionError, ConfigError
+
+_SAMPLE = 8192
+"""Scores that are looked at to bracket a threshold."""
 
 
 class Pattern(NamedTuple):
@@ -41,6 +45,14 @@ class Pattern(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}" if self.group else f"{self.sparsity:g}"
 
+    def check(self, inputs: int) -> None:
+        """Raises: CompressionError when the group does not divide the inputs."""
+        if self.group and inputs % self.group:
+            raise CompressionError(
+                f"pattern {self}: {inputs} inputs are no multiple of {self.group}; choose another pattern, or "
+                "leave this layer out with `ignore`."
+            )
+
     def largest(self, scores: Tensor, mask: Tensor | None = None, *, per_row: bool = False) -> Tensor:
         """The entries that stay when the highest scores stay: bool [O I], exactly as many as the pattern says.
 
@@ -53,17 +65,40 @@ class Pattern(NamedTuple):
         if mask is not None:
             scores = scores.masked_fill(~mask, -1.0)
         rows, inputs = scores.shape
+        self.check(inputs)
         if self.group:
-            if inputs % self.group:
-                raise CompressionError(
-                    f"pattern {self}: {inputs} inputs are no multiple of {self.group}; choose another pattern, or "
-                    "leave this layer out with `ignore`."
-                )
-            grouped, count = scores.view(-1, self.group), self.kept or 0
+            keep = _largest(scores.reshape(-1, self.group), self.kept or 0)
         elif per_row:
-            grouped, count = scores, inputs - round(self.sparsity * inputs)
+            keep = _largest(scores, inputs - round(self.sparsity * inputs))
         else:
-            grouped, count = scores.reshape(1, -1), scores.numel() - round(self.sparsity * scores.numel())
-        index = grouped.topk(count, dim=-1).indices
-        keep = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, index, True).view(rows, inputs)
+            keep = largest_of_all(scores.reshape(-1), scores.numel() - round(self.sparsity * scores.numel()))
+        keep = keep.view(rows, inputs)
         return keep if mask is None else keep & mask
+
+
+def largest_of_all(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest entries of a vector, bool [n]; several times faster than a selection from all of them.
+
+    A sample brackets the threshold, so that only the few entries inside the bracket are selected from. The result is
+    exact: where the sample misleads, the selection goes over all.
+    """
+    stride = len(scores) // _SAMPLE | 1  # odd, to go through all columns of matrices of usual sizes
+    if stride < 8:
+        return _largest(scores, count)
+    sample = scores[::stride].sort(descending=True).values
+    place, margin = count * len(sample) // len(scores), 2 * math.isqrt(len(sample))
+    if not margin <= place < len(sample) - margin:
+        return _largest(scores, count)
+    keep = scores > sample[place - margin]
+    unsure = ((scores >= sample[place + margin]) ^ keep).nonzero()[:, 0]
+    missing = count - int(keep.count_nonzero())
+    if not 0 <= missing <= len(unsure):
+        return _largest(scores, count)
+    keep[unsure[scores[unsure].topk(missing, sorted=False).indices]] = True
+    return keep
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest entries along the last dimension, bool."""
+    index = scores.topk(count, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
