@@ -156,6 +156,21 @@ def test_loss_of_a_shape_is_that_of_the_masked_model(family):
     assert torch.equal(logits_of(model), want)
 
 
+@torch.no_grad()
+def test_every_expert_keeps_its_own_neurons():
+    model = made_model("mixtral")
+    moments = {
+        f"layers.{layer}.mlp_out.{expert}": Moments.of(torch.randn(99, 48) * torch.rand(48))
+        for layer in range(3)
+        for expert in range(4)
+    }
+    levels = {"neurons": [32, 48], "kv_groups": [2]}
+    with ShapeLoss(model, Passes(model, ROWS), moments, OsscarConfig(), levels) as loss:
+        assert loss(Shape(32, 2, (0, 1, 2))) > 1e-6
+        stays = model.model.layers[0].mlp.experts.down_proj.any(1)
+        assert stays.sum(1).tolist() == [32] * 4 and not torch.equal(stays[0], stays[1])
+
+
 def logits_of(model):
     """[N V] where a next token follows."""
     rows = zip(ROWS.input_ids, ROWS.valid, strict=True)
