@@ -18,7 +18,7 @@ import json
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,12 +57,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def build(config_class: type[Config], tree: Mapping[str, Any], where: str = "config") -> Config:
-    """Make `config_class` from a tree of plain values.
+    """Make `config_class` from a tree of plain values, completed by the class's own `filled(tree)` where it has one.
 
     Raises: ConfigError for an unknown key (with the nearest known one), a missing or ill-typed value, or a value that
     the class's own `__post_init__` refuses.
     """
     _check_tree(config_class, tree, where, prefix="")
+    fill: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = getattr(config_class, "filled", None)
+    tree = tree if fill is None else fill(tree)
     try:
         return pydantic.TypeAdapter(config_class).validate_python(dict(tree))
     except pydantic.ValidationError as error:

@@ -99,9 +99,11 @@ class Ledger:
         }
 
     def restore(self, tree: Mapping[str, Any]) -> None:
-        """Go on from the `as_dict` of an interrupted run."""
-        self.counts = {name: int(tree[name]) for name in COUNTS}
-        self.flops = {name: int(tree["flops"][name]) for name in FLOP_PARTS}
+        """Add the `as_dict` of what went before: an interrupted run that goes on, or an earlier stage."""
+        for name in COUNTS:
+            self.counts[name] += int(tree[name])
+        for name in FLOP_PARTS:
+            self.flops[name] += int(tree["flops"][name])
         self.audit = dict(tree["flops_audit"])
         for name, value in tree["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value

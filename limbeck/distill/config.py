@@ -33,6 +33,8 @@ class StudentConfig:
     """Directory, alias (tiny-student, tiny-teacher, smollm2-135m) or Hugging Face hub id of the starting weights."""
     scratch: ScratchConfig | None = None
     """Shape of a randomly initialised model instead."""
+    keep_zeros: bool = False
+    """Keep the zeros of pruned layers (5 % or more of their weights) at zero through the training."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.scratch is None):
@@ -176,6 +178,10 @@ class TrainingConfig:
     """Seed of the order of the traces and of dropout."""
     validate_every_steps: int = 0
     """Validate every so many steps, and always at the end; 0 only at the end."""
+    keep_best: Literal["ce", "kd"] | None = None
+    """Write the weights of the lowest held-out loss, of the text (ce) or to the teacher (kd), instead of the last."""
+    patience: int | None = None
+    """With keep_best: stop after so many validations in a row without a lower loss; null never."""
     save_every_steps: int = 100
     """Write a state to resume from every so many steps; 0 never."""
     num_threads: int | None = None
@@ -192,6 +198,7 @@ class TrainingConfig:
             "microbatch_tokens",
             "bucket_batches",
             "num_threads",
+            "patience",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -199,6 +206,10 @@ class TrainingConfig:
         for name in ("validate_every_steps", "save_every_steps", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and at least 0; found {getattr(self, name)}")
+        if self.keep_best is not None and not self.validate_every_steps:
+            raise ConfigError("keep_best chooses among validations; set validate_every_steps")
+        if self.patience is not None and self.keep_best is None:
+            raise ConfigError("patience needs keep_best: which held-out loss is to get lower, ce or kd")
         if self.batch_growth is not None and self.batch_growth.largest < (self.batch_size or self.batch_tokens or 0):
             raise ConfigError("batch_growth.largest is less than the batch that the run starts with")
         if not 0 < self.epochs < math.inf:
@@ -264,6 +275,14 @@ class DistillConfig:
             raise ConfigError(
                 "on_policy needs a teacher that can score new text: set teacher.model and no teacher.cache, "
                 "which knows given traces only"
+            )
+        if self.training.keep_best is not None and not self.num_validation:
+            raise ConfigError("training.keep_best needs held-out traces; set num_validation")
+        if self.training.keep_best == "kd" and not self.has_teacher:
+            raise ConfigError("training.keep_best kd needs teacher.model, teacher.cache or teacher.server")
+        if self.lora is not None and self.student.keep_zeros:
+            raise ConfigError(
+                "student.keep_zeros needs all weights to train: merging lora's adapters fills the zeros; leave one out"
             )
         if self.num_validation < 0:
             raise ConfigError(f"num_validation must be at least 0; found {self.num_validation}")

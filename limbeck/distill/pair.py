@@ -50,11 +50,12 @@ def load_student(config: DistillConfig, source: Checkpoint | None) -> tuple[Any,
 
 
 def load_teacher(config: DistillConfig, device: torch.device) -> Teacher | None:
-    """The teacher that the config names; None when the loss has no KD term.
+    """The teacher that the config names; None when neither the loss nor the validation has a KD term.
 
     Raises: PairError when a live teacher cannot read the ids of its own tokenizer, or a cache is of another teacher.
     """
-    if (config.kd_ratio == 0 and config.on_policy is None) or not config.has_teacher:
+    is_used = config.kd_ratio > 0 or config.on_policy is not None or config.training.keep_best == "kd"
+    if not is_used or not config.has_teacher:
         return None
     teachers = [config.teacher, *config.teacher.others]
     loaded = [_load(teacher, config, device) for teacher in teachers]

@@ -3,7 +3,7 @@
 1. Load the student, its tokenizer and the teacher; check that they fit.
 2. Read, select, split, render and cut the traces; plan every step of the run.
 3. For each step: micro-batches forward and backward, sum gradients over ranks, clip, update, log.
-4. Validate on uncut sequences; write the model, the metrics and the manifest.
+4. Validate on uncut sequences; write the last or the best weights, the metrics and the manifest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ from torch import nn
 
 from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_manifest
 from limbeck.config import config_hash, to_dict
-from limbeck.distill.config import DistillConfig
+from limbeck.distill.config import DistillConfig, StudentConfig, TrainingConfig
 from limbeck.distill.data import Data, fingerprint, prepare
 from limbeck.distill.fused import FusedLoss
+from limbeck.distill.guard import BEST_PREFIX, Guard
 from limbeck.distill.objective import Teacher, microbatch_loss, step_totals
 from limbeck.distill.pair import check_pair, load_student, load_teacher
 from limbeck.distill.parallel import Ranks, join, sum_gradients, sum_numbers, total_cost, wait
@@ -31,6 +33,7 @@ from limbeck.distill.preflight import check_templates, report
 from limbeck.distill.rollouts import Rollouts, make_rollouts
 from limbeck.distill.state import load_state, save_state
 from limbeck.distill.work import Work, given_work, rollout_work
+from limbeck.distill.zeros import KeptZeros
 from limbeck.errors import CheckpointError, ConfigError, LimbeckError
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import Sizes, causal_lm_of, sizes_of
@@ -40,6 +43,7 @@ from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
 from limbeck.teacher.cache import Spec
 from limbeck.traces.batch import Example, collate
+from limbeck.traces.supervise import TokenSelection
 
 
 class Run(NamedTuple):
@@ -58,6 +62,8 @@ class Run(NamedTuple):
     vocab_size: int
     rollouts: Rollouts | None = None
     """What the student writes itself, where the config asks for it."""
+    zeros: KeptZeros | None = None
+    """The zeros of a pruned student, where the config keeps them."""
 
 
 def run(
@@ -89,32 +95,54 @@ def run(
         return Checkpoint(out)
     with output_directory(out, overwrite=overwrite, resume=resume) as working:
         setup = _set_up(config, source, ranks)
+        setup.data.counts["preflight"] = report(config, setup.model, setup.tokenizer, setup.data.train)
         wait(ranks)
-        _train(setup, source, working, resume)
-        _write(setup, source, working)
+        kept_step = _train(setup, source, working, resume)
+        _write(setup, source, working, kept_step)
         for state in working.glob("state*"):
             shutil.rmtree(state)
+        for best in working.glob(BEST_PREFIX + "*"):
+            best.unlink()
     wait(ranks)
     return Checkpoint(out)
 
 
-def validate(setup: Run) -> float | None:
-    """Mean CE in nats a token over thought and answer of the uncut held-out sequences; None without any."""
-    if not setup.data.validation:
-        return None
+def measure(config: DistillConfig, model: str) -> dict[str, float | None]:
+    """The held-out losses (`validate`, with the divergence) of a model as it is.
+
+    Args:
+      config: says which sequences, teacher and divergence; its student is not used.
+      model: directory, alias or hub id.
+    """
+    setup = _set_up(replace(config, student=StudentConfig(model=model)), None, join())
+    return validate(setup, with_kd=True)
+
+
+def validate(setup: Run, *, with_kd: bool = False) -> dict[str, float | None]:
+    """Mean losses in nats a token over thought and answer of the uncut held-out sequences.
+
+    Returns: `validation_ce` and, with_kd, `validation_kd`, the divergence from the teacher as the loss takes it; None
+    where nothing is held out.
+    """
+    names = ("validation_ce", "validation_kd") if with_kd else ("validation_ce",)
     mine = setup.data.validation[setup.ranks.rank :: setup.ranks.world_size]
-    total, weight = 0.0, 0.0
-    was_training = setup.model.training
+    loss = replace(setup.config.loss, normalization="token_mean")
+    kd_ratio = 0.5 if with_kd else 0.0
+    ce, kd, ce_weight, kd_weight = 0.0, 0.0, 0.0, 0.0
+    was_training, flops = setup.model.training, dict(setup.ledger.flops)
     setup.model.eval()
     with setup.ledger.phase("validation"), torch.no_grad():
         for group in _validation_groups(mine, setup.config.training.microbatch_tokens):
             totals = step_totals(group, "token_mean")
-            loss = _loss(setup, group, Work([group], totals, setup.config.loss, 0.0, {}))
-            total += totals.ce * (0.0 if loss is None else loss.total.item())
-            weight += totals.ce
+            found = _loss(setup, group, Work([group], totals, loss, kd_ratio, {}), None)
+            ce += totals.ce * (0.0 if found is None else found.ce_sum.item() / (1 - kd_ratio))
+            kd += totals.kd * (0.0 if found is None or not with_kd else found.kd_sum.item() / kd_ratio)
+            ce_weight, kd_weight = ce_weight + totals.ce, kd_weight + totals.kd
     setup.model.train(was_training)
-    total, weight = sum_numbers([total, weight], setup.ranks)
-    return total / weight if weight else None
+    setup.ledger.flops = flops  # a live teacher charges its own; validation is no part of the training's cost
+    ce, kd, ce_weight, kd_weight = sum_numbers([ce, kd, ce_weight, kd_weight], setup.ranks)
+    means = (ce / ce_weight if ce_weight else None, kd / kd_weight if kd_weight else None)
+    return dict(zip(names, means, strict=False))
 
 
 def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> Run:
@@ -125,23 +153,7 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
     check_pair(config, student, tokenizer)
     check_templates(config, tokenizer)
     data = prepare(config, tokenizer)
-    if ranks.is_first:
-        data.counts["preflight"] = report(config, student, tokenizer, data.train)
-    training = config.training
-    steps = plan_steps(
-        [len(example) for example in data.train],
-        epochs=training.epochs,
-        batch_size=training.batch_size,
-        batch_tokens=training.batch_tokens,
-        microbatch_tokens=training.microbatch_tokens,
-        layout=training.layout,
-        bucket_batches=training.bucket_batches,
-        seed=training.seed,
-        max_steps=training.max_steps,
-        max_tokens=training.max_tokens,
-        world_size=ranks.world_size,
-        growth=training.growing_batch(),
-    )
+    steps = planned_steps(config, data, ranks.world_size)
     vocab_size = vocabulary_size(tokenizer)
     optimizer = build_optimizer(student, config.optimizer, len(steps))
     _refuse_long(data, causal_lm_of(student).config.max_position_embeddings)
@@ -158,6 +170,26 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
         ranks,
         vocab_size,
         _rollouts(config, steps, data, tokenizer),
+        KeptZeros(student) if config.student.keep_zeros else None,
+    )
+
+
+def planned_steps(config: DistillConfig, data: Data, world_size: int = 1) -> list[Step]:
+    """All steps of a run over the given data."""
+    training = config.training
+    return plan_steps(
+        [len(example) for example in data.train],
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        batch_tokens=training.batch_tokens,
+        microbatch_tokens=training.microbatch_tokens,
+        layout=training.layout,
+        bucket_batches=training.bucket_batches,
+        seed=training.seed,
+        max_steps=training.max_steps,
+        max_tokens=training.max_tokens,
+        world_size=world_size,
+        growth=training.growing_batch(),
     )
 
 
@@ -175,7 +207,8 @@ def _refuse_long(data: Data, limit_tokens: int) -> None:
         )
 
 
-def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -> None:
+def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -> int:
+    """All steps that are left; returns the step whose weights the model has at the end."""
     training, ranks = setup.config.training, setup.ranks
     start = None if source is None else str(source.path)
     identity = config_hash({"config": to_dict(setup.config), "start": start, "traces": fingerprint(setup.data.train)})
@@ -188,6 +221,7 @@ def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -
     metrics = working / "metrics.jsonl"
     if ranks.is_first:
         _keep_lines(metrics, first)
+    guard = _guard(training, working, metrics, first)
     setup.model.train()
     total_tokens = sum(len(setup.data.train[i]) for step in setup.steps[first:] for i in step.indices)
     with bar("distilling" if setup.teacher else "fine-tuning", total_tokens) as progress:
@@ -195,19 +229,43 @@ def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -
             row = _step(setup, number)
             is_last = number + 1 == len(setup.steps)
             if is_last or _is_due(number + 1, training.validate_every_steps):
-                row["validation_ce"] = validate(setup)
+                row |= validate(setup, with_kd=training.keep_best == "kd")
+            if guard is not None:
+                guard.watch(row, setup.model if ranks.is_first else None)
+                is_last = is_last or guard.is_over
             if ranks.is_first:
                 with metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             if not is_last and _is_due(number + 1, training.save_every_steps):
-                cost = total_cost(setup.ledger, ranks)
-                if ranks.is_first:
-                    with setup.ledger.phase("saving"):
-                        rollouts = None if setup.rollouts is None else setup.rollouts.state()
-                        save_state(working, number + 1, setup.model, setup.optimizer, cost, identity, rollouts)
+                _save(setup, working, number + 1, identity)
+                if guard is not None and ranks.is_first:
+                    guard.saved()
             tokens = sum(len(setup.data.train[i]) for i in setup.steps[number].indices)
             speed = row["tokens"] / max(1e-9, setup.ledger.train_seconds)
             progress.advance(tokens, f"loss {row['loss']:.4f}, {speed:,.0f} tokens/s")
+            if is_last:
+                break
+    if guard is not None and ranks.is_first:
+        guard.load_best(setup.model)
+    return number + 1 if guard is None else guard.step or number + 1
+
+
+def _save(setup: Run, working: Path, step: int, identity: str) -> None:
+    cost = total_cost(setup.ledger, setup.ranks)
+    if setup.ranks.is_first:
+        with setup.ledger.phase("saving"):
+            rollouts = None if setup.rollouts is None else setup.rollouts.state()
+            save_state(working, step, setup.model, setup.optimizer, cost, identity, rollouts)
+
+
+def _guard(training: TrainingConfig, working: Path, metrics: Path, first: int) -> Guard | None:
+    """The guard that the config asks for, as it was after the first steps."""
+    if training.keep_best is None:
+        return None
+    guard = Guard(working, f"validation_{training.keep_best}", training.patience)
+    if first:
+        guard.replay(map(json.loads, metrics.read_text(encoding="utf-8").splitlines()[:first]))
+    return guard
 
 
 def _step(setup: Run, number: int) -> dict[str, Any]:
@@ -223,6 +281,8 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
     ce, kd, tokens = sum_numbers([ce, kd, ledger.counts["tokens"]], setup.ranks)
     with ledger.phase("optimizer"):
         sum_gradients(setup.model, setup.ranks.world_size)
+        if setup.zeros is not None:
+            setup.zeros.clear_gradients()
         norm = float(nn.utils.clip_grad_norm_(setup.model.parameters(), config.training.clip_norm or float("inf")))
         rate = _learning_rate(config, number, len(setup.steps))
         _refuse_divergence(number, ce + kd, norm)
@@ -230,6 +290,8 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
             group_settings["lr"] = rate
         if work.has_loss:
             setup.optimizer.step()
+            if setup.zeros is not None:
+                setup.zeros.clear_weights()
         setup.optimizer.zero_grad(set_to_none=True)
     if setup.ranks.is_first:
         ledger.count(steps=1)
@@ -261,7 +323,7 @@ def _refuse_divergence(number: int, loss: float, norm: float) -> None:
 
 
 def _forward_backward(setup: Run, examples: Sequence[Example], work: Work) -> tuple[float, float]:
-    loss = _loss(setup, examples, work)
+    loss = _loss(setup, examples, work, setup.config.supervision.select)
     if loss is None:
         return 0.0, 0.0
     with setup.ledger.phase("student"):
@@ -280,7 +342,7 @@ def _audited(setup: Run, examples: Sequence[Example], work: Work) -> tuple[float
     return result
 
 
-def _loss(setup: Run, examples: Sequence[Example], work: Work) -> FusedLoss | None:
+def _loss(setup: Run, examples: Sequence[Example], work: Work, select: TokenSelection | None) -> FusedLoss | None:
     training = setup.config.training
     with setup.ledger.phase("data"):
         batch = collate(examples, training.layout, setup.tokenizer.pad_token_id).to(setup.ranks.device)
@@ -296,11 +358,11 @@ def _loss(setup: Run, examples: Sequence[Example], work: Work) -> FusedLoss | No
             work.kd_ratio,
             setup.ledger,
             vocab_size=setup.vocab_size,
-            select=setup.config.supervision.select,
+            select=select,
         )
 
 
-def _write(setup: Run, source: Checkpoint | None, working: Path) -> None:
+def _write(setup: Run, source: Checkpoint | None, working: Path, kept_step: int) -> None:
     config = setup.config
     with setup.ledger.phase("saving"):
         model = setup.model.merge_and_unload() if config.lora is not None else causal_lm_of(setup.model)
@@ -308,14 +370,17 @@ def _write(setup: Run, source: Checkpoint | None, working: Path) -> None:
             model.save_pretrained(working)
             setup.tokenizer.save_pretrained(working)
     lines = (working / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1])
+    kept = json.loads(lines[kept_step - 1])
+    metrics = {"loss": kept["loss"], "validation_ce": kept.get("validation_ce")}
+    if config.training.keep_best is not None:
+        metrics |= {"validation_kd": kept.get("validation_kd"), "kept_step": kept_step, "last_step": len(lines)}
     write_manifest(
         working,
         stage="distill",
         config=config,
         inputs=inputs_of(config, source),
         ledger=total_cost(setup.ledger, setup.ranks),
-        metrics={"loss": last["loss"], "validation_ce": last.get("validation_ce")},
+        metrics=metrics,
         counts=setup.data.counts,
     )
 

@@ -32,6 +32,7 @@ from limbeck.sweep.summary import summarise
 from limbeck.teacher.build import write_cache
 from limbeck.teacher.cache import CacheConfig
 from limbeck.teacher.shard import Stored
+from limbeck.traces.batch import Example
 from limbeck.traces.sources import read_traces
 
 CACHE = "teacher_cache"
@@ -102,9 +103,15 @@ def _fill_cache(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> di
     asked = [
         Stored(example.sample.input_ids, example.kd_weight > 0)
         for planned in runs
-        for example in prepare(planned.config, tokenizer).train
+        for example in _taught(planned.config, tokenizer)
     ]
     return write_cache(name, CacheConfig(top_k=sweep.top_k), asked, out / CACHE, sweep)
+
+
+def _taught(config: DistillConfig, tokenizer: Any) -> list[Example]:
+    """What the teacher is asked about; the held-out sequences too where the run is validated against it."""
+    data = prepare(config, tokenizer)
+    return data.train + (data.validation if config.training.keep_best == "kd" else [])
 
 
 def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:
