@@ -1,0 +1,154 @@
+"""QuantEase: coordinate descent on the layer's error over weights that stay on the grid.
+
+Source: 2309.01885; its code leaves every third sweep unrounded, which finds a way out of poor fixed points. Deviations:
+a sweep makes one matrix product a block and not one a weight; the start is GPTQ; scales are fitted again within sweeps;
+every output keeps the best weights that it met, so that unrounded sweeps cannot lose anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limbeck.compress.problem import DAMPING, LayerProblem, layer_error
+from limbeck.compress.quantize import gptq, rtn
+from limbeck.compress.quantize.descent import Descent
+from limbeck.compress.quantize.gptq import GptqConfig
+from limbeck.compress.quantize.grid import Grid, Quantized
+from limbeck.compress.quantize.rtn import RtnConfig
+from limbeck.compress.quantize.scales import check_clip
+from limbeck.errors import ConfigError
+
+_FITTING_SWEEPS = 5
+"""Of coordinate descent on a few outliers, which hardly depend on each other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantEaseConfig:
+    """Coordinate descent."""
+
+    start: str = "gptq"
+    """gptq | rtn: where to start; rtn needs no factorisation, and ends at a larger error."""
+    clip: str = "moments"
+    """none | mse | moments: how scales are searched for the start."""
+    sweeps: int = 20
+    """Most sweeps over the inputs."""
+    unrounded_every: int = 3
+    """Every such sweep leaves the weights unrounded, but not the last two; 0 for none."""
+    refit_scales: bool = True
+    """Fit the scales again in every rounded sweep."""
+    tolerance: float = 1e-3
+    """Stop when the sweeps up to the next unrounded one lower the error by less than this share of it."""
+    damping: float = DAMPING
+    """Share of H's mean diagonal that is added to its diagonal."""
+    block: int = 64
+    """Inputs settled between two matrix products; for speed only."""
+
+    def __post_init__(self) -> None:
+        check_clip(self.clip)
+        if self.start not in ("gptq", "rtn"):
+            raise ConfigError(f"start must be gptq or rtn; found {self.start!r}")
+        if self.sweeps < 0 or self.unrounded_every < 0 or self.tolerance < 0 or self.damping < 0 or self.block < 1:
+            raise ConfigError(
+                f"sweeps {self.sweeps}, unrounded_every {self.unrounded_every}, tolerance {self.tolerance}, damping "
+                f"{self.damping}, block {self.block}: expected 0 or more, and block at least 1"
+            )
+        if self.unrounded_every == 1:
+            raise ConfigError("unrounded_every must be 0 or at least 2: with 1 no sweep would round.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutlierConfig:
+    """Weights of full precision beside the quantised ones."""
+
+    share: float = 0.01
+    """Share of the weights that are outliers."""
+    whole_inputs: bool = False
+    """Whole inputs, all outputs of them; otherwise single weights."""
+    rounds: int = 3
+    """Times that the outliers are chosen and the rest is solved for them."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1 or self.rounds < 1:
+            raise ConfigError(f"share must be in [0, 1), rounds 1 or more; found {self.share}, {self.rounds}")
+
+
+def solve(problem: LayerProblem, grid: Grid, config: QuantEaseConfig) -> Quantized:
+    """Sweeps of u_j = W_j - sum_{i != j} H_ji / H_jj (B_i - W_i), B_j = round(u_j), scales fitted between them.
+
+    Args:
+      problem: the layer.
+    Returns: codes [O I] and scales [O G]; masked weights have code 0. Without any inputs seen: rounding to nearest.
+    Raises: CompressionError when the group size does not divide the inputs.
+    """
+    if config.start == "gptq":
+        begin = gptq.solve(problem, grid, GptqConfig(clip=config.clip, damping=config.damping))
+    else:
+        begin = rtn.solve(problem, grid, RtnConfig(clip=config.clip))
+    return descend(problem, begin, config)
+
+
+def descend(problem: LayerProblem, begin: Quantized, config: QuantEaseConfig) -> Quantized:
+    """`solve` from codes and scales that are given; no output's error (of damped H) ends above its first."""
+    descent = Descent(problem, begin.dequantize(), begin.scales, config.damping, config.block)
+    period = config.unrounded_every
+    before = float(descent.least.sum())
+    for sweep in range(1, config.sweeps + 1):
+        if period and sweep % period == 0 and sweep <= config.sweeps - 2:
+            descent.sweep(None)
+            continue
+        descent.sweep(begin.grid, config.refit_scales)
+        descent.keep()
+        if not period or sweep % period == period - 1:
+            now = float(descent.least.sum())
+            if before - now <= config.tolerance * before:
+                break
+            before = now
+    return descent.result(begin.grid)
+
+
+def solve_with_outliers(
+    problem: LayerProblem, grid: Grid, config: QuantEaseConfig, outliers: OutlierConfig
+) -> tuple[Quantized, Tensor]:
+    """W = B + S in turn: B on the grid for W - S, then S sparse for W - B; the grid need not reach outliers any more.
+
+    S moves to the entries that lower the error most, max H_jj (S - (H (B + S - W))_j / H_jj)^2, and is fitted there.
+
+    Args:
+      problem: the layer.
+      outliers: how many, and which.
+    Returns: B, and S float32 [O I], zero but for the outliers; the best pair of all rounds.
+    Source: the outlier-aware form of QuantEase (2309.01885); it takes small gradient steps on S instead of fitting it.
+    """
+    hessian = problem.moments.damped(config.damping)
+    diagonal = hessian.diagonal()
+    free = torch.ones_like(problem.weight, dtype=torch.bool) if problem.mask is None else problem.mask
+    weight = problem.weight * free
+    sparse = weight * _largest(weight.abs(), outliers)
+    best, least = None, float("inf")
+    for _ in range(outliers.rounds):
+        quantized = solve(dataclasses.replace(problem, weight=problem.weight - sparse), grid, config)
+        rest = problem.weight - quantized.dequantize()
+        wanted = (sparse - (sparse - rest) @ hessian / diagonal) * free
+        places = _largest(wanted.square() * diagonal, outliers) & free
+        fit = dataclasses.replace(problem, weight=rest, mask=places)
+        fitting = Descent(fit, wanted * places, quantized.scales, config.damping, config.block)
+        for _ in range(_FITTING_SWEEPS):
+            fitting.sweep(None)
+        sparse = fitting.values.T.contiguous()
+        error = layer_error(problem, quantized.dequantize() + sparse)
+        if error < least:
+            best, least = (quantized, sparse), error
+    assert best is not None  # at least one round
+    return best
+
+
+def _largest(scores: Tensor, outliers: OutlierConfig) -> Tensor:
+    """bool [O I]: the places of the highest scores [O I], or of the inputs with the highest sums."""
+    flat = scores.sum(0) if outliers.whole_inputs else scores.flatten()
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[flat.topk(round(outliers.share * len(flat))).indices] = True
+    return chosen.expand_as(scores) if outliers.whole_inputs else chosen.view_as(scores)
