@@ -19,8 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from limbeck import __version__, demo
-from limbeck.compress import moments
+from limbeck.compress import moments, recover
+from limbeck.compress.export import stage as export
 from limbeck.compress.prune import stage as prune
+from limbeck.compress.quantize import stage as quantize
 from limbeck.config import FieldInfo, apply_flags, build, describe, read_recipe
 from limbeck.distill import caching
 from limbeck.distill import train as distill
@@ -40,10 +42,15 @@ OPTIONS = {
     "--out": "directory to write; default runs/COMMAND",
     "--overwrite": "replace an existing output",
     "--resume": "go on with an interrupted run",
+    "--dry-run": "estimate time and memory, start nothing",
     "--json": "print the result as JSON",
     "--debug": "show the stack of an error",
     "--help": "this text",
 }
+
+
+LIMITED = ("--out", "--overwrite", "--resume", "--dry-run")
+"""Options that not every command takes."""
 
 
 class Options(NamedTuple):
@@ -52,6 +59,7 @@ class Options(NamedTuple):
     out: Path
     overwrite: bool
     resume: bool
+    dry_run: bool
     json: bool
 
 
@@ -63,7 +71,7 @@ class Command(NamedTuple):
     call: Callable[[Any, Options], Any]
     help: str
     takes: tuple[str, ...] = ("--out", "--overwrite")
-    """Which of --out, --overwrite and --resume mean something here; the others are refused."""
+    """Which of LIMITED mean something here; the others are refused."""
 
 
 def _distill(config: DistillConfig, options: Options) -> dict[str, Any]:
@@ -78,6 +86,10 @@ def _distill(config: DistillConfig, options: Options) -> dict[str, Any]:
 
 def _evaluate(config: evaluate.EvaluateStageConfig, options: Options) -> dict[str, Any]:
     return evaluate.run(config, None, options.out, overwrite=options.overwrite)
+
+
+def _export(config: export.ExportConfig, options: Options) -> dict[str, Any]:
+    return export.run(config, options.out, overwrite=options.overwrite)
 
 
 def _sweep(config: SweepConfig, options: Options) -> dict[str, Any]:
@@ -119,6 +131,14 @@ def _verify(config: verify.VerifyConfig, options: Options) -> dict[str, Any]:
 
 def _resumable(run: Callable[..., dict[str, Any]]) -> Callable[[Any, Options], dict[str, Any]]:
     return lambda config, options: run(config, options.out, overwrite=options.overwrite, resume=options.resume)
+
+
+def _compress(run: Callable[..., dict[str, Any]]) -> Callable[[Any, Options], dict[str, Any]]:
+    def on_model(config: Any, options: Options) -> dict[str, Any]:
+        switches = {"overwrite": options.overwrite, "resume": options.resume, "dry_run": options.dry_run}
+        return run(config, options.out, **switches)
+
+    return on_model
 
 
 ALL = ("--out", "--overwrite", "--resume")
@@ -170,7 +190,19 @@ COMMANDS: dict[str, Command] = {
         ALL,
     ),
     "prune": Command(
-        prune.PruneConfig, _resumable(prune.run), "remove layers, neurons, KV groups or single weights", ALL
+        prune.PruneConfig, _compress(prune.run), "remove layers, neurons, KV groups or single weights", LIMITED
+    ),
+    "recover": Command(
+        recover.RecoverConfig, _resumable(recover.run), "prune and train in turns, or once, to a smaller model", ALL
+    ),
+    "export": Command(
+        export.ExportConfig, _export, "write a model for vLLM, llama.cpp or plain transformers, and prove that it loads"
+    ),
+    "quantize": Command(
+        quantize.QuantizeConfig,
+        _compress(quantize.run),
+        "round weights to few bits, for transformers, vLLM and SGLang",
+        LIMITED,
     ),
     "optim escape": Command(
         escape.EscapeConfig, _resumable(escape.run), "measure how the time to leave a saddle grows with dimension", ALL
@@ -200,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 2
     except KeyboardInterrupt:
         _say(
-            "limbeck: interrupted. demo, sweep, teacher cache and traces generate go on when called again; distill and "
-            "optim go on with --resume."
+            "limbeck: interrupted. demo, sweep, teacher cache and traces generate go on when called again; distill, "
+            "recover and optim go on with --resume."
         )
         code = 130
     sys.exit(code)
@@ -253,7 +285,7 @@ def _take_options(name: str, takes: Sequence[str], arguments: list[str]) -> tupl
     index = 0
     while index < len(arguments):
         flag, equals, value = arguments[index].partition("=")
-        if flag in ("--out", "--overwrite", "--resume") and flag not in takes:
+        if flag in LIMITED and flag not in takes:
             raise ConfigError(f"{flag} means nothing to limbeck {name}; see limbeck {name} --help.")
         if flag == "--out":
             if not equals:
@@ -262,14 +294,13 @@ def _take_options(name: str, takes: Sequence[str], arguments: list[str]) -> tupl
             if not value or value.startswith("--"):
                 raise ConfigError("--out needs a directory.")
             found["out"] = Path(value)
-        elif flag in ("--overwrite", "--resume", "--json") and not equals:
-            found[flag[2:]] = True
+        elif flag in ("--overwrite", "--resume", "--dry-run", "--json") and not equals:
+            found[flag[2:].replace("-", "_")] = True
         else:
             rest.append(arguments[index])
         index += 1
-    return Options(
-        found["out"], found.get("overwrite", False), found.get("resume", False), found.get("json", False)
-    ), rest
+    switches = (found.get(name, False) for name in ("overwrite", "resume", "dry_run", "json"))
+    return Options(found["out"], *switches), rest
 
 
 def _print_overview() -> None:
@@ -290,7 +321,7 @@ def _print_help(name: str, command: Command) -> None:
     table.add_column(no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
     for flag, text in OPTIONS.items():
-        if flag in command.takes or flag not in ("--out", "--overwrite", "--resume"):
+        if flag in command.takes or flag not in LIMITED:
             table.add_row(flag, text)
     for info in describe(command.config) if command.config else ():
         table.add_row("--" + info.path.replace("_", "-"), _field_text(info))

@@ -120,8 +120,9 @@ def _own_traces(model: str, sequences: int) -> TraceConfig:
         if not (directory / MANIFEST).is_file():
             break
         config = Checkpoint(directory).manifest["config"]
-        if config.get("traces"):
-            return build(TraceConfig, config["traces"], "traces of the model's manifest")
+        traces = config.get("traces") or config.get("distill", {}).get("traces")
+        if traces:
+            return build(TraceConfig, traces, "traces of the model's manifest")
         if not config.get("model"):
             break
         directory = Path(config["model"])

@@ -6,7 +6,9 @@ One file a block, `moments-....safetensors`, with the moments of every group of 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,3 +114,14 @@ class StoredMoments:
     def _read(self, prefix: str) -> Moments:
         *parts, tokens = (self._source.tensor(prefix + part) for part in (*_PARTS, "tokens"))
         return Moments(*parts, int(tokens))
+
+
+@contextmanager
+def stored_or_collected(directory: Path | None, model: str, calibration: CalibrationConfig) -> Iterator[StoredMoments]:
+    """Moments from a directory, or collected for the length of the block where there is none."""
+    if directory is not None:
+        yield StoredMoments(directory, model)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        run(MomentsConfig(model=model, calibration=calibration), Path(scratch) / "moments")
+        yield StoredMoments(Path(scratch) / "moments", model)

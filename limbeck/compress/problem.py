@@ -134,7 +134,8 @@ def _smallest_pivots_last(damped: Tensor, block: int = 64) -> Tensor:
             index = int(pivots.argmin())
             column = torch.addmv(rest[index], columns[:done].T, columns[:done, index], alpha=-1)
             columns[done] = column / pivots[index].clamp(min=1e-12 * damped.diagonal().mean()).sqrt()
-            pivots = (pivots - columns[done].square()).index_fill(0, torch.tensor(index), torch.inf)
+            pivots -= columns[done].square()
+            pivots[index] = torch.inf
             order.append(index)
         rest.addmm_(columns.T, columns, alpha=-1)
     return torch.tensor(order[::-1], device=damped.device)

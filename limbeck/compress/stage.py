@@ -17,6 +17,7 @@ from limbeck.compress.blocks import Blocks
 from limbeck.compress.calibrate import CalibrationConfig, Rows, split_rows
 from limbeck.compress.fidelity import GateConfig, check, compare, label_ids
 from limbeck.compress.moments import StoredMoments
+from limbeck.compress.plan import as_dict, plan
 from limbeck.compress.walk import Method, Record, WalkOptions, solve_stored, walk, write_rest
 from limbeck.compress.weights import SafetensorSource, ShardWriter
 from limbeck.config import config_hash
@@ -45,6 +46,8 @@ class Job:
     options: WalkOptions
     gate: GateConfig
     """Held-out comparison with the model it was made of."""
+    solver: str
+    """Name of the method, for the estimate of a dry run."""
     needs_data: bool = True
     """False for methods that look at the weights only: nothing is calibrated."""
 
@@ -57,6 +60,7 @@ def compress(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    dry_run: bool = False,
     finish: Finish,
 ) -> dict[str, Any]:
     """Run a method over a model and write the checkpoint.
@@ -67,11 +71,15 @@ def compress(
       method: the solver on the walk.
       out: final directory.
       overwrite, resume: as for every stage.
+      dry_run: only estimate time and memory.
       finish: called as `finish(directory, records)` before the manifest is written; returns further metrics.
     Returns: the metrics of the manifest.
     """
-    ledger, key = Ledger(), model_hash(job.model)
     tokenizer = load_tokenizer(job.model)
+    if dry_run:
+        rows = _rows(job, tokenizer)
+        return as_dict(plan(blocks, rows, method, job.options, job.solver, walks=job.moments is None), out)
+    ledger, key = Ledger(), model_hash(job.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with output_directory(out, overwrite=overwrite, resume=resume) as working:
         writer = ShardWriter(working, len(blocks) + 1)
@@ -102,13 +110,17 @@ def _records(
     if job.moments is not None:
         stored = StoredMoments(job.moments, job.model)
         return solve_stored(blocks, stored, method, job.options, writer, device), None
-    if job.needs_data:
-        rows, _ = split_rows(job.calibration, tokenizer, job.model, job.gate.sequences)
-    else:
-        rows = Rows.of([[0]])
+    rows = _rows(job, tokenizer)
     fingerprint = config_hash({"stage": job.stage, "config": config_hash(job.config), "model": key})
     records = walk(blocks, rows, method, job.options, writer, fingerprint, device)
     return records, rows if job.needs_data else None
+
+
+def _rows(job: Job, tokenizer: Any) -> Rows:
+    """Calibration tokens; a single one where nothing is calibrated, so that the walk has something to pass through."""
+    if not job.needs_data:
+        return Rows.of([[0]])
+    return split_rows(job.calibration, tokenizer, job.model, job.gate.sequences)[0]
 
 
 def _held_out(job: Job, directory: Path, tokenizer: Any) -> dict[str, Any]:

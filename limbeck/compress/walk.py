@@ -75,6 +75,15 @@ class WalkOptions(NamedTuple):
     ignore: tuple[str, ...] = ()
     """Layers whose name contains one of these are left as they are."""
 
+    def chosen(self, group: Group) -> Group | None:
+        """The group without the layers to ignore; None when nothing is left."""
+        linears = {
+            name: linear
+            for name, linear in group.linears.items()
+            if not any(part in f"layers.{group.block}.{name}" for part in self.ignore)
+        }
+        return group._replace(linears=linears) if linears else None
+
 
 class Record(NamedTuple):
     """What happened to one layer."""
@@ -110,6 +119,10 @@ class Stops:
         if (chosen := self._chosen(group)) is not None:
             self.solve(chosen, moments, None)
 
+    def _chosen(self, group: Group) -> Group | None:
+        chosen = self._options.chosen(group)
+        return chosen if chosen is not None and self._method.wants(chosen) else None
+
     def solve(self, group: Group, moments: Moments, cross: Tensor | None) -> Tensor | None:
         """New weights into the layers of a group, a record of each."""
         start = time.perf_counter()
@@ -132,15 +145,6 @@ class Stops:
         assert group.norm is not None
         fold_into_norm(group.norm, solution.factors)
         return 1 / solution.factors
-
-    def _chosen(self, group: Group) -> Group | None:
-        linears = {
-            name: linear
-            for name, linear in group.linears.items()
-            if not any(part in f"layers.{group.block}.{name}" for part in self._options.ignore)
-        }
-        group = group._replace(linears=linears)
-        return group if linears and self._method.wants(group) else None
 
 
 def walk(

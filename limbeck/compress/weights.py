@@ -6,15 +6,17 @@ A model larger than memory is never whole in it: a block is read, worked on, wri
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from limbeck.compress.masks import MASK_FILE
 from limbeck.errors import ModelError
 from limbeck.models.load import load_model, locate
 
@@ -64,6 +66,41 @@ class LoadedSource:
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
         return self._state[name]
+
+
+class StoredSize(NamedTuple):
+    """Size of a checkpoint's weights."""
+
+    parameters: int
+    """Weights, however many bits each takes; neither scales nor masks."""
+    bytes: int
+    """Of the files, without the mask beside them."""
+
+
+def stored_size(directory: Path) -> StoredSize:
+    """Size of what the safetensors files of a directory hold, packed or not; only their headers are read.
+
+    Raises: ModelError for a damaged file.
+    """
+    parameters, size = 0, 0
+    for file in sorted(set(directory.glob("*.safetensors")) - {directory / MASK_FILE}):
+        size += file.stat().st_size
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    parameters += _count(opened, name)
+        except SafetensorError as error:
+            raise ModelError(f"{file}: cannot be read ({error}); fetch or make it again.") from error
+    return StoredSize(parameters, size)
+
+
+def _count(opened: Any, name: str) -> int:
+    """Weights of a tensor; those of a packed one are counted by its `weight_shape`."""
+    if name.endswith((".weight_packed", "_scale")):
+        return 0
+    if name.endswith(".weight_shape"):
+        return math.prod(opened.get_tensor(name).tolist())
+    return math.prod(opened.get_slice(name).get_shape())
 
 
 def open_weights(name: str, needed: Iterable[str]) -> WeightSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,8 @@ from limbeck.compress.budget import BudgetConfig, choose
 from limbeck.compress.calibrate import CalibrationConfig, Rows, split_rows
 from limbeck.compress.fidelity import GateConfig
 from limbeck.compress.masks import write_masks
-from limbeck.compress.moments import MomentsConfig, StoredMoments
-from limbeck.compress.moments import run as collect
+from limbeck.compress.moments import stored_or_collected
 from limbeck.compress.passes import Passes
-from limbeck.compress.problem import Moments
 from limbeck.compress.prune import alps, magnitude, sparsegpt, wanda
 from limbeck.compress.prune.alps import AlpsConfig
 from limbeck.compress.prune.depth import remove_layers
@@ -106,14 +103,26 @@ class PruneConfig:
             raise ConfigError("dense_targets needs the walk; stored moments are those of the dense model already.")
 
 
-def run(config: PruneConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Prune a model and write the checkpoint; returns its metrics.
+def run(
+    config: PruneConfig, out: Path, *, overwrite: bool = False, resume: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Prune a model and write the checkpoint; returns its metrics, or with `dry_run` an estimate.
 
     Raises: ConfigError, ModelError or CompressionError when the model cannot be pruned as asked.
     """
     options = WalkOptions("prune", config.dense_targets, config.ignore)
     needs_data = config.method != "magnitude"
-    job = Job("prune", config.model, config, config.calibration, config.moments, options, config.gate, needs_data)
+    job = Job(
+        "prune",
+        config.model,
+        config,
+        config.calibration,
+        config.moments,
+        options,
+        config.gate,
+        config.method,
+        needs_data,
+    )
     method: Method
     if config.method in SOLVERS:
         blocks, method, finish = Blocks(config.model), Sparsify(_solver(config)), _write_mask
@@ -122,15 +131,17 @@ def run(config: PruneConfig, out: Path, *, overwrite: bool = False, resume: bool
         blocks = Blocks(config.model, shape.layers)
         method = Structured(blocks.config, shape.neurons, shape.kv_groups, config.osscar)
         finish = _smaller_config(blocks.config, shape, metrics)
-    return compress(job, blocks, method, out, overwrite=overwrite, resume=resume, finish=finish)
+    return compress(job, blocks, method, out, overwrite=overwrite, resume=resume, dry_run=dry_run, finish=finish)
 
 
 def _shape(config: PruneConfig) -> tuple[Shape, dict[str, Any]]:
     """The sizes asked for, or those that the search finds, with what is to be said about the choice."""
     model_config = Blocks(config.model).config
-    whole = shape = whole_shape(model_config)
+    shape = whole_shape(model_config)
     if config.budget is not None:
-        steps = choose(load_model(config.model), _apart(config), _moments(config), config.budget)
+        with stored_or_collected(config.moments, config.model, config.calibration) as stored:
+            moments = stored.named(("attention_out", "mlp_out"))
+        steps = choose(load_model(config.model), _apart(config), moments, config.budget)
         return steps[-1].shape, {"search": [[*step.shape, step.cost, step.loss] for step in steps]}
     metrics: dict[str, Any] = {}
     if config.drop_layers:
@@ -138,11 +149,17 @@ def _shape(config: PruneConfig) -> tuple[Shape, dict[str, Any]]:
         shape, metrics = shape._replace(layers=depth.kept), {"loss_without_layers": list(depth.losses)}
     if config.method == "depth":
         return shape, metrics
+    neurons, kv_groups = sizes_after(config, model_config)
+    return shape._replace(neurons=neurons, kv_groups=kv_groups), metrics
+
+
+def sizes_after(config: PruneConfig, model_config: Any) -> tuple[int, int]:
+    """Neurons and KV groups of a layer that the shares of the config leave of a model."""
+    whole = whole_shape(model_config)
     neurons = round_size((1 - config.neuron_sparsity) * whole.neurons, config.multiple_of, whole.neurons)
     groups = (1 - config.kv_group_sparsity) * whole.kv_groups
     # transformers does not load every number of heads, so the nearest one that it loads is taken.
-    accepted = min(kv_group_choices(model_config), key=lambda count: (abs(count - groups), count))
-    return shape._replace(neurons=neurons, kv_groups=accepted), metrics
+    return neurons, min(kv_group_choices(model_config), key=lambda count: (abs(count - groups), count))
 
 
 def _apart(config: PruneConfig) -> Rows:
@@ -150,16 +167,6 @@ def _apart(config: PruneConfig) -> Rows:
     held_out = max(config.gate.sequences, 1)
     rows, apart = split_rows(config.calibration, load_tokenizer(config.model), config.model, held_out)
     return apart or rows
-
-
-def _moments(config: PruneConfig) -> dict[str, Moments]:
-    """Moments of what neurons and heads are read by, as the search names them."""
-    if config.moments is not None:
-        return StoredMoments(config.moments, config.model).named(("attention_out", "mlp_out"))
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "moments"
-        collect(MomentsConfig(model=config.model, calibration=config.calibration), directory)
-        return StoredMoments(directory, config.model).named(("attention_out", "mlp_out"))
 
 
 def _solver(config: PruneConfig) -> Solve:

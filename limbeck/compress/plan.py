@@ -1,0 +1,111 @@
+"""Time, memory and disk of a compression before it starts, from the shapes alone.
+
+An estimate: products are counted, their speed is measured once for a moment, and every solver has a factor for what
+it does beside products. Expect it within a factor of two on an idle machine.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from limbeck.compress.blocks import Blocks, Group, groups_of
+from limbeck.compress.calibrate import Rows
+from limbeck.compress.walk import Method, WalkOptions
+from limbeck.models.experts import unfuse
+
+_PROBE_SIZE = 1024
+_PROBE_SECONDS = 0.2
+_FACTORIZATION = 20.0
+"""Float64 factorisations of I x I, in multiplications and additions of float32 per I^3."""
+SOLVER_PRODUCTS = {
+    "magnitude": 0.0,
+    "wanda": 0.0,
+    "sparsegpt": 6.0,
+    "alps": 120.0,
+    "osscar": 12.0,
+    "depth": 0.0,
+    "rtn": 0.0,
+    "gptq": 6.0,
+    "quantease": 60.0,
+}
+"""Multiplications and additions per O I^2."""
+
+
+class Plan(NamedTuple):
+    """What a compression will take."""
+
+    seconds: float
+    """Of calibrating and solving, on this machine as busy as it is now."""
+    peak_bytes: int
+    """Memory at its highest, beside the program itself."""
+    calibration_tokens: int
+
+
+def plan(blocks: Blocks, rows: Rows, method: Method, options: WalkOptions, solver: str, *, walks: bool) -> Plan:
+    """Estimate a compression.
+
+    Args:
+      blocks: the model; it cannot be walked afterwards.
+      rows: calibration tokens.
+      method, options: as for the walk.
+      solver: a key of SOLVER_PRODUCTS.
+      walks: False when stored moments are read and nothing is passed through.
+    """
+    padded, tokens = rows.input_ids.numel(), rows.tokens
+    streams = 2 if options.dense_targets else 1
+    hidden_size = blocks.config.hidden_size
+    flops, widest, largest_block, largest_gram = 0.0, 0, 0, 0
+    for number, layer in enumerate(blocks.layers):
+        unfuse(layer)
+        weights = sum(parameter.numel() for parameter in layer.parameters())
+        flops += walks * streams * 2.0 * padded * weights
+        groups = [group for group in groups_of(layer, number) if method.wants(group)]
+        for group in groups:
+            flops += walks * 2.0 * tokens * _inputs(group) ** 2 + _solving(group, solver)
+        outputs = [sum(linear.out_features for linear in group.linears.values()) for group in groups_of(layer, number)]
+        widest = max(widest, *outputs, *(_inputs(group) for group in groups)) if groups else max(outputs, default=0)
+        largest_block = max(largest_block, weights)
+        largest_gram = max([largest_gram, *(_inputs(group) for group in groups)])
+    # Inputs, outputs and their activation are alive at the widest place of a block; float32 throughout.
+    passing = padded * (2 * streams * hidden_size + 3 * widest) if walks else 0
+    if options.dense_targets:
+        passing += tokens * (3 * hidden_size + widest)
+    solving = 8 * largest_gram**2
+    embedding = getattr(blocks.config, "vocab_size", 0) * hidden_size
+    peak = 4 * (passing + solving + (2 + streams) * largest_block + embedding)
+    return Plan(round(flops / _speed(), 1), int(peak), tokens if walks else 0)
+
+
+def as_dict(found: Plan, out: Any) -> dict[str, Any]:
+    """For the console."""
+    return {
+        "out": f"{out} (not written)",
+        "estimated_seconds": found.seconds,
+        "estimated_peak_gigabytes": round(found.peak_bytes / 1e9, 2),
+        "calibration_tokens": found.calibration_tokens,
+    }
+
+
+def _inputs(group: Group) -> int:
+    return next(iter(group.linears.values())).in_features
+
+
+def _solving(group: Group, solver: str) -> float:
+    inputs = _inputs(group)
+    outputs = sum(linear.out_features for linear in group.linears.values())
+    products = SOLVER_PRODUCTS[solver]
+    return products * outputs * inputs**2 + (_FACTORIZATION * inputs**3 if products else 0.0)
+
+
+def _speed() -> float:
+    """Multiplications and additions a second of float32 products, measured for a moment."""
+    left, right = torch.randn(2, _PROBE_SIZE, _PROBE_SIZE)
+    left @ right
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < _PROBE_SECONDS:
+        left @ right
+        count += 1
+    return 2.0 * count * _PROBE_SIZE**3 / (time.perf_counter() - start)
