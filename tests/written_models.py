@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from made_models import FAMILIES
+from made_tokenizers import byte_tokenizer
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from limbeck.compress.quantize.grid import Quantized, encode
@@ -68,3 +72,31 @@ def linears_of(model: Any) -> list[str]:
 def schemes_for(model: Any, scheme: Scheme) -> dict[str, Scheme]:
     """One scheme for all of them."""
     return dict.fromkeys(linears_of(model), scheme)
+
+
+def save_exportable(directory: Path, family: str = "llama", **changes: Any) -> str:
+    """A small random model of a family with a byte-level BPE tokenizer that llama.cpp knows, as a directory."""
+    tokenizer = byte_tokenizer(merges=["Ġ t", "Ġ a", "h e", "Ġt he", "e r"])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    kind, extra = FAMILIES[family]
+    sizes = {
+        "vocab_size": len(tokenizer) + 5,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    windows = {"sliding_window": 64} if "sliding_window" in extra else {}
+    heads = {"head_dim": 32} if "head_dim" in extra else {}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes | extra | windows | heads | changes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.tie_weights()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)

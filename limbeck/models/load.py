@@ -73,22 +73,35 @@ def model_hash(name: str) -> str:
     return hash_path(Path(place.path)) if place.is_local else name
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "padded") -> Any:
+def quantization_at(name: str) -> Quantization | None:
+    """How a local directory is quantised; None for a dense one, and for the hub, which is left to transformers.
+
+    Raises: ModelError when its config.json says something that is not read here.
+    """
+    place = locate(name)
+    if not place.is_local or place.gguf_file:
+        return None
+    config = Path(place.path) / "config.json"
+    return quantization_of(json.loads(config.read_text(encoding="utf-8")), str(config))
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "padded", *, rounds: bool = True) -> Any:
     """A causal language model in evaluation mode; a quantised directory as the dense model that computes the same.
 
     Args:
       name: directory, alias or hub id.
       dtype: of the weights.
       layout: `packed` loads the packed attention (see models/attention.py), `padded` torch's own.
+      rounds: False leaves out what a quantised directory says of inputs and cache, for its weights alone.
     Raises: ModelError when the directory is damaged, of no causal-LM kind, or holds pickled weights only.
     """
     place = locate(name)
-    quantization = _quantization(place)
+    quantization = quantization_at(name)
     attention = PACKED_ATTENTION if layout == "packed" else "sdpa"
     with quiet():
         try:
             if quantization is not None:
-                model, info = load_quantized(Path(place.path), quantization, dtype, attention)
+                model, info = load_quantized(Path(place.path), quantization, dtype, attention, rounds)
             else:
                 model, info = transformers.AutoModelForCausalLM.from_pretrained(
                     place.path,
@@ -150,14 +163,6 @@ def _forget_quantizer(model: Any) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def _quantization(place: Location) -> Quantization | None:
-    """How a local directory is quantised; what lies on the hub is left to transformers."""
-    if not place.is_local or place.gguf_file:
-        return None
-    config = Path(place.path) / "config.json"
-    return quantization_of(json.loads(config.read_text(encoding="utf-8")), str(config))
 
 
 def _check_directory(path: Path) -> None:

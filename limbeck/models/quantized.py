@@ -116,7 +116,7 @@ def _read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
 
 
 def load_quantized(
-    directory: Path, quantization: Quantization, dtype: torch.dtype, attention: str
+    directory: Path, quantization: Quantization, dtype: torch.dtype, attention: str, rounds: bool = True
 ) -> tuple[Any, dict[str, Any]]:
     """Build the dense model of a quantised directory, its inputs rounded where the scheme says so.
 
@@ -125,6 +125,7 @@ def load_quantized(
       quantization: what the config says.
       dtype: of the dense weights.
       attention: transformers' name of the attention implementation.
+      rounds: False leaves inputs, keys and values as they are: the dense weights alone.
     Returns: the model and transformers' loading info.
     Raises: ModelError when weights and config contradict each other.
     """
@@ -147,11 +148,11 @@ def load_quantized(
             scheme = quantization.scheme(name)
             if scheme is not None and name not in layers:
                 raise ModelError(f"{directory}: {name} is stored dense, but config.json says it is quantised.")
-            if scheme is not None and scheme.activations is not None:
+            if rounds and scheme is not None and scheme.activations is not None:
                 model.set_submodule(name, RoundedLinear(module, scheme, layers[name].input_scale))
-    if quantization.kv_cache:
+    if quantization.kv_cache and rounds:
         round_cache(model, _fixed_rounding(model, scales, dtype, directory))
-    elif scales:
+    elif scales and not quantization.kv_cache:
         raise ModelError(f"{directory}: holds {next(iter(scales))}, but config.json has no kv_cache_scheme.")
     return model, info
 

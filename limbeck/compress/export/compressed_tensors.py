@@ -1,0 +1,98 @@
+"""Writing compressed-tensors checkpoints, for transformers, vLLM and SGLang, without the library.
+
+A model that `limbeck quantize` made is carried over bit by bit. A dense one is rounded to nearest on the way, which
+needs no data; that is good enough for 8 bits, and for 4 bits `limbeck quantize` does better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.checkpoint import write_json
+from limbeck.compress.export.shards import config_tree, write_shards
+from limbeck.compress.quantize.grid import encode
+from limbeck.compress.quantize.methods import grid_of
+from limbeck.errors import CompressionError
+from limbeck.models.anatomy import backbone_of
+from limbeck.models.kv_quant import cache_scales
+from limbeck.models.load import locate, quantization_at
+from limbeck.models.quantized import read_tensors
+from limbeck.models.schemes import KV_CACHE_SCHEME, Scheme, config_of, tensors_of
+
+
+def write_compressed(
+    directory: Path,
+    name: str,
+    model: Any,
+    scheme: Scheme | None,
+    dtype: torch.dtype | None = None,
+    cache_batches: list[Tensor] | None = None,
+) -> int:
+    """Write a quantised checkpoint (weights and config.json).
+
+    Args:
+      directory: an existing one.
+      name: of the model; `model` is what `load_model` made of it.
+      scheme: to round a dense model to; None for one that is quantised.
+      dtype: of scales and of dense weights; None keeps that of the model.
+      cache_batches: int64 [B T] each; with them keys and values get fixed E4M3 scales from what these contain.
+    Returns: the bytes of all tensors.
+    Raises: CompressionError when there is nothing to write, or a layer does not fit the scheme.
+    """
+    quantization = quantization_at(name)
+    if (quantization is None) == (scheme is None):
+        raise CompressionError(
+            f"{name}: "
+            + (
+                "is not quantised; set scheme to round it to nearest, or run limbeck quantize first."
+                if quantization is None
+                else "is quantised already; leave scheme out, or export the model that it was made of."
+            )
+        )
+    scales = {} if cache_batches is None else cache_scales(model, cache_batches)
+    tree = config_tree(name, model)
+    if scheme is None:
+        stored = read_tensors(Path(locate(name).path))
+        tensors = iter((stored | scales).items())
+    else:
+        dtype = dtype or next(model.parameters()).dtype
+        chosen = [layer for layer, module in backbone_of(model).named_modules() if isinstance(module, nn.Linear)]
+        _refuse_experts(name, model)
+        tensors = _rounded(model, {f"model.{layer}" for layer in chosen}, scheme, dtype, scales)
+        tree |= {"quantization_config": config_of(scheme), "dtype": str(dtype).removeprefix("torch.")}
+    if scales:
+        tree["quantization_config"]["kv_cache_scheme"] = dict(KV_CACHE_SCHEME)
+    total = write_shards(directory, tensors)
+    write_json(directory / "config.json", tree)
+    return total
+
+
+def _rounded(
+    model: Any, layers: set[str], scheme: Scheme, dtype: torch.dtype, scales: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if layer not in layers or not name.endswith(".weight"):
+            yield name, tensor.to(dtype)
+            continue
+        if scheme.activations == "static":
+            raise CompressionError(f"{layer}: fixed activation scales need data; run limbeck quantize for fp8-static.")
+        grid = grid_of(scheme)
+        # Rounded to what the file can hold first, so that the codes are the nearest for the scales that are read.
+        stored = grid.scales(tensor, layer).to(dtype).float()
+        codes = encode(tensor, stored, grid).codes
+        yield from tensors_of(layer, codes, stored, scheme, dtype).items()
+    yield from ((name, scale.to(dtype)) for name, scale in scales.items())
+
+
+def _refuse_experts(name: str, model: Any) -> None:
+    for parameter, tensor in model.state_dict().items():
+        if tensor.ndim == 3:
+            raise CompressionError(f"{name}: {parameter} holds experts, which are not quantised; export it dense.")

@@ -1,0 +1,238 @@
+"""Writing GGUF files for llama.cpp, from any Llama-type directory, dense or quantised.
+
+Products are stored as F16, Q8_0 or Q4_0. Codes that fit a block of 32 are carried over as they are: 4-bit groups of a
+multiple of 32 become Q4_0 with the same codes, int8 channels become Q8_0; only their scales are rounded, to float16.
+Inputs that a scheme rounds are not: llama.cpp rounds inputs in its own way.
+
+llama.cpp turns neighbouring pairs of a Llama head's elements, transformers turns halves, so the rows of query and key
+change places. Source: the GGUF specification and llama.cpp's model definitions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limbeck.compress.export.gguf_vocabulary import add_vocabulary
+from limbeck.errors import CompressionError, nearest
+from limbeck.models.load import load_model, load_tokenizer, locate, quantization_at
+from limbeck.models.quantized import read_tensors, split_tensors
+from limbeck.models.schemes import Stored
+
+TYPES = ("f16", "q8_0", "q4_0")
+BLOCK = 32
+"""Weights of a row that share a scale."""
+_FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2}
+
+
+class Family(NamedTuple):
+    """How llama.cpp computes a model type of transformers."""
+
+    architecture: str
+    is_permuted: bool = False
+    """Whether it turns neighbouring pairs of query and key."""
+    norm_offset: float = 0.0
+    """Added to the gain of a norm."""
+    activation: str = "silu"
+
+
+FAMILIES = {
+    "llama": Family("llama", is_permuted=True),
+    "mistral": Family("llama", is_permuted=True),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "gemma": Family("gemma", norm_offset=1.0, activation="gelu_pytorch_tanh"),
+}
+
+
+def library() -> Any:
+    """The gguf package.
+
+    Raises: CompressionError when it is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise CompressionError("GGUF files are written with the gguf package: pip install gguf.")
+    return importlib.import_module("gguf")
+
+
+class Weights:
+    """The weights of a model by transformers' names: dense, and as codes where they are stored so."""
+
+    def __init__(self, name: str) -> None:
+        self.model = load_model(name, rounds=False)
+        self.config = self.model.config
+        self.state: dict[str, Tensor] = self.model.state_dict()
+        if self.config.tie_word_embeddings:
+            self.state.pop("lm_head.weight", None)
+        self.codes: dict[str, Stored] = {}
+        quantization = quantization_at(name)
+        if quantization is not None:
+            layers, _ = split_tensors(read_tensors(Path(locate(name).path)), quantization)
+            self.codes = {f"{layer}.weight": found.stored for layer, found in layers.items()}
+
+    def block_type(self, name: str, gguf_type: str) -> str:
+        """The type that a tensor gets: F32 for vectors, F16 where rows are no multiple of a block.
+
+        Embedding and head stay at 8 bits in a 4-bit file.
+        """
+        tensor = self.state[name]
+        if tensor.ndim == 1:
+            return "f32"
+        if gguf_type == "f16" or tensor.shape[1] % BLOCK:
+            return "f16"
+        is_outer = name.startswith(("model.embed_tokens", "lm_head"))
+        return "q8_0" if is_outer else gguf_type
+
+    def data(self, name: str, gguf_type: str) -> np.ndarray:
+        """A tensor as stored in its type: uint8 rows of blocks, float16 or float32."""
+        kind = self.block_type(name, gguf_type)
+        if name in self.codes and fits(self.codes[name], kind):
+            return blocks_of(self.codes[name], kind)
+        gguf = library()
+        return gguf.quants.quantize(self.state[name].float().numpy(), gguf.GGMLQuantizationType[kind.upper()])
+
+    def rounded(self, name: str, gguf_type: str) -> Tensor:
+        """What the stored tensor stands for, float32."""
+        gguf = library()
+        kind = gguf.GGMLQuantizationType[self.block_type(name, gguf_type).upper()]
+        return torch.from_numpy(np.array(gguf.quants.dequantize(self.data(name, gguf_type), kind), dtype=np.float32))
+
+
+def fits(stored: Stored, kind: str) -> bool:
+    """Whether codes become blocks of a type without rounding."""
+    bits = {"q8_0": 8, "q4_0": 4}.get(kind)
+    group = stored.codes.shape[1] // stored.scales.shape[1]
+    return bits is not None and stored.scheme.kind == "int" and stored.scheme.bits <= bits and group % BLOCK == 0
+
+
+def blocks_of(stored: Stored, kind: str) -> np.ndarray:
+    """Blocks of 32 codes behind their float16 scale, uint8 [O I / 32 * (2 + 32 or 16)].
+
+    Q8_0 holds the codes as bytes. Q4_0 holds code + 8, of elements j and j + 16 in one byte, the first one low.
+    """
+    outputs, inputs = stored.codes.shape
+    scales = stored.scales.float().repeat_interleave(inputs // BLOCK // stored.scales.shape[1], dim=1)
+    head = scales.to(torch.float16).numpy().view(np.uint8).reshape(outputs, -1, 2)
+    codes = stored.codes.numpy().reshape(outputs, -1, BLOCK)
+    body: np.ndarray = codes.view(np.uint8)
+    if kind == "q4_0":
+        unsigned = (codes + 8).astype(np.uint8)
+        body = unsigned[..., : BLOCK // 2] | unsigned[..., BLOCK // 2 :] << 4
+    return np.concatenate([head, body], axis=-1).reshape(outputs, -1)
+
+
+def write_gguf(path: Path, name: str, gguf_type: str, pre_tokenizer: str | None = None) -> dict[str, int]:
+    """Write one file with weights, sizes, tokenizer and chat template.
+
+    Args:
+      path: of the file.
+      name: of the model.
+      gguf_type: f16, q8_0 or q4_0, for the products.
+      pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None finds it out.
+    Returns: the number of tensors by type, and those whose codes were carried over.
+    Raises: CompressionError for a model or a tokenizer that has no place in the format.
+    """
+    if gguf_type not in TYPES:
+        raise CompressionError(f"gguf_type {gguf_type!r} is unknown; {nearest(gguf_type, TYPES)}.")
+    gguf = library()
+    weights = Weights(name)
+    family = family_of(weights.config)
+    writer = gguf.GGUFWriter(path, family.architecture)
+    _add_sizes(writer, weights.config)
+    writer.add_file_type(_FILE_TYPES[gguf_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_vocabulary(writer, load_tokenizer(name), weights.config.vocab_size, pre_tokenizer)
+    counts = {"carried_over": 0}
+    for place, data, kind, is_carried in _tensors(weights, family, gguf_type):
+        writer.add_tensor(place, data, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
+        counts[kind] = counts.get(kind, 0) + 1
+        counts["carried_over"] += is_carried
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return counts
+
+
+def family_of(config: Any) -> Family:
+    """How llama.cpp computes a model.
+
+    Raises: CompressionError for a model type, or an option of it, that it would compute otherwise.
+    """
+    if config.model_type not in FAMILIES:
+        raise CompressionError(
+            f"model type {config.model_type!r} has no GGUF mapping here; {nearest(config.model_type, FAMILIES)}."
+        )
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise CompressionError(f"rope_type {kind!r} has no GGUF mapping here; default, linear and llama3 have.")
+    family = FAMILIES[config.model_type]
+    if config.hidden_act != family.activation:
+        raise CompressionError(f"llama.cpp computes {family.activation} in such models, not {config.hidden_act}.")
+    return family
+
+
+def _add_sizes(writer: Any, config: Any) -> None:
+    window = getattr(config, "sliding_window", None)
+    is_windowed = window and getattr(config, "use_sliding_window", True)
+    # Within the window the model is an ordinary one, and llama.cpp has no window for these architectures.
+    writer.add_context_length(min(config.max_position_embeddings, window if is_windowed else 1 << 30))
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_vocab_size(config.vocab_size)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(library().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+def _tensors(weights: Weights, family: Family, gguf_type: str) -> Iterator[tuple[str, np.ndarray, str, bool]]:
+    gguf = library()
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.architecture)
+    names = gguf.get_tensor_name_map(architecture, weights.config.num_hidden_layers)
+    for name in weights.state:
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if place is None:
+            raise CompressionError(
+                f"{name} has no place in GGUF's {family.architecture}; the model cannot be exported."
+            )
+        kind, data = weights.block_type(name, gguf_type), weights.data(name, gguf_type)
+        heads = _heads(name, weights.config) if family.is_permuted else None
+        if heads:
+            data = data[pair_order(len(data), heads)]
+        if family.norm_offset and name.endswith("norm.weight"):
+            data = data + np.float32(family.norm_offset)
+        yield place, data, kind, name in weights.codes and fits(weights.codes[name], kind)
+    if weights.config.rope_parameters.get("rope_type") == "llama3":
+        rotary = weights.model.model.rotary_emb
+        size = 2 * len(rotary.inv_freq)
+        base = weights.config.rope_parameters["rope_theta"]
+        plain = base ** -(torch.arange(0, size, 2).double() / size)
+        yield "rope_freqs.weight", (plain / rotary.inv_freq.double()).float().numpy(), "f32", False
+
+
+def _heads(name: str, config: Any) -> int | None:
+    if ".q_proj." in name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".k_proj." in name else None
+
+
+def pair_order(rows: int, heads: int) -> np.ndarray:
+    """Row numbers that bring element j and its partner j + H / 2 of each head side by side."""
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)

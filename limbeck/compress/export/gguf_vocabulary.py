@@ -1,0 +1,100 @@
+"""A byte-level BPE tokenizer and its chat template as GGUF metadata.
+
+llama.cpp has the rules that split text before BPE built in under names; a name is given only where the tokenizer's own
+rule is known to be that one, since a wrong one tokenizes most texts right and some wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from limbeck.errors import CompressionError
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {_QWEN2: "qwen2", _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1): "llama-bpe"}
+"""Regular expression of the split -> llama.cpp's name."""
+
+
+def add_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, pre_tokenizer: str | None = None) -> None:
+    """Add tokens, merges, special ids and the chat template.
+
+    Args:
+      writer: a GGUFWriter.
+      tokenizer: a fast tokenizer.
+      vocab_size: rows of the embedding; ids without a token are filled up.
+      pre_tokenizer: llama.cpp's name for the split; None finds it out.
+    Raises: CompressionError for a tokenizer of another kind, or with a split of no known name.
+    """
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    if tree["model"].get("type") != "BPE" or not _is_byte_level(tree["pre_tokenizer"]):
+        raise CompressionError(
+            f"the tokenizer is a {tree['model'].get('type')} model that is not byte-level BPE; GGUF export carries "
+            "byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM)."
+        )
+    tokens, types = _tokens(tree, tokenizer, vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer or split_name(tree["pre_tokenizer"]))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = tree["model"]["merges"]
+    if merges:
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    for kind in ("bos", "eos", "pad"):
+        token_id = getattr(tokenizer, f"{kind}_token_id")
+        if token_id is not None:
+            getattr(writer, f"add_{kind}_token_id")(token_id)
+    writer.add_add_bos_token(
+        tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
+    )
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def split_name(pre_tokenizer: dict[str, Any]) -> str:
+    """llama.cpp's name for how a tokenizer splits text.
+
+    Raises: CompressionError when it is none that is known to be the same.
+    """
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    kinds = [part["type"] for part in parts]
+    has_own_split = parts[-1].get("use_regex", True) and not parts[-1].get("add_prefix_space")
+    if kinds == ["ByteLevel"] and has_own_split:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and has_own_split:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not has_own_split:
+        name = SPLITS.get(parts[0]["pattern"].get("Regex", ""))
+        if name is not None and not parts[-1].get("add_prefix_space"):
+            return name
+    raise CompressionError(
+        f"the tokenizer splits text by {kinds} in a way that has no known name in llama.cpp; if you know it, set "
+        "pre_tokenizer."
+    )
+
+
+def _is_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
+    if pre_tokenizer is None:
+        return False
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    return parts[-1]["type"] == "ByteLevel"
+
+
+def _tokens(tree: dict[str, Any], tokenizer: Any, vocab_size: int) -> tuple[list[str], list[int]]:
+    by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    added = {entry["id"]: entry for entry in tree["added_tokens"]}
+    if max(by_id) >= vocab_size:
+        raise CompressionError(f"the tokenizer has {max(by_id) + 1} tokens, the model {vocab_size}; they do not match.")
+    tokens, types = [], []
+    for token_id in range(vocab_size):
+        entry = added.get(token_id)
+        if token_id not in by_id:
+            tokens.append(f"[PAD{token_id}]")
+            types.append(_UNUSED)
+        else:
+            tokens.append(by_id[token_id])
+            types.append(_NORMAL if entry is None else _CONTROL if entry["special"] else _USER_DEFINED)
+    return tokens, types

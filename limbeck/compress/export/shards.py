@@ -1,0 +1,97 @@
+"""A checkpoint's files: safetensors in one or several shards, config, tokenizer, generation config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from limbeck.checkpoint import write_json
+from limbeck.compress.weights import INDEX
+from limbeck.models.load import load_tokenizer, locate
+
+SHARD_BYTES = 4_000_000_000
+_BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What is copied as it stands."""
+
+
+def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+    """Write tensors in the order given; more than one file gets the index that says where each tensor is.
+
+    Args:
+      directory: an existing one.
+      tensors: names and tensors; at most one shard of them is held here at a time.
+      shard_bytes: a shard is closed before it would exceed this.
+    Returns: the bytes of all tensors.
+    """
+    parts = 0
+    held: dict[str, Tensor] = {}
+    size = total = 0
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > shard_bytes:
+            save_file(held, _part(directory, parts), metadata={"format": "pt"})
+            parts, held, size = parts + 1, {}, 0
+        # A copy where the tensor is a view of another: safetensors stores each by itself.
+        held[name] = tensor.detach().contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    save_file(held, _part(directory, parts), metadata={"format": "pt"})
+    parts += 1
+    if parts == 1:
+        _part(directory, 0).rename(directory / "model.safetensors")
+        return total
+    for number in range(parts):
+        _part(directory, number).rename(directory / f"model-{number + 1:05d}-of-{parts:05d}.safetensors")
+    write_index(directory)
+    return total
+
+
+def write_index(directory: Path) -> None:
+    """Write the index of a directory's weight files, for several of them or for one with other files beside it."""
+    weight_map: dict[str, str] = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            weight_map.update(dict.fromkeys(opened.keys(), file.name))
+    total = sum((directory / file).stat().st_size for file in set(weight_map.values()))
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _part(directory: Path, number: int) -> Path:
+    return directory / f"part-{number}.partial"
+
+
+def copy_beside(model: str, directory: Path) -> None:
+    """Tokenizer and generation config: the files of a local model as they stand, else what its tokenizer writes."""
+    place = locate(model)
+    source = Path(place.path)
+    if place.is_local and place.gguf_file is None:
+        for file in _BESIDE:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, directory / file)
+    else:
+        load_tokenizer(model).save_pretrained(directory)
+
+
+def config_tree(model: str, loaded: Any) -> dict[str, Any]:
+    """config.json of a model: the local file, or what transformers writes for the loaded one."""
+    place = locate(model)
+    if place.is_local and place.gguf_file is None:
+        return json.loads((Path(place.path) / "config.json").read_text(encoding="utf-8"))
+    tree = json.loads(loaded.config.to_json_string())
+    return tree | {"architectures": [type(loaded).__name__]}
