@@ -95,7 +95,7 @@ def _admm(
     identity = torch.eye(len(gram), device=gram.device)
     goal, penalty = target @ gram, config.penalty * _geometric_mean(gram + _FLOOR * identity)
     keep = pattern.largest(target.abs(), problem.mask)
-    sparse, dual = target * keep, torch.zeros_like(target)
+    sparse, dual = target * keep.float(), torch.zeros_like(target)
     for _ in range(config.rounds):
         # In float32: the penalty keeps the sum well conditioned, and the refit corrects what B lacks in precision.
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + penalty * identity))
@@ -104,7 +104,7 @@ def _admm(
             dense = torch.add(goal, sparse - dual, alpha=penalty) @ inverse
             dual += torch.lerp(sparse, dense, config.relaxation)
             keep = pattern.largest(dual.abs(), problem.mask)
-            sparse = dual * keep
+            sparse = dual * keep.float()  # products with bool take several times as long
             dual -= sparse
         if int((keep != before).count_nonzero()) <= config.settled * int(keep.count_nonzero()):
             break

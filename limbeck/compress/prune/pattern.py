@@ -13,6 +13,9 @@ from limbeck.errors import CompressionError, ConfigError
 _SAMPLE = 8192
 """Scores that are looked at to bracket a threshold."""
 
+_FEW = 8
+"""Groups up to this size are ranked by comparing all pairs."""
+
 
 class Pattern(NamedTuple):
     """A share of zeros, or groups of `group` inputs of which `kept` stay."""
@@ -67,7 +70,7 @@ class Pattern(NamedTuple):
         rows, inputs = scores.shape
         self.check(inputs)
         if self.group:
-            keep = _largest(scores.reshape(-1, self.group), self.kept or 0)
+            keep = _largest_of_few(scores.reshape(-1, self.group), self.kept or 0)
         elif per_row:
             keep = _largest(scores, inputs - round(self.sparsity * inputs))
         else:
@@ -96,6 +99,24 @@ def largest_of_all(scores: Tensor, count: int) -> Tensor:
         return _largest(scores, count)
     keep[unsure[scores[unsure].topk(missing, sorted=False).indices]] = True
     return keep
+
+
+def _largest_of_few(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest entries of each row [n M], bool; of equal ones the earlier.
+
+    Counts for every entry those before it; a selection sorts row by row, at several times the price.
+    """
+    if scores.shape[1] > _FEW:
+        return _largest(scores, count)
+    columns = scores.T.contiguous()
+    keep = torch.empty_like(columns, dtype=torch.bool)
+    for place, column in enumerate(columns):
+        better = torch.zeros_like(column, dtype=torch.uint8)
+        for other, rival in enumerate(columns):
+            if other != place:
+                better += rival >= column if other < place else rival > column
+        torch.lt(better, count, out=keep[place])
+    return keep.T.contiguous()
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

@@ -58,18 +58,18 @@ def refit(problem: LayerProblem, keep: Tensor, config: RefitConfig) -> Tensor:
 
 def solve_on_support(target: Tensor, gram: Tensor, keep: Tensor, start: Tensor, steps: int, tolerance: float) -> Tensor:
     """Conjugate gradients from `start` [O I] (zero outside of `keep`) for H [I I] with a unit diagonal."""
-    solution = start.clone()
+    solution, inside = start.clone(), keep.float()
     difference = target - start
     residual = difference @ gram
     error = (difference * residual).sum()
-    residual *= keep
+    residual *= inside
     direction = residual.clone()
     square = residual.square().sum(1, keepdim=True)
     for _ in range(steps):
         product = direction @ gram
         length = square / (direction * product).sum(1, keepdim=True).clamp_min(_TINY)
         solution.addcmul_(length, direction)
-        residual.sub_(product.mul_(keep).mul_(length))
+        residual.sub_(product.mul_(inside).mul_(length))
         gain = (length * square).sum()
         error -= gain
         if bool(gain <= tolerance * error):
