@@ -17,6 +17,7 @@ FAMILY = {
     "wanda refit": (wanda.solve, wanda.WandaConfig(refit=True)),
     "sparsegpt": (sparsegpt.solve, sparsegpt.SparseGptConfig()),
     "sparsegpt small blocks": (sparsegpt.solve, sparsegpt.SparseGptConfig(block_size=7)),
+    "sparsegpt refit": (sparsegpt.solve, sparsegpt.SparseGptConfig(refit=True)),
     "alps": (alps.solve, alps.AlpsConfig()),
 }
 PATTERNS = ["0", "0.5", "0.37", "0.9", "2:4", "1:4", "3:8", "4:4"]
