@@ -90,10 +90,10 @@ def _admm(
 ) -> tuple[Tensor, Tensor]:
     """The sparse copy D and its support after ADMM; U is the dual variable divided by the penalty p.
 
-    B = (W H + p (D - U)) (H + p)^-1,  A = U + relaxed B,  D = the largest of A,  U = A - D
+    B = W + p (D - U - W) (H + p)^-1,  A = U + relaxed B,  D = the largest of A,  U = A - D
     """
     identity = torch.eye(len(gram), device=gram.device)
-    goal, penalty = target @ gram, config.penalty * _geometric_mean(gram + _FLOOR * identity)
+    penalty = config.penalty * _geometric_mean(gram + _FLOOR * identity)
     keep = pattern.largest(target.abs(), problem.mask)
     sparse, dual = target * keep.float(), torch.zeros_like(target)
     for _ in range(config.rounds):
@@ -101,7 +101,7 @@ def _admm(
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + penalty * identity))
         before = keep
         for _ in range(config.steps):
-            dense = torch.add(goal, sparse - dual, alpha=penalty) @ inverse
+            dense = torch.addmm(target, (sparse - dual).sub_(target), inverse, alpha=penalty)
             dual += torch.lerp(sparse, dense, config.relaxation)
             keep = pattern.largest(dual.abs(), problem.mask)
             sparse = dual * keep.float()  # products with bool take several times as long
