@@ -39,8 +39,8 @@ class QuantEaseConfig:
     unrounded_every: int = 3
     """Every such sweep leaves the weights unrounded, but not the last two; 0 for none."""
     refit_scales: bool = True
-    """Fit the scales again in every rounded sweep; those of groups above 256 inputs only in the first, since it costs as
-    much as two sweeps for them and gains little."""
+    """Fit the scales again in every rounded sweep; those of groups above 256 inputs only in the first, since
+    for them it costs as much as two sweeps and gains little."""
     tolerance: float = 1e-3
     """Stop when the sweeps up to the next unrounded one lower the error by less than this share of it."""
     damping: float = DAMPING
