@@ -78,7 +78,7 @@ def token_windows(config: PerplexityConfig, tokenizer: Any, rendering: RenderCon
         traces, _ = read_traces(config.traces)
         sequences = [render(trace, tokenizer, rendering).input_ids.tolist() for trace in traces]
     else:
-        sequences = [tokenizer(read_text(config.text), add_special_tokens=False)["input_ids"]]
+        sequences = [tokenizer(read_text(config.text), add_special_tokens=False, verbose=False)["input_ids"]]
     windows, left = [], config.max_tokens
     for ids in sequences:
         ids = ids if left is None else ids[:left]
