@@ -4,8 +4,9 @@
 2. Rows are right-aligned: padding is on the left, so that every row writes its next key into the same column and one
    slice assignment serves the batch. The cache has room to grow; a step copies nothing that is already there.
 3. For plain Llama-type models on a CPU a step goes through `lean_decode`, which makes fewer calls.
-4. A finished row stays until an eighth of the batch has finished. Then the survivors are gathered together with newly
-   prefilled prompts into one cache, and columns that are padding in every row are cut off.
+4. A finished row leaves at once: a row from the end of the batch takes its place in the cache, and columns that are
+   padding in every row fall away. Reading the cache is what bounds a step, so nothing in it may be without use.
+5. Once an eighth of the places are free, waiting prompts are prefilled and gathered with the batch into a new cache.
 
 Draws come from (seed, prompt index, sample index, position) alone, so a completion does not depend on the batch that
 it was made in, up to ties that rounding decides.
@@ -28,7 +29,7 @@ from transformers.cache_utils import Cache
 from limbeck.errors import ConfigError, ModelError
 from limbeck.models.anatomy import SOFTCAP_FIELDS, causal_lm_of
 from limbeck.models.attention import PACKED_ATTENTION
-from limbeck.models.cache import Source, empty_cache, gather_rows
+from limbeck.models.cache import Source, empty_cache, gather_rows, shrink
 from limbeck.models.lean import can_run
 from limbeck.models.lean_decode import next_logits
 from limbeck.models.sampling import choose_tokens
@@ -116,12 +117,14 @@ def generate(
         is_lean = _is_lean(model)
         decoder = _Decoder(model, config, frozenset(stop_ids), pad_id, advance or (lambda _: None), device, is_lean)
         while waiting or batch is not None:
-            free = config.batch_size - (0 if batch is None else len(batch.alive()))
-            admitted = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            parts = [] if batch is None else [batch]
-            batch = _gather(parts + [decoder.prefill(group) for group in _prefill_groups(admitted)])
-            while batch is not None and 8 * batch.num_finished() < len(batch.rows):
+            free = config.batch_size - (0 if batch is None else len(batch.rows))
+            if waiting and 8 * free >= config.batch_size:
+                admitted = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                parts = [] if batch is None else [batch]
+                batch = _gather(parts + [decoder.prefill(group) for group in _prefill_groups(admitted)])
+            elif batch is not None:
                 decoder.step(batch)
+            batch = _retire(batch)
     done = [Completion(row.token_ids, row.stopped) for row in rows]
     return [done[start : start + config.num_samples] for start in range(0, len(done), config.num_samples)]
 
@@ -156,12 +159,6 @@ class _Batch:
     padding: Tensor
     next_ids: Tensor
 
-    def alive(self) -> list[int]:
-        return [index for index, row in enumerate(self.rows) if not row.is_finished]
-
-    def num_finished(self) -> int:
-        return len(self.rows) - len(self.alive())
-
 
 @dataclass(slots=True)
 class _Decoder:
@@ -194,7 +191,7 @@ class _Decoder:
         return _Batch(rows, cache, padding, self._append(rows, logits))
 
     def step(self, batch: _Batch) -> None:
-        """One more token for every row; finished rows are computed along and ignored."""
+        """One more token for every row."""
         forward = self._lean_forward if self.is_lean else self._forward
         logits = forward(batch.next_ids, batch.padding, batch.cache)
         batch.next_ids = self._append(batch.rows, logits)
@@ -219,13 +216,11 @@ class _Decoder:
     def _append(self, rows: list[_Row], logits: Tensor) -> Tensor:
         uniforms = None
         if self.config.temperature > 0:
-            draws = [0.0 if row.uniforms is None else row.uniforms[len(row.token_ids)] for row in rows]
+            draws = [row.uniforms[len(row.token_ids)] for row in rows if row.uniforms is not None]
             uniforms = torch.tensor(draws, dtype=torch.float64, device=self.device)
         chosen = choose_tokens(logits, uniforms, self.config.temperature, self.config.top_p)
         ended = 0
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            if row.is_finished:
-                continue
             row.token_ids.append(token)
             row.stopped = token in self.stop_ids
             if row.is_finished:
@@ -236,23 +231,38 @@ class _Decoder:
         return chosen[:, None]
 
 
-def _gather(parts: list[_Batch]) -> _Batch | None:
-    """One batch of the rows still alive, right-aligned, without the columns that are padding in all of them."""
-    if len(parts) == 1 and not parts[0].num_finished():
-        return parts[0]
-    rows, sources, lengths, next_ids = [], [], [], []
-    for part in parts:
-        alive = part.alive()
-        if alive:
-            keep = torch.tensor(alive, device=part.padding.device)
-            lengths.append(part.cache.get_seq_length() - part.padding[keep])
-            sources.append(Source(part.cache, keep, int(lengths[-1].max())))
-            rows += [part.rows[index] for index in alive]
-            next_ids.append(part.next_ids[keep])
-    if not rows:
+def _retire(batch: _Batch | None) -> _Batch | None:
+    """The rows still alive, in place: the last of them move into the places of finished ones."""
+    if batch is None or not any(row.is_finished for row in batch.rows):
+        return batch
+    alive = [index for index, row in enumerate(batch.rows) if not row.is_finished]
+    if not alive:
         return None
-    width = max(source.columns for source in sources)
-    return _Batch(rows, gather_rows(sources), width - torch.cat(lengths), torch.cat(next_ids))
+    holes = [index for index in range(len(alive)) if batch.rows[index].is_finished]
+    order = list(range(len(alive)))
+    for hole, moved in zip(holes, alive[len(alive) - len(holes) :], strict=True):
+        order[hole] = moved
+    padding = batch.padding[order]
+    empty = int(padding.min())
+    shrink(batch.cache, holes, [order[hole] for hole in holes], len(alive), empty)
+    return _Batch([batch.rows[index] for index in order], batch.cache, padding - empty, batch.next_ids[order])
+
+
+def _gather(parts: list[_Batch]) -> _Batch:
+    """One batch of all rows, right-aligned."""
+    if len(parts) == 1:
+        return parts[0]
+    widths = [part.cache.get_seq_length() for part in parts]
+    sources = [
+        Source(part.cache, torch.arange(len(part.rows), device=part.padding.device), width)
+        for part, width in zip(parts, widths, strict=True)
+    ]
+    return _Batch(
+        [row for part in parts for row in part.rows],
+        gather_rows(sources),
+        torch.cat([part.padding + max(widths) - width for part, width in zip(parts, widths, strict=True)]),
+        torch.cat([part.next_ids for part in parts]),
+    )
 
 
 def _all_rows(

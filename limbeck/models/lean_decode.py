@@ -34,13 +34,10 @@ def next_logits(model: Any, input_ids: Tensor, padding: Tensor, cache: Cache) ->
     for number, layer in enumerate(backbone.layers):
         norm = layer.input_layernorm
         normed = _unit(hidden, _epsilon(norm))[0].mul_(norm.weight)
-        query, key, value = (
-            _product(normed, linear).view(len(hidden), -1, 2 * cos.shape[-1])
-            for linear in _attention_linears(layer)[:3]
-        )
-        keys, values = cache.update(_rotate_(key, cos, sin)[:, :, None], value[:, :, None], number)
+        query, key, value = _projections(normed, layer, cos, sin)
+        keys, values = cache.update(key[:, :, None], value[:, :, None], number)
         attended = nn.functional.scaled_dot_product_attention(
-            _rotate_(query, cos, sin)[:, :, None],
+            query[:, :, None],
             keys,
             values,
             attn_mask=mask,
@@ -54,6 +51,18 @@ def next_logits(model: Any, input_ids: Tensor, padding: Tensor, cache: Cache) ->
         gated = nn.functional.silu(_product(normed, gate), inplace=True).mul_(_product(normed, up))
         hidden = torch.addmm(hidden, gated, layer.mlp.down_proj.weight.T)
     return model.lm_head(_unit(hidden, _epsilon(backbone.norm))[0].mul_(backbone.norm.weight))
+
+
+def _projections(normed: Tensor, layer: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value [R N H]; the first two side by side in memory, so that one pass rotates both."""
+    linears: tuple[Any, ...] = _attention_linears(layer)[:3]
+    widths = [linear.out_features for linear in linears]
+    joint = normed.new_empty(len(normed), sum(widths))
+    for part, linear in zip(joint.split(widths, 1), linears, strict=True):
+        torch.mm(normed, linear.weight.T, out=part)
+    query, key, value = (part.unflatten(1, (-1, 2 * cos.shape[-1])) for part in joint.split(widths, 1))
+    _rotate_(joint[:, : widths[0] + widths[1]].unflatten(1, (-1, 2 * cos.shape[-1])), cos, sin)
+    return query, key, value
 
 
 def _product(x: Tensor, linear: Any) -> Tensor:

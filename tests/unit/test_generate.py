@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from limbeck.errors import ConfigError
 from limbeck.models.attention import PACKED_ATTENTION
-from limbeck.models.cache import Source, empty_cache, gather_rows
+from limbeck.models.cache import Source, empty_cache, gather_rows, shrink
 from limbeck.models.generate import SamplingConfig, generate
 from limbeck.models.sampling import choose_tokens
 
@@ -143,8 +143,7 @@ def test_finished_rows_leave_the_batch(llama: nn.Module, prompts: list[list[int]
     outputs = generate(llama, prompts, SamplingConfig(max_new_tokens=60, batch_size=11), stop_ids, PAD)
     hook.remove()
     needed = sum(len(completion.token_ids) for (completion,) in outputs)
-    # The first pass makes one token a row, and a row that has ended is computed at most until an eighth has ended.
-    assert needed <= sum(rows) <= 1.2 * needed + len(prompts)
+    assert sum(rows) == needed, "one row of the head's input for every token that is kept"
 
 
 def test_progress_counts_every_completion(llama: nn.Module, prompts: list[list[int]]) -> None:
@@ -222,6 +221,18 @@ def test_choice_never_takes_an_impossible_token() -> None:
     uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     for top_p in (1.0, 0.999):
         assert set(choose_tokens(logits, uniforms, 1.0, top_p).tolist()) == {1, 3}
+
+
+def test_shrunk_cache_keeps_its_rows_and_grows_again() -> None:
+    cache = empty_cache()
+    states = torch.randn(4, 2, 7, 4)
+    cache.update(states, -states, 0)
+    shrink(cache, [0], [3], 3, 2)
+    added = torch.randn(3, 2, 100, 4)
+    keys, values = cache.update(added, -added, 0)
+    assert torch.equal(keys, torch.cat([states[[3, 1, 2], :, 2:], added], dim=2))
+    assert torch.equal(values, -keys)
+    assert cache.get_seq_length() == 105
 
 
 def test_gathered_rows_keep_their_columns() -> None:
