@@ -74,8 +74,9 @@ class Blocks:
             with init_empty_weights(include_buffers=False):
                 self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
         self.backbone: Any = backbone_of(self.model)
-        self.kept = list(range(len(self.backbone.layers)) if kept is None else kept)
-        self.layers: list[Any] = [self.backbone.layers[number] for number in self.kept]
+        layers: Any = self.backbone.layers
+        self.kept = list(range(len(layers)) if kept is None else kept)
+        self.layers: list[Any] = [layers[number] for number in self.kept]
         self._names = [list(layer.state_dict()) for layer in self.layers]
         self.dtypes: dict[str, torch.dtype] = {}
         """Stored dtypes of the block that has its weights, by name within it."""
@@ -202,7 +203,8 @@ class _Stop:
 
     def __init__(self, group: Group, on_group: OnGroup, valid: Tensor) -> None:
         self._group, self._on_group, self._valid = group, on_group, valid
-        self._is_done, self._factors = False, None
+        self._is_done = False
+        self._factors: Tensor | None = None
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor] | None:
         inputs = arguments[0]

@@ -112,8 +112,8 @@ class StoredMoments:
         return {group: self._read(name.removesuffix("gram")) for name, group in found}
 
     def _read(self, prefix: str) -> Moments:
-        *parts, tokens = (self._source.tensor(prefix + part) for part in (*_PARTS, "tokens"))
-        return Moments(*parts, int(tokens))
+        gram, mean, largest, tokens = (self._source.tensor(prefix + part) for part in (*_PARTS, "tokens"))
+        return Moments(gram, mean, largest, int(tokens))
 
 
 @contextmanager

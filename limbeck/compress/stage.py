@@ -77,8 +77,8 @@ def compress(
     """
     tokenizer = load_tokenizer(job.model)
     if dry_run:
-        rows = _rows(job, tokenizer)
-        return as_dict(plan(blocks, rows, method, job.options, job.solver, walks=job.moments is None), out)
+        found = plan(blocks, _rows(job, tokenizer), method, job.options, job.solver, walks=job.moments is None)
+        return as_dict(found, out)
     ledger, key = Ledger(), model_hash(job.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with output_directory(out, overwrite=overwrite, resume=resume) as working:

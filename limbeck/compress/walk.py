@@ -134,7 +134,7 @@ class Stops:
         targets = problems if cross is None else [retarget(problem, cross) for problem in problems]
         solution = self._method.solve(group, targets)
         seconds = (time.perf_counter() - start) / len(linears)
-        kept = solution.kept or [None] * len(problems)
+        kept: Sequence[list[int] | None] = solution.kept or [None] * len(problems)
         for problem, linear, weight, groups in zip(problems, linears.values(), solution.weights, kept, strict=True):
             plain = weight if solution.factors is None else weight / solution.factors
             error = layer_error(problem, plain)

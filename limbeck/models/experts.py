@@ -28,7 +28,8 @@ class UnfusedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens D] from [tokens D], the experts of each token [tokens K] and their weights [tokens K]."""
         output = torch.zeros_like(hidden_states)
-        for number, expert in self.named_children():
+        for number, module in self.named_children():
+            expert: Any = module
             if not number.isdigit():
                 continue
             chosen = top_k_index == int(number)

@@ -124,6 +124,7 @@ def run(
         needs_data,
     )
     method: Method
+    finish: Finish
     if config.method in SOLVERS:
         blocks, method, finish = Blocks(config.model), Sparsify(_solver(config)), _write_mask
     else:

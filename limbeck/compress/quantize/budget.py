@@ -81,4 +81,4 @@ def choose_schemes(
 def _rated(problems: Sequence[LayerProblem], scheme: Scheme) -> Option:
     grid = grid_of(scheme)
     errors = [layer_error(problem, rtn.solve(problem, grid, RtnConfig()).dequantize()) for problem in problems]
-    return Option(sum(errors), sum(quantized_bytes(*problem.weight.shape, grid) for problem in problems))
+    return Option(sum(errors), sum(quantized_bytes(len(p.weight), p.weight.shape[1], grid) for p in problems))
