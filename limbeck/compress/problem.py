@@ -101,14 +101,6 @@ class Moments:
             self._kept["ordered_factor", damping] = tuple(part.float() for part in _inverse_factor(damped))
         return order, self._kept["ordered_factor", damping][0]
 
-    def eigen(self, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [I] and vectors [I I] of D H D, H damped and D = diag(H)^-1/2: the unit-diagonal form.
-
-        float32; computed once, in float64.
-        """
-        values, vectors = self._once("eigen", damping)
-        return values, vectors
-
     def _once(self, name: str, damping: float) -> tuple[Tensor, ...]:
         if (name, damping) not in self._kept:
             damped = self.damped(damping).double()
@@ -141,13 +133,7 @@ def _smallest_pivots_last(damped: Tensor, block: int = 64) -> Tensor:
     return torch.tensor(order[::-1], device=damped.device)
 
 
-def _unit_eigen(damped: Tensor) -> tuple[Tensor, ...]:
-    scale = damped.diagonal().rsqrt()
-    values, vectors = torch.linalg.eigh(damped * scale[:, None] * scale)
-    return values, vectors
-
-
-_COMPUTED = {"inverse": _inverse, "inverse_factor": _inverse_factor, "eigen": _unit_eigen}
+_COMPUTED = {"inverse": _inverse, "inverse_factor": _inverse_factor}
 
 
 @dataclass(eq=False)
