@@ -1,0 +1,170 @@
+"""Recovery after pruning compared over seeds: in turns against at once, distilled against trained on the text alone.
+
+The built-in student loses part of its MLP neurons by OSSCAR and is trained back on short chains of the built-in task,
+with itself as it was for a teacher. `gradual` removes the same neurons in three turns, each followed by a third of the
+training; `one-shot` removes them at once. `KD` is forward KL only, `SFT` cross-entropy only. All arms train on the same
+number of tokens, to within a step, and write the weights of the lowest held-out KL to the unpruned model.
+
+Score: share of held-out problems answered right, greedy. A row is the mean over seeds with the 95 % t-interval; seeds
+differ in the order of the traces. Differences are paired by seed. FLOPs and seconds are those of pruning and training.
+
+    python benchmarks/recovery.py [--quick] [--seeds 5] [--threads 1] [--scratch DIR] [--out DIR]
+
+Runs that are finished in the scratch directory are not run again; one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _process import conditions, markdown, publish
+from reasoning_recipes import interval
+
+from limbeck.checkpoint import Checkpoint
+from limbeck.compress import recover
+from limbeck.compress.recover import RecoverConfig
+from limbeck.config import build, read_recipe
+from limbeck.evaluate.run import EvaluateConfig
+from limbeck.evaluate.stage import EvaluateStageConfig, score
+from limbeck.traces.sources import TraceConfig
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_recover.yaml"
+ARMS: dict[str, tuple[int, float]] = {
+    "one-shot, KD": (1, 1.0),
+    "gradual, KD": (3, 1.0),
+    "one-shot, SFT": (1, 0.0),
+    "gradual, SFT": (3, 0.0),
+}
+"""Rounds and share of KD."""
+REFERENCE = "one-shot, KD"
+COSTS = ("tokens", "flops", "seconds")
+PROBLEM_SEED = 1_000_001
+
+
+class Study:
+    """The recipe, the problems and the directory of finished runs."""
+
+    def __init__(self, scratch: Path, quick: bool, threads: int) -> None:
+        self.scratch, self.threads = scratch, threads
+        self.tree = read_recipe(RECIPE)
+        traces = self.tree["distill"]["traces"]
+        if quick:
+            traces["num_traces"] = 100
+            self.tree["distill"]["training"]["epochs"] = 0.5
+        problems = {**traces, "num_traces": 10 if quick else 100, "seed": PROBLEM_SEED}
+        self.problems = TraceConfig(**problems)
+        self.evaluate = EvaluateConfig(max_new_tokens=200, batch_size=self.problems.num_traces)
+
+    def config(self, seed: int, rounds: int, kd_ratio: float) -> RecoverConfig:
+        """The recipe with one arm's choices."""
+        distill = self.tree["distill"]
+        training = {**distill["training"], "seed": seed, "num_threads": self.threads}
+        arm = {**distill, "training": training, "loss": {"kd_ratio": kd_ratio}}
+        return build(RecoverConfig, {**self.tree, "rounds": rounds, "distill": arm})
+
+    def run(self, name: str, seed: int) -> dict[str, Any]:
+        """Recover and score one model, or read what is there."""
+        out = self.scratch / f"{name.replace(', ', '-')}-{seed}"
+        if not Checkpoint(out).is_finished:
+            recover.run(self.config(seed, *ARMS[name]), out, resume=True)
+        metrics = Checkpoint(out).manifest["metrics"]
+        rounds = metrics["rounds"]
+        return {
+            "accuracy": self.accuracy(str(out), out),
+            "kl": metrics["validation_kl"],
+            "ce": metrics["validation_ce"],
+            "parameters": metrics["parameters"],
+            "tokens": sum(r["tokens"] for r in rounds),
+            "flops": sum(r["flops"] for r in rounds),
+            "seconds": sum(r["prune_seconds"] + r["train_seconds"] for r in rounds),
+            "rounds": rounds,
+            "unpruned": metrics["unpruned"],
+        }
+
+    def accuracy(self, model: str, out: Path) -> float:
+        """Share of the problems answered right; kept in `out`."""
+        if not (out / "summary.json").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            score(model, EvaluateStageConfig(model="", problems=self.problems, evaluate=self.evaluate), out)
+        return json.loads((out / "summary.json").read_text())["accuracy"]
+
+    def untrained(self, seed: int) -> dict[str, tuple[float, float, float]]:
+        """Accuracy, KL and CE of the unpruned model and of the one-shot cut as it is."""
+        out = self.scratch / f"{REFERENCE.replace(', ', '-')}-{seed}"
+        metrics = Checkpoint(out).manifest["metrics"]
+        rows = {
+            "unpruned": (self.tree["prune"]["model"], metrics["unpruned"]),
+            "pruned at once, not trained": (str(out / "round-1" / "pruned"), metrics["rounds"][0]["pruned"]),
+        }
+        return {
+            name: (self.accuracy(model, self.scratch / name.replace(" ", "_")), held_out["kl"], held_out["ce"])
+            for name, (model, held_out) in rows.items()
+        }
+
+
+def table_of(found: dict[str, list[dict[str, Any]]], untrained: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """One row an arm, and its numbers by name."""
+    rows: list[list[str]] = []
+    keys: dict[str, Any] = {}
+    for name, (accuracy, kl, ce) in untrained.items():
+        rows.append([name, f"{accuracy:.3f}", "", f"{kl:.4f}", "", f"{ce:.4f}", "", "", ""])
+        keys[name] = {"accuracy": accuracy, "kl": kl, "ce": ce}
+    for name, runs in found.items():
+        pairs = list(zip(runs, found[REFERENCE], strict=True))
+        means = {key: interval([run[key] for run in runs]) for key in ("accuracy", "kl", "ce")}
+        differences = {
+            f"{key}_difference": interval([run[key] - other[key] for run, other in pairs]) for key in ("accuracy", "kl")
+        }
+        cost = {key: statistics.fmean(run[key] for run in runs) for key in COSTS}
+        rows.append(
+            [
+                name,
+                shown(means["accuracy"], 3),
+                shown(differences["accuracy_difference"], 3),
+                shown(means["kl"], 4),
+                shown(differences["kl_difference"], 4),
+                shown(means["ce"], 4),
+                f"{cost['tokens']:,.0f}",
+                f"{cost['flops'] / 1e12:.2f}",
+                f"{cost['seconds']:.0f}",
+            ]
+        )
+        keys[name] = {**means, **differences, **cost}
+    columns = ["model", "score (95 %)", f"minus {REFERENCE}", "held-out KL (95 %)", f"minus {REFERENCE}"]
+    return markdown([*columns, "held-out CE (95 %)", "tokens", "TFLOP", "seconds"], rows), keys
+
+
+def shown(value: Sequence[float], digits: int) -> str:
+    """A mean and its interval."""
+    mean, low, high = (f"{number:.{digits}f}" for number in value)
+    return f"{mean} ({low} to {high})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="100 traces, one seed: shows that it runs, nothing else")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scratch", type=Path, help="where runs are kept; a temporary directory by default")
+    parser.add_argument("--out", type=Path, help="directory for the results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    header = conditions(options.threads, ("torch", "transformers"))
+    with tempfile.TemporaryDirectory() as temporary:
+        study = Study(options.scratch or Path(temporary), options.quick, options.threads)
+        seeds = range(1 if options.quick else options.seeds)
+        runs = {(name, seed): study.run(name, seed) for seed in seeds for name in ARMS}
+        found = {name: [runs[name, seed] for seed in seeds] for name in ARMS}
+        table, keys = table_of(found, study.untrained(0))
+    publish("recovery", __doc__, header, table, keys, found, options.out)
+
+
+if __name__ == "__main__":
+    main()
