@@ -10,6 +10,7 @@ from written_models import save_exportable
 
 from limbeck.checkpoint import MANIFEST
 from limbeck.cli import main
+from limbeck.compress.export import consumers
 from limbeck.compress.export.consumers import compare
 from limbeck.compress.export.lint import lint
 from limbeck.compress.export.shards import write_shards
@@ -170,6 +171,18 @@ def test_a_certificate_tells_a_wrong_file_from_a_right_one(model, tmp_path, monk
     assert verdict.outcome == "differs" and verdict.max_difference == pytest.approx(0.01, rel=1e-3)
     exact[0][1] = {0: float("nan")}
     assert compare("vllm", [rows], exact).outcome == "differs"
+
+
+def test_consumers_that_are_not_there_are_said_to_be_not_run(model, tmp_path, monkeypatch):
+    """A certificate without any consumer is not clean, and one that breaks off is a failure, not a silence."""
+    result = export(model, tmp_path / "a", scheme="w8a8", vllm_python=str(tmp_path / "no-python"))
+    assert result["in_transformers"] == "agrees" and result["in_vllm"] == "failed" and not result["is_clean"]
+    monkeypatch.setattr(consumers.importlib.util, "find_spec", lambda name: None)
+    assert export(model, tmp_path / "b", scheme="w8a8")["in_transformers"] == "not run"
+    assert "needs pip install compressed-tensors" in (tmp_path / "b" / "certificate.md").read_text()
+    rows = [torch.zeros(1, 4)]
+    assert consumers.in_llama_cpp(tmp_path, rows, [[1, 2]], {}).outcome == "not run"
+    assert not json.loads((tmp_path / "b" / "certificate.json").read_text())["is_clean"]
 
 
 def test_settings_are_checked(tmp_path):
