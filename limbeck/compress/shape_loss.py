@@ -92,8 +92,9 @@ class ShapeLoss:
             return part.dense
         problem = LayerProblem(part.dense.float(), self._moments[part.name], part.name)
         if (part.name, keep) not in self._groups:
-            # All levels at once: each goes on from the next larger one.
-            keeps = self._levels[kind]
+            # Several levels at once, since each goes on from the next larger one; those below a half are rarely needed.
+            least = min(keep, max(self._levels[kind]) // 2)
+            keeps = [level for level in self._levels[kind] if level >= least]
             chosen = select(problem, part.group_size, keeps, self._config)
             self._groups |= {(part.name, level): groups for level, groups in zip(keeps, chosen, strict=True)}
         inputs = inputs_of(problem, self._groups[part.name, keep], part.group_size)
