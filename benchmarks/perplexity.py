@@ -17,7 +17,7 @@ size are refitted like OSSCAR's where it says so. Wanda is the same rule on both
 Seconds: GPTQ at 4 bits on the whole model, llm-compressor's `oneshot` and our stage, which also writes the checkpoint;
 loading apart; in turns, medians.
 
-    python benchmarks/perplexity.py [--quick] [--rows W4A16] [--work DIR] [--threads 2] [--out benchmarks/results]
+    python benchmarks/perplexity.py [--quick] [--rows W4A16 2:4] [--work DIR] [--threads 2] [--out benchmarks/results]
 
 Rows that DIR holds already are not computed again; the seconds always are. Peers: `make bench-peers-compress`.
 """
@@ -231,7 +231,11 @@ def measured(row: Row, setup: Setup, work: Path) -> dict[str, Any]:
     path, out = work / f"{name}.json", work / name
     if not path.exists():
         if not out.exists():
-            row.make(setup, out)
+            # A run that is cut off leaves nothing under the row's own name.
+            partial_out = out.with_name(out.name + ".partial")
+            shutil.rmtree(partial_out, ignore_errors=True)
+            row.make(setup, partial_out)
+            partial_out.rename(out)
         found = {"setting": row.setting, "method": row.method} | perplexity(out, setup, row.rounds_inputs)
         path.write_text(json.dumps(found), encoding="utf-8")
         shutil.rmtree(out)
@@ -309,7 +313,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few tokens; figures mean nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="of the timing")
-    parser.add_argument("--rows", default="", help="only settings that begin with this, and no timing")
+    parser.add_argument("--rows", nargs="+", help="only rows whose setting and method begin so, and no timing")
     parser.add_argument("--work", type=Path, help="directory that keeps finished rows")
     parser.add_argument("--out", type=Path, help="directory for perplexity.md and perplexity.json")
     options = parser.parse_args()
@@ -323,7 +327,8 @@ def main() -> None:
         setup = set_up(work, options.quick, options.threads)
         dense_row = Row("dense", "dense", lambda setup, out: shutil.copytree(setup.dense, out))
         dense = measured(dense_row, setup, work)
-        rows = [measured(row, setup, work) for row in ROWS if row.setting.startswith(options.rows)]
+        wanted = tuple(options.rows or [""])
+        rows = [measured(row, setup, work) for row in ROWS if f"{row.setting} {row.method}".startswith(wanted)]
         seconds = None if options.rows else gptq_seconds(setup, options.repeats)
     rows = with_gaps(rows, dense["perplexity"])
     keys = summarise(rows, dense["perplexity"], seconds)

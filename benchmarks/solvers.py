@@ -1,13 +1,15 @@
 """The layer solvers beside those of fmchisel and llm-compressor: relative layer error and seconds.
 
-Problems: eight layers of smollm2-135m (query, attention output, up and down of blocks 4 and 20) with H from the model's
-own forward passes over gsm_symbolic traces, and two made ones, 1024 x 1024 and 2048 x 2048: inputs with a falling
-spectrum, channels that differ in size and 1 % of them 10 to 30 times as large, 4 I samples; weights with heavy tails.
+Problems: seven layers of smollm2-135m (query, attention output and up of blocks 4 and 20, down of block 4) with H from
+the model's own forward passes over gsm_symbolic traces, and two made ones, 1024 x 1024 and 2048 x 2048: inputs with a
+falling spectrum, channels that differ in size and 1 % of them 10 to 30 times as large, 4 I samples; weights with heavy
+tails. The largest is measured in one setting a kind.
 
 Same for all: weight and H (float32), damping 0.01 of H's mean diagonal, symmetric codes with groups of 64 inputs (128
 for the made problems), exact numbers of zeros, kept inputs. The error is tr((B - W) H (B - W)') / tr(W H W') with H
 undamped. Seconds include what a solver factorises; nothing is kept from one call to the next. Both sides are warmed up
-on a small problem, then take turns; medians.
+on a small problem, then take turns; medians of at most 3. `--clock cpu` counts CPU-seconds of one thread instead, for a
+machine that does other work as well.
 
 What differs: fmchisel's QuantEase and llm-compressor's GPTQ take their scales from the range of each group (largest
 magnitude over 7.5 at 4 bits); ours search them, and QuantEase fits them again. llm-compressor's GPTQ rounds in the
@@ -17,7 +19,7 @@ inputs in their own order: GPTQ as published.
 
 Keys are geometric means of ratios over all problems and settings; `..._worst` is the largest ratio.
 
-    python benchmarks/solvers.py [--quick] [--threads 2] [--out benchmarks/results]
+    python benchmarks/solvers.py [--quick] [--threads 2] [--clock wall] [--out benchmarks/results]
 
 Peers: `make bench-peers-compress` makes .venv-compress and .venv-fmchisel.
 """
@@ -53,13 +55,20 @@ from limbeck.compress.quantize import awq, gptq, quantease, rtn
 from limbeck.compress.quantize.grid import Grid
 from limbeck.traces.sources import TraceConfig
 
-LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+LAYERS = {
+    4: ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+    20: ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"),
+}
+"""Block -> its layers."""
 PATTERNS = ("0.5", "0.7", "2:4")
 BITS = (4, 3)
 PEERS = {"fmchisel": ".venv-fmchisel", "llmcompressor": ".venv-compress"}
-CASE_SECONDS = 12.0
+CASE_SECONDS = 6.0
 """No further repeat of a case after so long."""
+LARGE = 2048
+"""From so many inputs on, only the first width and the first pattern."""
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Solve = Callable[[LayerProblem], Tensor]
 
 
@@ -108,7 +117,7 @@ class Peer:
         self._process.stdin.close()
         self._process.wait()
 
-    def solve(self, solver: str, problem: Path, options: dict[str, Any]) -> tuple[Tensor, float]:
+    def solve(self, solver: str, problem: Path, options: dict[str, Any], clock: str) -> tuple[Tensor, float]:
         """The answer and the seconds of the call."""
         out = problem.with_suffix(".answer")
         asked = {"solver": solver, "problem": str(problem), "options": options, "out": str(out)}
@@ -118,19 +127,20 @@ class Peer:
         answer = self._process.stdout.readline()
         if not answer:
             raise SystemExit(f"{solver}: the process of the peer died; run {PEERS[solver.split()[0]]} by hand.")
-        return load_file(out)["weight"], json.loads(answer)["seconds"]
+        return load_file(out)["weight"], json.loads(answer)[clock]
 
 
 def cases(job: Job) -> Iterator[Case]:
     """Every setting of a problem."""
-    for bits in BITS:
+    few = 1 if job.problem.weight.shape[1] >= LARGE else None
+    for bits in BITS[:few]:
         grid = Grid(bits=bits, group_size=job.group_size)
         options = {"bits": bits, "group_size": job.group_size}
         yield Case(f"{bits} bits", quantizers(grid), {
             "fmchisel quantease": options,
             "llmcompressor gptq": options | {"actorder": "static"},
         })  # fmt: skip
-    for text in PATTERNS:
+    for text in PATTERNS[:few]:
         pattern = Pattern.parse(text)
         options = {"sparsity": pattern.sparsity, "kept": pattern.kept or 0, "group": pattern.group or 0}
         names = ("fmchisel alps", "llmcompressor sparsegpt", "llmcompressor wanda")
@@ -183,7 +193,7 @@ def removers(group_size: int, keep: int) -> dict[str, Solve]:
     }
 
 
-def real_jobs(scratch: Path, numbers: Sequence[int], traces: int) -> list[Job]:
+def real_jobs(scratch: Path, layers: dict[int, tuple[str, ...]], traces: int) -> list[Job]:
     """Layers of the model with the moments of its inputs over traces."""
     source = TraceConfig(source="reasoning-gym:gsm_symbolic", num_traces=traces, seed=0)
     calibration = CalibrationConfig(traces=source, sequences=traces)
@@ -191,10 +201,10 @@ def real_jobs(scratch: Path, numbers: Sequence[int], traces: int) -> list[Job]:
     stored, blocks, jobs = StoredMoments(scratch / "moments", MODEL), Blocks(MODEL), []
     sizes: Any = blocks.config
     head_inputs = sizes.head_dim * sizes.num_attention_heads // sizes.num_key_value_heads
-    for number in numbers:
+    for number, names in layers.items():
         with blocks.block(number, torch.device("cpu")) as block:
             for group in groups_of(block, number):
-                for name in (name for name in group.linears if name in LAYERS):
+                for name in (name for name in group.linears if name in names):
                     weight = group.linears[name].weight.data.clone()
                     problem = LayerProblem(weight, stored(group), f"layers.{number}.{name}")
                     removable, keep = 1, weight.shape[1] * 3 // 4
@@ -222,18 +232,19 @@ def made_job(size: int, seed: int = 0) -> Job:
     return Job(LayerProblem(weight, Moments.of(inputs), f"made {size} x {size}"), 128, 1, size * 3 // 4)
 
 
-def timed(solve: Solve, problem: LayerProblem) -> tuple[Tensor, float]:
+def timed(solve: Solve, problem: LayerProblem, clock: str) -> tuple[Tensor, float]:
     """The answer and the seconds, nothing factorised before."""
     m = problem.moments
     fresh = Moments(m.gram, m.absolute_mean, m.absolute_max, m.tokens)
     fresh_problem = LayerProblem(problem.weight, fresh, problem.name)
+    now = CLOCKS[clock]
     with torch.no_grad():
-        start = time.perf_counter()
+        start = now()
         answer = solve(fresh_problem)
-        return answer, time.perf_counter() - start
+        return answer, now() - start
 
 
-def measure_job(job: Job, peers: dict[str, Peer], scratch: Path, repeats: int) -> list[dict[str, Any]]:
+def measure_job(job: Job, peers: dict[str, Peer], scratch: Path, repeats: int, clock: str) -> list[dict[str, Any]]:
     """A row for every solver in every setting; ours and the peers take turns."""
     path = scratch / "problem.safetensors"
     save_file({"weight": job.problem.weight.contiguous(), "gram": job.problem.moments.gram.contiguous()}, path)
@@ -246,11 +257,11 @@ def measure_job(job: Job, peers: dict[str, Peer], scratch: Path, repeats: int) -
             if repeat and time.perf_counter() - start > CASE_SECONDS:
                 break
             for name, solve in case.ours.items():
-                answer, spent = timed(solve, job.problem)
+                answer, spent = timed(solve, job.problem, clock)
                 errors[name] = layer_error(job.problem, answer)
                 seconds[name].append(spent)
             for name, options in case.peers.items():
-                answer, spent = peers[name.split()[0]].solve(name, path, options)
+                answer, spent = peers[name.split()[0]].solve(name, path, options, clock)
                 errors[name] = layer_error(job.problem, answer)
                 seconds[name].append(spent)
         where = {"problem": job.problem.name, "shape": list(job.problem.weight.shape), "setting": case.setting}
@@ -261,17 +272,17 @@ def measure_job(job: Job, peers: dict[str, Peer], scratch: Path, repeats: int) -
     return rows
 
 
-def measure(quick: bool, threads: int, repeats: int, scratch: Path) -> list[dict[str, Any]]:
+def measure(quick: bool, threads: int, repeats: int, clock: str, scratch: Path) -> list[dict[str, Any]]:
     """All rows."""
     torch.set_num_threads(threads)
-    jobs = real_jobs(scratch, (4,) if quick else (4, 20), 8 if quick else 64)
+    jobs = real_jobs(scratch, {4: LAYERS[4]} if quick else LAYERS, 8 if quick else 64)
     jobs += [made_job(256)] if quick else [made_job(1024), made_job(2048)]
     rows = []
     with ExitStack() as stack:
         peers = {name: stack.enter_context(Peer(venv, threads)) for name, venv in PEERS.items()}
-        measure_job(made_job(256, seed=1), peers, scratch, 1)
+        measure_job(made_job(256, seed=1), peers, scratch, 1, clock)
         for job in jobs:
-            rows += measure_job(job, peers, scratch, 1 if quick else repeats)
+            rows += measure_job(job, peers, scratch, 1 if quick else repeats, clock)
             print(f"{job.problem.name}: done", flush=True)
     return rows
 
@@ -320,12 +331,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one block and a small made problem, once")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU-seconds, for --threads 1")
     parser.add_argument("--out", type=Path, help="directory for solvers.md and solvers.json")
     options = parser.parse_args()
     header = conditions(options.threads, ("torch", "transformers"))
-    header += "; peers fmchisel 0.1.2, llmcompressor 0.14.0.1"
+    header += f"; clock: {options.clock}; peers fmchisel 0.1.2, llmcompressor 0.14.0.1"
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(options.quick, options.threads, options.repeats, Path(scratch))
+        rows = measure(options.quick, options.threads, options.repeats, options.clock, Path(scratch))
     publish("solvers", __doc__, header, table_of(rows), summarise(rows), rows, options.out)
 
 
