@@ -18,7 +18,7 @@ from torch import Tensor
 
 from limbeck.compress.masks import MASK_FILE
 from limbeck.errors import ModelError
-from limbeck.models.load import load_model, locate
+from limbeck.models.load import load_model, locate, quantization_at
 
 INDEX = "model.safetensors.index.json"
 
@@ -104,7 +104,15 @@ def _count(opened: Any, name: str) -> int:
 
 
 def open_weights(name: str, needed: Iterable[str]) -> WeightSource:
-    """Stream from the files where they hold all the needed names, else load the model once."""
+    """Stream from the files where they hold all the needed names, else load the model once.
+
+    Raises: ModelError for a quantised model, whose int8 codes would pass for weights.
+    """
+    if quantization_at(name) is not None:
+        raise ModelError(
+            f"{name}: is quantised; compress the model that it was made of, or make it dense first: limbeck export "
+            f"--format dense --model {name}"
+        )
     place = locate(name)
     if place.is_local and place.gguf_file is None:
         source = SafetensorSource(Path(place.path))

@@ -16,8 +16,9 @@ from limbeck.compress.export.lint import lint
 from limbeck.compress.export.shards import write_shards
 from limbeck.compress.export.stage import ExportConfig, ProbeConfig, run
 from limbeck.compress.masks import MASK_FILE, read_masks, write_masks
+from limbeck.compress.weights import open_weights
 from limbeck.config import build
-from limbeck.errors import CompressionError, ConfigError
+from limbeck.errors import CompressionError, ConfigError, ModelError
 from limbeck.models.load import load_model
 
 IDS = torch.tensor([[5, 17, 80, 3, 42, 9, 61]])
@@ -62,6 +63,9 @@ def test_a_quantised_model_is_carried_over_and_made_dense(model, tmp_path):
     expected, found = load_model(str(tmp_path / "q"), rounds=False), load_model(str(tmp_path / "dense"))
     for name, weight in expected.state_dict().items():
         assert torch.equal(weight, found.state_dict()[name])
+    with pytest.raises(ModelError, match="is quantised; compress the model that it was made of"):
+        open_weights(str(tmp_path / "q"), expected.state_dict())
+    assert open_weights(str(tmp_path / "dense"), found.state_dict()).names() >= {"model.norm.weight"}
     manifest = json.loads((tmp_path / "dense" / MANIFEST).read_text())
     assert manifest["counts"]["schemes_with_rounded_inputs"] == 1
     with pytest.raises(CompressionError, match="is quantised already"):
