@@ -58,6 +58,13 @@ class Checkpoint:
         """Whether a readable manifest is there."""
         return (self.path / MANIFEST).is_file()
 
+    def is_made_of(self, config: Any, inputs: Mapping[str, str]) -> bool:
+        """Whether this is the finished output of this config and these inputs."""
+        if not self.is_finished:
+            return False
+        manifest = self.manifest
+        return manifest["config_hash"] == config_hash(config) and manifest["inputs"] == dict(inputs)
+
 
 @contextmanager
 def output_directory(out: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:

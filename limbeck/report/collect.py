@@ -1,13 +1,11 @@
 """Read what runs left behind: `summary.json` of sweeps, `limbeck.json` and the evaluation of single runs.
 
 Everything becomes one list of rows. Runs from a sweep bring their axes; of single runs, the config fields that differ
-are the axes.
+are the axes. Compressed models are a list of their own.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.errors import CheckpointError
+from limbeck.report.compressed import EVALUATION, STAGES, Compressed, read_compressed
+from limbeck.report.files import object_in, read_object
 from limbeck.report.rows import FLOP_PARTS, PLACED_AXES, Row, row_of, rows_of
 
 SUMMARY = "summary.json"
@@ -44,6 +44,8 @@ class Evidence:
 
     rows: tuple[Row, ...]
     sources: tuple[Source, ...]
+    compressed: tuple[Compressed, ...] = ()
+    """Pruned, quantised and recovered models, and those that they were made of."""
 
     @property
     def models(self) -> tuple[Row, ...]:
@@ -53,12 +55,13 @@ class Evidence:
 
 
 def collect(paths: Sequence[Path]) -> Evidence:
-    """Read sweep directories and single run directories.
+    """Read sweep directories, single run directories and directories of compressed models.
 
     Args:
-      paths: directories with a `summary.json` of a sweep, or with a `limbeck.json` of a distilled student.
+      paths: directories with a `summary.json` of a sweep, or with a `limbeck.json` of a distilled student or a
+        compressed model.
     Returns: their rows in the order given.
-    Raises: CheckpointError when a directory is neither, a file is damaged, or there is no run at all.
+    Raises: CheckpointError when a directory is none of them, a file is damaged, or there is no run at all.
     """
     if not paths:
         raise CheckpointError("report: no directory named; name at least one sweep or run directory.")
@@ -72,26 +75,10 @@ def collect(paths: Sequence[Path]) -> Evidence:
         else:
             source = _read_run(path)
         sources.append(source)
-    rows += _rows_of_runs([(path, source) for path, source in zip(paths, sources, strict=True) if path not in sweeps])
-    return Evidence(rows=tuple(rows), sources=tuple(sources))
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises: CheckpointError when the file is missing, is no JSON object, or holds NaN or infinity.
-    """
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read ({error.strerror}); run the sweep or the evaluation again."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({' '.join(str(error).split())}); make it again.") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object; found {type(tree).__name__}. Make it again.")
-    return tree
+    compressed = [path for path in paths if path not in sweeps and _stage(path) in STAGES]
+    runs = [(path, source) for path, source in zip(paths, sources, strict=True) if path not in (*sweeps, *compressed)]
+    rows += _rows_of_runs(runs)
+    return Evidence(rows=tuple(rows), sources=tuple(sources), compressed=tuple(read_compressed(compressed)))
 
 
 def _is_sweep(path: Path) -> bool:
@@ -114,11 +101,11 @@ def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
     if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
         raise CheckpointError(f"{file}: `axes` must be a list of names; run the sweep again.")
     names = ("task", "store", "trace_stats", "config", "versions", "machine")
-    parts: dict[str, Any] = {name: _object(tree, name, file) for name in names}
+    parts: dict[str, Any] = {name: object_in(tree, name, file) for name in names}
     models = [
         row_of({**model, "name": f"{role}: {model.get('name', role)}"}, (), f"{file}: {role}", label)
         for role in ("teacher", "base")
-        if (model := _object(tree, role, file))
+        if (model := object_in(tree, role, file))
     ]
     source = Source(
         label=label or path.resolve().name,
@@ -133,14 +120,17 @@ def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
 
 def _read_run(path: Path) -> Source:
     file = path / MANIFEST
-    manifest = Checkpoint(path).manifest
-    read_object(file)
-    if manifest["stage"] != "distill":
+    manifest = read_object(file)
+    if (stage := _stage(path)) not in ("distill", *STAGES):
         raise CheckpointError(
-            f"{file}: stage {manifest['stage']!r} has no place in this report; name sweeps and distilled students."
+            f"{file}: stage {stage!r} has no place in this report; name sweeps and distilled students."
         )
-    parts: dict[str, Any] = {name: _object(manifest, name, file) for name in ("config", "versions", "machine")}
+    parts: dict[str, Any] = {name: object_in(manifest, name, file) for name in ("config", "versions", "machine")}
     return Source(label=path.resolve().name, command=_words(manifest.get("command")), **parts)
+
+
+def _stage(path: Path) -> str:
+    return str(Checkpoint(path).manifest["stage"])
 
 
 def _rows_of_runs(runs: Sequence[tuple[Path, Source]]) -> list[Row]:
@@ -159,9 +149,9 @@ def _rows_of_runs(runs: Sequence[tuple[Path, Source]]) -> list[Row]:
 def _run_as_row(path: Path, source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
     file = path / MANIFEST
     manifest = read_object(file)
-    ledger, metrics, counts = (_object(manifest, name, file) for name in ("ledger", "metrics", "counts"))
-    flops, peak = _object(ledger, "flops", file), _object(ledger, "peak_bytes", file)
-    evaluation = path / "evaluation" / SUMMARY
+    ledger, metrics, counts = (object_in(manifest, name, file) for name in ("ledger", "metrics", "counts"))
+    flops, peak = object_in(ledger, "flops", file), object_in(ledger, "peak_bytes", file)
+    evaluation = path / EVALUATION
     return {
         **counts,
         **metrics,
@@ -178,13 +168,6 @@ def _run_as_row(path: Path, source: Source, config: Mapping[str, Any]) -> dict[s
     }
 
 
-def _object(tree: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
-    value = tree.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise CheckpointError(f"{file}: `{name}` must be a JSON object; found {type(value).__name__}. Make it again.")
-    return value or {}
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of a tree of objects by dotted path; lists count as leaves."""
     for key, value in tree.items():
@@ -196,14 +179,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _words(value: Any) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else ()
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"found {text}, which is no number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"found {text}, which is out of range")
-    return value

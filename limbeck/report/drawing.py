@@ -63,6 +63,28 @@ def canvas(height: float = _SIZE_INCHES[1]) -> tuple[Figure, Any]:
     """Figure and axes with the grid and the frame of every plot."""
     figure = Figure(figsize=(_SIZE_INCHES[0], height), layout="constrained", facecolor="white")
     axes = figure.subplots()
+    _dress(axes)
+    return figure, axes
+
+
+def panels(titles: Sequence[str]) -> tuple[Figure, list[Any]]:
+    """Figure and small axes that share their scales, two a row, one for each title."""
+    columns = min(2, len(titles))
+    rows = -(-len(titles) // columns)
+    size = (_SIZE_INCHES[0], _SIZE_INCHES[1] if rows < 3 else 1.6 * rows + 0.7)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    drawn = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in drawn[len(titles) :]:
+        axes.remove()
+    for axes, title in zip(drawn, titles, strict=False):
+        _dress(axes)
+        axes.set_title(title, loc="left", fontsize=9, color=LIGHT.ink)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.tick_params(labelbottom=True)
+    return figure, drawn[: len(titles)]
+
+
+def _dress(axes: Any) -> None:
     axes.set_facecolor("none")
     axes.grid(True, axis="y", color=LIGHT.grid, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -72,7 +94,6 @@ def canvas(height: float = _SIZE_INCHES[1]) -> tuple[Figure, Any]:
         spine.set_color(LIGHT.muted)
     axes.xaxis.label.set(color=LIGHT.ink, fontsize=9.5)
     axes.yaxis.label.set(color=LIGHT.ink, fontsize=9.5)
-    return figure, axes
 
 
 def style(number: int) -> dict[str, Any]:
@@ -120,6 +141,15 @@ def room(axes: Any, values: Sequence[float]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def upright(axes: Any, values: Sequence[float]) -> None:
+    """A vertical axis from 0, or a logarithmic one where the values span more than a factor of 30."""
+    low, high = min(values), max(values)
+    if low > 0 and high > 30 * low:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, high * 1.08 or 1)
 
 
 def model_lines(axes: Any, models: Sequence[Row], key: str) -> None:

@@ -18,11 +18,12 @@ import yaml
 
 from limbeck.errors import CheckpointError
 from limbeck.report.collect import Evidence, Source, collect, flatten
+from limbeck.report.compression import HOW_TO_READ, compression_findings, compression_table, layer_plots
 from limbeck.report.drawing import darken, render
 from limbeck.report.findings import findings
 from limbeck.report.groups import Group, group_rows
-from limbeck.report.plots import plots_of
-from limbeck.report.rows import FLOP_PARTS, Row
+from limbeck.report.plots import Plot, plots_of
+from limbeck.report.rows import FLOP_PARTS
 from limbeck.report.tables import csv_text, cut_table, markdown, part_table, score_table, stop_table
 from limbeck.report.units import Kind, digits, quantity
 
@@ -34,7 +35,7 @@ def run(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
     """Write `report.html`, `report.md`, `report.csv` and `plots/*.png` into `out`; earlier reports there are replaced.
 
     Args:
-      paths: directories of sweeps and of single runs.
+      paths: directories of sweeps, of single runs and of compressed models.
       out: directory of the report; may be that of the sweep.
       title: heading; that of the first sweep when not given.
     Returns: the page.
@@ -43,10 +44,14 @@ def run(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
     evidence = collect(paths)
     groups = group_rows(evidence.rows)
     content = _content(evidence, groups, title)
-    files, figures = _draw(groups, evidence.models)
-    files["report.csv"] = csv_text([*evidence.models, *evidence.rows]).encode()
-    files["report.md"] = _fill("page.md.jinja", content | {"plots": figures}).encode()
-    files[PAGE] = _fill("page.html.jinja", content | {"plots": figures}).encode()
+    files, figures = _draw(plots_of(groups, evidence.models))
+    layer_files, layer_figures = _draw(layer_plots(evidence.compressed))
+    content |= {"plots": figures, "layer_plots": layer_figures}
+    made = [model.row for model in evidence.compressed]
+    files |= layer_files
+    files["report.csv"] = csv_text([*evidence.models, *evidence.rows, *made]).encode()
+    files["report.md"] = _fill("page.md.jinja", content).encode()
+    files[PAGE] = _fill("page.html.jinja", content).encode()
     _write(files, out)
     return out / PAGE
 
@@ -56,11 +61,16 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
     titles = [source.title for source in evidence.sources if source.title]
     several = len(evidence.sources) > 1
     return {
-        "title": title or (titles[0] if titles else "Distilled students"),
+        "title": title or (titles[0] if titles else "Distilled students" if groups else "Compressed models"),
         "lede": _lede(evidence, groups),
-        "findings": findings(groups, evidence.models, evidence.sources),
+        "findings": [
+            *(findings(groups, evidence.models, evidence.sources) if groups else ()),
+            *compression_findings(evidence.compressed),
+        ],
         "scores": score_table(groups, evidence.models),
         "how_to_read": _HOW_TO_READ,
+        "compressed": compression_table(evidence.compressed),
+        "how_to_read_compressed": HOW_TO_READ,
         "costs": part_table(groups),
         "parts": FLOP_PARTS,
         "bars": _bars(groups),
@@ -89,10 +99,12 @@ _HOW_TO_READ = (
 
 def _lede(evidence: Evidence, groups: Sequence[Group]) -> str:
     tasks = dict.fromkeys(_task(source.task) for source in evidence.sources if source.task)
-    runs, settings = len(evidence.rows), len(groups)
+    runs, settings, made = len(evidence.rows), len(groups), sum(bool(model.method) for model in evidence.compressed)
     count = f"{runs} {'run' if runs == 1 else 'runs'}"
     count += f" of {settings} settings" if settings != runs else ""
-    return f"{count}. {' '.join(tasks)}".strip()
+    counts = [count] if runs else []
+    counts += [f"{made} compressed {'model' if made == 1 else 'models'}"] if made else []
+    return f"{', '.join(counts)}. {' '.join(tasks)}".strip()
 
 
 def _task(task: Mapping[str, Any]) -> str:
@@ -137,10 +149,10 @@ def _origin(source: Source) -> dict[str, Any]:
     }
 
 
-def _draw(groups: Sequence[Group], models: Sequence[Row]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+def _draw(plots: Sequence[Plot]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     """The figures as PNG files by name, and as the templates want them: linked, and inline for light and dark pages."""
     files, figures = {}, []
-    for plot in plots_of(groups, models):
+    for plot in plots:
         figure = plot.draw()
         name = f"plots/{plot.name}.png"
         files[name] = render(figure, "png")

@@ -22,6 +22,7 @@ NUMBERS = (
     *("pass_k", "unknown_fraction", "validation_ce", "tokens", "flops", "train_seconds", "peak_bytes"),
     *(f"flops_{part}" for part in FLOP_PARTS),
     *("lost_end_marker_fraction", "lost_first_derivation_fraction", "parameters"),
+    *("weight_bytes", "kl_nats", "teacher_kl_nats", "perplexity_ratio", "stage_seconds"),
 )  # fmt: skip
 """What a row may measure."""
 PLACED_AXES = (

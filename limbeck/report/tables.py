@@ -57,7 +57,11 @@ def console_table(runs: Sequence[Mapping[str, Any]], axes: Sequence[str] = ()) -
     Returns: a rich table, one line a setting.
     Raises: CheckpointError when a run is malformed.
     """
-    content = score_table(group_rows(rows_of(runs, axes, "summary")), (), is_brief=True)
+    return for_console(score_table(group_rows(rows_of(runs, axes, "summary")), (), is_brief=True))
+
+
+def for_console(content: Table) -> ConsoleTable:
+    """A table as rich prints it."""
     table = ConsoleTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for number, title in enumerate(content.header):
         # One word a line keeps the titles narrow, so that 80 columns hold the intervals.

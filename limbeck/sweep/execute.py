@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
-from limbeck.config import config_hash
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import UNCUT, prepare
@@ -126,7 +125,7 @@ def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:
         stage = dataclasses.replace(_scoring(sweep, sweep.distill), model=name)
         directory = out / role
         inputs = {"model": model_hash(name)}
-        if not _is_current(directory, config_hash(stage), inputs):
+        if not Checkpoint(directory).is_made_of(stage, inputs):
             with output_directory(directory, overwrite=True) as working:
                 summary = score(name, stage, working)
                 write_manifest(working, stage="evaluate", config=stage, inputs=inputs, metrics=summary)
@@ -136,12 +135,12 @@ def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:
 
 def _run_one(config: DistillConfig, scoring: EvaluateStageConfig, directory: Path) -> None:
     """Train and score one run, or what is missing of it."""
-    if not _is_current(directory, config_hash(config), train.inputs_of(config)):
+    if not Checkpoint(directory).is_made_of(config, train.inputs_of(config)):
         _train_one(config, directory)
     evaluation = directory / "evaluation"
     scoring = dataclasses.replace(scoring, model=str(directory))
     inputs = {"model": model_hash(str(directory))}
-    if not _is_current(evaluation, config_hash(scoring), inputs):
+    if not Checkpoint(evaluation).is_made_of(scoring, inputs):
         with output_directory(evaluation, overwrite=True) as working:
             summary = score(str(directory), scoring, working)
             write_manifest(working, stage="evaluate", config=scoring, inputs=inputs, metrics=summary)
@@ -153,14 +152,6 @@ def _train_one(config: DistillConfig, directory: Path) -> None:
     except CheckpointError as error:
         console.print(f"starting anew: {error}", highlight=False)
         train.run(config, None, directory, overwrite=True)
-
-
-def _is_current(directory: Path, identity: str, inputs: dict[str, str]) -> bool:
-    """Whether the directory holds the finished output of this config and these inputs."""
-    checkpoint = Checkpoint(directory)
-    if not checkpoint.is_finished:
-        return False
-    return checkpoint.manifest["config_hash"] == identity and checkpoint.manifest["inputs"] == inputs
 
 
 def _scoring(sweep: SweepConfig, config: DistillConfig) -> EvaluateStageConfig:
