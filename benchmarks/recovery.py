@@ -2,8 +2,8 @@
 
 The built-in student loses part of its MLP neurons by OSSCAR and is trained back on short chains of the built-in task,
 with itself as it was for a teacher. `gradual` removes the same neurons in three turns, each followed by a third of the
-training; `one-shot` removes them at once. `KD` is forward KL only, `SFT` cross-entropy only. All arms train on the same
-number of tokens, to within a step, and write the weights of the lowest held-out KL to the unpruned model.
+training; `one-shot` removes them at once. `KD` is forward KL only, `SFT` cross-entropy only. Arms of as many epochs train
+on the same number of tokens, to within a step; all write the weights of the lowest held-out KL to the unpruned model.
 
 Score: share of held-out problems answered right, greedy. A row is the mean over seeds with the 95 % t-interval; seeds
 differ in the order of the traces. Differences are paired by seed. FLOPs and seconds are those of pruning and training.
@@ -36,14 +36,17 @@ from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.traces.sources import TraceConfig
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_recover.yaml"
-ARMS: dict[str, tuple[int, float]] = {
-    "one-shot, KD": (1, 1.0),
-    "gradual, KD": (3, 1.0),
-    "one-shot, SFT": (1, 0.0),
-    "gradual, SFT": (3, 0.0),
+ARMS: dict[str, tuple[int, float, int]] = {
+    "one-shot, KD": (1, 1.0, 1),
+    "gradual, KD": (3, 1.0, 1),
+    "one-shot, SFT": (1, 0.0, 1),
+    "gradual, SFT": (3, 0.0, 1),
+    "one-shot, KD, 4 epochs": (1, 1.0, 4),
+    "gradual, KD, 4 epochs": (3, 1.0, 4),
 }
-"""Rounds and share of KD."""
-REFERENCE = "one-shot, KD"
+"""Rounds, share of KD, and passes over the traces in all."""
+REFERENCES = {1: "one-shot, KD", 4: "one-shot, KD, 4 epochs"}
+"""By passes over the traces: what an arm is compared with."""
 COSTS = ("tokens", "flops", "seconds")
 PROBLEM_SEED = 1_000_001
 
@@ -57,15 +60,14 @@ class Study:
         traces = self.tree["distill"]["traces"]
         if quick:
             traces["num_traces"] = 100
-            self.tree["distill"]["training"]["epochs"] = 0.5
         problems = {**traces, "num_traces": 10 if quick else 100, "seed": PROBLEM_SEED}
         self.problems = TraceConfig(**problems)
         self.evaluate = EvaluateConfig(max_new_tokens=200, batch_size=self.problems.num_traces)
 
-    def config(self, seed: int, rounds: int, kd_ratio: float) -> RecoverConfig:
+    def config(self, seed: int, rounds: int, kd_ratio: float, epochs: int) -> RecoverConfig:
         """The recipe with one arm's choices."""
         distill = self.tree["distill"]
-        training = {**distill["training"], "seed": seed, "num_threads": self.threads}
+        training = {**distill["training"], "epochs": epochs, "seed": seed, "num_threads": self.threads}
         arm = {**distill, "training": training, "loss": {"kd_ratio": kd_ratio}}
         return build(RecoverConfig, {**self.tree, "rounds": rounds, "distill": arm})
 
@@ -77,6 +79,7 @@ class Study:
         metrics = Checkpoint(out).manifest["metrics"]
         rounds = metrics["rounds"]
         return {
+            "epochs": ARMS[name][2],
             "accuracy": self.accuracy(str(out), out),
             "kl": metrics["validation_kl"],
             "ce": metrics["validation_ce"],
@@ -97,7 +100,7 @@ class Study:
 
     def untrained(self, seed: int) -> dict[str, tuple[float, float, float]]:
         """Accuracy, KL and CE of the unpruned model and of the one-shot cut as it is."""
-        out = self.scratch / f"{REFERENCE.replace(', ', '-')}-{seed}"
+        out = self.scratch / f"{REFERENCES[1].replace(', ', '-')}-{seed}"
         metrics = Checkpoint(out).manifest["metrics"]
         rows = {
             "unpruned": (self.tree["prune"]["model"], metrics["unpruned"]),
@@ -117,7 +120,7 @@ def table_of(found: dict[str, list[dict[str, Any]]], untrained: dict[str, Any]) 
         rows.append([name, f"{accuracy:.3f}", "", f"{kl:.4f}", "", f"{ce:.4f}", "", "", ""])
         keys[name] = {"accuracy": accuracy, "kl": kl, "ce": ce}
     for name, runs in found.items():
-        pairs = list(zip(runs, found[REFERENCE], strict=True))
+        pairs = list(zip(runs, found[REFERENCES[runs[0]["epochs"]]], strict=True))
         means = {key: interval([run[key] for run in runs]) for key in ("accuracy", "kl", "ce")}
         differences = {
             f"{key}_difference": interval([run[key] - other[key] for run, other in pairs]) for key in ("accuracy", "kl")
@@ -137,8 +140,9 @@ def table_of(found: dict[str, list[dict[str, Any]]], untrained: dict[str, Any]) 
             ]
         )
         keys[name] = {**means, **differences, **cost}
-    columns = ["model", "score (95 %)", f"minus {REFERENCE}", "held-out KL (95 %)", f"minus {REFERENCE}"]
-    return markdown([*columns, "held-out CE (95 %)", "tokens", "TFLOP", "seconds"], rows), keys
+    difference = "minus one-shot, KD of as many epochs"
+    columns = ["model", "score (95 %)", difference, "held-out KL (95 %)", difference, "held-out CE (95 %)"]
+    return markdown([*columns, "tokens", "TFLOP", "seconds"], rows), keys
 
 
 def shown(value: Sequence[float], digits: int) -> str:

@@ -1,7 +1,8 @@
 """Guard against over-fitting: the weights of the lowest held-out loss are kept, and a run that gets no better ends.
 
-Weights go to a file named by their step, in the working directory. Which step is best follows from metrics.jsonl alone,
-so a resumed run reads it off there; the file that its state relies on stays until the next state is saved.
+The weights that training starts from take part, as step 0: a run never ends worse than it began. Weights go to a file
+named by their step, in the working directory. Which step is best follows from the start and metrics.jsonl, so a resumed
+run reads it off there; the file that its state relies on stays until the next state is saved.
 """
 
 from __future__ import annotations
@@ -23,28 +24,32 @@ class Guard:
 
     def __init__(self, directory: Path, column: str, patience: int | None) -> None:
         """Watch `column` of the metrics; with `patience`, give up after so many validations without a lower value."""
-        self.step, self.value, self._misses = 0, math.inf, 0
+        self.best: Mapping[str, Any] | None = None
+        """Metrics of the best step; None before the first validation with a finite loss."""
+        self._misses = 0
         self._directory, self._column, self._patience = directory, column, patience
-        self._saved_step = 0
+        self._saved: Mapping[str, Any] | None = None
+
+    def begin(self, row: Mapping[str, Any], model: nn.Module | None) -> None:
+        """Take in the weights that training starts from, as `watch` does; what an interrupted run left stays."""
+        if self._is_better(row) and model is not None:
+            self._write(row, model)
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take in the metrics of the steps before the state that a run goes on from."""
         for row in rows:
             self._is_better(row)
-        self._saved_step = self.step
+        self._saved = self.best
 
     def watch(self, row: Mapping[str, Any], model: nn.Module | None) -> None:
         """Take in the metrics of a step; if best, keep the weights of `model`, given on the rank that writes."""
         if self._is_better(row) and model is not None:
-            weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-            partial = self._directory / f"{BEST_PREFIX}partial"
-            save_file(weights, partial)
-            partial.replace(self._file(self.step))
+            self._write(row, model)
             self._tidy()
 
     def saved(self) -> None:
         """Note that a state was saved: from now on a resumed run starts with today's best."""
-        self._saved_step = self.step
+        self._saved = self.best
         self._tidy()
 
     @property
@@ -55,8 +60,8 @@ class Guard:
     @torch.no_grad()
     def load_best(self, model: nn.Module) -> None:
         """Put the best weights back into `model`; the last ones stay where no validation had a finite loss."""
-        if self.step:
-            weights = load_file(self._file(self.step))
+        if self.best is not None:
+            weights = load_file(self._file(self.best))
             for name, parameter in model.named_parameters():
                 if name in weights:
                     parameter.copy_(weights[name])
@@ -65,17 +70,23 @@ class Guard:
         value = row.get(self._column)
         if value is None:
             return False
-        if value < self.value:
-            self.step, self.value, self._misses = row["step"], value, 0
+        if value < (math.inf if self.best is None else self.best[self._column]):
+            self.best, self._misses = row, 0
             return True
         self._misses += 1
         return False
 
-    def _file(self, step: int) -> Path:
-        return self._directory / f"{BEST_PREFIX}{step:08d}.safetensors"
+    def _write(self, row: Mapping[str, Any], model: nn.Module) -> None:
+        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        partial = self._directory / f"{BEST_PREFIX}partial"
+        save_file(weights, partial)
+        partial.replace(self._file(row))
+
+    def _file(self, row: Mapping[str, Any]) -> Path:
+        return self._directory / f"{BEST_PREFIX}{row['step']:08d}.safetensors"
 
     def _tidy(self) -> None:
-        needed = {self._file(self.step), self._file(self._saved_step)}
+        needed = {self._file(row) for row in (self.best, self._saved) if row is not None}
         for file in self._directory.glob(BEST_PREFIX + "*.safetensors"):
             if file not in needed:
                 file.unlink()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import nn
 
 from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_manifest
 from limbeck.config import config_hash, to_dict
-from limbeck.distill.config import DistillConfig, StudentConfig, TrainingConfig
+from limbeck.distill.config import DistillConfig, StudentConfig
 from limbeck.distill.data import Data, fingerprint, prepare
 from limbeck.distill.fused import FusedLoss
 from limbeck.distill.guard import BEST_PREFIX, Guard
@@ -97,8 +97,8 @@ def run(
         setup = _set_up(config, source, ranks)
         setup.data.counts["preflight"] = report(config, setup.model, setup.tokenizer, setup.data.train)
         wait(ranks)
-        kept_step = _train(setup, source, working, resume)
-        _write(setup, source, working, kept_step)
+        kept = _train(setup, source, working, resume)
+        _write(setup, source, working, kept)
         for state in working.glob("state*"):
             shutil.rmtree(state)
         for best in working.glob(BEST_PREFIX + "*"):
@@ -207,11 +207,12 @@ def _refuse_long(data: Data, limit_tokens: int) -> None:
         )
 
 
-def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -> int:
-    """All steps that are left; returns the step whose weights the model has at the end."""
+def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -> Mapping[str, Any]:
+    """All steps that are left; returns the metrics of the step whose weights the model has at the end."""
     training, ranks = setup.config.training, setup.ranks
     start = None if source is None else str(source.path)
     identity = config_hash({"config": to_dict(setup.config), "start": start, "traces": fingerprint(setup.data.train)})
+    guard = _guard(setup, working)
     # The saved cost is that of all ranks, so only one of them goes on from it.
     ledger = setup.ledger if ranks.is_first else Ledger(ranks.device)
     resumed = load_state(working, setup.model, setup.optimizer, ledger, identity) if resume else None
@@ -221,7 +222,8 @@ def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -
     metrics = working / "metrics.jsonl"
     if ranks.is_first:
         _keep_lines(metrics, first)
-    guard = _guard(training, working, metrics, first)
+    if guard is not None and first:
+        guard.replay(map(json.loads, metrics.read_text(encoding="utf-8").splitlines()[:first]))
     setup.model.train()
     total_tokens = sum(len(setup.data.train[i]) for step in setup.steps[first:] for i in step.indices)
     with bar("distilling" if setup.teacher else "fine-tuning", total_tokens) as progress:
@@ -247,7 +249,7 @@ def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -
                 break
     if guard is not None and ranks.is_first:
         guard.load_best(setup.model)
-    return number + 1 if guard is None else guard.step or number + 1
+    return row if guard is None or guard.best is None else guard.best
 
 
 def _save(setup: Run, working: Path, step: int, identity: str) -> None:
@@ -258,13 +260,14 @@ def _save(setup: Run, working: Path, step: int, identity: str) -> None:
             save_state(working, step, setup.model, setup.optimizer, cost, identity, rollouts)
 
 
-def _guard(training: TrainingConfig, working: Path, metrics: Path, first: int) -> Guard | None:
-    """The guard that the config asks for, as it was after the first steps."""
+def _guard(setup: Run, working: Path) -> Guard | None:
+    """The guard that the config asks for, with the weights that the run starts from as its first."""
+    training = setup.config.training
     if training.keep_best is None:
         return None
     guard = Guard(working, f"validation_{training.keep_best}", training.patience)
-    if first:
-        guard.replay(map(json.loads, metrics.read_text(encoding="utf-8").splitlines()[:first]))
+    start = {"step": 0, **validate(setup, with_kd=training.keep_best == "kd")}
+    guard.begin(start, setup.model if setup.ranks.is_first else None)
     return guard
 
 
@@ -362,18 +365,16 @@ def _loss(setup: Run, examples: Sequence[Example], work: Work, select: TokenSele
         )
 
 
-def _write(setup: Run, source: Checkpoint | None, working: Path, kept_step: int) -> None:
+def _write(setup: Run, source: Checkpoint | None, working: Path, kept: Mapping[str, Any]) -> None:
     config = setup.config
     with setup.ledger.phase("saving"):
         model = setup.model.merge_and_unload() if config.lora is not None else causal_lm_of(setup.model)
         with quiet():
             model.save_pretrained(working)
             setup.tokenizer.save_pretrained(working)
-    lines = (working / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    kept = json.loads(lines[kept_step - 1])
-    metrics = {"loss": kept["loss"], "validation_ce": kept.get("validation_ce")}
+    metrics = {"loss": kept.get("loss"), "validation_ce": kept.get("validation_ce")}
     if config.training.keep_best is not None:
-        metrics |= {"validation_kd": kept.get("validation_kd"), "kept_step": kept_step, "last_step": len(lines)}
+        metrics |= {"validation_kd": kept.get("validation_kd"), "kept_step": kept["step"]}
     write_manifest(
         working,
         stage="distill",
