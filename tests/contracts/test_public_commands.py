@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import SHAPE
 
 from limbeck import __version__
-from limbeck.cli import COMMANDS, OPTIONS, main
+from limbeck.cli import COMMANDS, LIMITED, OPTIONS, main
 from limbeck.config import describe
 
 WIDTH = 80
@@ -56,7 +56,7 @@ def test_help_shows_every_field_with_meaning_and_default(printed, name):
     assert "…" not in text and "\\[" not in text
     assert COMMANDS[name].help in words(text)
     entries = help_entries(text)
-    optional = {"--out", "--overwrite", "--resume"}
+    optional = set(LIMITED)
     assert entries.keys() & OPTIONS.keys() == OPTIONS.keys() - optional | set(COMMANDS[name].takes)
     config = COMMANDS[name].config
     for info in describe(config) if config else ():

@@ -150,6 +150,22 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
     load_model(str(tmp_path / "moe" / "out"))
 
 
+def test_scales_are_stored_in_the_dtype_of_the_model(tmp_path):
+    model = saved("llama", tmp_path / "model", torch.bfloat16)
+    calibration = text(tmp_path / "text")
+    config = QuantizeConfig(
+        model=str(tmp_path / "model"), method="rtn", group_size=16, calibration=calibration, gate=QUIET
+    )
+    run(config, tmp_path / "out")
+    read = load_model(str(tmp_path / "out")).model.layers[0].self_attn.q_proj.weight
+    weight = model.model.layers[0].self_attn.q_proj.weight.float()
+    scales = SafetensorSource(tmp_path / "out").tensor("model.layers.0.self_attn.q_proj.weight_scale")
+    assert scales.dtype == torch.bfloat16
+    codes = unpack(SafetensorSource(tmp_path / "out").tensor("model.layers.0.self_attn.q_proj.weight_packed"), 4, 32)
+    assert torch.equal(read, codes.float() * scales.float().repeat_interleave(16, 1))
+    assert float((read - weight).abs().max()) <= float(scales.max())
+
+
 def test_rounding_needs_no_text(tmp_path):
     metrics = quantized(tmp_path, method="rtn", calibration=text(tmp_path / "text"))
     assert metrics["calibration_tokens"] == 0

@@ -27,9 +27,23 @@ def grid_of(scheme: Scheme) -> Grid:
 class Quantize:
     """Codes and scales for every linear layer of a block."""
 
-    def __init__(self, schemes: Callable[[str], Scheme], rounding: Round, equalize: Equalize | None) -> None:
-        """`schemes` gives the scheme of a layer by its name, such as `layers.0.mlp.down_proj`."""
-        self._schemes, self._round, self._equalize = schemes, rounding, equalize
+    def __init__(
+        self,
+        schemes: Callable[[str], Scheme],
+        rounding: Round,
+        equalize: Equalize | None = None,
+        dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32,
+    ) -> None:
+        """What is done to the layers.
+
+        Args:
+          schemes: the scheme of a layer by its name, such as `layers.0.mlp.down_proj`.
+          rounding: the solver.
+          equalize: factors for the inputs of a group; None for none.
+          dtype_of: dtype that a layer's scales are stored in, by the name of its weight within the block. The walk
+            goes on with what will be read back, so scales are rounded at once.
+        """
+        self._schemes, self._round, self._equalize, self._dtype_of = schemes, rounding, equalize, dtype_of
         self._done: dict[str, tuple[Quantized, Scheme, float]] = {}
 
     def wants(self, group: Group) -> bool:
@@ -58,7 +72,8 @@ class Quantize:
             parts = zip(quantized.codes.split(rows), quantized.scales.split(rows), strict=True)
             for problem, (codes, scales) in zip(members, parts, strict=True):
                 name = problem.name.partition(f"layers.{group.block}.")[2]
-                own = Quantized(codes, scales, quantized.grid)
+                stored = scales.to(self._dtype_of(f"{name}.weight")).float()
+                own = Quantized(codes, stored, quantized.grid)
                 self._done[name] = own, scheme, _input_scale(problem)
                 weights[problem.name] = own.dequantize()
         return Solution([weights[problem.name] for problem in problems], factors)

@@ -120,7 +120,7 @@ def run(
         config.method,
         needs_data,
     )
-    method = Quantize(schemes.__getitem__, _rounding(config), _equalizer(config))
+    method = Quantize(schemes.__getitem__, _rounding(config), _equalizer(config), lambda name: blocks.dtypes[name])
 
     def finish(directory: Path, records: list[Record]) -> dict[str, Any]:
         solved = [record.name for record in records]
