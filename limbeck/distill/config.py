@@ -271,10 +271,12 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if not self.has_teacher and self.loss.kd_ratio:
             raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model, teacher.cache or teacher.server")
-        if self.on_policy is not None and (self.teacher.model is None or self.teacher.cache is not None):
+        if self.on_policy is not None and not all(
+            teacher.is_named and teacher.cache is None for teacher in (self.teacher, *self.teacher.others)
+        ):
             raise ConfigError(
-                "on_policy needs a teacher that can score new text: set teacher.model and no teacher.cache, "
-                "which knows given traces only"
+                "on_policy needs teachers that can score new text: set teacher.model or teacher.server and no "
+                "teacher.cache, which knows given traces only"
             )
         if self.training.keep_best is not None and not self.num_validation:
             raise ConfigError("training.keep_best needs held-out traces; set num_validation")

@@ -83,6 +83,8 @@ def test_teachers_that_cannot_score_new_text_are_refused(teacher, tmp_path):
     with pytest.raises(ConfigError, match="score new text"):
         config(teacher, **{"teacher.cache": str(tmp_path)})
     with pytest.raises(ConfigError, match="score new text"):
+        config(teacher, **{"teacher.others": [{"cache": str(tmp_path)}]})
+    with pytest.raises(ConfigError, match="score new text"):
         run_config({"on_policy": {}})
 
 

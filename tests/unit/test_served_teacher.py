@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from model_server import ModelServer
-from tiny_runs import CPU, one_step, run_config
+from tiny_runs import CPU, metrics_of, one_step, run_config
 
 from limbeck.client import Client, ClientConfig, map_concurrently, retry_after_seconds, server_root
+from limbeck.distill import train
 from limbeck.distill.pair import load_teacher
 from limbeck.errors import ConfigError, LimbeckError, PairError
 from limbeck.models.load import load_tokenizer
@@ -174,6 +175,23 @@ def test_distillation_from_a_server_is_distillation_from_the_live_teacher(layout
     live = one_step(run_config({**changes, "teacher.model": "tiny-teacher"}))
     assert served.kd == pytest.approx(live.kd, rel=1e-4)
     assert served.ce == pytest.approx(live.ce, rel=1e-6)
+
+
+def test_a_server_scores_rollouts_as_the_live_teacher_does(tmp_path):
+    """On-policy steps with every entry asked for: the same rollouts, the same divergence."""
+    changes = {
+        "student.model": "tiny-student",
+        "training.max_steps": 2,
+        "on_policy": {"start_fraction": 0.0, "max_new_tokens": 6},
+    }
+    with ModelServer("vllm") as server:
+        served = run_config({**changes, "teacher.server": server.url, "teacher.top_n": 56})
+        train.run(served, None, tmp_path / "served")
+    train.run(run_config({**changes, "teacher.model": "tiny-teacher"}), None, tmp_path / "live")
+    for one, other in zip(metrics_of(tmp_path / "served"), metrics_of(tmp_path / "live"), strict=True):
+        assert one["on_policy"] == other["on_policy"] == 1.0
+        assert one["rollout_tokens"] == other["rollout_tokens"] > 0
+        assert one["kd_term"] == pytest.approx(other["kd_term"], rel=1e-3)
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "llama_cpp"])
