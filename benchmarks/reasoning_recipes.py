@@ -9,7 +9,8 @@ Score: share of 200 held-out problems answered right, greedy. A row is the mean 
 every seed has its own order of the traces, all share traces, problems and starting student. Retention divides by the
 full run of the same seed. Cost counts student, teacher and sampling; probing is paid once and stands apart.
 
-    python benchmarks/reasoning_recipes.py stages [--quick] [--seeds 5] [--threads 2] [--scratch DIR] [--out DIR]
+    python benchmarks/reasoning_recipes.py stages [--only ARM ...] [--quick] [--seeds 5] [--threads 2]
+        [--scratch DIR] [--out DIR]
     python benchmarks/reasoning_recipes.py cuts --match flops [...]
 
 Runs that are finished in the scratch directory are not run again.
@@ -40,6 +41,8 @@ from limbeck.traces import probe
 from limbeck.traces.sources import TraceConfig
 
 COSTS = ("tokens", "flops", "seconds")
+STEPS = 120
+"""Optimizer steps of every arm of `stages`: one pass over the traces."""
 BUDGET = 0.45
 """Share of the full run's cost that every arm of `cuts` gets."""
 ROLLOUTS = {"max_new_tokens": 200, "temperature": 0.9, "max_staleness_steps": 3, "batch_size": 64}
@@ -108,18 +111,22 @@ class Bench:
         return found | {key: summary[key] for key in wanted}
 
 
-def compare_stages(bench: Bench, seeds: Sequence[int], quick: bool) -> dict[str, list[dict[str, Any]]]:
-    """Every arm of STAGES at the same number of steps."""
-    steps = {"training.max_steps": 6 if quick else 200}
-    return {name: [bench.run(name, seed, changes | steps) for seed in seeds] for name, changes in STAGES.items()}
+def compare_stages(
+    bench: Bench, arms: Sequence[str], seeds: Sequence[int], quick: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """These arms of STAGES at the same number of steps."""
+    steps = {"training.max_steps": 6 if quick else STEPS}
+    return {name: [bench.run(name, seed, STAGES[name] | steps) for seed in seeds] for name in arms}
 
 
-def compare_cuts(bench: Bench, seeds: Sequence[int], match: str) -> dict[str, list[dict[str, Any]]]:
-    """The full run, then every arm of CUTS at BUDGET of its tokens or FLOPs."""
+def compare_cuts(
+    bench: Bench, arms: Sequence[str], seeds: Sequence[int], match: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The full run, then these arms of CUTS at BUDGET of its tokens or FLOPs."""
     found = {"everything": [bench.run("everything", seed, {}) for seed in seeds]}
     full = found["everything"][0]
-    for name, changes in CUTS.items():
-        tokens = BUDGET * full["tokens"]
+    for name in arms:
+        changes, tokens = CUTS[name], BUDGET * full["tokens"]
         if match == "flops":
             pilot = bench.run(f"pilot {name}", 0, changes | {"training.max_steps": 12}, is_scored=False)
             tokens = BUDGET * full["flops"] * pilot["tokens"] / pilot["flops"]
@@ -164,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comparison", choices=("stages", "cuts"))
     parser.add_argument("--match", choices=("tokens", "flops"), default="flops")
+    parser.add_argument("--only", nargs="+", metavar="ARM", choices=[*STAGES, *CUTS], help="these arms instead of all")
     parser.add_argument("--quick", action="store_true", help="120 traces, one seed: shows that it runs, nothing else")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -176,9 +184,11 @@ def main() -> None:
         bench = Bench(options.scratch or Path(temporary), options.quick, options.threads)
         seeds = range(1 if options.quick else options.seeds)
         if options.comparison == "stages":
-            found, reference, name = compare_stages(bench, seeds, options.quick), "given traces", "recipes_stages"
+            arms, reference, name = options.only or list(STAGES), "given traces", "recipes_stages"
+            found = compare_stages(bench, arms, seeds, options.quick)
         else:
-            found, reference = compare_cuts(bench, seeds, options.match), "everything"
+            arms, reference = options.only or list(CUTS), "everything"
+            found = compare_cuts(bench, arms, seeds, options.match)
             name = f"recipes_cuts_{options.match}"
         table, keys = table_of(found, reference)
     probing = bench.probing
