@@ -287,7 +287,7 @@ def test_an_empty_recipe_is_no_field_and_a_missing_one_an_error(tmp_path):
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_shipped_recipes_are_valid(recipe):
     tree = read_recipe(recipe)
-    command = "sweep" if "distill" in tree else "distill"
+    command = "recover" if "prune" in tree else "sweep" if "distill" in tree else "distill"
     assert build(COMMANDS[command].config, tree, str(recipe))
 
 
