@@ -3,6 +3,7 @@
     LimbeckError
     ├── ConfigError (ValueError)         a recipe or a flag asks for what cannot work
     ├── TraceFormatError (ValueError)    a trace file or a record in it is malformed
+    ├── DataError (ValueError)           a ranking data set or a record in it is malformed, or leaks its labels
     ├── TemplateError (ValueError)       a tokenizer or its chat template cannot carry a trace
     ├── ModelError (ValueError)          a model directory is missing, damaged or of an unsupported kind
     ├── CheckpointError (ValueError)     an output directory or its manifest is missing, damaged or foreign
@@ -30,6 +31,10 @@ class ConfigError(LimbeckError, ValueError):
 
 class TraceFormatError(LimbeckError, ValueError):
     """A trace file, or a record in it, is malformed."""
+
+
+class DataError(LimbeckError, ValueError):
+    """A ranking data set, or a record in it, is malformed, or its history knows its labels."""
 
 
 class TemplateError(LimbeckError, ValueError):

@@ -91,8 +91,8 @@ def mean_interval(values: ArrayLike, seed: int = 0) -> Interval:
     Raises: ValueError for no problems, no samples, or values that are not finite.
     """
     scores = _problems_by_samples(values).mean(1)
-    means = np.concatenate([scores[index].mean(1) for index in _resamples(len(scores), seed)])
-    return _around(float(scores.mean()), means)
+    means = np.concatenate([scores[index].mean(1) for index in resamples(len(scores), seed)])
+    return around(float(scores.mean()), means)
 
 
 def ratio_interval(sums: ArrayLike, counts: ArrayLike, seed: int = 0) -> Interval:
@@ -107,8 +107,8 @@ def ratio_interval(sums: ArrayLike, counts: ArrayLike, seed: int = 0) -> Interva
     above, below = _problems_by_samples(sums)[:, 0], _problems_by_samples(counts)[:, 0]
     if len(above) != len(below) or not (below > 0).all():
         raise ValueError(f"expected a count above 0 for each of {len(above)} sums; found {len(below)}")
-    ratios = np.concatenate([above[index].sum(1) / below[index].sum(1) for index in _resamples(len(above), seed)])
-    return _around(float(above.sum() / below.sum()), ratios)
+    ratios = np.concatenate([above[index].sum(1) / below[index].sum(1) for index in resamples(len(above), seed)])
+    return around(float(above.sum() / below.sum()), ratios)
 
 
 def paired_retention(scores: ArrayLike, scores_uncut: ArrayLike, seed: int = 0) -> Interval:
@@ -130,11 +130,11 @@ def paired_retention(scores: ArrayLike, scores_uncut: ArrayLike, seed: int = 0) 
     if uncut.mean() == 0:
         return Interval(math.nan, math.nan, math.nan, "the uncut run scores 0, so there is nothing to retain")
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.concatenate([ours[index].mean(1) / uncut[index].mean(1) for index in _resamples(len(ours), seed)])
-    return _around(float(ours.mean() / uncut.mean()), ratios[~np.isnan(ratios)])
+        ratios = np.concatenate([ours[index].mean(1) / uncut[index].mean(1) for index in resamples(len(ours), seed)])
+    return around(float(ours.mean() / uncut.mean()), ratios[~np.isnan(ratios)])
 
 
-def _resamples(num_problems: int, seed: int) -> Iterator[np.ndarray]:
+def resamples(num_problems: int, seed: int) -> Iterator[np.ndarray]:
     """int64 [R' P] chunks of NUM_RESAMPLES draws with replacement."""
     rng = np.random.default_rng(seed)
     chunk = max(1, min(NUM_RESAMPLES, _CHUNK_ENTRIES // num_problems))
@@ -142,7 +142,8 @@ def _resamples(num_problems: int, seed: int) -> Iterator[np.ndarray]:
         yield rng.integers(0, num_problems, (min(chunk, NUM_RESAMPLES - start), num_problems))
 
 
-def _around(value: float, statistics: np.ndarray) -> Interval:
+def around(value: float, statistics: np.ndarray) -> Interval:
+    """The value with the percentile interval of the statistic's resampled values [R]."""
     # inverted_cdf takes an observed value and never interpolates, which would make NaN of an infinite end.
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")

@@ -20,6 +20,7 @@ LAYERS = [
     ["distill"],
     ["evaluate"],
     ["compress"],
+    ["ranking"],
     ["sweep"],
     ["report"],
     ["demo"],
