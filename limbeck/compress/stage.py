@@ -19,7 +19,7 @@ from limbeck.compress.fidelity import GateConfig, check, compare, label_ids
 from limbeck.compress.moments import StoredMoments
 from limbeck.compress.plan import as_dict, plan
 from limbeck.compress.walk import Method, Record, WalkOptions, solve_stored, walk, write_rest
-from limbeck.compress.weights import SafetensorSource, ShardWriter
+from limbeck.compress.weights import ShardWriter, stored_size
 from limbeck.config import config_hash
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
@@ -159,9 +159,8 @@ def summary(records: list[Record]) -> dict[str, Any]:
 
 
 def parameters_of(directory: Path) -> int:
-    """Parameters of a written checkpoint of plain weights."""
-    source = SafetensorSource(directory)
-    return sum(source.tensor(name).numel() for name in source.names())
+    """Parameters of a written checkpoint; the mask beside them does not count."""
+    return stored_size(directory).parameters
 
 
 def _save_generation_config(model: str, directory: Path) -> None:

@@ -168,9 +168,13 @@ def _describe_prune(manifest: Mapping[str, Any]) -> tuple[str, str]:
 
 def _describe_quantize(manifest: Mapping[str, Any]) -> tuple[str, str]:
     config = manifest["config"]
-    methods = [config[key] for key in ("equalization", "method") if config.get(key) not in (None, "none")]
-    group = config.get("group_size") if config["scheme"].endswith("a16") else None
-    return " + ".join(methods), config["scheme"] + (f", groups of {group}" if group else "")
+    pattern, mixed = config.get("pattern"), config.get("mixed")
+    methods = [config.get("equalization"), "joint" if pattern else config["method"]]
+    parts = [config["scheme"] if mixed is None else f"mixed, {mixed['bits_per_weight']:g} bits a weight"]
+    if config.get("group_size") and (mixed is not None or config["scheme"].endswith("a16")):
+        parts.append(f"groups of {config['group_size']}")
+    parts += [_pattern(str(pattern))] if pattern else []
+    return " + ".join(method for method in methods if method not in (None, "none")), ", ".join(parts)
 
 
 def _describe_recover(manifest: Mapping[str, Any]) -> tuple[str, str]:

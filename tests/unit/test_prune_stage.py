@@ -109,6 +109,8 @@ def test_the_pattern_holds_in_the_file(method, dtype, tmp_path):
         model=str(tmp_path / "model"), method=method, pattern="2:4", calibration=text(tmp_path / "text"), gate=QUIET
     )
     metrics = run(config, tmp_path / "out")
+    whole = SafetensorSource(tmp_path / "model")
+    assert metrics["parameters"] == sum(whole.tensor(name).numel() for name in whole.names()), "the mask is no weight"
     source, masks = SafetensorSource(tmp_path / "out"), read_masks(tmp_path / "out")
     assert len(masks) == metrics["layers"] == 21
     for name, mask in masks.items():

@@ -21,7 +21,6 @@ from limbeck.report.page import run
 from limbeck.report.tables import for_console
 
 NAMES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-PLACES = {"attention_in": 2, "attention_out": 1, "mlp_in": 2, "mlp_out": 1}
 
 
 def layers(names: tuple[str, ...] = NAMES, depth: int = 3, scale: float = 0.01) -> list[dict[str, Any]]:
@@ -152,6 +151,22 @@ def test_packed_weights_are_counted_one_by_one(tmp_path: Path) -> None:
     assert cells(path, "method") == ["awq + quantease"]
     assert cells(path, "scheme or pattern") == ["w4a16, groups of 32"]
     assert cells(path, "made of") == ["gone"], "a model that is no longer there is still named"
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "form"),
+    [
+        ({}, "gptq", "w4a16, groups of 32"),
+        ({"group_size": None}, "gptq", "w4a16"),
+        ({"scheme": "w8a8"}, "gptq", "w8a8"),
+        ({"mixed": {"bits_per_weight": 4.5}}, "gptq", "mixed, 4.5 bits a weight, groups of 32"),
+        ({"pattern": "2:4", "equalization": "smoothquant"}, "smoothquant + joint", "w4a16, groups of 32, 2:4 sparse"),
+    ],
+)
+def test_schemes(tmp_path: Path, change: dict[str, Any], method: str, form: str) -> None:
+    config = {"model": "m", "method": "gptq", "equalization": "none", "scheme": "w4a16", "group_size": 32, **change}
+    path = write_model(tmp_path / "quantized", "quantize", config, {"scheme": "w4a16"})
+    assert (cells(path, "method"), cells(path, "scheme or pattern")) == ([method], [form])
 
 
 @pytest.mark.parametrize(
