@@ -21,6 +21,7 @@ from limbeck.traces.column_formats import (
     parse_gsm8k,
     parse_reasoning_gym,
 )
+from limbeck.traces.prompts import is_prompt, parse_prompts
 from limbeck.traces.record import Parsed, Record
 from limbeck.traces.thought import Markers, Thought, join_thought, unclosed_thought
 from limbeck.traces.trace import Trace, from_json
@@ -110,6 +111,7 @@ FORMATS: dict[str, Parser] = {
     "columns": parse_columns,
     "gsm8k": parse_gsm8k,
     "reasoning_gym": parse_reasoning_gym,
+    "prompts": parse_prompts,
 }
 
 
@@ -118,10 +120,12 @@ def _has_columns(record: Record) -> bool:
     return has_thought and any(name in record for name in PROMPT_COLUMNS)
 
 
-# In this order: OpenR1-Math rows hold `messages` too, but only those of the first generation.
+# In this order: OpenR1-Math rows hold `messages` too, but only those of the first generation; and prompts without a
+# reply stand under the same names as prompts with one.
 _SIGNS: dict[str, Callable[[Record], bool]] = {
     "limbeck": lambda record: "limbeck_trace" in record,
     "columns": _has_columns,
+    "prompts": is_prompt,
     "messages": lambda record: "messages" in record,
     "sharegpt": lambda record: "conversations" in record,
     "prompt_completion": lambda record: "prompt" in record and "completion" in record,

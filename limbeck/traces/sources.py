@@ -34,8 +34,8 @@ class TraceConfig:
     datasets.save_to_disk wrote; reasoning-gym:TASK or builtin:chain, which make traces; else a hub id
     (owner/name), the only source that uses the network."""
     format: str = "auto"
-    """Format of the records: limbeck, messages, sharegpt, prompt_completion, columns, gsm8k or reasoning_gym;
-    auto finds it."""
+    """Format of the records: limbeck, messages, sharegpt, prompt_completion, columns, gsm8k, reasoning_gym, or prompts
+    without a reply; auto finds it."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Fields to rename before parsing, their name to ours, such as llm_response to completion."""
     markers: tuple[str, str] | None = None

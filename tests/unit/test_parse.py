@@ -340,6 +340,36 @@ def test_plain_columns_become_metadata() -> None:
     assert (trace.reference, trace.correct) == ("4", True)
 
 
+@pytest.mark.parametrize(
+    ("record", "reference"),
+    [
+        ({"prompt": "Q", "reference": 4}, "4"),
+        ({"question": "Q"}, None),
+        ({"messages": [{"role": "user", "content": "Q"}]}, None),
+        ({"conversations": [{"from": "human", "value": "Q"}], "reference": "4"}, "4"),
+        ({"prompt": [{"role": "user", "content": "Q"}], "level": 3}, None),
+    ],
+)
+def test_prompts_without_a_reply(record: dict[str, Any], reference: str | None) -> None:
+    assert detect(record) == "prompts"
+    parsed = only(record, "prompts")
+    assert parsed.problem == "no reply: the record holds a prompt only"
+    assert parsed.trace and parsed.trace.messages[-1] == {"role": "user", "content": "Q"}
+    assert (parsed.trace.cot, parsed.trace.answer, parsed.trace.reference) == (None, None, reference)
+    assert parsed.trace.metadata == ({"level": 3} if "level" in record else {})
+
+
+def test_prompts_with_answers_are_named_by_the_user() -> None:
+    record = {"problem": "Q", "answer": "4"}
+    with pytest.raises(TraceFormatError, match="unknown format"):
+        detect(record)
+    trace = only(record, "prompts").trace
+    assert trace and trace.reference == "4"
+    reply = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    assert detect(reply) == "messages"
+    assert "prompt does not end with the user" in str(only(reply, "prompts").problem)
+
+
 def test_detect_names_formats_and_keys() -> None:
     with pytest.raises(TraceFormatError) as caught:
         detect({"instruction": "Q", "output": "A"})

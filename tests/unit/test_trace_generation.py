@@ -63,6 +63,17 @@ def test_writes_traces_with_their_origin(whole, tmp_path):
     assert manifest["counts"]["generated_tokens"] == sum(trace.metadata["output_tokens"] for trace in traces)
 
 
+def test_a_file_of_prompts_alone_is_answered_as_its_traces_are(whole, tmp_path):
+    traces, _ = read_traces(TraceConfig(**FEW))
+    lines = [json.dumps({"messages": list(trace.messages), "reference": trace.reference}) for trace in traces]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    run(config_of(prompts={"source": str(tmp_path / "prompts.jsonl")}), tmp_path / "out")
+    written = [json.loads(line) for line in (tmp_path / "out" / "traces.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in whole.splitlines()]
+    for name in ("messages", "cot", "answer", "reference"):
+        assert [trace[name] for trace in written] == [trace[name] for trace in expected]
+
+
 def test_a_finished_run_does_nothing_again(tmp_path):
     out = tmp_path / "out"
     first = run(config_of(), out)
