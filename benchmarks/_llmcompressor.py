@@ -3,8 +3,8 @@
     .venv-compress/bin/python benchmarks/_llmcompressor.py MODEL TOKENS.json METHOD OUT THREADS
 
 TOKENS.json is a list of token id lists. OUT becomes a plain float32 checkpoint: quantised weights are written as the
-values they stand for. The last line printed is a JSON object: seconds of the whole `oneshot` call, loading and saving
-apart.
+values they stand for. The last line printed is a JSON object, seconds of the whole `oneshot` call by two clocks,
+loading and saving apart.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main(source: str, tokens: str, method: str, out: str, threads: str) -> None:
     sequences = json.loads(Path(tokens).read_text(encoding="utf-8"))
     rows = {"input_ids": sequences, "attention_mask": [[1] * len(ids) for ids in sequences]}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    start = time.perf_counter()
+    starts = time.perf_counter(), time.process_time()
     oneshot(
         model=model,
         dataset=Dataset.from_dict(rows),
@@ -92,12 +92,12 @@ def main(source: str, tokens: str, method: str, out: str, threads: str) -> None:
         shuffle_calibration_samples=False,
         batch_size=1,
     )
-    seconds = time.perf_counter() - start
+    seconds = {"wall": time.perf_counter() - starts[0], "cpu": time.process_time() - starts[1]}
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     missing, unexpected = plain.load_state_dict(plain_weights(model), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     plain.save_pretrained(out)
-    print(json.dumps({"seconds": seconds}))
+    print(json.dumps(seconds))
 
 
 if __name__ == "__main__":

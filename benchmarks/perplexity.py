@@ -15,9 +15,10 @@ weights, random neurons, random KV groups, the last layers but one) and the dens
 size are refitted like OSSCAR's where it says so. Wanda is the same rule on both sides, so it stands once.
 
 Seconds: GPTQ at 4 bits on the whole model, llm-compressor's `oneshot` and our stage, which also writes the checkpoint;
-loading apart; in turns, medians.
+loading apart; in turns, medians. `--clock cpu` counts CPU-seconds of one thread, for a machine that does other work.
 
-    python benchmarks/perplexity.py [--quick] [--rows W4A16 2:4] [--work DIR] [--threads 2] [--out benchmarks/results]
+    python benchmarks/perplexity.py [--quick] [--rows W4A16 2:4] [--work DIR] [--threads 2] [--clock wall]
+        [--out benchmarks/results]
 
 Rows that DIR holds already are not computed again; the seconds always are. Peers: `make bench-peers-compress`.
 """
@@ -59,6 +60,7 @@ from limbeck.models.quantized import rounded_inputs
 TEXTS = Path(".venv-compress/texts")
 PEER = Path(".venv-compress/bin/python")
 WINDOW, WINDOWS = 512, 41
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GROUP_SIZE = 64
 DROPPED_LAYERS = 3
 EXACT = GateConfig(sequences=0)
@@ -102,14 +104,14 @@ def pruned(method: str, setup: Setup, out: Path, **more: Any) -> None:
     prune.run(PruneConfig(model=str(setup.dense), method=method, calibration=setup.calibration, gate=gate, **more), out)
 
 
-def peer(method: str, setup: Setup, out: Path) -> float:
-    """llm-compressor in its own venv; returns its seconds."""
+def peer(method: str, setup: Setup, out: Path) -> dict[str, float]:
+    """llm-compressor in its own venv; returns its seconds by each clock."""
     script = Path(__file__).with_name("_llmcompressor.py")
     command = [PEER, script, setup.dense, setup.tokens, method, out, setup.threads]
     answer = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if answer.returncode:
         raise SystemExit(f"llm-compressor {method} failed:\n{answer.stderr[-2000:]}")
-    return float(json.loads(answer.stdout.splitlines()[-1])["seconds"])
+    return dict(json.loads(answer.stdout.splitlines()[-1]))
 
 
 class Chosen:
@@ -252,15 +254,16 @@ def perplexity(directory: Path, setup: Setup, rounds_inputs: bool = False) -> di
     return window_sums(model, setup.windows).summary()
 
 
-def gptq_seconds(setup: Setup, repeats: int) -> dict[str, list[float]]:
+def gptq_seconds(setup: Setup, repeats: int, clock: str) -> dict[str, list[float]]:
     """Seconds of GPTQ on the whole model, theirs and ours in turns."""
     seconds: dict[str, list[float]] = {"ours": [], "llm-compressor": []}
+    now = CLOCKS[clock]
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as scratch:
-            seconds["llm-compressor"].append(peer("w4a16-gptq", setup, Path(scratch) / "theirs"))
-            start = time.perf_counter()
+            seconds["llm-compressor"].append(peer("w4a16-gptq", setup, Path(scratch) / "theirs")[clock])
+            start = now()
             quantized("gptq", setup, Path(scratch) / "ours")
-            seconds["ours"].append(time.perf_counter() - start)
+            seconds["ours"].append(now() - start)
     return seconds
 
 
@@ -313,13 +316,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few tokens; figures mean nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="of the timing")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU-seconds, for --threads 1")
     parser.add_argument("--rows", nargs="+", help="only rows whose setting and method begin so, and no timing")
     parser.add_argument("--work", type=Path, help="directory that keeps finished rows")
     parser.add_argument("--out", type=Path, help="directory for perplexity.md and perplexity.json")
     options = parser.parse_args()
     if not PEER.exists():
         raise SystemExit(f"{PEER} is missing: make bench-peers-compress")
-    header = conditions(options.threads, ("torch", "transformers")) + "; peer llmcompressor 0.14.0.1"
+    header = (
+        conditions(options.threads, ("torch", "transformers"))
+        + f"; clock: {options.clock}; peer llmcompressor 0.14.0.1"
+    )
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
@@ -329,7 +336,7 @@ def main() -> None:
         dense = measured(dense_row, setup, work)
         wanted = tuple(options.rows or [""])
         rows = [measured(row, setup, work) for row in ROWS if f"{row.setting} {row.method}".startswith(wanted)]
-        seconds = None if options.rows else gptq_seconds(setup, options.repeats)
+        seconds = None if options.rows else gptq_seconds(setup, options.repeats, options.clock)
     rows = with_gaps(rows, dense["perplexity"])
     keys = summarise(rows, dense["perplexity"], seconds)
     table = f"Dense: {dense['perplexity']:.2f}\n\n" + table_of(rows)
