@@ -32,6 +32,8 @@ from limbeck.evaluate import stage as evaluate
 from limbeck.evaluate import verify
 from limbeck.optim.study import converge, escape, race
 from limbeck.progress import console
+from limbeck.ranking import evaluate as rank_evaluate
+from limbeck.ranking import train as rank_train
 from limbeck.report import page as report
 from limbeck.sweep import execute as sweep
 from limbeck.sweep.plan import SweepConfig
@@ -147,7 +149,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         demo.DemoConfig,
         lambda config, options: demo.run(config, options.out),
-        "the main job on the built-in models, offline: traces, truncation sweep, report",
+        "the main job on the built-in models, offline: traces, truncation sweep, compression, report",
         ("--out",),
     ),
     "traces import": Command(importing.ImportConfig, _import, "read traces of any format into one JSONL file"),
@@ -214,7 +216,18 @@ COMMANDS: dict[str, Command] = {
         ALL,
     ),
     "optim race": Command(race.RaceConfig, _resumable(race.run), "race optimizers on a test problem", ALL),
-    "report": Command(None, _report, "one page from sweep or run directories", ("--out",)),
+    "rank train": Command(
+        rank_train.RankTrainConfig,
+        _resumable(rank_train.run),
+        "train a scorer of candidates by one token, on labels or by distillation",
+        ALL,
+    ),
+    "rank evaluate": Command(
+        rank_evaluate.RankEvaluateConfig,
+        lambda config, options: rank_evaluate.run(config, options.out, overwrite=options.overwrite),
+        "score candidates with a model: AUC, NDCG, log-loss and calibration with intervals",
+    ),
+    "report": Command(None, _report, "one page from sweeps, runs and compressed models", ("--out",)),
 }
 
 
@@ -233,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _say(
             "limbeck: interrupted. demo, sweep, teacher cache and traces generate go on when called again; distill, "
-            "recover and optim go on with --resume."
+            "recover, rank train and optim go on with --resume."
         )
         code = 130
     sys.exit(code)

@@ -1,30 +1,45 @@
 """The main job on the embedded default, offline: the built-in teacher writes traces, a small student learns from parts
-of them, and one page shows what each cut saves and costs.
+of them and is then made smaller still, and one page shows what each step saves and costs.
 
 1. The teacher answers hard problems of the built-in task, sampled; what it gets wrong is left out.
 2. A sweep distils the built-in base student on the first part of every trace, at several lead fractions, with and
    without the ending re-attached.
-3. Every student is scored on other hard problems; the report is written beside `summary.json`.
+3. Every student is scored on other hard problems.
+4. The best student loses half of its parameters, learns again from the same traces, and is quantised to 4 bits; what
+   each step left is scored on the same problems. The report is written beside `summary.json`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_manifest
+from limbeck.compress import recover
+from limbeck.compress.prune.stage import PruneConfig
+from limbeck.compress.quantize import stage as quantize
+from limbeck.compress.quantize.stage import QuantizeConfig
+from limbeck.compress.recover import RecoverConfig
 from limbeck.config import build, config_hash
-from limbeck.distill.config import DistillConfig
-from limbeck.errors import ConfigError, LimbeckError
+from limbeck.distill import train
+from limbeck.distill.config import DistillConfig, StudentConfig
+from limbeck.errors import CheckpointError, ConfigError, LimbeckError
+from limbeck.evaluate import stage as evaluate
 from limbeck.evaluate.answers import Verdict, check_exact
 from limbeck.evaluate.run import EvaluateConfig
+from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.models.generate import SamplingConfig, generate
-from limbeck.models.load import load_model, load_tokenizer
+from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.progress import bar, console
 from limbeck.report import page
-from limbeck.report.tables import console_table
+from limbeck.report.collect import collect
+from limbeck.report.compression import compression_table
+from limbeck.report.tables import console_table, for_console
 from limbeck.sweep import execute
 from limbeck.sweep.plan import SweepConfig
+from limbeck.sweep.process import in_process
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig
 from limbeck.traces.synthetic import DERIVATION_PATTERN
@@ -62,12 +77,51 @@ class DemoConfig:
 
 
 def run(config: DemoConfig, out: Path) -> None:
-    """Do the demonstration in the directory `out`, going on where an earlier one stopped; prints table and page."""
+    """Do the demonstration in the directory `out`, going on where an earlier one stopped; prints tables and page."""
     traces = sample_traces(config, out / "traces")
-    summary = execute.run(sweep_config(config, traces), out)
-    report = page.run([out], out)
+    sweep = sweep_config(config, traces)
+    summary = execute.run(sweep, out)
     console.print(console_table(summary["runs"]))
+    best = max(summary["runs"], key=lambda run: run["accuracy"])
+    made = compress(sweep, out / "runs" / best["name"], out)
+    console.print(for_console(compression_table(collect(made).compressed, is_brief=True)))
+    report = page.run([out, *made], out)
     console.print(f"report: {report}\nnumbers: {out / 'summary.json'}", highlight=False)
+
+
+def compress(sweep: SweepConfig, student: Path, out: Path) -> list[Path]:
+    """Prune, recover and quantise a student of the sweep, and score what each step left; returns what was made."""
+    recovered, quantised = out / "recovered", out / "quantised"
+    distill = build(DistillConfig, Checkpoint(student).manifest["config"])
+    again = replace(distill.training, epochs=distill.training.epochs / 2)
+    recovery = RecoverConfig(
+        # Two thirds of the weights are in the MLPs: half of all parameters go. Fewer heads cost this student more.
+        prune=PruneConfig(model=str(student), neuron_sparsity=0.75),
+        distill=replace(distill, student=StudentConfig(model=str(student)), training=again),
+    )
+    in_process(_make, recover.run, recovery, train.inputs_of(recovery.distill), recovered)
+    rounding = QuantizeConfig(model=str(recovered), scheme="w4a16", group_size=32)
+    in_process(_make, quantize.run, rounding, {"model": model_hash(rounding.model)}, quantised)
+    scoring = EvaluateStageConfig(model="", problems=sweep.problems, evaluate=sweep.evaluate, render=distill.render)
+    for directory in (recovered / "round-1" / "pruned", recovered, quantised):
+        in_process(_score, replace(scoring, model=str(directory)), directory / "evaluation")
+    return [recovered, quantised]
+
+
+def _make(run: Callable[..., Any], config: Any, inputs: Mapping[str, str], out: Path) -> None:
+    """Run a stage whose output is not there yet, going on where it was stopped."""
+    if Checkpoint(out).is_made_of(config, inputs):
+        return
+    try:
+        run(config, out, overwrite=True, resume=True)
+    except CheckpointError as error:
+        console.print(f"starting anew: {error}", highlight=False)
+        run(config, out, overwrite=True)
+
+
+def _score(config: EvaluateStageConfig, out: Path) -> None:
+    if not Checkpoint(out).is_made_of(config, {"model": model_hash(config.model)}):
+        evaluate.run(config, None, out, overwrite=True)
 
 
 def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:

@@ -1,8 +1,10 @@
 """The main job at a toy size, through the command line, as a newcomer runs it; and the README's promises."""
 
+import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,13 +84,39 @@ def test_page_is_one_file_and_names_its_numbers(demo):
     assert list((out / "plots").glob("*.png"))
 
 
-def test_a_second_call_does_nothing_again(demo):
+def test_the_best_student_is_made_smaller_step_by_step(demo):
+    out, first, _ = demo
+    lines = {line["name"]: line for line in csv.DictReader((out / "report.csv").open())}
+    best = max(json.loads((out / "summary.json").read_text())["runs"], key=lambda run: run["accuracy"])["name"]
+    names = [best, "recovered/round-1/pruned", "recovered", "quantised"]
+    student, pruned, recovered, quantised = (lines[name] for name in names)
+    # The student stands there as a run and again as what the others were made of.
+    assert int(pruned["parameters"]) == int(recovered["parameters"]) == int(quantised["parameters"])
+    assert 0.45 < int(pruned["parameters"]) / int(student["parameters"]) < 0.55
+    assert 0 < float(quantised["kl_nats"]) < min(float(pruned["kl_nats"]), float(recovered["kl_nats"]))
+    assert int(quantised["weight_bytes"]) < 0.25 * int(recovered["weight_bytes"])
+    for line in (pruned, recovered, quantised):
+        assert 0 <= float(line["accuracy_low"]) <= float(line["accuracy"]) <= float(line["accuracy_high"]) <= 1
+        assert line["num_problems"] == "12", "scored on the problems of the sweep"
+    assert all(name in first.stdout + first.stderr for name in names)
+    assert {"layer_error.png", "layer_seconds.png"} <= {file.name for file in (out / "plots").iterdir()}
+
+
+def test_a_second_call_does_only_what_is_missing(demo):
     out, _, arguments = demo
-    weights = out / "runs" / "lead_fraction-0.5_keep_ending-false" / "model.safetensors"
-    before = weights.stat().st_mtime_ns
+    kept = [
+        out / "runs" / "lead_fraction-0.5_keep_ending-false" / "model.safetensors",
+        out / "recovered" / "limbeck.json",
+        out / "recovered" / "evaluation" / "limbeck.json",
+    ]
+    before = [file.stat().st_mtime_ns for file in kept]
+    weights = sorted((out / "quantised").glob("*.safetensors"))
+    content = [file.read_bytes() for file in weights]
+    shutil.rmtree(out / "quantised")
     second = limbeck(*arguments, cwd=out.parents[1])
     assert second.returncode == 0, second.stderr
-    assert weights.stat().st_mtime_ns == before
+    assert [file.stat().st_mtime_ns for file in kept] == before
+    assert [file.read_bytes() for file in weights] == content
 
 
 def test_a_student_is_an_ordinary_model_directory(demo):
