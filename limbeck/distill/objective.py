@@ -25,7 +25,7 @@ from limbeck.ledger import (
     head_forward_flops,
 )
 from limbeck.models.anatomy import Computed, Head, Sizes, head_of, hidden_rows
-from limbeck.teacher.targets import DenseTargets, TeacherTargets
+from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets
 from limbeck.traces.batch import Batch, Example
 from limbeck.traces.supervise import TokenSelection
 
@@ -116,7 +116,8 @@ def microbatch_loss(
         scored = len(hidden)
         supervised, hidden = _select_by_divergence(select, supervised, batch, hidden, head, config, vocab, ledger)
         if torch.is_grad_enabled() and targets is not None:
-            ledger.add_flops(head=head_forward_flops(student_sizes, scored))
+            passes = len(targets.parts) if isinstance(targets, SeveralTargets) else 1
+            ledger.add_flops(head=passes * head_forward_flops(student_sizes, scored))
     rows, ce_coef, kd_coef, targets = supervised
     with ledger.phase("head"):
         loss = weighted_fused_loss(
@@ -172,9 +173,10 @@ def _keep(
     """The positions left and which they are; the loss takes the kept ones through the teacher's head a second time."""
     kd_coef = keep_top(scores, _owner(batch)[supervised.rows], supervised.kd_coef, select.fraction)
     kept, used = supervised._replace(kd_coef=kd_coef).used()
-    if isinstance(kept.targets, DenseTargets):
-        rows_of_head, width = kept.targets.head_weight.shape
-        ledger.add_flops(teacher=2 * len(kept.rows) * min(vocab, rows_of_head) * width)
+    for part in kept.targets.parts if isinstance(kept.targets, SeveralTargets) else (kept.targets,):
+        if isinstance(part, DenseTargets):
+            rows_of_head, width = part.head_weight.shape
+            ledger.add_flops(teacher=2 * len(kept.rows) * min(vocab, rows_of_head) * width)
     return kept, used
 
 

@@ -11,6 +11,7 @@ share is taken within each sequence and not over a batch, which no split of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,7 @@ from limbeck.distill.divergence import LOG_FLOOR, DivergenceConfig
 from limbeck.distill.head import Head
 from limbeck.distill.rowloss import row_loss
 from limbeck.distill.rows import make_rows
-from limbeck.errors import ConfigError
-from limbeck.teacher.targets import DenseTargets, TeacherTargets, TopKTargets
+from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets, TopKTargets
 from limbeck.traces.truncate import share_of
 
 CHUNK_ROWS = 256
@@ -48,13 +48,15 @@ class SupervisedRows(NamedTuple):
 
 def take(targets: TeacherTargets, keep: Tensor) -> TeacherTargets:
     """The targets of some positions, by index or by mask."""
+    if isinstance(targets, SeveralTargets):
+        return SeveralTargets(tuple(_take(part, keep) for part in targets.parts), targets.weights)
+    return None if targets is None else _take(targets, keep)
+
+
+def _take(targets: DenseTargets | TopKTargets, keep: Tensor) -> DenseTargets | TopKTargets:
     if isinstance(targets, DenseTargets):
         return DenseTargets(targets.hidden[keep], targets.head_weight, targets.head_bias)
-    if isinstance(targets, TopKTargets):
-        return TopKTargets(targets.ids[keep], targets.log_probs[keep], targets.log_tail[keep])
-    if targets is not None:
-        raise _several()
-    return None
+    return TopKTargets(targets.ids[keep], targets.log_probs[keep], targets.log_tail[keep])
 
 
 def keep_top(scores: Tensor, owner: Tensor, coef: Tensor, fraction: float) -> Tensor:
@@ -83,11 +85,15 @@ def keep_top(scores: Tensor, owner: Tensor, coef: Tensor, fraction: float) -> Te
 
 @torch.no_grad()
 def teacher_entropies(targets: TeacherTargets, vocab: int) -> Tensor:
-    """Entropy in nats [N] of the teacher at temperature 1; over the K + 1 events of top-k targets."""
+    """Entropy in nats [N] of the teacher at temperature 1; over the K + 1 events of top-k targets.
+
+    Of several teachers it is sum_i w_i H(p_i).
+    """
+    if isinstance(targets, SeveralTargets):
+        return _weighted_sum(targets, [teacher_entropies(part, vocab) for part in targets.parts])
     if isinstance(targets, TopKTargets):
         return _entropy(torch.cat([targets.log_probs, targets.log_tail[:, None]], 1))
-    if not isinstance(targets, DenseTargets):
-        raise _several()
+    assert targets is not None
     with torch.autocast(targets.hidden.device.type, enabled=False):
         head = Head(targets.hidden, targets.head_weight, targets.head_bias, vocab)
         head.allocate(min(CHUNK_ROWS, len(targets)))
@@ -109,7 +115,14 @@ def divergences(
     temperature: float,
     vocab: int,
 ) -> Tensor:
-    """D(teacher, student) [N], as the loss takes it, from a first pass through the student's head without gradients."""
+    """D(teacher, student) [N], as the loss takes it, from a first pass through the student's head without gradients.
+
+    Of several teachers it is sum_i w_i D(p_i, student), with a pass for each.
+    """
+    if isinstance(targets, SeveralTargets):
+        rest = (divergence, temperature, vocab)
+        found = [divergences(hidden, head_weight, head_bias, part, *rest) for part in targets.parts]
+        return _weighted_sum(targets, found)
     with torch.autocast(hidden.device.type, enabled=False):
         student = Head(hidden, head_weight, head_bias, vocab)
         teacher = None
@@ -130,8 +143,8 @@ def divergences(
         return torch.cat(values)
 
 
-def _several() -> ConfigError:
-    return ConfigError("supervision.select ranks by one teacher; name one, or leave select out.")
+def _weighted_sum(targets: SeveralTargets, values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([weight * value for weight, value in zip(targets.weights, values, strict=True)]).sum(0)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

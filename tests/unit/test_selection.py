@@ -12,7 +12,7 @@ from tiny_runs import assert_same_gradients, one_step, run_config, save_model
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.selection import divergences, keep_top, teacher_entropies
 from limbeck.errors import ConfigError
-from limbeck.teacher.targets import DenseTargets, TopKTargets
+from limbeck.teacher.targets import DenseTargets, SeveralTargets, TopKTargets
 from limbeck.traces.supervise import TokenSelection
 from limbeck.traces.truncate import share_of
 
@@ -93,6 +93,22 @@ def test_scores_are_those_of_the_formulas():
     torch.testing.assert_close(teacher_entropies(topk, 20), entropy, rtol=1e-5, atol=1e-5)
     found = divergences(student, head, None, topk, DivergenceConfig(), 1.0, 20)
     torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-4)
+
+    several = SeveralTargets((dense, topk), (0.25, 0.5))
+    torch.testing.assert_close(teacher_entropies(several, 20), 0.75 * entropy, rtol=1e-5, atol=1e-5)
+    found = divergences(student, head, None, several, DivergenceConfig(), 1.0, 20)
+    torch.testing.assert_close(found, 0.75 * kl, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["teacher_entropy", "divergence"])
+def test_two_equal_teachers_select_as_one(teacher, by):
+    both = {"teacher.weight": 0.25, "teacher.others": [{"model": teacher, "weight": 0.75}]}
+    one = one_step(config(teacher, by))
+    two = one_step(config(teacher, by, **both), is_counted=True)
+    assert two.kd == pytest.approx(one.kd, rel=1e-5)
+    assert_same_gradients(two, one, atol=1e-6)
+    assert two.ledger.counts["supervised_tokens"] == one.ledger.counts["supervised_tokens"]
+    assert sum(two.ledger.flops.values()) == pytest.approx(two.counted_flops, rel=0.02)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.1, float("nan")])
