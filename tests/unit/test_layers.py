@@ -21,6 +21,7 @@ LAYERS = [
     ["evaluate"],
     ["compress"],
     ["ranking"],
+    ["serve"],
     ["sweep"],
     ["report"],
     ["demo"],

@@ -1,0 +1,1 @@
+"""Serving: the engine that scores prompts, in plain torch on a CPU."""

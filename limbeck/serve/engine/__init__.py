@@ -1,0 +1,1 @@
+"""The engine: a lean decoder, shared prefixes, and scores of label tokens."""

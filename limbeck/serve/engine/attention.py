@@ -1,0 +1,84 @@
+"""Attention of equally long segments to the keys before them and to their own, merged by log-sum-exp.
+
+Every segment is a product of its own, with shapes that depend on nothing but its length and the number of keys before
+it. So its result has the same bits alone and beside any number of others, which a product over the rows of several
+segments would not grant. The heads of a group stand behind one another as rows, so that keys are never repeated.
+Source: the merge is that of FlashAttention's partial results (2205.14135).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+HIDDEN = torch.finfo(torch.float32).min
+"""Added to a masked product; finite, so that a row without any visible key stays finite and gets weight 0."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """softmax([q K_past, q K_own]) [V_past, V_own] for n segments of I tokens behind the same past.
+
+    Args:
+      query: [n I N H]; key and value: [n I N_kv H], N a multiple of N_kv.
+      past: keys and values [N_kv S H] before all segments; None when S is 0.
+      scale: factor of the products.
+      window: how many keys a token sees, its own included; None for all.
+    Returns: [n I N H].
+    """
+    count, length, heads, size = query.shape
+    groups = heads // key.shape[2]
+    stacked = query.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).reshape(count, -1, groups * length, size)
+    own = (key.transpose(1, 2), value.transpose(1, 2))
+    out, log_sums = _flash(stacked, *own, scale, _own_mask(length, groups, window))
+    if past is not None:
+        start = past[0].shape[1]
+        low = 0 if window is None else max(0, start - window + 1)
+        if low < start:
+            keys, values = (states[:, low:].expand(count, -1, -1, -1) for states in past)
+            mask = _past_mask(length, groups, start, low, window)
+            out = _merged(*_flash(stacked, keys, values, scale, mask), out, log_sums)
+    return out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs [n N_kv R H] and log-sum-exps [n N_kv R] of torch's fused kernel, which takes each (n, N_kv) apart."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _merged(out_a: Tensor, log_sums_a: Tensor, out_b: Tensor, log_sums_b: Tensor) -> Tensor:
+    """The attention over two sets of keys from that over each: weights softmax of the log-sum-exps.
+
+    Softmax goes row by row and the rest are single IEEE operations, so that no element depends on its neighbours.
+    """
+    weight = torch.stack([log_sums_a, log_sums_b], -1).softmax(-1)
+    return (out_a * weight[..., :1]).add_(out_b * weight[..., 1:])
+
+
+@functools.lru_cache(maxsize=256)
+def _own_mask(length: int, groups: int, window: int | None) -> Tensor | None:
+    """[groups * length, length], 0 where a token may look; None for single tokens."""
+    if length == 1:
+        return None
+    place = torch.arange(length)
+    distance = place[:, None] - place
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN).repeat(groups, 1)
+
+
+def _past_mask(length: int, groups: int, start: int, low: int, window: int | None) -> Tensor | None:
+    """[groups * length, start - low]; None where every token sees every key."""
+    if window is None or start + length - 1 - low < window:
+        return None
+    distance = torch.arange(start, start + length)[:, None] - torch.arange(low, start)
+    hidden = distance >= window
+    return torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN).repeat(groups, 1)
