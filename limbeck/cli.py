@@ -32,6 +32,8 @@ from limbeck.evaluate import stage as evaluate
 from limbeck.evaluate import verify
 from limbeck.optim.study import converge, escape, race
 from limbeck.progress import console
+from limbeck.ranking import evaluate as rank_evaluate
+from limbeck.ranking import train as rank_train
 from limbeck.report import page as report
 from limbeck.sweep import execute as sweep
 from limbeck.sweep.plan import SweepConfig
@@ -214,6 +216,17 @@ COMMANDS: dict[str, Command] = {
         ALL,
     ),
     "optim race": Command(race.RaceConfig, _resumable(race.run), "race optimizers on a test problem", ALL),
+    "rank train": Command(
+        rank_train.RankTrainConfig,
+        _resumable(rank_train.run),
+        "train a scorer of candidates by one token, on labels or by distillation",
+        ALL,
+    ),
+    "rank evaluate": Command(
+        rank_evaluate.RankEvaluateConfig,
+        lambda config, options: rank_evaluate.run(config, options.out, overwrite=options.overwrite),
+        "score candidates with a model: AUC, NDCG, log-loss and calibration with intervals",
+    ),
     "report": Command(None, _report, "one page from sweeps, runs and compressed models", ("--out",)),
 }
 
@@ -233,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _say(
             "limbeck: interrupted. demo, sweep, teacher cache and traces generate go on when called again; distill, "
-            "recover and optim go on with --resume."
+            "recover, rank train and optim go on with --resume."
         )
         code = 130
     sys.exit(code)

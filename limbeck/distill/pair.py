@@ -21,15 +21,18 @@ from limbeck.teacher.live import LiveTeacher
 from limbeck.teacher.served import check_tokenizer, connect
 
 
-def load_student(config: DistillConfig, source: Checkpoint | None) -> tuple[Any, Any]:
-    """The student, ready to train (adapters on, recomputation on where asked), and its tokenizer."""
+def load_student(config: DistillConfig, source: Checkpoint | None, tokenizer: Any = None) -> tuple[Any, Any]:
+    """The student, ready to train (adapters on, recomputation on where asked), and its tokenizer.
+
+    A student from scratch has the tokenizer that is given, or else the built-in one.
+    """
     layout = config.training.layout
     name = str(source.path) if source is not None else config.student.model
     if name is not None:
         model, tokenizer = load_model(name, torch.float32, layout), load_tokenizer(name)
     else:
         assert config.student.scratch is not None
-        model, tokenizer = load_scratch(config.student.scratch, layout)
+        model, tokenizer = load_scratch(config.student.scratch, layout, tokenizer)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora is None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,9 @@ from limbeck.teacher.cache import Spec
 from limbeck.traces.batch import Example, collate
 from limbeck.traces.supervise import TokenSelection
 
+Objective = Callable[..., FusedLoss | None]
+"""Takes what `microbatch_loss` takes, and returns what it returns."""
+
 
 class Run(NamedTuple):
     """Everything that the loop uses."""
@@ -64,6 +68,12 @@ class Run(NamedTuple):
     """What the student writes itself, where the config asks for it."""
     zeros: KeptZeros | None = None
     """The zeros of a pruned student, where the config keeps them."""
+    objective: Objective = microbatch_loss
+    """The loss of a micro-batch."""
+    validation_groups: list[list[Example]] | None = None
+    """The held-out examples as they are to be validated together; None lets `validate` group them by length."""
+    identity: Mapping[str, Any] = MappingProxyType({})
+    """What decides the result beside config and tokens; a resumed run must have the same."""
 
 
 def run(
@@ -83,22 +93,60 @@ def run(
       overwrite: replace an existing output.
       resume: go on from the last saved state of an interrupted run; it ends with the same bits.
     """
-    ranks = join()
-    if config.training.num_threads is not None:
-        torch.set_num_threads(config.training.num_threads)
-    if not ranks.is_first:
+
+    def set_up(ranks: Ranks) -> Run:
         setup = _set_up(config, source, ranks)
+        if ranks.is_first:
+            setup.data.counts["preflight"] = report(config, setup.model, setup.tokenizer, setup.data.train)
+        return setup
+
+    def write(setup: Run, working: Path, kept: Mapping[str, Any]) -> None:
+        write_model(setup, working)
+        write_manifest(
+            working,
+            stage="distill",
+            config=config,
+            inputs=inputs_of(config, source),
+            ledger=total_cost(setup.ledger, setup.ranks),
+            metrics=metrics_of(config, kept),
+            counts=setup.data.counts,
+        )
+
+    return run_loop(set_up, write, out, config.training.num_threads, overwrite=overwrite, resume=resume)
+
+
+def run_loop(
+    set_up: Callable[[Ranks], Run],
+    write: Callable[[Run, Path, Mapping[str, Any]], None],
+    out: Path,
+    num_threads: int | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Checkpoint:
+    """Set up a run on every rank, train it, and write it: the frame of all stages that train.
+
+    Args:
+      set_up: makes the run of one rank.
+      write: fills the working directory, given the metrics of the step whose weights the model has; on the first rank.
+      out, overwrite, resume: as for `run`.
+      num_threads: CPU threads; torch's choice when not set.
+    """
+    ranks = join()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if not ranks.is_first:
+        setup = set_up(ranks)
         wait(ranks)
-        _train(setup, source, out.with_name(out.name + ".partial"), resume)
+        _train(setup, out.with_name(out.name + ".partial"), resume)
         total_cost(setup.ledger, ranks)
         wait(ranks)
         return Checkpoint(out)
     with output_directory(out, overwrite=overwrite, resume=resume) as working:
-        setup = _set_up(config, source, ranks)
-        setup.data.counts["preflight"] = report(config, setup.model, setup.tokenizer, setup.data.train)
+        setup = set_up(ranks)
         wait(ranks)
-        kept = _train(setup, source, working, resume)
-        _write(setup, source, working, kept)
+        kept = _train(setup, working, resume)
+        write(setup, working, kept)
         for state in working.glob("state*"):
             shutil.rmtree(state)
         for best in working.glob(BEST_PREFIX + "*"):
@@ -125,14 +173,13 @@ def validate(setup: Run, *, with_kd: bool = False) -> dict[str, float | None]:
     where nothing is held out.
     """
     names = ("validation_ce", "validation_kd") if with_kd else ("validation_ce",)
-    mine = setup.data.validation[setup.ranks.rank :: setup.ranks.world_size]
     loss = replace(setup.config.loss, normalization="token_mean")
     kd_ratio = 0.5 if with_kd else 0.0
     ce, kd, ce_weight, kd_weight = 0.0, 0.0, 0.0, 0.0
     was_training, flops = setup.model.training, dict(setup.ledger.flops)
     setup.model.eval()
     with setup.ledger.phase("validation"), torch.no_grad():
-        for group in _validation_groups(mine, setup.config.training.microbatch_tokens):
+        for group in _validation_groups(setup):
             totals = step_totals(group, "token_mean")
             found = _loss(setup, group, Work([group], totals, loss, kd_ratio, {}), None)
             ce += totals.ce * (0.0 if found is None else found.ce_sum.item() / (1 - kd_ratio))
@@ -171,6 +218,7 @@ def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> R
         vocab_size,
         _rollouts(config, steps, data, tokenizer),
         KeptZeros(student) if config.student.keep_zeros else None,
+        identity={"start": None if source is None else str(source.path)},
     )
 
 
@@ -207,11 +255,11 @@ def _refuse_long(data: Data, limit_tokens: int) -> None:
         )
 
 
-def _train(setup: Run, source: Checkpoint | None, working: Path, resume: bool) -> Mapping[str, Any]:
+def _train(setup: Run, working: Path, resume: bool) -> Mapping[str, Any]:
     """All steps that are left; returns the metrics of the step whose weights the model has at the end."""
     training, ranks = setup.config.training, setup.ranks
-    start = None if source is None else str(source.path)
-    identity = config_hash({"config": to_dict(setup.config), "start": start, "traces": fingerprint(setup.data.train)})
+    examples = fingerprint(setup.data.train)
+    identity = config_hash({"config": to_dict(setup.config), "traces": examples, **setup.identity})
     guard = _guard(setup, working)
     # The saved cost is that of all ranks, so only one of them goes on from it.
     ledger = setup.ledger if ranks.is_first else Ledger(ranks.device)
@@ -350,7 +398,7 @@ def _loss(setup: Run, examples: Sequence[Example], work: Work, select: TokenSele
     with setup.ledger.phase("data"):
         batch = collate(examples, training.layout, setup.tokenizer.pad_token_id).to(setup.ranks.device)
     with torch.autocast(setup.ranks.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-        return microbatch_loss(
+        return setup.objective(
             setup.model,
             setup.sizes,
             setup.teacher if work.kd_ratio else None,
@@ -365,25 +413,21 @@ def _loss(setup: Run, examples: Sequence[Example], work: Work, select: TokenSele
         )
 
 
-def _write(setup: Run, source: Checkpoint | None, working: Path, kept: Mapping[str, Any]) -> None:
-    config = setup.config
-    with setup.ledger.phase("saving"):
-        model = setup.model.merge_and_unload() if config.lora is not None else causal_lm_of(setup.model)
-        with quiet():
-            model.save_pretrained(working)
-            setup.tokenizer.save_pretrained(working)
+def write_model(setup: Run, directory: Path) -> None:
+    """Write model and tokenizer as a Hugging Face directory, adapters merged."""
+    with setup.ledger.phase("saving"), quiet():
+        is_adapted = setup.config.lora is not None
+        model = setup.model.merge_and_unload() if is_adapted else causal_lm_of(setup.model)
+        model.save_pretrained(directory)
+        setup.tokenizer.save_pretrained(directory)
+
+
+def metrics_of(config: DistillConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest tells of the step whose weights were written."""
     metrics = {"loss": kept.get("loss"), "validation_ce": kept.get("validation_ce")}
     if config.training.keep_best is not None:
         metrics |= {"validation_kd": kept.get("validation_kd"), "kept_step": kept["step"]}
-    write_manifest(
-        working,
-        stage="distill",
-        config=config,
-        inputs=inputs_of(config, source),
-        ledger=total_cost(setup.ledger, setup.ranks),
-        metrics=metrics,
-        counts=setup.data.counts,
-    )
+    return metrics
 
 
 def inputs_of(config: DistillConfig, source: Checkpoint | None = None) -> dict[str, str]:
@@ -403,12 +447,16 @@ def inputs_of(config: DistillConfig, source: Checkpoint | None = None) -> dict[s
     return found | ({"traces": hash_path(traces)} if traces.exists() else {})
 
 
-def _validation_groups(examples: Sequence[Example], budget_tokens: int) -> list[list[Example]]:
+def _validation_groups(setup: Run) -> list[list[Example]]:
+    """This rank's share of the held-out examples, in groups that one forward pass holds."""
+    share = slice(setup.ranks.rank, None, setup.ranks.world_size)
+    if setup.validation_groups is not None:
+        return setup.validation_groups[share]
     groups: list[list[Example]] = []
     longest = 0
-    for example in sorted(examples, key=len):
+    for example in sorted(setup.data.validation[share], key=len):
         longest = max(longest, len(example))
-        if not groups or longest * (len(groups[-1]) + 1) > budget_tokens:
+        if not groups or longest * (len(groups[-1]) + 1) > setup.config.training.microbatch_tokens:
             groups.append([])
             longest = len(example)
         groups[-1].append(example)

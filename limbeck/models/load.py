@@ -147,12 +147,12 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def load_scratch(config: ScratchConfig, layout: Layout = "padded") -> tuple[Any, Any]:
-    """A randomly initialised model and the built-in tokenizer."""
-    model = scratch_model(config)
+def load_scratch(config: ScratchConfig, layout: Layout = "padded", tokenizer: Any = None) -> tuple[Any, Any]:
+    """A randomly initialised model for the given tokenizer, or for the built-in one, and that tokenizer."""
+    model = scratch_model(config, tokenizer)
     if layout == "packed":
         model.set_attn_implementation(PACKED_ATTENTION)
-    return model.eval(), symbol_tokenizer()
+    return model.eval(), symbol_tokenizer() if tokenizer is None else tokenizer
 
 
 def _forget_quantizer(model: Any) -> None:

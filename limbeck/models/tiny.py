@@ -51,9 +51,9 @@ class ScratchConfig:
             )
 
 
-def scratch_model(config: ScratchConfig) -> LlamaForCausalLM:
-    """A randomly initialised float32 model of that shape over the built-in vocabulary, embeddings tied."""
-    tokenizer = symbol_tokenizer()
+def scratch_model(config: ScratchConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaForCausalLM:
+    """A randomly initialised float32 model of that shape, embeddings tied, for a tokenizer or for the built-in one."""
+    tokenizer = symbol_tokenizer() if tokenizer is None else tokenizer
     vocabulary = -(-len(tokenizer) // 8) * 8
     llama = LlamaConfig(
         vocab_size=vocabulary,
@@ -66,8 +66,8 @@ def scratch_model(config: ScratchConfig) -> LlamaForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.convert_tokens_to_ids(TURN_START),
-        eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

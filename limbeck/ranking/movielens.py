@@ -11,7 +11,7 @@ import importlib.util
 import io
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def read_movielens(source: Path | None) -> tuple[list[LogRow], dict[str, Feature
     Raises: DataError when there is neither.
     """
     tables = _read_tables(source)
-    members = {
+    members: dict[str, Features] = {
         str(row["user_id"]): {
             "age": str(row["age"]),
             "gender": {"M": "male", "F": "female"}.get(row["gender"], str(row["gender"])),
@@ -117,7 +117,7 @@ def _parquet(content: bytes, where: str) -> Table:
 def _official(path: Path, columns: list[str]) -> Table:
     """u.data is separated by tabs, u.user and u.item by bars; all are Latin-1."""
     separator = "\t" if path.suffix == ".data" else "|"
-    lines: Iterable[str] = path.read_text(encoding="latin-1").splitlines()
+    lines = path.read_text(encoding="latin-1").splitlines()
     table = []
     for number, line in enumerate(lines, start=1):
         values = line.split(separator)

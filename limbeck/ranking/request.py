@@ -173,7 +173,7 @@ def split_by_time(requests: Sequence[Request], config: SplitConfig) -> Split:
     test_start = len(ordered) - round(config.test_fraction * len(ordered))
     validation_start = test_start - round(config.validation_fraction * len(ordered))
     cuts = [ordered[i].time if i < len(ordered) else float("inf") for i in (validation_start, test_start)]
-    parts: tuple[list[Request], ...] = ([], [], [])
+    parts: tuple[list[Request], list[Request], list[Request]] = ([], [], [])
     straddling = 0
     for request in ordered:
         part = sum(request.time >= cut for cut in cuts)

@@ -1,0 +1,199 @@
+"""The stage `rank evaluate`: a scorer and requests in, a score for every candidate and a summary with intervals out.
+
+With a reference, another model that scores the same requests, the summary also has the difference in AUC with its
+interval and DeLong's test, and how much of the ranking has moved: Kendall's tau and the churn of the best k.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
+from limbeck.errors import ConfigError
+from limbeck.evaluate.metrics import Interval
+from limbeck.ledger import Ledger
+from limbeck.models.load import Layout, load_model, load_tokenizer, model_hash, vocabulary_size
+from limbeck.progress import track
+from limbeck.ranking import metrics
+from limbeck.ranking.auc import delong_test
+from limbeck.ranking.data import RankingDataConfig, best_auc, read_requests
+from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, encode_requests
+from limbeck.ranking.request import Request
+from limbeck.ranking.score import score_request
+
+K = 5
+"""Ranks of NDCG and of the churn."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEvaluateConfig:
+    """Which scorer, on which requests."""
+
+    model: str
+    """Directory, alias or hub id."""
+    data: RankingDataConfig | None = None
+    """What is ranked; null takes the data and features that `like` was trained on."""
+    features: FeaturizeConfig = field(default_factory=FeaturizeConfig)
+    """How requests become text; has to be what the model was trained with."""
+    like: str | None = None
+    """Output of rank train to take data and features from; null takes the model itself, where it is one."""
+    part: Literal["validation", "test"] = "test"
+    """Part of the split that is scored."""
+    reference: str | None = None
+    """Another model to compare with on the same requests, such as the teacher or the scorer before pruning."""
+    layout: Layout = "packed"
+    """packed: the prefix of a request is computed once; padded: pair by pair, for models with a sliding window."""
+    k: int = K
+    """Ranks of NDCG and of the churn of the best k."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"k must be at least 1; found {self.k}")
+        if self.data is None:
+            raise ConfigError("rank evaluate: name data, or as `like` the output of rank train to take it from")
+
+    @staticmethod
+    def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A recipe with the data and features of the training it names."""
+        like = tree.get("like") or tree.get("model")
+        if tree.get("data") or not isinstance(like, str) or not Checkpoint(Path(like)).is_finished:
+            return tree
+        manifest = Checkpoint(Path(like)).manifest
+        if manifest["stage"] != "rank train":
+            return tree
+        return {"features": manifest["config"]["features"], **tree, "data": manifest["config"]["data"]}
+
+
+class Scored(NamedTuple):
+    """One model's scores of all N pairs of some requests, in their order."""
+
+    requests: Sequence[EncodedRequest]
+    log_odds: np.ndarray
+    """float [N]."""
+    probability: np.ndarray
+    """float [N]."""
+    label_mass: np.ndarray
+    """float [N]."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """bool [N]."""
+        return np.concatenate([request.labels for request in self.requests])
+
+    @property
+    def owner(self) -> np.ndarray:
+        """int [N]: the number of a pair's request."""
+        return np.repeat(np.arange(len(self.requests)), [len(request.candidates) for request in self.requests])
+
+
+def run(config: RankEvaluateConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write `scores.jsonl`, `summary.json` and a manifest into `out`; returns the summary."""
+    assert config.data is not None
+    with output_directory(out, overwrite=overwrite) as working:
+        split, counts = read_requests(config.data)
+        requests = split.test if config.part == "test" else split.validation
+        if not requests:
+            raise ConfigError(f"rank evaluate: the {config.part} part is empty; set data.split.{config.part}_fraction")
+        ledger = Ledger()
+        scored = _score(config, config.model, requests, ledger)
+        _write_scores(working / "scores.jsonl", requests, scored)
+        summary = {"model": Path(config.model).name, "part": config.part, **measures(scored, config.k, config.seed)}
+        best = best_auc(requests)
+        if best is not None:
+            summary["best_auc"] = best
+        inputs = {"model": model_hash(config.model), **config.data.input_hash}
+        if config.reference is not None:
+            other = _score(config, config.reference, requests, ledger)
+            summary |= compare(scored, other, config.k, config.seed)
+            inputs["reference"] = model_hash(config.reference)
+        write_json(working / "summary.json", summary)
+        write_manifest(
+            working,
+            stage="rank evaluate",
+            config=config,
+            inputs=inputs,
+            ledger=ledger.as_dict(),
+            metrics=summary,
+            counts=counts,
+        )
+    return {"out": str(out), **summary}
+
+
+def score_all(model: Any, requests: Sequence[EncodedRequest], labels: Labels, vocab_size: int) -> Scored:
+    """Scores of all candidates of all requests; arguments as for `score_request`."""
+    scores = [score_request(model, request, labels, vocab_size) for request in track(requests, "scoring")]
+    return Scored(requests, *(torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True)))
+
+
+def measures(scored: Scored, k: int = K, seed: int = 0) -> dict[str, Any]:
+    """All metrics of some scores; an interval is NAME, NAME_low and NAME_high, or None and NAME_reason."""
+    log_odds, probability, labels, owner = scored.log_odds, scored.probability, scored.labels, scored.owner
+    return {
+        "requests": len(scored.requests),
+        "pairs": len(labels),
+        "positives": int(labels.sum()),
+        **_flat("auc", metrics.auc_interval(log_odds, labels, owner, seed)),
+        **_flat("request_auc", metrics.request_auc(log_odds, labels, owner, seed)),
+        **_flat(f"ndcg_at_{k}", metrics.ndcg(log_odds, labels, owner, k, seed)),
+        **_flat("log_loss", metrics.log_loss(probability, labels, owner, seed)),
+        **_flat("calibration_error", metrics.calibration_error(probability, labels, owner, seed=seed)),
+        "mean_label_mass": float(scored.label_mass.mean()),
+        "least_label_mass": float(scored.label_mass.min()),
+    }
+
+
+def compare(scored: Scored, other: Scored, k: int = K, seed: int = 0) -> dict[str, Any]:
+    """AUC and ranking of one model against another's, on the same pairs; names as in `measures`."""
+    labels, owner = scored.labels, scored.owner
+    found = {
+        **_flat("auc_difference", metrics.auc_difference(scored.log_odds, other.log_odds, labels, owner, seed)),
+        **_flat("kendall_tau", metrics.kendall_tau(scored.log_odds, other.log_odds, owner, seed)),
+        **_flat(f"top_{k}_churn", metrics.top_k_churn(scored.log_odds, other.log_odds, owner, k, seed)),
+    }
+    if min(labels.sum(), (~labels).sum()) >= 2:
+        test = delong_test(scored.log_odds, other.log_odds, labels)
+        found |= {"delong_standard_error": test.standard_error, "delong_p_value": test.p_value}
+    return found
+
+
+def _score(config: RankEvaluateConfig, name: str, requests: Sequence[Request], ledger: Ledger) -> Scored:
+    tokenizer = load_tokenizer(name)
+    encoded, labels = encode_requests(requests, tokenizer, config.features)
+    model = load_model(name, torch.float32, config.layout)
+    with ledger.phase("scoring"):
+        scored = score_all(model, encoded, labels, vocabulary_size(tokenizer))
+    ledger.count(
+        sequences=len(scored.log_odds),
+        tokens=sum(len(request.prefix) + sum(map(len, request.candidates)) for request in encoded),
+    )
+    return scored
+
+
+def _write_scores(path: Path, requests: Sequence[Request], scored: Scored) -> None:
+    pairs = [(request, candidate) for request in requests for candidate in request.candidates]
+    with path.open("w", encoding="utf-8") as file:
+        for index, (request, candidate) in enumerate(pairs):
+            row = {
+                "request_id": request.request_id,
+                "item_id": candidate.item_id,
+                "label": candidate.label,
+                "log_odds": float(scored.log_odds[index]),
+                "probability": float(scored.probability[index]),
+                "label_mass": float(scored.label_mass[index]),
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def _flat(name: str, interval: Interval) -> dict[str, Any]:
+    if interval.reason:
+        return {name: None, f"{name}_reason": interval.reason}
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -1,0 +1,227 @@
+"""The stage `rank train`: requests and a student in, a trained scorer out.
+
+It is a run of the distillation loop with other examples and another loss: optimizers, schedules, resumption, ranks,
+guard, ledger and manifest are those of `limbeck distill`. What is its own:
+
+1. Requests are read, split in time and written as pairs of a shared prefix and a candidate.
+2. Steps and micro-batches hold whole requests, so that listwise terms see all candidates of one.
+3. The loss is at the label token alone (objective.RankingObjective).
+4. At the end the held-out requests are scored, and the manifest tells AUC and its kin with intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from limbeck.checkpoint import Checkpoint, write_manifest
+from limbeck.config import to_dict
+from limbeck.distill import train
+from limbeck.distill.config import DistillConfig, LoraConfig, LossConfig, StudentConfig, TeacherConfig, TrainingConfig
+from limbeck.distill.data import Data
+from limbeck.distill.pair import check_pair, load_student, load_teacher
+from limbeck.distill.parallel import Ranks, total_cost
+from limbeck.distill.zeros import KeptZeros
+from limbeck.errors import ConfigError
+from limbeck.ledger import Ledger
+from limbeck.models.anatomy import causal_lm_of, sizes_of
+from limbeck.models.load import load_tokenizer, model_hash, vocabulary_size
+from limbeck.optim.build import OptimizerConfig, build_optimizer
+from limbeck.optim.schedules import ScheduleConfig
+from limbeck.ranking.data import RankingDataConfig, read_requests
+from limbeck.ranking.evaluate import measures, score_all
+from limbeck.ranking.examples import pair_examples, plan_requests
+from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, encode_requests, write_request
+from limbeck.ranking.objective import RankingLossConfig, RankingObjective
+from limbeck.ranking.request import Request, Split
+from limbeck.ranking.vocabulary import train_tokenizer
+from limbeck.traces.batch import Example
+from limbeck.traces.sources import TraceConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankTrainConfig:
+    """One scorer: which requests, from whom, with which loss."""
+
+    student: StudentConfig
+    """The model that is trained; one from scratch has the teacher's tokenizer, or one made of the training texts."""
+    data: RankingDataConfig
+    """What is ranked."""
+    features: FeaturizeConfig = field(default_factory=FeaturizeConfig)
+    """How requests become text."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Who gives soft targets: a live model, or several; none is supervised fine-tuning on the labels."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The objective: divergence, share of KD, temperature."""
+    ranking: RankingLossConfig = field(default_factory=RankingLossConfig)
+    """Labels alone or the whole vocabulary; pairs or lists."""
+    vocabulary_tokens: int = 1024
+    """Size of a tokenizer that is made of the training texts."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The loop; batch_size counts requests. With microbatch_tokens 1 each request has a pass of its own, in which its
+    prefix is computed once (packed layout): best where prefixes are long."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning-rate schedule."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights; the output holds the merged model."""
+
+    def __post_init__(self) -> None:
+        for teacher in (self.teacher, *self.teacher.others):
+            if teacher.cache is not None or teacher.server is not None:
+                raise ConfigError(
+                    "rank train asks live teachers only, which know the logits of both labels: set teacher.model"
+                )
+        if self.vocabulary_tokens < 300:
+            raise ConfigError(
+                f"vocabulary_tokens must be at least 300, the bytes and some merges; found {self.vocabulary_tokens}"
+            )
+        if self.training.keep_best is not None and not self.data.split.validation_fraction:
+            raise ConfigError("training.keep_best needs held-out requests; set data.split.validation_fraction")
+        if self.ranking.listwise_ratio and not self.teacher.is_named:
+            raise ConfigError("ranking.listwise_ratio is a share of KD; name a teacher")
+        self.as_distillation()
+
+    def as_distillation(self) -> DistillConfig:
+        """The run as the distillation loop reads it; its traces are not read."""
+        return DistillConfig(
+            student=self.student,
+            traces=TraceConfig(source=str(self.data.path or self.data.source)),
+            teacher=self.teacher,
+            loss=self.loss,
+            training=self.training,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            lora=self.lora,
+        )
+
+
+class HeldOut(NamedTuple):
+    """The validation requests, for the metrics at the end."""
+
+    requests: list[EncodedRequest]
+    labels: Labels
+
+
+def run(config: RankTrainConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Train one scorer; returns its metrics. Arguments as for `distill.train.run`."""
+    held_out: list[HeldOut] = []
+
+    def set_up(ranks: Ranks) -> train.Run:
+        setup, found = _set_up(config, ranks)
+        held_out.append(found)
+        return setup
+
+    def write(setup: train.Run, working: Path, kept: Mapping[str, Any]) -> None:
+        train.write_model(setup, working)
+        metrics = train.metrics_of(setup.config, kept) | _measure(setup, *held_out[0])
+        write_manifest(
+            working,
+            stage="rank train",
+            config=config,
+            inputs=inputs_of(config),
+            ledger=total_cost(setup.ledger, setup.ranks),
+            metrics=metrics,
+            counts=setup.data.counts,
+        )
+
+    train.run_loop(set_up, write, out, config.training.num_threads, overwrite=overwrite, resume=resume)
+    checkpoint = Checkpoint(out)
+    return {"out": str(out), **checkpoint.manifest["metrics"]} if checkpoint.is_finished else {"out": str(out)}
+
+
+def inputs_of(config: RankTrainConfig) -> dict[str, str]:
+    """What a run reads, by role, as hashes of the files: student, teachers, data."""
+    names = {"student": config.student.model}
+    for number, teacher in enumerate((config.teacher, *config.teacher.others), 1):
+        names["teacher" if number == 1 else f"teacher_{number}"] = teacher.model
+    return {role: model_hash(name) for role, name in names.items() if name is not None} | config.data.input_hash
+
+
+def _set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[train.Run, HeldOut]:
+    ledger, distillation = Ledger(ranks.device), config.as_distillation()
+    split, counts = read_requests(config.data)
+    student, tokenizer = load_student(distillation, None, _scratch_tokenizer(config, split.train))
+    student.to(ranks.device)
+    teacher = load_teacher(distillation, ranks.device)
+    check_pair(distillation, student, tokenizer)
+    with ledger.phase("data"):
+        training, held_out, labels = _encode(config, split, tokenizer)
+    data = Data(_examples(training, labels), _examples(held_out, labels), counts | _token_counts(training))
+    _refuse_long(data, causal_lm_of(student).config.max_position_embeddings)
+    steps = plan_requests(training, config.training, ranks.world_size)
+    vocab_size = vocabulary_size(tokenizer)
+    setup = train.Run(
+        config=distillation,
+        model=student,
+        tokenizer=tokenizer,
+        sizes=sizes_of(student, vocab_size),
+        teacher=teacher,
+        data=data,
+        steps=steps,
+        optimizer=build_optimizer(student, config.optimizer, len(steps)),
+        ledger=ledger,
+        ranks=ranks,
+        vocab_size=vocab_size,
+        zeros=KeptZeros(student) if config.student.keep_zeros else None,
+        objective=RankingObjective(labels, config.ranking),
+        validation_groups=[pair_examples(request, labels) for request in held_out],
+        identity={"rank": to_dict(config)},
+    )
+    return setup, HeldOut(held_out, labels)
+
+
+def _scratch_tokenizer(config: RankTrainConfig, requests: Sequence[Request]) -> Any:
+    """For a student from scratch: its teacher's, which it has to share, or one of the training texts."""
+    if config.student.scratch is None:
+        return None
+    if config.teacher.model is not None:
+        return load_tokenizer(config.teacher.model)
+    words = "".join(config.features.labels)
+    texts = (write_request(request, config.features) for request in requests)
+    return train_tokenizer(
+        (text.prefix + added + words for text in texts for added in text.candidates), config.vocabulary_tokens
+    )
+
+
+def _encode(
+    config: RankTrainConfig, split: Split, tokenizer: Any
+) -> tuple[list[EncodedRequest], list[EncodedRequest], Labels]:
+    training, labels = encode_requests(split.train, tokenizer, config.features)
+    held_out = encode_requests(split.validation, tokenizer, config.features)[0] if split.validation else []
+    return training, held_out, labels
+
+
+def _examples(requests: Sequence[EncodedRequest], labels: Labels) -> list[Example]:
+    return [example for request in requests for example in pair_examples(request, labels)]
+
+
+def _token_counts(requests: Sequence[EncodedRequest]) -> dict[str, int]:
+    return {
+        "train_pairs": sum(len(request.candidates) for request in requests),
+        "train_positives": sum(int(request.labels.sum()) for request in requests),
+        "prefix_tokens": sum(len(request.prefix) for request in requests),
+        "candidate_tokens": sum(len(ids) for request in requests for ids in request.candidates),
+    }
+
+
+def _refuse_long(data: Data, limit_tokens: int) -> None:
+    longest = max(len(example) for example in [*data.train, *data.validation])
+    if longest > limit_tokens:
+        raise ConfigError(
+            f"a pair of {longest} tokens is longer than the student's {limit_tokens} positions; show fewer events "
+            "(data.grouping.history) or features."
+        )
+
+
+def _measure(setup: train.Run, requests: Sequence[EncodedRequest], labels: Labels) -> dict[str, Any]:
+    """Metrics of the validation requests under the weights that are written, and the names that they have there."""
+    if not requests:
+        return {}
+    setup.model.eval()
+    with setup.ledger.phase("validation"):
+        scored = score_all(setup.model, requests, labels, setup.vocab_size)
+    return {f"validation_{name}": value for name, value in measures(scored).items()}
