@@ -30,6 +30,7 @@ from limbeck.compress.calibrate import Rows
 from limbeck.compress.problem import LayerProblem, Moments, layer_error, retarget
 from limbeck.compress.weights import ShardWriter
 from limbeck.errors import CheckpointError
+from limbeck.ledger import release_memory
 from limbeck.models.experts import fused_state
 from limbeck.progress import bar
 
@@ -187,6 +188,8 @@ def walk(
                 _write_block(blocks, number, block, method, writer)
             records += stops.records
             _write_journal(directory, fingerprint, number + 1, records, streams)
+            # The block's weights are garbage by now, and would add up before the collector comes by.
+            release_memory()
             progress.advance(1, note=f"mean error {_mean(stops.records):.3g}")
     return records
 

@@ -169,6 +169,25 @@ def test_a_killed_walk_goes_on_with_the_same_bits(tmp_path):
     assert {file.name for file in whole.iterdir()} == {file.name for file in parts.iterdir()}
 
 
+def test_one_block_at_a_time_has_weights(tmp_path):
+    made_directory("llama", tmp_path / "model")
+    blocks = Blocks(str(tmp_path / "model"))
+    loaded = []
+
+    class Look(Change):
+        def solve(self, group, problems):
+            loaded.append(
+                [number for number, layer in enumerate(blocks.layers) if not next(layer.parameters()).is_meta]
+            )
+            return super().solve(group, problems)
+
+    out = tmp_path / "out"
+    out.mkdir()
+    walk(blocks, rows(), Look(), WalkOptions(), out, "f", CPU)
+    assert loaded == [[number] for number in range(3) for _ in range(4)]
+    assert all(parameter.is_meta for layer in blocks.layers for parameter in layer.parameters())
+
+
 def test_a_journal_of_another_run_is_refused(tmp_path):
     made_directory("llama", tmp_path / "model")
     out = tmp_path / "out"
