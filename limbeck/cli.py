@@ -33,6 +33,7 @@ from limbeck.evaluate import verify
 from limbeck.optim.study import converge, escape, race
 from limbeck.progress import console
 from limbeck.ranking import evaluate as rank_evaluate
+from limbeck.ranking import recover as rank_recover
 from limbeck.ranking import train as rank_train
 from limbeck.report import page as report
 from limbeck.sweep import execute as sweep
@@ -220,6 +221,12 @@ COMMANDS: dict[str, Command] = {
         rank_train.RankTrainConfig,
         _resumable(rank_train.run),
         "train a scorer of candidates by one token, on labels or by distillation",
+        ALL,
+    ),
+    "rank recover": Command(
+        rank_recover.RankRecoverConfig,
+        _resumable(rank_recover.run),
+        "prune a scorer and distil it in turns, AUC beside size after every step",
         ALL,
     ),
     "rank evaluate": Command(

@@ -38,16 +38,21 @@ def plan_rounds(prune: PruneConfig, distill: DistillConfig, rounds: int) -> list
 
     Raises: ConfigError when a round would remove nothing.
     """
-    if prune.method in SOLVERS:
-        cuts = [replace(prune, pattern=pattern) for pattern in round_patterns(prune.pattern, rounds)]
-    else:
-        config = Blocks(prune.model).config
-        if prune.budget is not None:
-            cuts = list(_budget_cuts(prune, prune.budget, config, rounds))
-        else:
-            cuts = list(_structured_cuts(prune, config, rounds))
-    trainings = _trainings(distill, prune.model, rounds)
+    cuts, trainings = plan_cuts(prune, rounds), _trainings(distill, prune.model, rounds)
     return [Round(cut, replace(distill, training=training)) for cut, training in zip(cuts, trainings, strict=True)]
+
+
+def plan_cuts(prune: PruneConfig, rounds: int) -> list[PruneConfig]:
+    """What each round removes of what the round before left; `model` is still the unpruned one.
+
+    Raises: ConfigError when a round would remove nothing.
+    """
+    if prune.method in SOLVERS:
+        return [replace(prune, pattern=pattern) for pattern in round_patterns(prune.pattern, rounds)]
+    config = Blocks(prune.model).config
+    if prune.budget is not None:
+        return list(_budget_cuts(prune, prune.budget, config, rounds))
+    return list(_structured_cuts(prune, config, rounds))
 
 
 def round_patterns(pattern: str, rounds: int) -> list[str]:

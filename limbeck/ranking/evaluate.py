@@ -107,6 +107,7 @@ def run(config: RankEvaluateConfig, out: Path, *, overwrite: bool = False) -> di
         scored = _score(config, config.model, requests, ledger)
         _write_scores(working / "scores.jsonl", requests, scored)
         summary = {"model": Path(config.model).name, "part": config.part, **measures(scored, config.k, config.seed)}
+        summary["pairs_per_second"] = len(scored.log_odds) / ledger.seconds["scoring"]
         best = best_auc(requests)
         if best is not None:
             summary["best_auc"] = best

@@ -27,7 +27,7 @@ from limbeck.distill.zeros import KeptZeros
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
 from limbeck.models.anatomy import causal_lm_of, sizes_of
-from limbeck.models.load import load_tokenizer, model_hash, vocabulary_size
+from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
 from limbeck.optim.build import OptimizerConfig, build_optimizer
 from limbeck.optim.schedules import ScheduleConfig
 from limbeck.ranking.data import RankingDataConfig, read_requests
@@ -180,11 +180,9 @@ def _scratch_tokenizer(config: RankTrainConfig, requests: Sequence[Request]) -> 
         return None
     if config.teacher.model is not None:
         return load_tokenizer(config.teacher.model)
-    words = "".join(config.features.labels)
-    texts = (write_request(request, config.features) for request in requests)
-    return train_tokenizer(
-        (text.prefix + added + words for text in texts for added in text.candidates), config.vocabulary_tokens
-    )
+    written = (write_request(request, config.features) for request in requests)
+    texts = (text.prefix + added for text in written for added in text.candidates)
+    return train_tokenizer(texts, config.features.labels, config.vocabulary_tokens)
 
 
 def _encode(
@@ -218,10 +216,20 @@ def _refuse_long(data: Data, limit_tokens: int) -> None:
 
 
 def _measure(setup: train.Run, requests: Sequence[EncodedRequest], labels: Labels) -> dict[str, Any]:
-    """Metrics of the validation requests under the weights that are written, and the names that they have there."""
+    """Metrics of the validation requests under the weights that are written, as validation_NAME."""
     if not requests:
         return {}
     setup.model.eval()
     with setup.ledger.phase("validation"):
         scored = score_all(setup.model, requests, labels, setup.vocab_size)
     return {f"validation_{name}": value for name, value in measures(scored).items()}
+
+
+def measure(config: RankTrainConfig, model: str) -> dict[str, Any]:
+    """Metrics of the validation requests of a run (`evaluate.measures`) under a model as it is."""
+    split, _ = read_requests(config.data)
+    tokenizer = load_tokenizer(model)
+    requests, labels = encode_requests(split.validation, tokenizer, config.features)
+    return measures(
+        score_all(load_model(model, layout=config.training.layout), requests, labels, vocabulary_size(tokenizer))
+    )

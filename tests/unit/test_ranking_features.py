@@ -119,10 +119,10 @@ def test_a_tokenizer_of_the_training_texts_knows_the_labels_and_any_text():
     requests = generate_requests(SyntheticConfig(requests=30))
     config = FeaturizeConfig()
     written = [write_request(made, config) for made in requests]
-    texts = [text.prefix + added + " yes no" for text in written for added in text.candidates]
-    tokenizer = train_tokenizer(texts, 320)
-    assert len(tokenizer) <= 320
-    assert tokenizer.get_vocab() == train_tokenizer(texts, 320).get_vocab()
+    texts = [text.prefix + added for text in written for added in text.candidates]
+    tokenizer = train_tokenizer(texts, config.labels, 300)
+    assert len(tokenizer) <= 300
+    assert tokenizer.get_vocab() == train_tokenizer(texts, config.labels, 300).get_vocab()
     encoded, labels = encode_requests(requests, tokenizer, config)
     assert tokenizer.decode([labels.yes]) == " yes" and tokenizer.decode([labels.no]) == " no"
     odd = "né\n\t😀 <|endof"
