@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -196,12 +197,21 @@ def publish(
     print(header, table, sep="\n\n", flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+        command = _command()
         parts = [f"# {name}", docstring.strip(), f"`{command}`", header, table, f"```json\n{json.dumps(keys)}\n```\n"]
         (out / f"{name}.md").write_text("\n\n".join(parts), encoding="utf-8")
         record = {**keys, "command": command, "conditions": header, "measurements": details}
         (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(keys))
+
+
+def _command() -> str:
+    """What was typed, but for --scratch: where finished runs are kept changes no result."""
+    words = sys.argv[1:]
+    if "--scratch" in words:
+        place = words.index("--scratch")
+        del words[place : place + 2]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
