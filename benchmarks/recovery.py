@@ -2,13 +2,13 @@
 
 The built-in student loses part of its MLP neurons by OSSCAR and is trained back on short chains of the built-in task,
 with itself as it was for a teacher. `gradual` removes the same neurons in three turns, each followed by a third of the
-training; `one-shot` removes them at once. `KD` is forward KL only, `SFT` cross-entropy only. Arms of as many epochs train
-on the same number of tokens, to within a step; all write the weights of the lowest held-out KL to the unpruned model.
+training; `one-shot` removes them at once. `KD` is forward KL only, `SFT` cross-entropy only. All arms train on the same
+number of tokens, to within a step, and write the weights of the lowest held-out KL to the unpruned model.
 
 Score: share of held-out problems answered right, greedy. A row is the mean over seeds with the 95 % t-interval; seeds
 differ in the order of the traces. Differences are paired by seed. FLOPs and seconds are those of pruning and training.
 
-    python benchmarks/recovery.py [--quick] [--seeds 5] [--threads 1] [--scratch DIR] [--out DIR]
+    python benchmarks/recovery.py [--seeds 5] [--epochs 1] [--quick] [--scratch DIR] [--out DIR]
 
 Runs that are finished in the scratch directory are not run again; one that was interrupted goes on.
 """
@@ -36,17 +36,14 @@ from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.traces.sources import TraceConfig
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_recover.yaml"
-ARMS: dict[str, tuple[int, float, int]] = {
-    "one-shot, KD": (1, 1.0, 1),
-    "gradual, KD": (3, 1.0, 1),
-    "one-shot, SFT": (1, 0.0, 1),
-    "gradual, SFT": (3, 0.0, 1),
-    "one-shot, KD, 4 epochs": (1, 1.0, 4),
-    "gradual, KD, 4 epochs": (3, 1.0, 4),
+ARMS: dict[str, tuple[int, float]] = {
+    "one-shot, KD": (1, 1.0),
+    "gradual, KD": (3, 1.0),
+    "one-shot, SFT": (1, 0.0),
+    "gradual, SFT": (3, 0.0),
 }
-"""Rounds, share of KD, and passes over the traces in all."""
-REFERENCES = {1: "one-shot, KD", 4: "one-shot, KD, 4 epochs"}
-"""By passes over the traces: what an arm is compared with."""
+"""Rounds and share of KD."""
+REFERENCE = "one-shot, KD"
 COSTS = ("tokens", "flops", "seconds")
 PROBLEM_SEED = 1_000_001
 
@@ -54,8 +51,8 @@ PROBLEM_SEED = 1_000_001
 class Study:
     """The recipe, the problems and the directory of finished runs."""
 
-    def __init__(self, scratch: Path, quick: bool, threads: int) -> None:
-        self.scratch, self.threads = scratch, threads
+    def __init__(self, scratch: Path, epochs: int, quick: bool, threads: int) -> None:
+        self.scratch, self.epochs, self.threads = scratch, epochs, threads
         self.tree = read_recipe(RECIPE)
         traces = self.tree["distill"]["traces"]
         if quick:
@@ -64,22 +61,21 @@ class Study:
         self.problems = TraceConfig(**problems)
         self.evaluate = EvaluateConfig(max_new_tokens=200, batch_size=self.problems.num_traces)
 
-    def config(self, seed: int, rounds: int, kd_ratio: float, epochs: int) -> RecoverConfig:
+    def config(self, seed: int, rounds: int, kd_ratio: float) -> RecoverConfig:
         """The recipe with one arm's choices."""
         distill = self.tree["distill"]
-        training = {**distill["training"], "epochs": epochs, "seed": seed, "num_threads": self.threads}
+        training = {**distill["training"], "epochs": self.epochs, "seed": seed, "num_threads": self.threads}
         arm = {**distill, "training": training, "loss": {"kd_ratio": kd_ratio}}
         return build(RecoverConfig, {**self.tree, "rounds": rounds, "distill": arm})
 
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """Recover and score one model, or read what is there."""
-        out = self.scratch / f"{name.replace(', ', '-')}-{seed}"
+        out = self.place(name, seed)
         if not Checkpoint(out).is_finished:
             recover.run(self.config(seed, *ARMS[name]), out, resume=True)
         metrics = Checkpoint(out).manifest["metrics"]
         rounds = metrics["rounds"]
         return {
-            "epochs": ARMS[name][2],
             "accuracy": self.accuracy(str(out), out),
             "kl": metrics["validation_kl"],
             "ce": metrics["validation_ce"],
@@ -91,6 +87,10 @@ class Study:
             "unpruned": metrics["unpruned"],
         }
 
+    def place(self, name: str, seed: int) -> Path:
+        """Directory of one run."""
+        return self.scratch / f"{name.replace(', ', '-')}-{self.epochs}-epochs-{seed}"
+
     def accuracy(self, model: str, out: Path) -> float:
         """Share of the problems answered right; kept in `out`."""
         if not (out / "summary.json").exists():
@@ -100,7 +100,7 @@ class Study:
 
     def untrained(self, seed: int) -> dict[str, tuple[float, float, float]]:
         """Accuracy, KL and CE of the unpruned model and of the one-shot cut as it is."""
-        out = self.scratch / f"{REFERENCES[1].replace(', ', '-')}-{seed}"
+        out = self.place(REFERENCE, seed)
         metrics = Checkpoint(out).manifest["metrics"]
         rows = {
             "unpruned": (self.tree["prune"]["model"], metrics["unpruned"]),
@@ -120,7 +120,7 @@ def table_of(found: dict[str, list[dict[str, Any]]], untrained: dict[str, Any]) 
         rows.append([name, f"{accuracy:.3f}", "", f"{kl:.4f}", "", f"{ce:.4f}", "", "", ""])
         keys[name] = {"accuracy": accuracy, "kl": kl, "ce": ce}
     for name, runs in found.items():
-        pairs = list(zip(runs, found[REFERENCES[runs[0]["epochs"]]], strict=True))
+        pairs = list(zip(runs, found[REFERENCE], strict=True))
         means = {key: interval([run[key] for run in runs]) for key in ("accuracy", "kl", "ce")}
         differences = {
             f"{key}_difference": interval([run[key] - other[key] for run, other in pairs]) for key in ("accuracy", "kl")
@@ -140,7 +140,7 @@ def table_of(found: dict[str, list[dict[str, Any]]], untrained: dict[str, Any]) 
             ]
         )
         keys[name] = {**means, **differences, **cost}
-    difference = "minus one-shot, KD of as many epochs"
+    difference = f"minus {REFERENCE}"
     columns = ["model", "score (95 %)", difference, "held-out KL (95 %)", difference, "held-out CE (95 %)"]
     return markdown([*columns, "tokens", "TFLOP", "seconds"], rows), keys
 
@@ -155,6 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="100 traces, one seed: shows that it runs, nothing else")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the traces, all rounds together")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help=f"some of them, {REFERENCE!r} too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="where runs are kept; a temporary directory by default")
     parser.add_argument("--out", type=Path, help="directory for the results")
@@ -162,12 +164,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     header = conditions(options.threads, ("torch", "transformers"))
     with tempfile.TemporaryDirectory() as temporary:
-        study = Study(options.scratch or Path(temporary), options.quick, options.threads)
+        study = Study(options.scratch or Path(temporary), options.epochs, options.quick, options.threads)
         seeds = range(1 if options.quick else options.seeds)
-        runs = {(name, seed): study.run(name, seed) for seed in seeds for name in ARMS}
-        found = {name: [runs[name, seed] for seed in seeds] for name in ARMS}
+        runs = {(name, seed): study.run(name, seed) for seed in seeds for name in options.arms}
+        found = {name: [runs[name, seed] for seed in seeds] for name in options.arms}
         table, keys = table_of(found, study.untrained(0))
-    publish("recovery", __doc__, header, table, keys, found, options.out)
+    name = "recovery" if options.epochs == 1 else f"recovery_{options.epochs}_epochs"
+    publish(name, __doc__, header, table, keys, found, options.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Recovery: rounds end at the one-shot size with equal tokens, zeros survive, and a kill anywhere changes nothing."""
 
 import json
+import random
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import SHAPE, save_model
+from tiny_runs import SHAPE, save_model, start
 
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.cli import main
@@ -290,6 +292,29 @@ def refuse_finished(patch, finished):
             return whole(*arguments, **named)
 
         patch.setattr(module, "run", checked)
+
+
+def recover_in_process(tree, out, resume):
+    """What a child process runs."""
+    torch.set_num_threads(1)
+    recover.run(build(RecoverConfig, tree), out, resume=resume)
+
+
+def test_killed_at_random_moments_until_it_is_done(model, sparse, tmp_path):
+    tree, out, rng = to_dict(config(model, 2, method="wanda", pattern="0.5")), tmp_path / "out", random.Random(1)
+    for kill in range(4):
+        child = start(recover_in_process, tree, out, kill > 0)
+        written = {path for path in tmp_path.rglob("*") if path.is_dir()}
+        while child.is_alive() and {path for path in tmp_path.rglob("*") if path.is_dir()} <= written:
+            time.sleep(0.01)
+        time.sleep(rng.random())
+        child.kill()
+        child.join()
+    if not out.exists():
+        recover.run(build(RecoverConfig, tree), out, resume=True)
+    ours, theirs = weights_of(out), weights_of(sparse)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {path.name for path in out.iterdir()} == {path.name for path in sparse.iterdir()}
 
 
 def test_another_config_does_not_go_on(model, tmp_path, monkeypatch):
