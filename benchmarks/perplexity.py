@@ -289,7 +289,7 @@ def summarise(rows: Sequence[dict[str, Any]], dense: float, seconds: dict[str, l
         mine = [row["perplexity"] for row in members if not row["method"].startswith("llm-compressor")]
         keys[f"best_{key}"] = best["method"]
         keys[f"gap_closed_{key}"] = best["gap_closed"]
-        if theirs:
+        if theirs and mine:
             keys[f"perplexity_over_llmcompressor_{key}"] = min(mine) / min(theirs)
     named = {row["method"]: row["perplexity"] for row in rows if row["setting"] == "W4A16"}
     if {"gptq", "llm-compressor gptq"} <= set(named):

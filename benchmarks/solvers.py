@@ -17,7 +17,8 @@ order of activations, its default, as ours does. fmchisel's QuantEase makes its 
 at most 300 steps, its OSSCAR removes one group at a time. `plain_gptq` is ours with the scales of the range and the
 inputs in their own order: GPTQ as published.
 
-Keys are geometric means of ratios over all problems and settings; `..._worst` is the largest ratio.
+Keys over all problems and settings: geometric means of the ratios of errors; of seconds the ratio of the sums, with the
+geometric mean as `..._mean`; `..._worst` is the largest ratio.
 
     python benchmarks/solvers.py [--quick] [--threads 2] [--clock wall] [--work DIR] [--out benchmarks/results]
 
@@ -312,13 +313,19 @@ RATIOS = {
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Geometric mean and largest ratio of every key."""
+    """Every key over all problems: geometric mean of errors or ratio of the seconds in all, and the largest ratio."""
     found = {(row["problem"], row["setting"], row["solver"]): row for row in rows}
     keys = {}
     for key, (field, ours, theirs) in RATIOS.items():
         pairs = [(row, found.get((row["problem"], row["setting"], theirs))) for row in rows if row["solver"] == ours]
-        ratios = [row[field] / other[field] for row, other in pairs if other]
-        keys[key] = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
+        values = [(row[field], other[field]) for row, other in pairs if other]
+        ratios = [mine / other for mine, other in values]
+        mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
+        if field == "seconds":
+            keys[key] = sum(mine for mine, _ in values) / sum(other for _, other in values)
+            keys[f"{key}_mean"] = mean
+        else:
+            keys[key] = mean
         keys[f"{key}_worst"] = max(ratios)
     return {key: float(f"{value:.4g}") for key, value in keys.items()}
 
