@@ -20,6 +20,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from reasoning_recipes import interval
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.compress import recover
+from limbeck.compress.prune import stage as prune
 from limbeck.compress.recover import RecoverConfig
 from limbeck.config import build, read_recipe
+from limbeck.distill import train
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.traces.sources import TraceConfig
@@ -44,6 +47,8 @@ ARMS: dict[str, tuple[int, float]] = {
 }
 """Rounds and share of KD."""
 REFERENCE = "one-shot, KD"
+SHARES = (0.5, 0.75)
+"""Further cuts that are shown without training: what the neurons are worth."""
 COSTS = ("tokens", "flops", "seconds")
 PROBLEM_SEED = 1_000_001
 
@@ -98,18 +103,21 @@ class Study:
             score(model, EvaluateStageConfig(model="", problems=self.problems, evaluate=self.evaluate), out)
         return json.loads((out / "summary.json").read_text())["accuracy"]
 
-    def untrained(self, seed: int) -> dict[str, tuple[float, float, float]]:
-        """Accuracy, KL and CE of the unpruned model and of the one-shot cut as it is."""
-        out = self.place(REFERENCE, seed)
-        metrics = Checkpoint(out).manifest["metrics"]
-        rows = {
-            "unpruned": (self.tree["prune"]["model"], metrics["unpruned"]),
-            "pruned at once, not trained": (str(out / "round-1" / "pruned"), metrics["rounds"][0]["pruned"]),
-        }
-        return {
-            name: (self.accuracy(model, self.scratch / name.replace(" ", "_")), held_out["kl"], held_out["ce"])
-            for name, (model, held_out) in rows.items()
-        }
+    def untrained(self) -> dict[str, tuple[float, float, float]]:
+        """Score, held-out KL and CE of the unpruned model, and of cuts of several sizes made at once and left so."""
+        config = self.config(0, *ARMS[REFERENCE])
+        models = {"unpruned": config.prune.model}
+        for share in dict.fromkeys([*SHARES, config.prune.neuron_sparsity]):
+            out = self.scratch / f"pruned-{share}"
+            if not Checkpoint(out).is_finished:
+                prune.run(replace(config.prune, neuron_sparsity=share), out, resume=True)
+            models[f"{share:.1%} of the neurons pruned, not trained"] = str(out)
+        found = {}
+        for name, model in models.items():
+            losses = train.measure(config.distill, model)
+            accuracy = self.accuracy(model, self.scratch / Path(model).name)
+            found[name] = (accuracy, losses["validation_kd"] or 0.0, losses["validation_ce"] or 0.0)
+        return found
 
 
 def table_of(found: dict[str, list[dict[str, Any]]], untrained: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -168,7 +176,7 @@ def main() -> None:
         seeds = range(1 if options.quick else options.seeds)
         runs = {(name, seed): study.run(name, seed) for seed in seeds for name in options.arms}
         found = {name: [runs[name, seed] for seed in seeds] for name in options.arms}
-        table, keys = table_of(found, study.untrained(0))
+        table, keys = table_of(found, study.untrained())
     name = "recovery" if options.epochs == 1 else f"recovery_{options.epochs}_epochs"
     publish(name, __doc__, header, table, keys, found, options.out)
 
