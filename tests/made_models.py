@@ -32,11 +32,11 @@ FAMILIES = {
 }
 
 
-def made_model(family: str, seed: int = 0):
+def made_model(family: str, seed: int = 0, **sizes: int):
     """A random model with norms away from one and biases away from zero, so that forgetting them shows."""
     kind, extra = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, kind + "Config")(**SIZES | extra)
+    config = getattr(transformers, kind + "Config")(**SIZES | extra | sizes)
     name = {"Gemma3Text": "Gemma3"}.get(kind, kind) + "ForCausalLM"
     model = getattr(transformers, name)(config).eval()
     with torch.no_grad():

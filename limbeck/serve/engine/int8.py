@@ -30,7 +30,7 @@ class Int8Linear:
         """Pack the weight.
 
         Args:
-          codes: int8 [O I], each in -63..63.
+          codes: int8 [O I], each in -63..63, I at least 2 (the range takes two elements).
           scales: [O], one an output.
           bias: [O].
           where: the layer's name, for messages.
@@ -55,7 +55,8 @@ class Int8Linear:
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
             weight = torch._make_per_channel_quantized_tensor(codes, scales.double(), points, 0)
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
-        self._rows = torch.empty(0, self.inputs)
+        self._range = torch.zeros(self.inputs)
+        self._range[0], self._range[-1] = 1.0, -1.0
 
     @classmethod
     def rounded(cls, weight: Tensor, bias: Tensor | None = None, where: str = "int8 layer") -> Int8Linear:
@@ -75,15 +76,8 @@ class Int8Linear:
         peaks = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True)
         # A row of zeros stays one: 0 / tiny.
         peaks.clamp_(min=torch.finfo(x.dtype).tiny)
-        rows = self._buffer(len(x))
+        rows = torch.empty(len(x) + 1, self.inputs)
         torch.div(x, peaks, out=rows[:-1])
+        rows[-1] = self._range
         y = torch.ops.quantized.linear_dynamic(rows, self.packed, reduce_range=False)[:-1].mul_(peaks)
         return y if self.bias is None else y.add_(self.bias)
-
-    def _buffer(self, rows: int) -> Tensor:
-        """[rows + 1, I], the last row holding the range [-1, 1]."""
-        if len(self._rows) != rows + 1:
-            self._rows = torch.empty(rows + 1, self.inputs)
-        last = self._rows[-1].zero_()
-        last[0], last[-1] = 1.0, -1.0
-        return self._rows

@@ -136,6 +136,9 @@ class Scorer:
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """Scores of all items of all requests, in their order.
 
+        Equal prefixes are computed once; keys and values of all prefixes of a call are in memory at the same time,
+        `decoder.bytes_per_token` each token.
+
         Raises: ModelError for ids or lengths that the model does not have, and for an empty item without a prefix.
         """
         for request in requests:

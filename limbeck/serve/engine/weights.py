@@ -5,6 +5,7 @@ Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma 3 (text). Int8 layers of a W8A8 ch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -108,7 +109,7 @@ def weights_of(
             activation=backbone.layers[0].mlp.act_fn,
             norm=source.norm(backbone.norm),
             head=model.lm_head.weight.detach(),
-            head_bias=model.lm_head.bias,
+            head_bias=None if model.lm_head.bias is None else model.lm_head.bias.detach(),
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
@@ -168,14 +169,7 @@ class _Source(NamedTuple):
         weight = torch.cat([module.weight.detach() for module in modules])
         if self.precision == "int8":
             return Int8Linear.rounded(weight, bias, where)
-        return _dense(weight, bias)
-
-
-def _dense(weight: Tensor, bias: Tensor | None) -> Linear:
-    def product(x: Tensor) -> Tensor:
-        return nn.functional.linear(x, weight, bias)
-
-    return product
+        return functools.partial(nn.functional.linear, weight=weight, bias=bias)
 
 
 def _apart(modules: Sequence[nn.Module]) -> Linear:
