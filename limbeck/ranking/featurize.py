@@ -143,28 +143,29 @@ def label_tokens(text: RequestText, tokenizer: Any, config: FeaturizeConfig) -> 
 
 def _encode(request: Request, tokenizer: Any, config: FeaturizeConfig) -> EncodedRequest:
     text = write_request(request, config)
-    encoded = tokenizer([text.prefix + added for added in text.candidates], return_offsets_mapping=True)
-    lengths = [_prefix_tokens(offsets, len(text.prefix)) for offsets in encoded["offset_mapping"]]
-    prefixes = {tuple(ids[:length]) for ids, length in zip(encoded["input_ids"], lengths, strict=True)}
-    if len(prefixes) != 1:
-        first, second = sorted(prefixes)[:2]
-        place = next(i for i in range(len(first) + 1) if first[: i + 1] != second[: i + 1])
+    pairs = [text.prefix + added for added in text.candidates]
+    first = tokenizer(pairs[0], return_offsets_mapping=True)
+    length = _prefix_tokens(first["offset_mapping"], len(text.prefix))
+    if length < len(first["input_ids"]) and first["offset_mapping"][length][0] < len(text.prefix):
+        token = _shown(tokenizer, first["input_ids"][length : length + 1])
         raise TemplateError(
-            f"request {request.request_id}: the candidates change the tokens of the shared prefix, from token {place} "
-            f"on ({_shown(tokenizer, first[place:][:4])} or {_shown(tokenizer, second[place:][:4])}); end the prefix "
-            "template, or start the candidate template, with a newline."
+            f"request {request.request_id}: the token {token} is half of the prefix, half of the candidate; end the "
+            "prefix template, or start the candidate template, with a newline."
         )
-    for ids, offsets, length in zip(encoded["input_ids"], encoded["offset_mapping"], lengths, strict=True):
-        if length < len(ids) and offsets[length][0] < len(text.prefix) < offsets[length][1]:
+    # Equal tokens write equal text, so with the first candidate's the prefix of all of them ends where it does.
+    prefix, encoded = first["input_ids"][:length], tokenizer(pairs)["input_ids"]
+    for ids in encoded:
+        if ids[:length] != prefix:
+            place = next(i for i in range(length) if ids[i : i + 1] != prefix[i : i + 1])
             raise TemplateError(
-                f"request {request.request_id}: the token {_shown(tokenizer, ids[length : length + 1])} is half of the "
-                "prefix, half of the candidate; end the prefix template, or start the candidate template, with a "
-                "newline."
+                f"request {request.request_id}: the candidates change the tokens of the shared prefix, from token "
+                f"{place} on ({_shown(tokenizer, prefix[place:][:4])} or {_shown(tokenizer, ids[place:][:4])}); end "
+                "the prefix template, or start the candidate template, with a newline."
             )
     return EncodedRequest(
         request.request_id,
-        np.array(prefixes.pop(), dtype=np.int32),
-        tuple(np.array(ids[n:], dtype=np.int32) for ids, n in zip(encoded["input_ids"], lengths, strict=True)),
+        np.array(prefix, dtype=np.int32),
+        tuple(np.array(ids[length:], dtype=np.int32) for ids in encoded),
         np.array([candidate.label for candidate in request.candidates]),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -105,10 +106,11 @@ def group_log(
     counts = {"rows": len(rows), "rows_of_small_requests": 0, "rows_without_history": 0}
     for member_id, own in by_member.items():
         own.sort(key=lambda row: row.interaction.time)
-        past = [row.interaction for row in own]
+        past, times = [row.interaction for row in own], [row.interaction.time for row in own]
         for number, group in enumerate(_groups(own, config.candidates)):
             time = group[0].interaction.time
-            history = [event for event in past if event.time < time][-config.history :] if config.history else []
+            before = bisect_left(times, time)
+            history = past[max(0, before - config.history) : before]
             if len(group) < config.min_candidates:
                 counts["rows_of_small_requests"] += len(group)
             elif len(history) < config.min_history:

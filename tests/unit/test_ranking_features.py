@@ -79,7 +79,7 @@ def test_a_token_across_the_border_is_refused():
         encode_requests([request(["Ice", "Iris"])], tokenizer, config)
     # Only one of the candidates joins on: the prefix would have other tokens for it.
     with pytest.raises(TemplateError, match=r"change the tokens of the shared prefix.*newline"):
-        encode_requests([request(["Ice", "Axe"])], tokenizer, config)
+        encode_requests([request(["Axe", "Ice"])], tokenizer, config)
     mended = FeaturizeConfig(prefix="{member}{history}:\n", candidate="{item}\nAnswer:", feature="{value}")
     assert encode_requests([request(["Ice", "Axe"])], tokenizer, mended)
 
