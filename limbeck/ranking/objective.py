@@ -84,28 +84,27 @@ class RankingObjective:
                 loss = _added(loss, self._listwise(hidden, student, examples, kd_coef * listwise, targets, config))
         if torch.is_grad_enabled():
             flops = backbone_forward_flops(student_sizes, computed) + backbone_backward_flops(student_sizes, computed)
-            ledger.add_flops(student=flops, head=self._head_flops(student_sizes, len(rows), targets is not None))
+            listwise_rows = len(rows) if listwise and targets is not None else 0
+            ledger.add_flops(student=flops, head=self._head_flops(student_sizes, loss.head_rows, listwise_rows))
             ledger.add_flops(teacher=self._teacher_head_flops(targets, vocab_size))
         return loss
 
-    def _head_flops(self, sizes: Sizes, num_rows: int, has_teacher: bool) -> int:
-        """Of the student: the pointwise terms', and two label rows more for the listwise one."""
-        two = head_flops(sizes._replace(vocab_size=2), num_rows)
-        pointwise = two if self.config.support == "labels" else head_flops(sizes, num_rows)
-        return pointwise + (two if self.config.listwise_ratio and has_teacher else 0)
+    def _head_flops(self, sizes: Sizes, pointwise_rows: int, listwise_rows: int) -> int:
+        """Of the student: the pointwise terms', and two label rows of the head for the listwise one."""
+        two = sizes._replace(vocab_size=2)
+        used = two if self.config.support == "labels" else sizes
+        return head_flops(used, pointwise_rows) + head_flops(two, listwise_rows)
 
     def _teacher_head_flops(self, targets: TeacherTargets, vocab_size: int | None) -> int:
         """What the teachers' heads cost beside what a live teacher charges, which is the whole vocabulary once."""
         if targets is None:
             return 0
-        extra = 0
+        extra, listwise = 0, self.config.listwise_ratio
         for part in map(_dense, targets.parts if isinstance(targets, SeveralTargets) else (targets,)):
             rows, width = part.head_weight.shape
-            a_row = 2 * len(part) * width
-            if self.config.support == "labels":
-                extra -= a_row * (min(vocab_size or rows, rows) - 2)
-            if self.config.listwise_ratio:
-                extra += a_row * 2
+            whole = min(vocab_size or rows, rows)
+            pointwise = 0 if listwise == 1 else 2 if self.config.support == "labels" else whole
+            extra += 2 * len(part) * width * (pointwise + (2 if listwise else 0) - whole)
         return extra
 
     def _pointwise(

@@ -138,7 +138,7 @@ def kl(teacher_logits, logits):
 
 
 @pytest.mark.parametrize("support", ["labels", "vocabulary"])
-@pytest.mark.parametrize("listwise", [0.0, 0.5])
+@pytest.mark.parametrize("listwise", [0.0, 0.5, 1.0])
 def test_flops_are_those_that_torch_counts(teacher, support, listwise):
     _, _, ledger, counted, _ = gradients(
         with_teacher(teacher, ranking__support=support, ranking__listwise_ratio=listwise)
