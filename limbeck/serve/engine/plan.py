@@ -146,7 +146,7 @@ def make_plan(works: Sequence[Work], costs: Costs, path: str = "auto", pass_toke
 
     Args:
       works: what is to be computed.
-      path: one of `PATHS`, or auto for any of them.
+      path: one of `PATHS`, or auto for any but `single`, which is never cheaper and leaves nothing for the next call.
       pass_tokens: most tokens of a pass (one block or item may be longer); None to choose among the measured sizes.
     Raises: ConfigError for an unknown path.
     """
@@ -154,7 +154,7 @@ def make_plan(works: Sequence[Work], costs: Costs, path: str = "auto", pass_toke
         raise ConfigError(f"path {path!r} is unknown; {nearest(path, ['auto', *PATHS])}")
     sizes = [size for size in costs.rows if size >= 64] or [costs.rows[-1]]
     candidates = []
-    for name in PATHS if path == "auto" else (path,):
+    for name in ("packed", "shared", "cached") if path == "auto" else (path,):
         for size in sizes if pass_tokens is None else (pass_tokens,):
             passes = list(PATHS[name](works, size))
             candidates.append(Plan(name, passes, sum(_seconds(pieces, costs) for pieces in passes)))

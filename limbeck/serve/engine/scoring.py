@@ -36,7 +36,7 @@ class ScoringConfig:
     block_tokens: int = 64
     """Tokens of a block, the unit in which prefixes are shared."""
     path: str = "auto"
-    """single, cached, shared, packed, or auto: the cheapest by the cost model."""
+    """single, cached, shared, packed, or auto: the cheapest of the last three by the cost model."""
     pass_tokens: int | None = None
     """Most tokens of a pass; null: the best of the measured sizes."""
 
