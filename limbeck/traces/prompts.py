@@ -37,9 +37,10 @@ def is_prompt(record: Record) -> bool:
     """Whether a record holds a prompt and nothing that could be a reply."""
     if record.keys() & REPLY_COLUMNS or not record.keys() & {*TURN_COLUMNS, *PROMPT_COLUMNS}:
         return False
-    turns = next((record[name] for name in (*TURN_COLUMNS, "prompt") if name in record), None)
+    name = next((name for name in (*TURN_COLUMNS, "prompt") if name in record), None)
+    turns = record[name] if name is not None else None
     if not isinstance(turns, list):
-        return turns is None or isinstance(turns, str)
+        return turns is None or (isinstance(turns, str) and name not in TURN_COLUMNS)
     return bool(turns) and isinstance(turns[-1], Mapping) and _role(turns[-1]) == "user"
 
 

@@ -76,7 +76,7 @@ TRACE_FILES = {
     "messages no list": ('{"messages": "x"}\n', "turns are not a list: found str"),
     "no content": ('{"messages": [{"role": "user"}]}\n', "content|assistant"),
     "content a number": ('{"messages": [{"role": "user", "content": 3}]}\n', "content|assistant"),
-    "no assistant": (json.dumps({"messages": TURNS[:1]}) + "\n", "assistant"),
+    "no assistant": (json.dumps({"messages": TURNS[:1]}) + "\n", "no reply"),
     "role unknown": ('{"messages": [{"role": "wizard", "content": "x"}]}\n', "wizard|role"),
     "no end marker": (reply("<think>c") + "\n", "end"),
     "no thought": (reply("just the answer") + "\n", "thought"),

