@@ -135,7 +135,17 @@ def test_evaluate_and_report_read_what_the_sweep_wrote(demo, tmp_path):
     out, _, _ = demo
     run = out / "runs" / "lead_fraction-1.0_keep_ending-false"
     scored = limbeck(
-        *("evaluate", "--model", str(run), "--source", "builtin:chain", "--num-traces", "6", "--problems.seed", "5"),
+        *(
+            "evaluate",
+            "--model",
+            str(run),
+            "--problems.source",
+            "builtin:chain",
+            "--problems.num-traces",
+            "6",
+            "--problems.seed",
+            "5",
+        ),
         *("--max-new-tokens", "200", "--out", str(tmp_path / "scores"), "--json"),
         cwd=tmp_path,
     )
