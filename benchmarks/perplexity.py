@@ -9,10 +9,11 @@ block behind the compressed ones before it. W4A16 has symmetric groups of 64 inp
 one scale an output channel and int8 inputs a token, rounded alike on both sides when perplexity is measured. Ours are
 written by `limbeck quantize` and `limbeck prune` and read back; llm-compressor's weights are taken as they act.
 
-`gap closed` is the share of the perplexity between the first row of a setting (rounding to nearest, the smallest
-weights, random neurons, random KV groups, the last layers but one) and the dense model that a method wins back.
-`... + dense targets` aims every layer at the dense model's output. Neurons and groups that are taken at random or by
-size are refitted like OSSCAR's where it says so. Wanda is the same rule on both sides, so it stands once.
+`gap closed` is the share of the perplexity between the first row of a setting and the dense model that a method wins
+back: the better of both roundings to nearest (llm-compressor divides the range by 7.5, ours by 7), the smallest weights,
+random neurons, random KV groups, the last layers but one. `... + dense targets` aims every layer at the dense model's
+output. Neurons and groups that are taken by size are refitted like OSSCAR's where it says so. Wanda is the same rule on
+both sides, so it stands once.
 
 Seconds: GPTQ at 4 bits on the whole model, llm-compressor's `oneshot` and our stage, which also writes the checkpoint;
 loading apart; in turns, medians. `--clock cpu` counts CPU-seconds of one thread, for a machine that does other work.
@@ -20,7 +21,7 @@ loading apart; in turns, medians. `--clock cpu` counts CPU-seconds of one thread
     python benchmarks/perplexity.py [--quick] [--rows W4A16 2:4] [--work DIR] [--threads 2] [--clock wall]
         [--out benchmarks/results]
 
-Rows that DIR holds already are not computed again; the seconds always are. Peers: `make bench-peers-compress`.
+Rows and seconds that DIR holds already are not measured again. Peers: `make bench-peers-compress`.
 """
 
 from __future__ import annotations
@@ -188,12 +189,12 @@ W8A8 = {"scheme": "w8a8", "group_size": None}
 SMOOTH = W8A8 | {"equalization": "smoothquant"}
 GROUPS = {"neuron_sparsity": 0.0, "kv_group_sparsity": 1 / 3}
 ROWS = [
+    Row("W4A16", "llm-compressor rtn", partial(peer, "w4a16-rtn")),
     Row("W4A16", "rtn", partial(quantized, "rtn")),
     Row("W4A16", "awq", partial(quantized, "rtn", equalization="awq")),
     Row("W4A16", "gptq", partial(quantized, "gptq")),
     Row("W4A16", "quantease", partial(quantized, "quantease")),
     Row("W4A16", "quantease + dense targets", partial(quantized, "quantease", dense_targets=True)),
-    Row("W4A16", "llm-compressor rtn", partial(peer, "w4a16-rtn")),
     Row("W4A16", "llm-compressor gptq", partial(peer, "w4a16-gptq")),
     Row("W4A16", "llm-compressor awq", partial(peer, "w4a16-awq")),
     Row("W8A8", "rtn", partial(quantized, "rtn", **W8A8)),
@@ -254,8 +255,11 @@ def perplexity(directory: Path, setup: Setup, rounds_inputs: bool = False) -> di
     return window_sums(model, setup.windows).summary()
 
 
-def gptq_seconds(setup: Setup, repeats: int, clock: str) -> dict[str, list[float]]:
-    """Seconds of GPTQ on the whole model, theirs and ours in turns."""
+def gptq_seconds(setup: Setup, work: Path, repeats: int, clock: str) -> dict[str, list[float]]:
+    """Seconds of GPTQ on the whole model, theirs and ours in turns; kept in a file."""
+    path = work / "seconds.json"
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     seconds: dict[str, list[float]] = {"ours": [], "llm-compressor": []}
     now = CLOCKS[clock]
     for _ in range(repeats):
@@ -264,18 +268,22 @@ def gptq_seconds(setup: Setup, repeats: int, clock: str) -> dict[str, list[float
             start = now()
             quantized("gptq", setup, Path(scratch) / "ours")
             seconds["ours"].append(now() - start)
+    path.write_text(json.dumps(seconds), encoding="utf-8")
     return seconds
 
 
 def with_gaps(rows: Sequence[dict[str, Any]], dense: float) -> list[dict[str, Any]]:
-    """Rows with the share of the gap from the first of their setting to the dense model that they close."""
-    firsts: dict[str, float] = {}
-    for row in rows:
-        firsts.setdefault(row["setting"], row["perplexity"])
-    return [
-        row | {"gap_closed": (firsts[row["setting"]] - row["perplexity"]) / (firsts[row["setting"]] - dense)}
-        for row in rows
-    ]
+    """Rows with the share of the gap from the first of their setting to the dense model; None where it is not there."""
+    baselines: dict[str, str] = {}
+    for row in ROWS:
+        baselines.setdefault(row.setting, row.method)
+    found = {(row["setting"], row["method"]): row["perplexity"] for row in rows}
+
+    def gap(row: dict[str, Any]) -> float | None:
+        baseline = found.get((row["setting"], baselines[row["setting"]]))
+        return None if baseline is None else (baseline - row["perplexity"]) / (baseline - dense)
+
+    return [row | {"gap_closed": gap(row)} for row in rows]
 
 
 def summarise(rows: Sequence[dict[str, Any]], dense: float, seconds: dict[str, list[float]] | None) -> dict[str, Any]:
@@ -303,10 +311,14 @@ def summarise(rows: Sequence[dict[str, Any]], dense: float, seconds: dict[str, l
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """One row a model."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
     columns = ["setting", "method", "perplexity", "95 %", "gap closed"]
     return markdown(columns, [
         [row["setting"], row["method"], f"{row['perplexity']:.2f}",
-         f"{row['perplexity_low']:.2f} to {row['perplexity_high']:.2f}", f"{row['gap_closed']:.2f}"]
+         f"{row['perplexity_low']:.2f} to {row['perplexity_high']:.2f}", share(row["gap_closed"])]
         for row in rows
     ])  # fmt: skip
 
@@ -317,7 +329,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="of the timing")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU-seconds, for --threads 1")
-    parser.add_argument("--rows", nargs="+", help="only rows whose setting and method begin so, and no timing")
+    parser.add_argument("--rows", nargs="+", help="only rows whose setting and method begin so, or `seconds`")
     parser.add_argument("--work", type=Path, help="directory that keeps finished rows")
     parser.add_argument("--out", type=Path, help="directory for perplexity.md and perplexity.json")
     options = parser.parse_args()
@@ -336,7 +348,8 @@ def main() -> None:
         dense = measured(dense_row, setup, work)
         wanted = tuple(options.rows or [""])
         rows = [measured(row, setup, work) for row in ROWS if f"{row.setting} {row.method}".startswith(wanted)]
-        seconds = None if options.rows else gptq_seconds(setup, options.repeats, options.clock)
+        timed = "seconds".startswith(wanted)
+        seconds = gptq_seconds(setup, work, options.repeats, options.clock) if timed else None
     rows = with_gaps(rows, dense["perplexity"])
     keys = summarise(rows, dense["perplexity"], seconds)
     table = f"Dense: {dense['perplexity']:.2f}\n\n" + table_of(rows)
