@@ -10,7 +10,7 @@ one scale an output channel and int8 inputs a token, rounded alike on both sides
 written by `limbeck quantize` and `limbeck prune` and read back; llm-compressor's weights are taken as they act.
 
 `gap closed` is the share of the perplexity between the first row of a setting and the dense model that a method wins
-back: the better of both roundings to nearest (llm-compressor divides the range by 7.5, ours by 7), the smallest weights,
+back: the better of both roundings to nearest (llm-compressor divides ranges by 7.5, ours by 7), the smallest weights,
 random neurons, random KV groups, the last layers but one. `... + dense targets` aims every layer at the dense model's
 output. Neurons and groups that are taken by size are refitted like OSSCAR's where it says so. Wanda is the same rule on
 both sides, so it stands once.
