@@ -56,8 +56,8 @@ def test_every_path_equals_transformers(family, path):
     assert scorer.usage.cached_tokens == (0 if path == "single" else len(PREFIX))
 
 
-# On two threads one item in a shuffled request was seen to differ in the last bits (Qwen2, 7 of 8 cases equal); why is not
-# known yet, so the contract holds on one thread and is watched on two.
+# On two threads items of a shuffled request were seen to differ in the last bits; why is not known yet, so the contract
+# holds on one thread and is watched on two.
 WATCHED = pytest.mark.xfail(strict=False, reason="bits on several threads are not proven")
 
 
