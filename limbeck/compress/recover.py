@@ -15,26 +15,23 @@ Source: 2502.14305, section on pruning with distillation: cutting in stages won 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from limbeck.checkpoint import MANIFEST, STATE_PREFIX, Checkpoint, output_directory, write_json, write_manifest
+from limbeck.checkpoint import MANIFEST, STATE_PREFIX, Checkpoint, output_directory, write_manifest
 from limbeck.compress.masks import MASK_FILE
 from limbeck.compress.prune import stage as prune
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig
-from limbeck.compress.rounds import Round, plan_rounds, round_patterns
+from limbeck.compress.rounds import Round, claim, once, plan_rounds, round_patterns
 from limbeck.compress.weights import INDEX, ShardWriter
-from limbeck.config import config_hash, to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, LossConfig, StudentConfig, TeacherConfig
 from limbeck.distill.parallel import join
-from limbeck.errors import CheckpointError, ConfigError
+from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
-from limbeck.models.load import model_hash
 from limbeck.progress import console
 
 STATE = STATE_PREFIX + "recover.json"
@@ -112,29 +109,18 @@ def run(config: RecoverConfig, out: Path, *, overwrite: bool = False, resume: bo
             "limbeck recover runs in one process; on several, call limbeck prune and limbeck distill in turn."
         )
     with output_directory(out, overwrite=overwrite, resume=resume) as working:
-        _claim(config, working)
+        claim(working / STATE, config, config.prune.model)
         rounds = plan_rounds(config.prune, config.distill, config.rounds)
-        start = _once(working / "unpruned.json", partial(_held_out, config, config.prune.model))
+        start = once(working / "unpruned.json", partial(_held_out, config, config.prune.model))
         model, records = config.prune.model, []
         for number, planned in enumerate(rounds, start=1):
             directory = working / f"round-{number}"
-            record = _once(directory / RECORD, partial(_round, config, planned, model, directory))
+            record = once(directory / RECORD, partial(_round, config, planned, model, directory))
             _say(number, record)
             records.append(record)
             model = str(directory / "recovered")
         metrics = _finish(config, working, start, records)
     return {"out": str(out), **metrics}
-
-
-def _claim(config: RecoverConfig, working: Path) -> None:
-    """Mark the directory with what decides the result, so that a failure leaves the finished rounds for --resume."""
-    identity = config_hash({"config": to_dict(config), "model": model_hash(config.prune.model)})
-    state = working / STATE
-    if state.exists() and json.loads(state.read_text(encoding="utf-8"))["identity"] != identity:
-        raise CheckpointError(
-            f"{working}: the interrupted run there has another config or model; use the same ones, or drop --resume."
-        )
-    write_json(state, {"identity": identity})
 
 
 def _round(config: RecoverConfig, planned: Round, model: str, directory: Path) -> dict[str, Any]:
@@ -214,14 +200,6 @@ def _add_mask(directory: Path, mask: Path) -> None:
             (directory / "model.safetensors").replace(writer.path(0))
         writer.finish()
     (directory / MASK_FILE).write_bytes(mask.read_bytes())
-
-
-def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returned when it was first called for this file."""
-    if not path.exists():
-        found = make()
-        write_json(path, found)
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _say(number: int, record: Mapping[str, Any]) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from limbeck.checkpoint import write_json
 from limbeck.compress.blocks import Blocks
 from limbeck.compress.budget import BudgetConfig
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig, sizes_after
 from limbeck.compress.shape_cost import Shape, ShapeCost, whole_shape
+from limbeck.config import config_hash, to_dict
 from limbeck.distill.config import DistillConfig, TrainingConfig
 from limbeck.distill.data import prepare
 from limbeck.distill.train import planned_steps
 from limbeck.distill.zeros import PRUNED_FROM
-from limbeck.errors import ConfigError
-from limbeck.models.load import load_tokenizer
+from limbeck.errors import CheckpointError, ConfigError
+from limbeck.models.load import load_tokenizer, model_hash
 
 _SEED_STRIDE = 1_000_003
 """Between the seeds of two rounds, so that each sees the traces in another order."""
@@ -138,3 +142,24 @@ def _trainings(distill: DistillConfig, model: str, rounds: int) -> list[Training
         trainings.append(replace(distill.training, max_tokens=share, max_steps=None, seed=seed))
         planned += tokens(trainings[-1])
     return trainings
+
+
+def claim(state: Path, config: Any, model: str) -> None:
+    """Mark a working directory with what decides the result, so that a failure leaves the finished rounds for --resume.
+
+    Raises: CheckpointError when the mark there is of another config or model.
+    """
+    identity = config_hash({"config": to_dict(config), "model": model_hash(model)})
+    if state.exists() and json.loads(state.read_text(encoding="utf-8"))["identity"] != identity:
+        raise CheckpointError(
+            f"{state.parent}: the interrupted run there has another config or model; use the same ones, or drop "
+            "--resume."
+        )
+    write_json(state, {"identity": identity})
+
+
+def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned when it was first called for this file."""
+    if not path.exists():
+        write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))

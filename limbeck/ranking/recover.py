@@ -14,9 +14,9 @@ Source: 2502.14305, section on pruning with distillation: cutting in stages won 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ from limbeck.checkpoint import STATE_PREFIX, Checkpoint, output_directory, write
 from limbeck.compress.calibrate import CalibrationConfig
 from limbeck.compress.prune import stage as prune
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig
-from limbeck.compress.rounds import plan_cuts
-from limbeck.config import config_hash, to_dict
+from limbeck.compress.rounds import claim, once, plan_cuts
 from limbeck.distill.config import StudentConfig, TrainingConfig
 from limbeck.distill.parallel import join
-from limbeck.errors import CheckpointError, ConfigError
+from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_tokenizer, model_hash
 from limbeck.progress import console
@@ -95,10 +94,10 @@ def run(config: RankRecoverConfig, out: Path, *, overwrite: bool = False, resume
     if join().world_size > 1:
         raise ConfigError("limbeck rank recover runs in one process; on several, call prune and rank train in turn.")
     with output_directory(out, overwrite=overwrite, resume=resume) as working:
-        _claim(config, working)
+        claim(working / STATE, config, config.prune.model)
         cuts, trainings = plan_cuts(config.prune, config.rounds), _trainings(config)
         calibration = _calibration(config, working)
-        rows = [_once(working / "unpruned.json", lambda: _held_out(config, config.prune.model))]
+        rows = [once(working / "unpruned.json", partial(_held_out, config, config.prune.model))]
         model, ledger = config.prune.model, Ledger()
         for number, (cut, training) in enumerate(zip(cuts, trainings, strict=True), start=1):
             directory = working / f"round-{number}"
@@ -108,7 +107,7 @@ def run(config: RankRecoverConfig, out: Path, *, overwrite: bool = False, resume
             if not Checkpoint(recovered).is_finished:
                 student = StudentConfig(model=str(pruned), keep_zeros=config.prune.method in SOLVERS)
                 train.run(replace(config.rank, student=student, training=training), recovered, resume=True)
-            rows.append(_once(directory / "round.json", lambda p=pruned, r=recovered: _row(config, p, r)))
+            rows.append(once(directory / "round.json", partial(_row, config, pruned, recovered)))
             for part in (pruned, recovered):
                 ledger.restore(Checkpoint(part).manifest["ledger"])
             _say(number, rows[-1])
@@ -122,17 +121,6 @@ def run(config: RankRecoverConfig, out: Path, *, overwrite: bool = False, resume
         (working / "unpruned.json").unlink()
         (working / STATE).unlink()
     return {"out": str(out), "model": str(out / f"round-{config.rounds}" / "recovered"), **metrics}
-
-
-def _claim(config: RankRecoverConfig, working: Path) -> None:
-    """Mark the directory with what decides the result, so that a failure leaves the finished rounds for --resume."""
-    identity = config_hash({"config": to_dict(config), "model": model_hash(config.prune.model)})
-    state = working / STATE
-    if state.exists() and json.loads(state.read_text(encoding="utf-8"))["identity"] != identity:
-        raise CheckpointError(
-            f"{working}: the interrupted run there has another config or model; use the same ones, or drop --resume."
-        )
-    write_json(state, {"identity": identity})
 
 
 def _own_data(model: Any) -> dict[str, Any]:
@@ -196,13 +184,6 @@ def _held_out(config: RankRecoverConfig, model: str) -> dict[str, Any]:
     found = train.measure(config.rank, model)
     names = ("auc", "auc_low", "auc_high", "request_auc", "log_loss", "calibration_error")
     return {name: found.get(name) for name in names}
-
-
-def _once(path: Path, make: Any) -> dict[str, Any]:
-    """What `make` returned when it was first called for this file."""
-    if not path.exists():
-        write_json(path, make())
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _say(number: int, row: Mapping[str, Any]) -> None:
