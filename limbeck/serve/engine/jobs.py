@@ -79,8 +79,8 @@ class Drawn(NamedTuple):
 
     token: int
     log_prob: float | None
-    """Natural log, of the model's own distribution at temperature 1; None where it was not asked for, and for the first token of a
-    prompt."""
+    """Natural log, at temperature 1 and before any filter; None where it was not asked for, and for the first token of
+    a prompt."""
     top: Sequence[tuple[int, float]]
     """Most likely tokens and their log-probs, best first."""
 
