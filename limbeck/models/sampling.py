@@ -26,7 +26,7 @@ def choose_tokens(logits: Tensor, uniforms: Tensor | None, temperature: float, t
     probabilities = torch.softmax(logits.float() / temperature, -1)
     if top_p == 1.0:
         cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-        return _invert(cumulative, uniforms * cumulative[:, -1])
+        return invert_cumulative(cumulative, uniforms * cumulative[:, -1])
     vocabulary = probabilities.shape[-1]
     ranked, order = probabilities.topk(min(NUCLEUS_CANDIDATES, vocabulary))
     if ranked.shape[-1] < vocabulary and bool((ranked.sum(-1, dtype=torch.float64) < top_p).any()):
@@ -34,10 +34,11 @@ def choose_tokens(logits: Tensor, uniforms: Tensor | None, temperature: float, t
     cumulative = ranked.cumsum(-1, dtype=torch.float64)
     last = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=ranked.shape[-1] - 1)
     mass = cumulative.gather(-1, last).squeeze(-1)
-    return order.gather(-1, _invert(cumulative, uniforms * mass)[:, None]).squeeze(-1)
+    return order.gather(-1, invert_cumulative(cumulative, uniforms * mass)[:, None]).squeeze(-1)
 
 
-def _invert(cumulative: Tensor, targets: Tensor) -> Tensor:
+def invert_cumulative(cumulative: Tensor, targets: Tensor) -> Tensor:
+    """The first index [R] whose cumulative mass [R K] is above the row's target [R]."""
     # right=True passes over entries without mass: their cumulative value equals their predecessor's.
     index = torch.searchsorted(cumulative, targets[:, None].contiguous(), right=True).squeeze(-1)
     return index.clamp(max=cumulative.shape[-1] - 1)

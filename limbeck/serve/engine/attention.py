@@ -49,6 +49,14 @@ def attend(
     return out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).reshape(query.shape)
 
 
+def attend_last(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """One token behind everything it sees, its own key last: query [N H], keys and values [N_kv S H] -> [1 N H]."""
+    low = 0 if window is None else max(0, keys.shape[1] - window)
+    stacked = query.view(1, keys.shape[0], -1, query.shape[1])
+    out, _ = _flash(stacked, keys[None, :, low:], values[None, :, low:], scale, None)
+    return out.reshape(1, *query.shape)
+
+
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs [n N_kv R H] and log-sum-exps [n N_kv R] of torch's fused kernel, which takes each (n, N_kv) apart."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

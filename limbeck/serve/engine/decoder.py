@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import ModelError
-from limbeck.serve.engine.attention import attend
-from limbeck.serve.engine.weights import Block, Precision, Weights, read_weights
+from limbeck.serve.engine.attention import attend, attend_last
+from limbeck.serve.engine.weights import Block, Linear, Precision, Weights, read_weights
 
 SERIAL_ELEMENTS = 32767
 """torch splits larger element-wise work among threads, at places that are no multiple of its vectors; what is left
@@ -34,9 +34,9 @@ class KeyValues:
         shape = (len(decoder.weights.blocks), decoder.key_heads, tokens, decoder.head_size)
         self.keys, self.values = torch.empty(shape), torch.empty(shape)
 
-    def past(self, layer: int, length: int) -> tuple[Tensor, Tensor] | None:
+    def past(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` keys and values [N_kv length H] of a layer."""
-        return (self.keys[layer, :, :length], self.values[layer, :, :length]) if length else None
+        return self.keys[layer, :, :length], self.values[layer, :, :length]
 
 
 class Segment(NamedTuple):
@@ -162,8 +162,12 @@ class Decoder:
         attended = torch.empty(len(normed), self.heads, self.head_size)
         for group in layout.groups:
             parts = [part[group.rows].unflatten(0, (group.segments, group.length)) for part in (query, key, value)]
-            prefix = group.like.prefix
-            past = None if prefix is None else prefix.past(number, group.like.start)
+            prefix, start = group.like.prefix, group.like.start
+            if prefix is not None and group.like.grows and group.length == 1:  # its own key stands behind the others
+                seen = prefix.past(number, start + 1)
+                attended[group.rows] = attend_last(parts[0][0, 0], *seen, block.scale, block.window)
+                continue
+            past = None if prefix is None or start == 0 else prefix.past(number, start)
             found = attend(parts[0], parts[1], parts[2], past, block.scale, block.window)
             attended[group.rows] = found.flatten(0, 1)
         return attended.flatten(1)
@@ -200,8 +204,12 @@ class Decoder:
 
     def log_normalizers(self, hidden: Tensor) -> Tensor:
         """Log-sum-exp [S] of all V logits."""
-        logits = self._finished(torch.mm(hidden, self.weights.head.T), slice(None))
-        return logits.logsumexp(1)
+        return self.logits(hidden).logsumexp(1)
+
+    def logits(self, hidden: Tensor, head: Linear | None = None) -> Tensor:
+        """All logits [S V], by another product for the head where one is given."""
+        product = torch.mm(hidden, self.weights.head.T) if head is None else head(hidden)
+        return self._finished(product, slice(None))
 
     def _finished(self, logits: Tensor, labels: Tensor | slice) -> Tensor:
         bias, cap = self.weights.head_bias, self.weights.softcap

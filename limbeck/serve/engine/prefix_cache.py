@@ -73,23 +73,37 @@ class PrefixCache:
 
     def keys_of(self, tokens: Sequence[int]) -> list[bytes]:
         """The keys of a prefix's blocks."""
-        data, key, keys = np.asarray(tokens, dtype=np.int64), self._root, []
+        keys: list[bytes] = []
         for start, stop in self.spans(len(tokens)):
-            key = hashlib.blake2b(key + data[start:stop].tobytes(), digest_size=16).digest()
-            keys.append(key)
+            keys.append(self.key_after(keys[-1] if keys else None, tokens[start:stop]))
         return keys
+
+    def key_after(self, parent: bytes | None, tokens: Sequence[int]) -> bytes:
+        """The key of a block with these tokens behind the block with that key, or at the start."""
+        data = np.asarray(tokens, dtype=np.int64).tobytes()
+        return hashlib.blake2b((parent or self._root) + data, digest_size=16).digest()
+
+    def take(self, key: bytes) -> Block | None:
+        """The block with this key, if it is held; its parent is held and in use. In use until `release`."""
+        block = self._blocks.get(key)
+        if block is not None:
+            self._use(block)
+            self._hits += block.length
+        return block
+
+    def holds(self, key: bytes) -> bool:
+        """Whether a block is there, for those who plan; it counts as no use."""
+        return key in self._blocks
 
     def acquire(self, tokens: Sequence[int]) -> list[Block]:
         """The longest chain of blocks that the prefix begins with; in use until `release`."""
+        self._queried += len(tokens)
         found = []
         for key in self.keys_of(tokens):
-            block = self._blocks.get(key)
+            block = self.take(key)
             if block is None:
                 break
-            self._use(block)
             found.append(block)
-        self._queried += len(tokens)
-        self._hits += sum(block.length for block in found)
         return found
 
     def insert(self, block: Block) -> Block | None:
