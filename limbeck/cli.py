@@ -36,6 +36,8 @@ from limbeck.ranking import evaluate as rank_evaluate
 from limbeck.ranking import recover as rank_recover
 from limbeck.ranking import train as rank_train
 from limbeck.report import page as report
+from limbeck.serve import command as serve
+from limbeck.serve.config import ServeConfig
 from limbeck.sweep import execute as sweep
 from limbeck.sweep.plan import SweepConfig
 from limbeck.teacher import build as cache
@@ -75,6 +77,8 @@ class Command(NamedTuple):
     help: str
     takes: tuple[str, ...] = ("--out", "--overwrite")
     """Which of LIMITED mean something here; the others are refused."""
+    subject: str | None = None
+    """Field that a first argument without a flag sets, unless it is a recipe."""
 
 
 def _distill(config: DistillConfig, options: Options) -> dict[str, Any]:
@@ -234,6 +238,13 @@ COMMANDS: dict[str, Command] = {
         lambda config, options: rank_evaluate.run(config, options.out, overwrite=options.overwrite),
         "score candidates with a model: AUC, NDCG, log-loss and calibration with intervals",
     ),
+    "serve": Command(
+        ServeConfig,
+        lambda config, _: serve.run(config),
+        "answer HTTP requests: scoring, ranking and generation, in OpenAI's, Cohere's, vLLM's and SGLang's shapes",
+        (),
+        subject="model",
+    ),
     "report": Command(None, _report, "one page from sweeps, runs and compressed models", ("--out",)),
 }
 
@@ -275,7 +286,7 @@ def _dispatch(argv: list[str]) -> int:
     if command.config is None:
         result = command.call(rest, options)
     else:
-        result = command.call(_read_config(command.config, rest), options)
+        result = command.call(_read_config(command.config, rest, command.subject), options)
     if result is not None:
         _print_result(result, options.json)
     return 0
@@ -290,10 +301,12 @@ def _command_name(argv: list[str]) -> tuple[str, list[str]]:
     raise ConfigError(f"no such command {asked or argv[0]!r}; {nearest(asked, COMMANDS)}")
 
 
-def _read_config(config_class: type, arguments: list[str]) -> Any:
+def _read_config(config_class: type, arguments: list[str], subject: str | None) -> Any:
     tree: dict[str, Any] = {}
     where = "flags"
-    if arguments and not arguments[0].startswith("--"):
+    if subject and arguments and not arguments[0].startswith("--") and not arguments[0].endswith((".yaml", ".yml")):
+        tree, arguments = {subject: arguments[0]}, arguments[1:]
+    elif arguments and not arguments[0].startswith("--"):
         where = arguments[0]
         tree, arguments = read_recipe(Path(arguments[0])), arguments[1:]
     return build(config_class, apply_flags(config_class, tree, arguments), where)
@@ -336,6 +349,7 @@ def _print_overview() -> None:
 def _print_help(name: str, command: Command) -> None:
     out = Console()
     takes = "[RECIPE.yaml] [--FIELD value ...]" if command.config else "DIRECTORY ..."
+    takes = f"{command.subject.upper()} | {takes}" if command.subject else takes
     out.print(f"limbeck {name} {takes}\n\n{command.help}\n", markup=False, highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)

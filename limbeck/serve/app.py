@@ -1,0 +1,29 @@
+"""The application: endpoints over a service, behind the gate."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from limbeck import __version__
+from limbeck.serve import errors
+from limbeck.serve.api import about, scoring
+from limbeck.serve.service import Service
+
+
+def make_app(service: Service) -> FastAPI:
+    """Endpoints, errors and the engine's life."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(title="limbeck", version=__version__, lifespan=lifespan, strict_content_type=False)
+    for endpoints in (about, scoring):
+        app.include_router(endpoints.router(service))
+    errors.install(app, service.metrics)
+    return app

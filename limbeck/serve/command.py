@@ -1,0 +1,24 @@
+"""`limbeck serve`: this server, or the check, command and start of another engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from limbeck.errors import ConfigError
+from limbeck.serve.config import ServeConfig
+
+KEY_VARIABLE = "LIMBECK_API_KEY"
+
+
+def run(config: ServeConfig) -> dict[str, Any] | None:
+    """Serve until a signal comes. Raises: ConfigError when the server's packages are not installed."""
+    try:
+        from limbeck.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"limbeck serve needs {error.name}: pip install 'limbeck[serve]'.") from error
+    if config.api_key is None:
+        config = dataclasses.replace(config, api_key=os.environ.get(KEY_VARIABLE))
+    serve(config)
+    return None

@@ -1,0 +1,96 @@
+"""What `limbeck serve` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from limbeck.errors import ConfigError
+from limbeck.serve.engine.generation import GenerationConfig
+from limbeck.serve.engine.scoring import ScoringConfig
+from limbeck.serve.engine.weights import Precision
+
+Engine = Literal["limbeck", "llamacpp", "vllm", "sglang"]
+Policy = Literal["fcfs", "lpm", "k-lpm"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsConfig:
+    """What a client may ask for, and how much may be under way."""
+
+    body_bytes: int = 8 << 20
+    """Most bytes of a request's body; more are refused with 413."""
+    body_seconds: float = 30.0
+    """A body that takes longer to arrive is refused with 408."""
+    items: int = 1000
+    """Most items of a scoring request, or documents of a ranking."""
+    prompts: int = 128
+    """Most texts of a completion: prompts times n."""
+    new_tokens: int = 4096
+    """Most tokens of a generated text."""
+    default_tokens: int = 2048
+    """Of a chat's text that leaves it open, or what the context has room for. Memory is set aside for all of them."""
+    waiting: int = 256
+    """Most requests that wait; the next ones are refused with 429 and Retry-After."""
+    seconds: float = 300.0
+    """A request that takes longer is given up: 429 while it waits, 408 once it runs. A client sets its own, smaller
+    limit with the header X-Request-Timeout-Seconds."""
+    pin_seconds: float = 60.0
+    """How long a prefix sent ahead stays pinned, unless it is let go or asked for again."""
+    pins: int = 64
+    """Most prefixes pinned at the same time."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"limits.{name} must be more than 0.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """The server, its engine and its limits."""
+
+    model: str
+    """Directory, alias or hub id; a GGUF file or directory for --engine llamacpp."""
+    engine: Engine = "limbeck"
+    """limbeck serves in this process; the others are checked, and started where they are installed."""
+    engine_command: str | None = None
+    """Program of the other engine, say .venv-vllm/bin/vllm; null looks on the PATH."""
+    dry_run: bool = False
+    """Only check the model and print the other engine's command."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, so set an API key then."""
+    port: int = 8000
+    """0 takes any free one."""
+    name: str | None = None
+    """What clients call the model; null: the name it is loaded by."""
+    api_key: str | None = None
+    """Required of every request but /health where set; better given in the environment, as LIMBECK_API_KEY."""
+    precision: Precision = "auto"
+    """Of the linear layers: float32, int8, or auto: as the checkpoint is stored."""
+    context_tokens: int = 32768
+    """Longest prompt with its text; the model's own limit where that is less."""
+    schedule: Policy = "k-lpm"
+    """Who is next: fcfs, first come first served; lpm, longest prefix in the cache; k-lpm, in turns."""
+    k: int = 2
+    """With k-lpm, the first of every k picks is the oldest request, so that nobody starves."""
+    batch_tokens: int = 2048
+    """Most tokens that are scored between two steps of generation; a larger request is scored by itself."""
+    labels: tuple[str, ...] | None = None
+    """Label tokens of requests that name none; null: those the ranking model was trained on, else ' yes' and ' no'."""
+    num_threads: int | None = None
+    """Threads of the engine; null leaves torch's choice."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+    def __post_init__(self) -> None:
+        if min(self.k, self.batch_tokens, self.context_tokens) < 1:
+            raise ConfigError("serve: k, batch_tokens and context_tokens must be 1 or more.")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"serve: port {self.port}; a port is 0 to 65535.")
+
+    @property
+    def turn(self) -> int | None:
+        """k of the k-LPM schedule that the policy is: 1 for FCFS, None (without end) for LPM."""
+        return {"fcfs": 1, "lpm": None, "k-lpm": self.k}[self.schedule]

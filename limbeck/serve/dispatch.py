@@ -1,0 +1,75 @@
+"""Between the endpoints and the engine's thread: admission, waiting for outcomes, and letting go."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+
+from limbeck.serve.config import LimitsConfig
+from limbeck.serve.metrics import Metrics
+from limbeck.serve.ticket import Outcome, Refusal, Ticket, Work
+from limbeck.serve.worker import Worker
+
+SMOOTHING = 0.9
+"""Weight of the past in the mean time between two finished requests."""
+
+
+class Dispatcher:
+    """Lives on the event loop."""
+
+    def __init__(self, worker: Worker, limits: LimitsConfig, metrics: Metrics) -> None:
+        self._worker, self._limits, self._metrics = worker, limits, metrics
+        self._tickets: set[Ticket] = set()
+        self._finished = time.monotonic()
+        self._pace_seconds = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that the engine has not begun."""
+        return sum(ticket.started is None for ticket in self._tickets)
+
+    @property
+    def running(self) -> int:
+        """Requests that it has."""
+        return len(self._tickets) - self.waiting
+
+    async def outcomes(self, parts: Sequence[Work], seconds: float) -> AsyncIterator[Outcome]:
+        """Hand parts to the engine and give what comes of them; leaving early lets them go.
+
+        Raises: Refusal when too many wait, or `seconds` are over.
+        """
+        waiting = self.waiting
+        if waiting >= self._limits.waiting:
+            wait = max(1.0, waiting * self._pace_seconds)
+            raise Refusal(429, f"{waiting} requests wait, which is the limit. Try again later.", wait)
+        if not self._worker.is_alive():
+            raise Refusal(503, "The engine has ended; see the server's log.")
+        ticket = Ticket(parts, min(seconds, self._limits.seconds))
+        self._tickets.add(ticket)
+        self._worker.submit(ticket)
+        is_finished = False
+        try:
+            async with aclosing(ticket.outcomes()) as outcomes:  # type: ignore[type-var]
+                async for outcome in outcomes:
+                    yield outcome
+            is_finished = True
+        finally:
+            self._tickets.discard(ticket)
+            if is_finished:
+                self._note(ticket)
+            else:
+                self._worker.cancel(ticket)
+
+    def _note(self, ticket: Ticket) -> None:
+        now = time.monotonic()
+        pace, self._finished = now - self._finished, now
+        self._pace_seconds = SMOOTHING * self._pace_seconds + (1 - SMOOTHING) * pace
+        self._metrics.whole.observe(now - ticket.arrived)
+        self._metrics.queued.observe((ticket.started or now) - ticket.arrived)
+
+
+def retry_after(seconds: float) -> str:
+    """The header's value: whole seconds, at least one."""
+    return str(max(1, math.ceil(seconds)))

@@ -1,0 +1,47 @@
+"""Parts of requests that wait for the engine, and who of them is next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from limbeck.serve.schedule import order
+from limbeck.serve.ticket import Ticket, Work
+
+
+class Part(NamedTuple):
+    """A part of a ticket that waits."""
+
+    ticket: Ticket
+    number: int
+    keys: list[bytes]
+    """Of the blocks of its prefix."""
+
+    @property
+    def work(self) -> Work:
+        return self.ticket.parts[self.number]
+
+
+class Line:
+    """Parts in order of arrival. The engine's thread only."""
+
+    def __init__(self, is_cached: Callable[[bytes], bool], k: int | None) -> None:
+        self.parts: list[Part] = []
+        self._is_cached, self._k, self._picked = is_cached, k, 0
+
+    def take(self, has_room: Callable[[Part], bool]) -> list[Part]:
+        """Take parts out by k-LPM, up to the first one that there is no room for."""
+        taken: list[Part] = []
+        parts = self.parts  # `has_room` may drop a ticket, which makes another list
+        for index in order([part.keys for part in parts], self._is_cached, self._k, self._picked):
+            if not has_room(parts[index]):
+                break
+            taken.append(parts[index])
+        self._picked += len(taken)
+        gone = {id(part) for part in taken}
+        self.parts = [part for part in self.parts if id(part) not in gone]
+        return taken
+
+    def drop(self, ticket: Ticket) -> None:
+        """Take out what is left of a ticket."""
+        self.parts = [part for part in self.parts if part.ticket is not ticket]

@@ -1,0 +1,100 @@
+"""What the endpoints share: the model's names, its tokenizer, the engine, limits and counters."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.checkpoint import MANIFEST, Checkpoint
+from limbeck.config import build
+from limbeck.errors import ModelError
+from limbeck.models.load import load_tokenizer, locate, model_hash
+from limbeck.ranking.featurize import FeaturizeConfig
+from limbeck.serve.config import ServeConfig
+from limbeck.serve.dispatch import Dispatcher
+from limbeck.serve.engine.decoder import load_decoder
+from limbeck.serve.engine.generation import Generator
+from limbeck.serve.engine.requests import label_ids
+from limbeck.serve.engine.scoring import Scorer
+from limbeck.serve.metrics import Metrics
+from limbeck.serve.ticket import Outcome, Work
+from limbeck.serve.tokenizing import BatchTokenizer
+from limbeck.serve.worker import Worker
+
+LABELS = (" yes", " no")
+
+
+class Service:
+    """Made before the event loop runs; `start` and `stop` are called on it."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Loads the model. Raises: ModelError."""
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config, self.limits = config, config.limits
+        self.name = config.name or config.model
+        self.created = int(time.time())
+        self.tokenizer = load_tokenizer(config.model)
+        self.decoder = load_decoder(config.model, config.precision, config.context_tokens)
+        self.scorer = Scorer(self.decoder, config.scoring, model_hash(config.model))
+        self.generator = Generator(self.decoder, self.scorer.cache, config.generation)
+        self.features = _trained_features(config.model)
+        self.labels = self._label_ids()
+        self.metrics = Metrics(self.name, self._gauges, self._totals)
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self.texts = BatchTokenizer(self.tokenizer)
+        self.worker = Worker(self.scorer, self.generator, self.config, asyncio.get_running_loop())
+        self.dispatcher = Dispatcher(self.worker, self.limits, self.metrics)
+        self.worker.start()
+
+    async def stop(self) -> None:
+        """End it."""
+        self.worker.stop()
+        await asyncio.to_thread(self.worker.join)
+
+    def outcomes(self, parts: Sequence[Work], seconds: float) -> AsyncIterator[Outcome]:
+        """See `Dispatcher.outcomes`."""
+        return self.dispatcher.outcomes(parts, seconds)
+
+    def _label_ids(self) -> tuple[int, ...] | None:
+        """Of requests that name none; None where the tokenizer has no such tokens and nobody asked for them."""
+        asked = self.config.labels or (self.features and self.features.labels)
+        try:
+            return tuple(label_ids(self.tokenizer, asked or LABELS))
+        except ModelError:
+            if asked:
+                raise
+            return None
+
+    def _gauges(self) -> dict[str, float]:
+        stats = self.scorer.cache_stats()
+        return {
+            "vllm:num_requests_running": self.dispatcher.running,
+            "vllm:num_requests_waiting": self.dispatcher.waiting,
+            "vllm:kv_cache_usage_perc": self.generator.kv_usage,
+            "limbeck:prefix_cache_bytes": stats.used_bytes,
+        }
+
+    def _totals(self) -> dict[str, float]:
+        stats = self.scorer.cache_stats()
+        return {
+            "vllm:prefix_cache_queries": stats.queried_tokens,
+            "vllm:prefix_cache_hits": stats.hit_tokens,
+            "limbeck:prefix_cache_evicted_blocks": stats.evicted_blocks,
+        }
+
+
+def _trained_features(model: str) -> FeaturizeConfig | None:
+    """How a ranking model's requests are written, by the manifest beside it; None for any other model."""
+    place = locate(model)
+    if not place.is_local or not (Path(place.path) / MANIFEST).is_file():
+        return None
+    tree: Any = Checkpoint(Path(place.path)).manifest.get("config", {}).get("features")
+    return build(FeaturizeConfig, tree, f"{model}/{MANIFEST}: features") if isinstance(tree, dict) else None

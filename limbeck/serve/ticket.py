@@ -1,0 +1,70 @@
+"""A request in hand: its parts, what has come of them, and how that reaches the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
+
+from limbeck.serve.engine.jobs import Job, Progress
+from limbeck.serve.engine.requests import Request, Scores
+
+
+class Prefill(NamedTuple):
+    """A prefix to compute and to pin."""
+
+    tokens: Sequence[int]
+    pin: str
+    """What it is called when it is let go."""
+
+
+Work = Request | Job | Prefill
+
+
+class Outcome(NamedTuple):
+    """What a part has come to, or come on by."""
+
+    part: int
+    value: Scores | Progress | int
+    """Scores of a Request, progress of a Job, tokens pinned for a Prefill."""
+    is_last: bool
+
+
+class Refusal(Exception):
+    """Why a request is not done, or no longer; `status` is HTTP's."""
+
+    def __init__(self, status: int, message: str, retry_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_seconds = status, retry_seconds
+
+
+class Ticket:
+    """Handed to the engine's thread; what comes of it is put here on the event loop."""
+
+    def __init__(self, parts: Sequence[Work], seconds: float) -> None:
+        self.parts = list(parts)
+        self.arrived = time.monotonic()
+        self.deadline = self.arrived + seconds
+        self.started: float | None = None
+        """When the engine took up its first part."""
+        self.is_over = False
+        """Nobody waits for it any more: finished, failed or cancelled."""
+        self._events: asyncio.Queue[Outcome | Exception] = asyncio.Queue()
+
+    def put(self, event: Outcome | Exception) -> None:
+        """Called on the loop."""
+        self._events.put_nowait(event)
+
+    async def outcomes(self) -> AsyncIterator[Outcome]:
+        """What comes of the parts, until all of them are finished.
+
+        Raises: Refusal, or whatever the engine raised.
+        """
+        left = len(self.parts)
+        while left:
+            event = await self._events.get()
+            if isinstance(event, Exception):
+                raise event
+            left -= event.is_last
+            yield event
