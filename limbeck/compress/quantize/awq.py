@@ -61,4 +61,4 @@ def factors(problems: Sequence[LayerProblem], grid: Grid, config: AwqConfig) -> 
 
 def _rounding_error(problem: LayerProblem, factor: Tensor, grid: Grid) -> float:
     scaled = replace(problem, weight=problem.weight * factor)
-    return layer_error(problem, rtn.solve(scaled, grid, RtnConfig()).dequantize() / factor)
+    return layer_error(problem, rtn.solve(scaled, grid, RtnConfig(clip="none")).dequantize() / factor)

@@ -13,7 +13,7 @@ from limbeck.compress.quantize.scales import check_clip, fit_scales
 class RtnConfig:
     """Rounding to nearest."""
 
-    clip: str = "none"
+    clip: str = "mse"
     """none | mse | moments: how scales are searched; `moments` weighs every input by its mean square."""
 
     def __post_init__(self) -> None:
