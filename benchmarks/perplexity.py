@@ -10,13 +10,15 @@ one scale an output channel and int8 inputs a token, rounded alike on both sides
 written by `limbeck quantize` and `limbeck prune` and read back; llm-compressor's weights are taken as they act.
 
 `gap closed` is the share of the perplexity between the first row of a setting and the dense model that a method wins
-back: the better of both roundings to nearest (llm-compressor divides ranges by 7.5, ours by 7), the smallest weights,
+back: llm-compressor's rounding to nearest (ours searches the scales), the smallest weights,
 random neurons, random KV groups, the last layers but one. `... + dense targets` aims every layer at the dense model's
 output. Neurons and groups that are taken by size are refitted like OSSCAR's where it says so. Wanda is the same rule on
 both sides, so it stands once.
 
 Seconds: GPTQ at 4 bits on the whole model, llm-compressor's `oneshot` and our stage, which also writes the checkpoint;
-loading apart; in turns, medians. `--clock cpu` counts CPU-seconds of one thread, for a machine that does other work.
+loading apart; in turns, medians. Ours is timed on half of the calibration tokens too, the row `gptq, half the tokens`:
+seconds at equal quality are those of the fewest tokens that reach llm-compressor's perplexity.
+`--clock cpu` counts CPU-seconds of one thread, for a machine that does other work.
 
     python benchmarks/perplexity.py [--quick] [--rows W4A16 2:4] [--work DIR] [--threads 2] [--clock wall]
         [--out benchmarks/results]
@@ -34,6 +36,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +100,11 @@ def quantized(method: str, setup: Setup, out: Path, **more: Any) -> None:
     more = {"scheme": "w4a16", "group_size": GROUP_SIZE} | more
     config = QuantizeConfig(model=str(setup.dense), method=method, calibration=setup.calibration, gate=EXACT, **more)
     quantize.run(config, out)
+
+
+def halved(setup: Setup) -> Setup:
+    """Half of the calibration tokens."""
+    return setup._replace(calibration=replace(setup.calibration, sequences=setup.calibration.sequences // 2))
 
 
 def pruned(method: str, setup: Setup, out: Path, **more: Any) -> None:
@@ -193,11 +201,14 @@ ROWS = [
     Row("W4A16", "rtn", partial(quantized, "rtn")),
     Row("W4A16", "awq", partial(quantized, "rtn", equalization="awq")),
     Row("W4A16", "gptq", partial(quantized, "gptq")),
+    Row("W4A16", "gptq, half the tokens", lambda setup, out: quantized("gptq", halved(setup), out)),
     Row("W4A16", "quantease", partial(quantized, "quantease")),
     Row("W4A16", "quantease + dense targets", partial(quantized, "quantease", dense_targets=True)),
     Row("W4A16", "llm-compressor gptq", partial(peer, "w4a16-gptq")),
     Row("W4A16", "llm-compressor awq", partial(peer, "w4a16-awq")),
     Row("W8A8", "rtn", partial(quantized, "rtn", **W8A8)),
+    Row("W8A8", "gptq", partial(quantized, "gptq", **W8A8)),
+    Row("W8A8", "smoothquant + gptq", partial(quantized, "gptq", **SMOOTH)),
     Row("W8A8", "smoothquant + quantease", partial(quantized, "quantease", **SMOOTH)),
     Row("W8A8", "llm-compressor smoothquant + gptq", partial(peer, "w8a8-smoothquant+gptq"), True),
     *rows_of_sparsity("50 % sparse", "0.5", "sparse50"),
@@ -260,14 +271,15 @@ def gptq_seconds(setup: Setup, work: Path, repeats: int, clock: str) -> dict[str
     path = work / "seconds.json"
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    seconds: dict[str, list[float]] = {"ours": [], "llm-compressor": []}
+    seconds: dict[str, list[float]] = {"ours": [], "ours, half the tokens": [], "llm-compressor": []}
     now = CLOCKS[clock]
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as scratch:
             seconds["llm-compressor"].append(peer("w4a16-gptq", setup, Path(scratch) / "theirs")[clock])
-            start = now()
-            quantized("gptq", setup, Path(scratch) / "ours")
-            seconds["ours"].append(now() - start)
+            for name, tokens in {"ours": setup, "ours, half the tokens": halved(setup)}.items():
+                start = now()
+                quantized("gptq", tokens, Path(scratch) / name)
+                seconds[name].append(now() - start)
     path.write_text(json.dumps(seconds), encoding="utf-8")
     return seconds
 
@@ -300,12 +312,15 @@ def summarise(rows: Sequence[dict[str, Any]], dense: float, seconds: dict[str, l
         if theirs and mine:
             keys[f"perplexity_over_llmcompressor_{key}"] = min(mine) / min(theirs)
     named = {row["method"]: row["perplexity"] for row in rows if row["setting"] == "W4A16"}
-    if {"gptq", "llm-compressor gptq"} <= set(named):
+    if {"gptq", "gptq, half the tokens", "llm-compressor gptq"} <= set(named):
         keys["gptq_perplexity_over_llmcompressor"] = named["gptq"] / named["llm-compressor gptq"]
+        halves = named["gptq, half the tokens"] / named["llm-compressor gptq"]
+        keys["gptq_perplexity_over_llmcompressor_half_the_tokens"] = halves
     if seconds:
-        keys["gptq_seconds_over_llmcompressor"] = statistics.median(seconds["ours"]) / statistics.median(
-            seconds["llm-compressor"]
-        )
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        keys["gptq_seconds_over_llmcompressor"] = median["ours"] / median["llm-compressor"]
+        halves = median["ours, half the tokens"] / median["llm-compressor"]
+        keys["gptq_seconds_over_llmcompressor_half_the_tokens"] = halves
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in keys.items()}
 
 

@@ -28,7 +28,7 @@ _FLOOR = 0.01
 class AlpsConfig:
     """ADMM over the support, then conjugate gradients on it."""
 
-    penalty: float = 0.5
+    penalty: float = 0.35
     """First weight of the distance between B and its sparse copy, times the geometric mean of H's eigenvalues."""
     growth: float = 1.6
     """Factor on the penalty after every round; smaller is slower and finds a slightly better support."""

@@ -71,7 +71,7 @@ class Grid:
         low, high = self.range
         if self.kind == "float":
             return values.clamp(low, high).to(torch.float8_e4m3fn).float()
-        return values.round().clamp(low, high)
+        return values.round().clamp_(low, high)
 
     def scales(self, weight: Tensor, name: str = "layer") -> Tensor:
         """Scales [O G] that just reach the largest weight of every group; exactly 1 code step for a group of zeros.

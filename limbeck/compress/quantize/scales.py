@@ -51,7 +51,7 @@ def _search(grouped: Tensor, reaching: Tensor, cost: Tensor, grid: Grid) -> Tens
     for share in torch.linspace(1.0, _SMALLEST_SHARE, _SHARES + 1).tolist():
         scales = reaching * share
         units = grouped / scales[..., None]
-        error = (grid.round(units) - units).square_().mul_(cost).sum(-1) * scales.square()
+        error = grid.round(units).sub_(units).square_().mul_(cost).sum(-1).mul_(scales.square())
         better = error < least
         best, least = torch.where(better, scales, best), torch.where(better, error, least)
     return best
