@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from limbeck import __version__
 from limbeck.serve import errors
-from limbeck.serve.api import about, scoring
+from limbeck.serve.api import about, chat, completions, prefilling, reranking, scoring, tokens
 from limbeck.serve.service import Service
 
 
@@ -23,7 +23,7 @@ def make_app(service: Service) -> FastAPI:
         await service.stop()
 
     app = FastAPI(title="limbeck", version=__version__, lifespan=lifespan, strict_content_type=False)
-    for endpoints in (about, scoring):
+    for endpoints in (about, scoring, reranking, prefilling, completions, chat, tokens):
         app.include_router(endpoints.router(service))
     errors.install(app, service.metrics)
     return app

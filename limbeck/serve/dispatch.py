@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import asynccontextmanager
 
 from limbeck.serve.config import LimitsConfig
 from limbeck.serve.metrics import Metrics
-from limbeck.serve.ticket import Outcome, Refusal, Ticket, Work
+from limbeck.serve.ticket import Refusal, Ticket, Work
 from limbeck.serve.worker import Worker
 
 SMOOTHING = 0.9
@@ -35,10 +35,11 @@ class Dispatcher:
         """Requests that it has."""
         return len(self._tickets) - self.waiting
 
-    async def outcomes(self, parts: Sequence[Work], seconds: float) -> AsyncIterator[Outcome]:
-        """Hand parts to the engine and give what comes of them; leaving early lets them go.
+    @asynccontextmanager
+    async def hand_in(self, parts: Sequence[Work], seconds: float) -> AsyncIterator[Ticket]:
+        """Give parts to the engine; leaving lets go of what is not finished.
 
-        Raises: Refusal when too many wait, or `seconds` are over.
+        Raises: Refusal when too many wait. The ticket's outcomes raise it when `seconds` are over.
         """
         waiting = self.waiting
         if waiting >= self._limits.waiting:
@@ -46,18 +47,14 @@ class Dispatcher:
             raise Refusal(429, f"{waiting} requests wait, which is the limit. Try again later.", wait)
         if not self._worker.is_alive():
             raise Refusal(503, "The engine has ended; see the server's log.")
-        ticket = Ticket(parts, min(seconds, self._limits.seconds))
+        ticket = Ticket(parts, min(seconds, self._limits.seconds), self._worker.abandon)
         self._tickets.add(ticket)
         self._worker.submit(ticket)
-        is_finished = False
         try:
-            async with aclosing(ticket.outcomes()) as outcomes:  # type: ignore[type-var]
-                async for outcome in outcomes:
-                    yield outcome
-            is_finished = True
+            yield ticket
         finally:
             self._tickets.discard(ticket)
-            if is_finished:
+            if ticket.is_done:
                 self._note(ticket)
             else:
                 self._worker.cancel(ticket)

@@ -21,6 +21,10 @@ class Part(NamedTuple):
     def work(self) -> Work:
         return self.ticket.parts[self.number]
 
+    def belongs(self, ticket: Ticket, number: int | None) -> bool:
+        """Whether it is that part of the ticket; None stands for any."""
+        return self.ticket is ticket and number in (None, self.number)
+
 
 class Line:
     """Parts in order of arrival. The engine's thread only."""
@@ -42,6 +46,6 @@ class Line:
         self.parts = [part for part in self.parts if id(part) not in gone]
         return taken
 
-    def drop(self, ticket: Ticket) -> None:
-        """Take out what is left of a ticket."""
-        self.parts = [part for part in self.parts if part.ticket is not ticket]
+    def drop(self, ticket: Ticket, number: int | None) -> None:
+        """Take out a part of a ticket; None stands for all of them."""
+        self.parts = [part for part in self.parts if not part.belongs(ticket, number)]

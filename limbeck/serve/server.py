@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
 
 def serve(config: ServeConfig) -> None:
     """Load the model and answer requests until SIGTERM or SIGINT."""
-    listener = _bind(config)
+    listener = bind(config)
     service = Service(config)
     gate = Gate(make_app(service), config.limits, config.api_key)
     server = Server(
@@ -54,7 +54,7 @@ def serve(config: ServeConfig) -> None:
     console.print("all requests are answered; the server has ended.")
 
 
-def _bind(config: ServeConfig) -> socket.socket:
+def bind(config: ServeConfig) -> socket.socket:
     """An address of our own before any time goes into loading a model; nobody is let in yet.
 
     Raises: ConfigError when it is taken.

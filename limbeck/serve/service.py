@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,16 @@ from limbeck.models.load import load_tokenizer, locate, model_hash
 from limbeck.ranking.featurize import FeaturizeConfig
 from limbeck.serve.config import ServeConfig
 from limbeck.serve.dispatch import Dispatcher
+from limbeck.serve.engine.constraints import Grammars
 from limbeck.serve.engine.decoder import load_decoder
 from limbeck.serve.engine.generation import Generator
 from limbeck.serve.engine.requests import label_ids
 from limbeck.serve.engine.scoring import Scorer
 from limbeck.serve.metrics import Metrics
-from limbeck.serve.ticket import Outcome, Work
+from limbeck.serve.ranking import GENERAL, trained
+from limbeck.serve.ticket import Ticket, Work
 from limbeck.serve.tokenizing import BatchTokenizer
+from limbeck.serve.vocabulary import Vocabulary
 from limbeck.serve.worker import Worker
 
 LABELS = (" yes", " no")
@@ -43,9 +49,17 @@ class Service:
         self.decoder = load_decoder(config.model, config.precision, config.context_tokens)
         self.scorer = Scorer(self.decoder, config.scoring, model_hash(config.model))
         self.generator = Generator(self.decoder, self.scorer.cache, config.generation)
+        self.vocabulary = Vocabulary(self.tokenizer, _stated_ends(config.model, self.decoder.weights.config))
         self.features = _trained_features(config.model)
+        self.rank_prompt = GENERAL if self.features is None else trained(self.features)
         self.labels = self._label_ids()
         self.metrics = Metrics(self.name, self._gauges, self._totals)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Forms of texts; takes a second the first time. Raises: ConfigError where the tokenizer is of a kind that
+        llguidance does not read."""
+        return Grammars(self.tokenizer, self.decoder.vocab_size)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -59,9 +73,9 @@ class Service:
         self.worker.stop()
         await asyncio.to_thread(self.worker.join)
 
-    def outcomes(self, parts: Sequence[Work], seconds: float) -> AsyncIterator[Outcome]:
-        """See `Dispatcher.outcomes`."""
-        return self.dispatcher.outcomes(parts, seconds)
+    def hand_in(self, parts: Sequence[Work], seconds: float | None) -> AbstractAsyncContextManager[Ticket]:
+        """See `Dispatcher.hand_in`; None allows what the server does."""
+        return self.dispatcher.hand_in(parts, self.limits.seconds if seconds is None else seconds)
 
     def _label_ids(self) -> tuple[int, ...] | None:
         """Of requests that name none; None where the tokenizer has no such tokens and nobody asked for them."""
@@ -89,6 +103,16 @@ class Service:
             "vllm:prefix_cache_hits": stats.hit_tokens,
             "limbeck:prefix_cache_evicted_blocks": stats.evicted_blocks,
         }
+
+
+def _stated_ends(model: str, config: Any) -> set[int]:
+    """End tokens by the model's config.json and generation_config.json."""
+    place = locate(model)
+    file = Path(place.path) / "generation_config.json"
+    trees: list[Any] = [getattr(config, "eos_token_id", None)]
+    if place.is_local and not place.gguf_file and file.is_file():
+        trees.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+    return {token for tree in trees for token in (tree if isinstance(tree, list) else [tree]) if token is not None}
 
 
 def _trained_features(model: str) -> FeaturizeConfig | None:

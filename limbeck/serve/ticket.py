@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
 from limbeck.serve.engine.jobs import Job, Progress
@@ -42,7 +42,7 @@ class Refusal(Exception):
 class Ticket:
     """Handed to the engine's thread; what comes of it is put here on the event loop."""
 
-    def __init__(self, parts: Sequence[Work], seconds: float) -> None:
+    def __init__(self, parts: Sequence[Work], seconds: float, abandon: Callable[[Ticket, int], None]) -> None:
         self.parts = list(parts)
         self.arrived = time.monotonic()
         self.deadline = self.arrived + seconds
@@ -50,21 +50,36 @@ class Ticket:
         """When the engine took up its first part."""
         self.is_over = False
         """Nobody waits for it any more: finished, failed or cancelled."""
+        self._open = set(range(len(self.parts)))
+        self._abandon = abandon
         self._events: asyncio.Queue[Outcome | Exception] = asyncio.Queue()
 
     def put(self, event: Outcome | Exception) -> None:
         """Called on the loop."""
         self._events.put_nowait(event)
 
+    def drop(self, part: int) -> None:
+        """Nothing more is wanted of a part."""
+        if part in self._open:
+            self._open.discard(part)
+            self._abandon(self, part)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all parts are finished or dropped."""
+        return not self._open
+
     async def outcomes(self) -> AsyncIterator[Outcome]:
         """What comes of the parts, until all of them are finished.
 
         Raises: Refusal, or whatever the engine raised.
         """
-        left = len(self.parts)
-        while left:
+        while self._open:
             event = await self._events.get()
             if isinstance(event, Exception):
                 raise event
-            left -= event.is_last
+            if event.part not in self._open:
+                continue
+            if event.is_last:
+                self._open.discard(event.part)
             yield event

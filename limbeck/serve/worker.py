@@ -61,6 +61,10 @@ class Worker(threading.Thread):
         ticket.is_over = True
         self._inbox.put(lambda: self._drop(ticket))
 
+    def abandon(self, ticket: Ticket, number: int) -> None:
+        """Nothing more is wanted of one of its parts."""
+        self._inbox.put(lambda: self._drop(ticket, number))
+
     def unpin(self, name: str) -> None:
         """Let a pinned prefix go."""
         self._inbox.put(lambda: self._release(name))
@@ -94,13 +98,13 @@ class Worker(threading.Thread):
             line = self._to_generate if isinstance(work, Job) else self._to_score
             line.parts.append(Part(ticket, number, self.scorer.cache.keys_of(_prefix(work))))
 
-    def _drop(self, ticket: Ticket) -> None:
-        ticket.is_over = True
-        self._to_score.drop(ticket)
-        self._to_generate.drop(ticket)
-        for number in [number for number, part in self._jobs.items() if part.ticket is ticket]:
-            self.generator.abort(number)
-            del self._jobs[number]
+    def _drop(self, ticket: Ticket, number: int | None = None) -> None:
+        """Forget what is left of a ticket, or of one of its parts."""
+        self._to_score.drop(ticket, number)
+        self._to_generate.drop(ticket, number)
+        for job in [job for job, part in self._jobs.items() if part.belongs(ticket, number)]:
+            self.generator.abort(job)
+            del self._jobs[job]
 
     def _release(self, name: str) -> None:
         held = self._pins.pop(name, None)
@@ -209,6 +213,7 @@ class Worker(threading.Thread):
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if not ticket.is_over:
             self._events.append((ticket, error))
+        ticket.is_over = True
         self._drop(ticket)
 
 

@@ -91,13 +91,13 @@ async def _sglang(service: Service, body: ScoreBody, timeout: float | None) -> S
     if body.items is None:
         raise Invalid("items: needed beside query.", "items")
     items = _listed(body.items)
-    labels = _labels(service, body)
+    labels = labels_of(service, body)
     if body.item_first:
         (query,) = await ids_of(service, [body.query], "query", special=False)
         texts = await ids_of(service, items, "items", special=True)
         request = Request((), [[*text, *query] for text in texts], labels)
     else:
-        request = await _request(service, body.query, items, labels)
+        request = await request_of(service, body.query, items, labels)
     request = request._replace(full=body.return_label_mass or not body.apply_softmax)
     (scores,) = await run(service, [request], timeout)
     chances = (scores.label_log_probs if body.apply_softmax else scores.log_probs).exp()
@@ -105,7 +105,7 @@ async def _sglang(service: Service, body: ScoreBody, timeout: float | None) -> S
         scores=chances.tolist(),
         label_mass=scores.label_mass.tolist() if body.return_label_mass else None,
         model=service.name,
-        usage=_usage([request]),
+        usage=usage_of([request]),
     )
 
 
@@ -113,9 +113,9 @@ async def _vllm(service: Service, body: ScoreBody, timeout: float | None) -> Vll
     left, right = _pair(body)
     if len(left) not in (1, len(right)):
         raise Invalid(f"{len(left)} texts on the one side, {len(right)} on the other; give 1 and N, or N and N.")
-    labels = _labels(service, body)
+    labels = labels_of(service, body)
     if len(left) == 1:
-        requests = [await _request(service, left[0], right, labels)]
+        requests = [await request_of(service, left[0], right, labels)]
     else:
         prefixes = await ids_of(service, left, "queries", special=True)
         items = await ids_of(service, right, "documents", special=False)
@@ -123,10 +123,10 @@ async def _vllm(service: Service, body: ScoreBody, timeout: float | None) -> Vll
     found = await run(service, requests, timeout)
     values = [value for scores in found for value in first_label(scores)]
     data = [VllmScore(index=index, score=value) for index, value in enumerate(values)]
-    return VllmScores(id=new_id("score"), created=now(), model=service.name, data=data, usage=_usage(requests))
+    return VllmScores(id=new_id("score"), created=now(), model=service.name, data=data, usage=usage_of(requests))
 
 
-async def _request(service: Service, query: TextOrIds, items: list[TextOrIds], labels: Sequence[int]) -> Request:
+async def request_of(service: Service, query: TextOrIds, items: list[TextOrIds], labels: Sequence[int]) -> Request:
     """Prefix and items are tokenised apart, so that the prefix's tokens do not depend on the item."""
     prefix = (await ids_of(service, [query], "query", special=True))[0]
     return Request(prefix, await ids_of(service, items, "items", special=False), labels)
@@ -143,11 +143,12 @@ async def run(service: Service, requests: Sequence[Request], timeout: float | No
     if items > service.limits.items:
         raise Invalid(f"{items} items; the server's limit is {service.limits.items}.", "items")
     found: dict[int, Any] = {}
-    async for outcome in service.outcomes(requests, timeout or service.limits.seconds):
-        found[outcome.part] = outcome.value
+    async with service.hand_in(requests, timeout) as ticket:
+        async for outcome in ticket.outcomes():
+            found[outcome.part] = outcome.value
     scores = [found[number] for number in range(len(requests))]
     service.metrics.scored_items.inc(items)
-    service.metrics.prompt_tokens.inc(_usage(requests).prompt_tokens)
+    service.metrics.prompt_tokens.inc(usage_of(requests).prompt_tokens)
     service.metrics.succeeded("score")
     for one in scores:
         for mass in [] if one.log_normalizers is None else one.label_mass.tolist():
@@ -168,7 +169,11 @@ def first_label(scores: Scores) -> list[float]:
     return scores.label_log_probs[:, 0].exp().tolist()
 
 
-def _labels(service: Service, body: LabelBody) -> Sequence[int]:
+def labels_of(service: Service, body: LabelBody) -> Sequence[int]:
+    """Ids of the labels that a request is scored by.
+
+    Raises: Invalid, or ModelError for a text that is not one token.
+    """
     if body.label_token_ids is not None and body.labels is not None:
         raise Invalid("labels and label_token_ids say the same; give one of them.", "labels")
     if body.labels is not None:
@@ -184,8 +189,8 @@ def _labels(service: Service, body: LabelBody) -> Sequence[int]:
 def _listed(texts: Texts) -> list[TextOrIds]:
     """One text, or ids of one, as a list of one."""
     if isinstance(texts, str) or (texts and isinstance(texts[0], int)):
-        return [texts]  # type: ignore[list-item]
-    return list(texts)
+        return [texts]
+    return [*texts]
 
 
 def _pair(body: ScoreBody) -> tuple[list[TextOrIds], list[TextOrIds]]:
@@ -202,6 +207,7 @@ def _pair(body: ScoreBody) -> tuple[list[TextOrIds], list[TextOrIds]]:
     raise Invalid(f"Give query and items, or one of the pairs {'; '.join(pairs)}.")
 
 
-def _usage(requests: Sequence[Request]) -> Usage:
+def usage_of(requests: Sequence[Request]) -> Usage:
+    """Tokens of prefixes and items."""
     tokens = sum(len(request.prefix) + sum(map(len, request.items)) for request in requests)
     return Usage(prompt_tokens=tokens, total_tokens=tokens)

@@ -1,0 +1,69 @@
+"""`/v1/prefill`: a prefix that comes before its candidates is computed at once and pinned until they are there."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from limbeck.serve.api.shapes import Body, Seconds, TextOrIds, check_model, ids_of, new_id
+from limbeck.serve.errors import Invalid
+from limbeck.serve.service import Service
+from limbeck.serve.ticket import Prefill
+
+
+class PrefillBody(Body):
+    """What a later request begins with."""
+
+    query: TextOrIds
+    """The query of /v1/score, the prompt of /v1/completions, or the query of /rerank."""
+    endpoint: Literal["score", "completions", "rerank"] = "score"
+    """Which of them is meant; /rerank writes its query into a template."""
+
+
+class Pinned(BaseModel):
+    """A pinned prefix."""
+
+    id: str
+    object: Literal["prefill"] = "prefill"
+    tokens: int
+    expires_in_seconds: float
+
+
+class Unpinned(BaseModel):
+    """It is let go; one that had run out is no error."""
+
+    id: str
+    deleted: bool = True
+
+
+def router(service: Service) -> APIRouter:
+    """The endpoints over a service."""
+    api = APIRouter(tags=["scoring"])
+
+    @api.post("/v1/prefill")
+    async def prefill(body: PrefillBody, timeout: Seconds = None) -> Pinned:
+        check_model(service, body.model)
+        query = body.query
+        if body.endpoint == "rerank":
+            if not isinstance(query, str):
+                raise Invalid("query: /rerank takes text.", "query")
+            query = service.rank_prompt.prefix_of(query)
+        (tokens,) = await ids_of(service, [query], "query", special=True)
+        if not 1 <= len(tokens) <= service.decoder.max_tokens:
+            raise Invalid(f"{len(tokens)} tokens; 1 to {service.decoder.max_tokens} can be read.", "query")
+        pin = new_id("pin")
+        async with service.hand_in([Prefill(tokens, pin)], timeout) as ticket:
+            async for _ in ticket.outcomes():
+                pass
+        service.metrics.prompt_tokens.inc(len(tokens))
+        service.metrics.succeeded("prefill")
+        return Pinned(id=pin, tokens=len(tokens), expires_in_seconds=service.limits.pin_seconds)
+
+    @api.delete("/v1/prefill/{pin}")
+    async def unpin(pin: str) -> Unpinned:
+        service.worker.unpin(pin)
+        return Unpinned(id=pin)
+
+    return api

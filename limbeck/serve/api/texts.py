@@ -1,0 +1,112 @@
+"""Texts under way: from the engine's tokens to pieces of text, for answers in one and in a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from limbeck.serve.api.shapes import Usage
+from limbeck.serve.engine.jobs import Drawn, Job, Progress
+from limbeck.serve.service import Service
+from limbeck.serve.text import Detokenizer, StopStrings
+
+CONTEXT_TOKENS = 6
+"""Of the prompt's end, in front of a text that goes on from it."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a step brought one text."""
+
+    index: int
+    text: str
+    drawn: Sequence[Drawn]
+    """Tokens of the text, those whose text is held back or left out included."""
+    prompt: Sequence[Drawn] = ()
+    finish: str | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Tokens of a request, while it runs."""
+
+    prompt: int
+    written: int = 0
+    thought: int = 0
+    cached: dict[int, int] = field(default_factory=dict)
+    """By prompt."""
+
+    @property
+    def usage(self) -> Usage:
+        """In the shape of an answer."""
+        return Usage(
+            prompt_tokens=self.prompt,
+            completion_tokens=self.written,
+            total_tokens=self.prompt + self.written,
+            prompt_tokens_details={"cached_tokens": sum(self.cached.values())},
+            completion_tokens_details={"reasoning_tokens": self.thought},
+        )
+
+
+class _Text:
+    """One text: characters from tokens, up to a stop string."""
+
+    def __init__(self, service: Service, job: Job, stops: Sequence[str], goes_on: bool) -> None:
+        self._hidden = service.vocabulary.hidden | job.end_tokens
+        before = [token for token in job.prompt[-CONTEXT_TOKENS:] if token not in self._hidden] if goes_on else ()
+        self._characters = Detokenizer(service.vocabulary.decode, before)
+        self._stops = StopStrings(stops)
+
+    def take(self, index: int, progress: Progress) -> Piece:
+        """What a step's tokens add."""
+        text, drawn = "", []
+        for token in progress.tokens:
+            drawn.append(token)
+            if token.token not in self._hidden:
+                text += self._stops.add(self._characters.add(token.token))
+            if self._stops.found is not None:
+                return Piece(index, text, drawn, progress.prompt, "stop")
+        if progress.finish is not None:
+            text += self._stops.add(self._characters.finish())
+            text += self._stops.finish()
+        finish = "stop" if self._stops.found is not None else progress.finish
+        return Piece(index, text, drawn, progress.prompt, finish)
+
+
+async def write(
+    service: Service, jobs: Sequence[Job], stops: Sequence[str], seconds: float | None, tally: Tally, goes_on: bool
+) -> AsyncIterator[Piece]:
+    """Pieces of all texts as they come; the last one of each has its `finish`.
+
+    Args:
+      goes_on: whether a text continues the words of its prompt.
+      tally: counts along.
+    Raises: Refusal.
+    """
+    texts = [_Text(service, job, stops, goes_on) for job in jobs]
+    last: dict[int, float] = {}
+    service.metrics.prompt_tokens.inc(tally.prompt)
+    async with service.hand_in(jobs, seconds) as ticket:
+        async for part, progress, _ in ticket.outcomes():
+            assert isinstance(progress, Progress)
+            piece = texts[part].take(part, progress)
+            _observe(service, last, part, ticket.arrived, len(piece.drawn))
+            tally.written += len(piece.drawn)
+            tally.cached[part] = progress.cached_tokens
+            if piece.finish is not None:
+                ticket.drop(part)
+                service.metrics.succeeded(piece.finish)
+            yield piece
+
+
+def _observe(service: Service, last: dict[int, float], part: int, arrived: float, tokens: int) -> None:
+    if not tokens:
+        return
+    now = time.monotonic()
+    if part not in last:
+        service.metrics.first_token.observe(now - arrived)
+    else:
+        service.metrics.between_tokens.observe((now - last[part]) / tokens)
+    last[part] = now
+    service.metrics.generation_tokens.inc(tokens)
