@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import uvicorn
 
+from limbeck.config import build
 from limbeck.serve.app import make_app
-from limbeck.serve.config import LimitsConfig, ServeConfig
+from limbeck.serve.config import ServeConfig
 from limbeck.serve.gate import Gate
 from limbeck.serve.server import Server, bind
 from limbeck.serve.service import Service
@@ -20,10 +21,9 @@ class RunningServer:
     """Use it as a context manager; `url` is its address."""
 
     def __init__(self, model: str = "tiny-student", **fields: Any) -> None:
-        limits = LimitsConfig(**fields.pop("limits", {}))
-        self.config = ServeConfig(model=model, port=0, limits=limits, **fields)
+        self.config = build(ServeConfig, {"model": model, "port": 0, **fields})
         self.service = Service(self.config)
-        self.gate = Gate(make_app(self.service), limits, self.config.api_key)
+        self.gate = Gate(make_app(self.service), self.config.limits, self.config.api_key)
         self._server = Server(uvicorn.Config(self.gate, log_level="warning", access_log=False), self.gate)
         self._socket = bind(self.config)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from typing import Annotated, Any
 
 from fastapi import Header
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from limbeck.serve.errors import Invalid
 from limbeck.serve.service import Service
@@ -24,6 +25,18 @@ class Body(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
     model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        """JSON can write half of a surrogate pair, which no tokenizer, template or answer can take."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a string has half of a surrogate pair, which is no text") from error
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        return data
 
 
 class Usage(BaseModel):
