@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi import APIRouter, Response
+from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from limbeck import __version__
 from limbeck.serve.service import Service
 from limbeck.serve.ticket import Refusal
+
+PAGE = Path(__file__).parents[1] / "page.html"
 
 
 class Model(BaseModel):
@@ -35,6 +40,10 @@ def router(service: Service) -> APIRouter:
     model = Model(
         id=service.name, created=service.created, root=service.config.model, max_model_len=service.decoder.max_tokens
     )
+
+    @api.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
     @api.get("/v1/models")
     async def models() -> Models:
