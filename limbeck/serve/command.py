@@ -8,17 +8,20 @@ from typing import Any
 
 from limbeck.errors import ConfigError
 from limbeck.serve.config import ServeConfig
+from limbeck.serve.handover import hand_over
 
 KEY_VARIABLE = "LIMBECK_API_KEY"
 
 
 def run(config: ServeConfig) -> dict[str, Any] | None:
     """Serve until a signal comes. Raises: ConfigError when the server's packages are not installed."""
+    if config.api_key is None:
+        config = dataclasses.replace(config, api_key=os.environ.get(KEY_VARIABLE))
+    if config.engine != "limbeck":
+        return hand_over(config)
     try:
         from limbeck.serve.server import serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"limbeck serve needs {error.name}: pip install 'limbeck[serve]'.") from error
-    if config.api_key is None:
-        config = dataclasses.replace(config, api_key=os.environ.get(KEY_VARIABLE))
     serve(config)
     return None

@@ -55,7 +55,7 @@ class ServeConfig:
     engine: Engine = "limbeck"
     """limbeck serves in this process; the others are checked, and started where they are installed."""
     engine_command: str | None = None
-    """Program of the other engine, say .venv-vllm/bin/vllm; null looks on the PATH."""
+    """Program of the other engine, say .venv-vllm/bin/vllm, or a Python that has vLLM; null looks on the PATH."""
     dry_run: bool = False
     """Only check the model and print the other engine's command."""
     host: str = "127.0.0.1"
