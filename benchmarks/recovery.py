@@ -1,14 +1,16 @@
 """Recovery after pruning compared over seeds: in turns against at once, distilled against trained on the text alone.
 
-The built-in student loses part of its MLP neurons by OSSCAR and is trained back on short chains of the built-in task,
-with itself as it was for a teacher. `gradual` removes the same neurons in three turns, each followed by a third of the
-training; `one-shot` removes them at once. `KD` is forward KL only, `SFT` cross-entropy only. All arms train on the same
-number of tokens, to within a step, and write the weights of the lowest held-out KL to the unpruned model.
+The recipe's model loses part of its MLP neurons by OSSCAR and is trained back on the recipe's traces, with itself as it
+was for a teacher; by default the built-in student on short chains of the built-in task. `gradual` removes the same
+neurons in three turns, each followed by a third of the training; `one-shot` removes them at once. `KD` is forward KL
+only, `SFT` cross-entropy only. All arms train on the same number of tokens, to within a step, and write the weights of
+the lowest held-out KL to the unpruned model.
 
 Score: share of held-out problems answered right, greedy. A row is the mean over seeds with the 95 % t-interval; seeds
 differ in the order of the traces. Differences are paired by seed. FLOPs and seconds are those of pruning and training.
 
     python benchmarks/recovery.py [--seeds 5] [--epochs 1] [--quick] [--scratch DIR] [--out DIR]
+    python benchmarks/recovery.py --recipe recipes/smollm2_recover.yaml --seeds 1 --problems 0 --shares [--scratch DIR]
 
 Runs that are finished in the scratch directory are not run again; one that was interrupted goes on.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -56,15 +59,14 @@ PROBLEM_SEED = 1_000_001
 class Study:
     """The recipe, the problems and the directory of finished runs."""
 
-    def __init__(self, scratch: Path, epochs: int, quick: bool, threads: int) -> None:
-        self.scratch, self.epochs, self.threads = scratch, epochs, threads
-        self.tree = read_recipe(RECIPE)
+    def __init__(self, scratch: Path, options: argparse.Namespace) -> None:
+        quick = options.quick
+        self.scratch, self.epochs, self.threads, self.shares = scratch, options.epochs, options.threads, options.shares
+        self.tree = read_recipe(options.recipe)
         traces = self.tree["distill"]["traces"]
         if quick:
             traces["num_traces"] = 100
-        problems = {**traces, "num_traces": 10 if quick else 100, "seed": PROBLEM_SEED}
-        self.problems = TraceConfig(**problems)
-        self.evaluate = EvaluateConfig(max_new_tokens=200, batch_size=self.problems.num_traces)
+        self.problems = 10 if quick else options.problems
 
     def config(self, seed: int, rounds: int, kd_ratio: float) -> RecoverConfig:
         """The recipe with one arm's choices."""
@@ -97,17 +99,21 @@ class Study:
         return self.scratch / f"{name.replace(', ', '-')}-{self.epochs}-epochs-{seed}"
 
     def accuracy(self, model: str, out: Path) -> float:
-        """Share of the problems answered right; kept in `out`."""
+        """Share of the problems answered right, NaN where there are none; kept in `out`."""
+        if not self.problems:
+            return math.nan
         if not (out / "summary.json").exists():
             out.mkdir(parents=True, exist_ok=True)
-            score(model, EvaluateStageConfig(model="", problems=self.problems, evaluate=self.evaluate), out)
+            traces = {**self.tree["distill"]["traces"], "num_traces": self.problems, "seed": PROBLEM_SEED}
+            evaluate = EvaluateConfig(max_new_tokens=200, batch_size=self.problems)
+            score(model, EvaluateStageConfig(model="", problems=TraceConfig(**traces), evaluate=evaluate), out)
         return json.loads((out / "summary.json").read_text())["accuracy"]
 
     def untrained(self) -> dict[str, tuple[float, float, float]]:
         """Score, held-out KL and CE of the unpruned model, and of cuts of several sizes made at once and left so."""
         config = self.config(0, *ARMS[REFERENCE])
         models = {"unpruned": config.prune.model}
-        for share in dict.fromkeys([*SHARES, config.prune.neuron_sparsity]):
+        for share in dict.fromkeys([*self.shares, config.prune.neuron_sparsity]):
             out = self.scratch / f"pruned-{share}"
             if not Checkpoint(out).is_finished:
                 prune.run(replace(config.prune, neuron_sparsity=share), out, resume=True)
@@ -165,6 +171,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=1, help="passes over the traces, all rounds together")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help=f"some of them, {REFERENCE!r} too")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--problems", type=int, default=100, help="to score; 0 leaves the score out")
+    parser.add_argument("--shares", type=float, nargs="*", default=SHARES, help="further cuts shown without training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="where runs are kept; a temporary directory by default")
     parser.add_argument("--out", type=Path, help="directory for the results")
@@ -172,12 +181,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     header = conditions(options.threads, ("torch", "transformers"))
     with tempfile.TemporaryDirectory() as temporary:
-        study = Study(options.scratch or Path(temporary), options.epochs, options.quick, options.threads)
+        study = Study(options.scratch or Path(temporary), options)
         seeds = range(1 if options.quick else options.seeds)
         runs = {(name, seed): study.run(name, seed) for seed in seeds for name in options.arms}
         found = {name: [runs[name, seed] for seed in seeds] for name in options.arms}
         table, keys = table_of(found, study.untrained())
-    name = "recovery" if options.epochs == 1 else f"recovery_{options.epochs}_epochs"
+    name = "recovery" if options.recipe == RECIPE else f"recovery_{options.recipe.stem}"
+    name = name if options.epochs == 1 else f"{name}_{options.epochs}_epochs"
     publish(name, __doc__, header, table, keys, found, options.out)
 
 
