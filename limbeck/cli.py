@@ -36,6 +36,7 @@ from limbeck.ranking import evaluate as rank_evaluate
 from limbeck.ranking import recover as rank_recover
 from limbeck.ranking import train as rank_train
 from limbeck.report import page as report
+from limbeck.serve import bench as bench_serve
 from limbeck.serve import command as serve
 from limbeck.serve.config import ServeConfig
 from limbeck.sweep import execute as sweep
@@ -243,6 +244,13 @@ COMMANDS: dict[str, Command] = {
         lambda config, _: serve.run(config),
         "answer HTTP requests: scoring, ranking and generation, in OpenAI's, Cohere's, vLLM's and SGLang's shapes",
         (),
+        subject="model",
+    ),
+    "bench serve": Command(
+        bench_serve.BenchServeConfig,
+        lambda config, options: bench_serve.run(config, options.out),
+        "measure a server under Poisson load: latency, throughput and what is served in time",
+        ("--out",),
         subject="model",
     ),
     "report": Command(None, _report, "one page from sweeps, runs and compressed models", ("--out",)),
