@@ -219,7 +219,10 @@ class _Norm(torch.autograd.Function):
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scaling: float) -> Tensor:
     """Causal attention of every sequence to itself: [U N H], [U N_kv H] -> [U N H flat]."""
-    own = [plan.lengths[0] - plan.prefix, *(n - plan.prefix for n in plan.lengths[1:])]
+    own = [length - plan.prefix for length in plan.lengths]
+    behind = sum(own)
+    if plan.prefix and behind * (plan.prefix + behind) <= sum(length**2 for length in plan.lengths):
+        return _shared_attention(query, key, value, plan.prefix, own, scaling)
     parts = [x.split([plan.prefix, *own]) for x in (query, key, value)]
     outputs = []
     for number in range(1, len(own) + 1):
@@ -232,6 +235,26 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scal
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).permute(2, 0, 1, 3)
         outputs.append(out[plan.prefix :] if number > 1 else out)
     return torch.cat(outputs).flatten(1)
+
+
+def _shared_attention(
+    query: Tensor, key: Tensor, value: Tensor, prefix: int, own: Sequence[int], scaling: float
+) -> Tensor:
+    """The same in two products: the prefix to itself, then all that follows to the prefix and, masked, to itself.
+
+    It computes the prefix once, and what it masks away besides; less than one product a sequence where many short
+    sequences follow a longer prefix.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(own)), torch.tensor(own))
+    mask = torch.ones(len(owner), prefix + len(owner), dtype=torch.bool, device=query.device)
+    mask[:, prefix:] = ((owner[:, None] == owner[None]).tril()).to(query.device)
+    # Key heads stand in the batch's place, as above.
+    q, k, v = (x.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3) for x in (query, key, value))
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    attend = nn.functional.scaled_dot_product_attention
+    first = attend(*(x[:, :, :prefix] for x in (q, k, v)), is_causal=True, scale=scaling)
+    rest = attend(q[:, :, prefix:], k, v, attn_mask=mask, scale=scaling)
+    return torch.cat([first, rest], 2).permute(2, 0, 1, 3).flatten(1)
 
 
 def _sum_of_products(first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> Tensor:
