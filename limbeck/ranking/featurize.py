@@ -46,6 +46,8 @@ class FeaturizeConfig:
     """One feature of a member or an item, of {name} and {value}."""
     separator: str = ", "
     """Between features."""
+    names: tuple[str, ...] | None = None
+    """Features of members and items that are written, by name; null writes all."""
     empty: str = "none"
     """A member without features, a history without events."""
     labels: tuple[str, str] = (" yes", " no")
@@ -185,7 +187,11 @@ def _event(event: Interaction, config: FeaturizeConfig) -> str:
 
 
 def _features(features: Features, config: FeaturizeConfig) -> str:
-    parts = [config.feature.format(name=name, value=value) for name, value in features.items()]
+    parts = [
+        config.feature.format(name=name, value=value)
+        for name, value in features.items()
+        if config.names is None or name in config.names
+    ]
     return config.separator.join(parts) or config.empty
 
 
