@@ -96,8 +96,9 @@ class Grammars:
     def _compile(self, kind: str, make: Any, source: Any, end_tokens: frozenset[int]) -> GrammarConstraint:
         try:
             matcher = self._matcher(self._tokenizer, make(source))
+            problem = matcher.get_error()
         except ValueError as error:
-            raise ConfigError(f"{kind}: {error}") from None
-        if matcher.get_error():
-            raise ConfigError(f"{kind}: {matcher.get_error()}")
+            problem = str(error)
+        if problem:
+            raise ConfigError(f"{kind}: {' '.join(problem.split())}")
         return GrammarConstraint(matcher, self._vocab_size, end_tokens)
