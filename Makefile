@@ -6,7 +6,7 @@ OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step
 	solvers perplexity
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow check format bench bench-quick bench-peers bench-peers-compress smollm2 clean
+.PHONY: demo test test-slow check format bench bench-quick bench-peers bench-peers-compress bench-clients smollm2 clean
 
 demo: $(VENV)/.ready
 	$(BIN)/limbeck demo --out runs/demo
@@ -40,6 +40,8 @@ bench-quick: $(VENV)/.smollm2 bench-peers bench-peers-compress
 bench-peers: .venv-peers/.ready
 
 bench-peers-compress: .venv-compress/.ready .venv-fmchisel/.ready
+
+bench-clients: .venv-clients/.ready
 
 # pip, not uv or poetry: the pinned torch must resolve to the CPU build.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -81,5 +83,12 @@ $(VENV)/.smollm2: $(VENV)/.ready
 	.venv-fmchisel/bin/pip install --quiet --no-deps fmchisel==0.1.2 llmcompressor==0.5.1 compressed-tensors==0.9.4
 	touch $@
 
+# Load tools and clients of others, for tests/parity/test_serve_foreign_clients.py.
+.venv-clients/.ready:
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet torch==2.13.0
+	.venv-clients/bin/pip install --quiet 'lm-eval[api]>=0.4.9' 'guidellm>=0.3'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .venv-compress .venv-fmchisel runs build *.egg-info
+	rm -rf $(VENV) .venv-clients .venv-peers .venv-compress .venv-fmchisel runs build *.egg-info

@@ -45,7 +45,7 @@ class BenchServeConfig:
     """Of the server started here."""
     num_threads: int | None = None
     """Of the server started here; null leaves torch's choice."""
-    score_loads: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    score_loads: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
     """Scoring requests a second, one load after the other."""
     text_loads: tuple[float, ...] = (0.5, 1.0, 2.0)
     """The same of requests that generate."""

@@ -61,7 +61,7 @@ class Dispatcher:
 
     def _note(self, ticket: Ticket) -> None:
         now = time.monotonic()
-        pace, self._finished = now - self._finished, now
+        pace, self._finished = now - max(self._finished, ticket.arrived), now  # idle time is no pace
         self._pace_seconds = SMOOTHING * self._pace_seconds + (1 - SMOOTHING) * pace
         self._metrics.whole.observe(now - ticket.arrived)
         self._metrics.queued.observe((ticket.started or now) - ticket.arrived)

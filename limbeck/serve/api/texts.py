@@ -86,8 +86,8 @@ async def write(
     """
     texts = [_Text(service, job, stops, goes_on) for job in jobs]
     last: dict[int, float] = {}
-    service.metrics.prompt_tokens.inc(tally.prompt)
     async with service.hand_in(jobs, seconds) as ticket:
+        service.metrics.prompt_tokens.inc(tally.prompt)
         async for part, progress, _ in ticket.outcomes():
             assert isinstance(progress, Progress)
             piece = texts[part].take(part, progress)
