@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 COLUMNS = {
     "workload": "workload",
@@ -64,6 +65,8 @@ def write_plot(tree: dict[str, Any], file: Path) -> None:
     for place in axes[:2]:
         place.axhline(limit, color="#999999", linewidth=0.8, linestyle=":")
         place.set_yscale("log")
+        for axis_ticks in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
+            axis_ticks(FuncFormatter(lambda value, _: f"{value:g}"))
     for prefixes, colour in COLOURS.items():
         rows = _of(tree["rows"], "score", prefixes)
         loads = [row["requests_per_second"] for row in rows]

