@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from limbeck import __version__, demo
+from limbeck import __version__, demo, pipeline
 from limbeck.compress import moments, recover
 from limbeck.compress.export import stage as export
 from limbeck.compress.prune import stage as prune
@@ -104,6 +104,11 @@ def _sweep(config: SweepConfig, options: Options) -> dict[str, Any]:
     summary = sweep.run(config, options.out)
     page = report.run([options.out], options.out)
     return {"out": str(options.out), "report": str(page), "runs": len(summary["runs"])}
+
+
+def _rank_pipeline(config: pipeline.RankPipelineConfig, options: Options) -> dict[str, Any]:
+    table = pipeline.run(config, options.out)
+    return {**table, "report": str(report.run([options.out], options.out))}
 
 
 def _report(paths: Sequence[str], options: Options) -> dict[str, Any]:
@@ -252,6 +257,12 @@ COMMANDS: dict[str, Command] = {
         "measure a server under Poisson load: latency, throughput and what is served in time",
         ("--out",),
         subject="model",
+    ),
+    "rank pipeline": Command(
+        pipeline.RankPipelineConfig,
+        _rank_pipeline,
+        "teacher, students, pruning and quantisation of a scorer, one table; called again, it goes on",
+        ("--out",),
     ),
     "report": Command(None, _report, "one page from sweeps, runs and compressed models", ("--out",)),
 }

@@ -28,6 +28,7 @@ from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, e
 from limbeck.ranking.request import Request
 from limbeck.ranking.score import score_request
 
+SCORES = "scores.jsonl"
 K = 5
 """Ranks of NDCG and of the churn."""
 
@@ -76,23 +77,16 @@ class RankEvaluateConfig:
 class Scored(NamedTuple):
     """One model's scores of all N pairs of some requests, in their order."""
 
-    requests: Sequence[EncodedRequest]
+    owner: np.ndarray
+    """int [N]: the number of a pair's request, from 0."""
+    labels: np.ndarray
+    """bool [N]."""
     log_odds: np.ndarray
     """float [N]."""
     probability: np.ndarray
     """float [N]."""
     label_mass: np.ndarray
     """float [N]."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """bool [N]."""
-        return np.concatenate([request.labels for request in self.requests])
-
-    @property
-    def owner(self) -> np.ndarray:
-        """int [N]: the number of a pair's request."""
-        return np.repeat(np.arange(len(self.requests)), [len(request.candidates) for request in self.requests])
 
 
 def run(config: RankEvaluateConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -105,7 +99,7 @@ def run(config: RankEvaluateConfig, out: Path, *, overwrite: bool = False) -> di
             raise ConfigError(f"rank evaluate: the {config.part} part is empty; set data.split.{config.part}_fraction")
         ledger = Ledger()
         scored = _score(config, config.model, requests, ledger)
-        _write_scores(working / "scores.jsonl", requests, scored)
+        _write_scores(working / SCORES, requests, scored)
         summary = {"model": Path(config.model).name, "part": config.part, **measures(scored, config.k, config.seed)}
         summary["pairs_per_second"] = len(scored.log_odds) / ledger.seconds["scoring"]
         best = best_auc(requests)
@@ -132,14 +126,24 @@ def run(config: RankEvaluateConfig, out: Path, *, overwrite: bool = False) -> di
 def score_all(model: Any, requests: Sequence[EncodedRequest], labels: Labels, vocab_size: int) -> Scored:
     """Scores of all candidates of all requests; arguments as for `score_request`."""
     scores = [score_request(model, request, labels, vocab_size) for request in track(requests, "scoring")]
-    return Scored(requests, *(torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True)))
+    owner = np.repeat(np.arange(len(requests)), [len(request.candidates) for request in requests])
+    labels_of = np.concatenate([request.labels for request in requests])
+    return Scored(owner, labels_of, *(torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True)))
+
+
+def read_scores(out: Path) -> Scored:
+    """The scores that `run` wrote into a directory."""
+    rows = [json.loads(line) for line in (out / SCORES).read_text(encoding="utf-8").splitlines()]
+    names = {name: number for number, name in enumerate(dict.fromkeys(row["request_id"] for row in rows))}
+    columns = (np.array([row[name] for row in rows]) for name in ("label", "log_odds", "probability", "label_mass"))
+    return Scored(np.array([names[row["request_id"]] for row in rows]), *columns)
 
 
 def measures(scored: Scored, k: int = K, seed: int = 0) -> dict[str, Any]:
     """All metrics of some scores; an interval is NAME, NAME_low and NAME_high, or None and NAME_reason."""
     log_odds, probability, labels, owner = scored.log_odds, scored.probability, scored.labels, scored.owner
     return {
-        "requests": len(scored.requests),
+        "requests": len(np.unique(owner)),
         "pairs": len(labels),
         "positives": int(labels.sum()),
         **_flat("auc", metrics.auc_interval(log_odds, labels, owner, seed)),

@@ -15,6 +15,8 @@ from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.errors import CheckpointError
 from limbeck.report.compressed import EVALUATION, STAGES, Compressed, read_compressed
 from limbeck.report.files import object_in, read_object
+from limbeck.report.ranked import STAGE as RANKING
+from limbeck.report.ranked import Step, read_ranking
 from limbeck.report.rows import FLOP_PARTS, PLACED_AXES, Row, row_of, rows_of
 
 SUMMARY = "summary.json"
@@ -46,6 +48,8 @@ class Evidence:
     sources: tuple[Source, ...]
     compressed: tuple[Compressed, ...] = ()
     """Pruned, quantised and recovered models, and those that they were made of."""
+    ranking: tuple[Step, ...] = ()
+    """Models of ranking pipelines."""
 
     @property
     def models(self) -> tuple[Row, ...]:
@@ -58,8 +62,8 @@ def collect(paths: Sequence[Path]) -> Evidence:
     """Read sweep directories, single run directories and directories of compressed models.
 
     Args:
-      paths: directories with a `summary.json` of a sweep, or with a `limbeck.json` of a distilled student or a
-        compressed model.
+      paths: directories with a `summary.json` of a sweep, or with a `limbeck.json` of a distilled student, a
+        compressed model or a ranking pipeline.
     Returns: their rows in the order given.
     Raises: CheckpointError when a directory is none of them, a file is damaged, or there is no run at all.
     """
@@ -76,9 +80,15 @@ def collect(paths: Sequence[Path]) -> Evidence:
             source = _read_run(path)
         sources.append(source)
     compressed = [path for path in paths if path not in sweeps and _stage(path) in STAGES]
-    runs = [(path, source) for path, source in zip(paths, sources, strict=True) if path not in (*sweeps, *compressed)]
-    rows += _rows_of_runs(runs)
-    return Evidence(rows=tuple(rows), sources=tuple(sources), compressed=tuple(read_compressed(compressed)))
+    ranking = [path for path in paths if path not in sweeps and _stage(path) == RANKING]
+    apart = (*sweeps, *compressed, *ranking)
+    rows += _rows_of_runs([pair for pair in zip(paths, sources, strict=True) if pair[0] not in apart])
+    return Evidence(
+        rows=tuple(rows),
+        sources=tuple(sources),
+        compressed=tuple(read_compressed(compressed)),
+        ranking=tuple(read_ranking(ranking)),
+    )
 
 
 def _is_sweep(path: Path) -> bool:
@@ -121,7 +131,7 @@ def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
 def _read_run(path: Path) -> Source:
     file = path / MANIFEST
     manifest = read_object(file)
-    if (stage := _stage(path)) not in ("distill", *STAGES):
+    if (stage := _stage(path)) not in ("distill", RANKING, *STAGES):
         raise CheckpointError(
             f"{file}: stage {stage!r} has no place in this report; name sweeps and distilled students."
         )

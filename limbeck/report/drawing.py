@@ -67,13 +67,13 @@ def canvas(height: float = _SIZE_INCHES[1]) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def panels(titles: Sequence[str]) -> tuple[Figure, list[Any]]:
-    """Figure and small axes that share their scales, two a row, one for each title."""
+def panels(titles: Sequence[str], share_x: bool = True) -> tuple[Figure, list[Any]]:
+    """Figure and small axes that share their scales, or only the vertical one, two a row, one for each title."""
     columns = min(2, len(titles))
     rows = -(-len(titles) // columns)
     size = (_SIZE_INCHES[0], _SIZE_INCHES[1] if rows < 3 else 1.6 * rows + 0.7)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    drawn = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    drawn = list(figure.subplots(rows, columns, sharex=share_x, sharey=True, squeeze=False).flat)
     for axes in drawn[len(titles) :]:
         axes.remove()
     for axes, title in zip(drawn, titles, strict=False):

@@ -23,6 +23,8 @@ from limbeck.report.drawing import darken, render
 from limbeck.report.findings import findings
 from limbeck.report.groups import Group, group_rows
 from limbeck.report.plots import Plot, plots_of
+from limbeck.report.ranking import HOW_TO_READ as HOW_TO_READ_RANKING
+from limbeck.report.ranking import ranking_findings, ranking_plots, ranking_table
 from limbeck.report.rows import FLOP_PARTS
 from limbeck.report.tables import csv_text, cut_table, markdown, part_table, score_table, stop_table
 from limbeck.report.units import Kind, digits, quantity
@@ -46,9 +48,10 @@ def run(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
     content = _content(evidence, groups, title)
     files, figures = _draw(plots_of(groups, evidence.models))
     layer_files, layer_figures = _draw(layer_plots(evidence.compressed))
-    content |= {"plots": figures, "layer_plots": layer_figures}
+    ranking_files, ranking_figures = _draw(ranking_plots(evidence.ranking))
+    content |= {"plots": figures, "layer_plots": layer_figures, "ranking_plots": ranking_figures}
     made = [model.row for model in evidence.compressed]
-    files |= layer_files
+    files |= layer_files | ranking_files
     files["report.csv"] = csv_text([*evidence.models, *evidence.rows, *made]).encode()
     files["report.md"] = _fill("page.md.jinja", content).encode()
     files[PAGE] = _fill("page.html.jinja", content).encode()
@@ -61,16 +64,19 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
     titles = [source.title for source in evidence.sources if source.title]
     several = len(evidence.sources) > 1
     return {
-        "title": title or (titles[0] if titles else "Distilled students" if groups else "Compressed models"),
+        "title": title or (titles[0] if titles else _title(evidence)),
         "lede": _lede(evidence, groups),
         "findings": [
             *(findings(groups, evidence.models, evidence.sources) if groups else ()),
             *compression_findings(evidence.compressed),
+            *ranking_findings(evidence.ranking),
         ],
         "scores": score_table(groups, evidence.models),
         "how_to_read": _HOW_TO_READ,
         "compressed": compression_table(evidence.compressed),
         "how_to_read_compressed": HOW_TO_READ,
+        "ranking": ranking_table(evidence.ranking),
+        "how_to_read_ranking": HOW_TO_READ_RANKING,
         "costs": part_table(groups),
         "parts": FLOP_PARTS,
         "bars": _bars(groups),
@@ -89,6 +95,13 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
     }
 
 
+def _title(evidence: Evidence) -> str:
+    """What there is most to say of."""
+    if evidence.rows:
+        return "Distilled students"
+    return "Compressed models" if evidence.compressed else "Ranking models"
+
+
 _HOW_TO_READ = (
     "Score: fraction of the problems answered correctly. Retention: score over that of the student trained on whole "
     "traces. In brackets, the interval; two runs whose intervals overlap are not distinguishable here. Tokens, FLOPs, "
@@ -104,6 +117,7 @@ def _lede(evidence: Evidence, groups: Sequence[Group]) -> str:
     count += f" of {settings} settings" if settings != runs else ""
     counts = [count] if runs else []
     counts += [f"{made} compressed {'model' if made == 1 else 'models'}"] if made else []
+    counts += [f"{len(evidence.ranking)} models of ranking pipelines"] if evidence.ranking else []
     return f"{', '.join(counts)}. {' '.join(tasks)}".strip()
 
 

@@ -22,6 +22,7 @@ LAYERS = [
     ["compress"],
     ["ranking"],
     ["serve"],
+    ["pipeline"],
     ["sweep"],
     ["report"],
     ["demo"],

@@ -1,0 +1,262 @@
+"""`limbeck rank pipeline`: one recipe for the whole path of a ranking model, with what every step costs and keeps.
+
+    teacher -> students by SFT and by three kinds of KD -> prune and recover in turns -> quantise -> score and time
+
+Each step is a stage that exists by itself, in a directory of its own; called again, the pipeline goes on, and a step
+whose config and inputs are what its manifest says is not done again.
+
+    OUT/teacher/   OUT/students/KIND-SEED/   OUT/pruned/   OUT/quantized/SCHEME/   OUT/tests/MODEL/   OUT/table.json
+
+Quality is that of the test part. AUC, Kendall's tau and churn are set against the step before, the compressed models'
+AUC against the unpruned student too. Latency is that of the scoring engine, a request at a time, prefix not known
+before, all models in turns on the same requests.
+
+Source: 2502.14305, sections on predictive models: distillation, gradual pruning, quantisation, serving.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from limbeck.checkpoint import MANIFEST, Checkpoint, write_json, write_manifest
+from limbeck.compress.calibrate import CalibrationConfig
+from limbeck.compress.fidelity import GateConfig
+from limbeck.compress.prune.stage import PruneConfig
+from limbeck.compress.quantize import stage as quantize
+from limbeck.compress.quantize.stage import QuantizeConfig
+from limbeck.config import config_hash
+from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
+from limbeck.errors import ConfigError
+from limbeck.models.load import load_model, load_tokenizer, model_hash
+from limbeck.optim.build import OptimizerConfig
+from limbeck.progress import console
+from limbeck.ranking import evaluate, recover, train
+from limbeck.ranking.data import read_requests
+from limbeck.ranking.evaluate import RankEvaluateConfig, compare, read_scores
+from limbeck.ranking.featurize import EncodedRequest, Labels, encode_requests
+from limbeck.ranking.recover import CALIBRATION, RankRecoverConfig
+from limbeck.ranking.train import RankTrainConfig
+from limbeck.serve.engine.decoder import load_decoder
+from limbeck.serve.engine.requests import Request
+from limbeck.serve.engine.scoring import Scorer, ScoringConfig
+
+SFT, KD = "sft", "kd_labels"
+KINDS = (SFT, KD, "kd_vocabulary", "kd_listwise")
+TABLE = "table.json"
+_WARM_UP_REQUESTS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutConfig:
+    """How the student is pruned and trained back."""
+
+    neuron_sparsity: float = 0.5
+    """Share of the MLP neurons that goes, in all."""
+    multiple_of: int = 8
+    """Neurons that stay are a multiple of this."""
+    rounds: int = 8
+    """Turns of pruning and distilling."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Of all rounds together."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of every round."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPipelineConfig:
+    """A teacher, a student that learns from it in four ways, and what the best known way is compressed to."""
+
+    teacher: RankTrainConfig
+    """The teacher, trained on labels; all models are tested on its data."""
+    student: RankTrainConfig
+    """The student; teacher and loss are filled in for each way. Of its data only what differs from the teacher's is
+    written, say max_train_requests."""
+    kd_ratio: float = 0.9
+    """Share of KD in KD + CE, where there is KD."""
+    listwise_ratio: float = 0.5
+    """Share of the KD of kd_listwise that compares the candidates of a request."""
+    seeds: int = 1
+    """Students by SFT and by label-token KD, with other initial weights and orders; the other ways have one."""
+    cut: CutConfig = field(default_factory=CutConfig)
+    """Pruning of the first student by label-token KD."""
+    schemes: tuple[str, ...] = ("w8a8", "w4a16")
+    """How the pruned student is quantised, each by itself."""
+    group_size: int = 32
+    """Inputs that share a scale in the schemes of weights only."""
+    timed_requests: int = 64
+    """Test requests that the latency is measured on."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.timed_requests < 1:
+            raise ConfigError("seeds and timed_requests must be at least 1")
+        if self.student.teacher.is_named:
+            raise ConfigError("student.teacher: the pipeline's own teacher teaches; leave it out")
+        if self.teacher.data.split.test_fraction == 0:
+            raise ConfigError("teacher.data.split.test_fraction is 0; every step is measured on the test part")
+
+    @staticmethod
+    def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A recipe with the teacher's features for the student's, and its data but for what the student's says."""
+        teacher, student = tree.get("teacher"), tree.get("student")
+        if not isinstance(teacher, Mapping) or not isinstance(student, Mapping):
+            return tree
+        data = {**teacher.get("data", {}), **student.get("data", {})}
+        return {**tree, "student": {**student, "data": data, "features": teacher.get("features", {})}}
+
+
+class Model(NamedTuple):
+    """A model of the table."""
+
+    name: str
+    path: Path
+    before: str | None
+    """The model it is compared with."""
+
+
+def run(config: RankPipelineConfig, out: Path) -> dict[str, Any]:
+    """Do what is not done yet, in the directory `out`; returns the table that is written there.
+
+    Raises: what the stages raise; their own interrupted work goes on.
+    """
+    models = _make(config, out)
+    tests = {model.name: _test(config, model, out / "tests" / model.name) for model in models}
+    scores = {model.name: read_scores(tests[model.name]) for model in models}
+    times = _latencies(config, models)
+    unpruned = f"{KD}-0"
+    rows = []
+    for model in models:
+        row = {"model": model.name, "before": model.before, **_size(model.path), **times[model.name]}
+        row |= Checkpoint(tests[model.name]).manifest["metrics"] | {"model": model.name}
+        if model.before is not None:
+            row |= compare(scores[model.name], scores[model.before])
+        if model.path.parent.name not in ("students", out.name):
+            whole = compare(scores[model.name], scores[unpruned])
+            row |= {f"{name}_from_unpruned": value for name, value in whole.items()}
+            row["relative_auc_from_unpruned"] = row["auc"] / rows_auc(rows, unpruned) - 1
+        rows.append(row)
+    result = {"rows": rows, "rounds": Checkpoint(out / "pruned").manifest["metrics"]["rounds"]}
+    write_json(out / TABLE, result)
+    inputs = {model.name: model_hash(str(model.path)) for model in models} | config.teacher.data.input_hash
+    write_manifest(out, stage="rank pipeline", config=config, inputs=inputs, metrics=result)
+    return {"out": str(out), **result}
+
+
+def rows_auc(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """AUC of the row of a model."""
+    return next(float(row["auc"]) for row in rows if row["model"] == name)
+
+
+def _make(config: RankPipelineConfig, out: Path) -> list[Model]:
+    """All models, in the order of the table."""
+    teacher = out / "teacher"
+    _once(teacher, config.teacher, train.run, [])
+    models = [Model("teacher", teacher, None)]
+    for kind in KINDS:
+        for seed in range(config.seeds if kind in (SFT, KD) else 1):
+            place = out / "students" / f"{kind}-{seed}"
+            _once(place, student_config(config, kind, seed, teacher), train.run, [] if kind == SFT else [teacher])
+            before = "teacher" if kind == SFT else f"{SFT}-{seed}"
+            models.append(Model(place.name, place, before))
+    whole, pruned = out / "students" / f"{KD}-0", out / "pruned"
+    _once(pruned, _recovery(config, whole, teacher), recover.run, [whole, teacher])
+    small = pruned / f"round-{config.cut.rounds}" / "recovered"
+    models.append(Model("pruned", small, whole.name))
+    for scheme in config.schemes:
+        place = out / "quantized" / scheme
+        _once(place, _quantization(config, scheme, small, pruned / CALIBRATION), quantize.run, [small])
+        models.append(Model(scheme, place, "pruned"))
+    return models
+
+
+def _once(out: Path, config: Any, stage: Callable[..., Any], made_of: Sequence[Path]) -> None:
+    """Run a stage unless its output is there, of this config and these models; an interrupted one goes on."""
+    done = Checkpoint(out)
+    if done.is_finished and done.manifest["config_hash"] == config_hash(config):
+        known = set(done.manifest["inputs"].values())
+        if {model_hash(str(path)) for path in made_of} <= known:
+            return
+    console.print(f"pipeline: {out.parent.name}/{out.name}", highlight=False)
+    stage(config, out, overwrite=(out / MANIFEST).exists(), resume=True)
+
+
+def student_config(config: RankPipelineConfig, kind: str, seed: int, teacher: Path) -> RankTrainConfig:
+    """The training of a student by one of KINDS; students of a seed differ in nothing else."""
+    student, base = config.student.student, config.student
+    if student.scratch is not None:
+        student = replace(student, scratch=replace(student.scratch, seed=student.scratch.seed + seed))
+    return replace(
+        base,
+        student=student,
+        teacher=TeacherConfig(model=str(teacher)),
+        loss=replace(base.loss, kd_ratio=0.0 if kind == SFT else config.kd_ratio),
+        ranking=replace(
+            base.ranking,
+            support="vocabulary" if kind == "kd_vocabulary" else "labels",
+            listwise_ratio=config.listwise_ratio if kind == "kd_listwise" else 0.0,
+        ),
+        training=replace(base.training, seed=base.training.seed + seed),
+    )
+
+
+def _recovery(config: RankPipelineConfig, model: Path, teacher: Path) -> RankRecoverConfig:
+    cut, start = config.cut, student_config(config, KD, 0, teacher)
+    prune = PruneConfig(model=str(model), neuron_sparsity=cut.neuron_sparsity, multiple_of=cut.multiple_of)
+    training = replace(start, student=StudentConfig(model=str(model)), training=cut.training, optimizer=cut.optimizer)
+    return RankRecoverConfig(prune=prune, rank=training, rounds=cut.rounds)
+
+
+def _quantization(config: RankPipelineConfig, scheme: str, model: Path, text: Path) -> QuantizeConfig:
+    gate = GateConfig(labels=config.teacher.features.labels)
+    calibration = CalibrationConfig(text=text)
+    return QuantizeConfig(
+        model=str(model), scheme=scheme, group_size=config.group_size, calibration=calibration, gate=gate
+    )
+
+
+def _test(config: RankPipelineConfig, model: Model, out: Path) -> Path:
+    asked = RankEvaluateConfig(model=str(model.path), data=config.teacher.data, features=config.teacher.features)
+    _once(out, asked, _evaluate, [model.path])
+    return out
+
+
+def _evaluate(config: RankEvaluateConfig, out: Path, *, overwrite: bool, resume: bool) -> None:
+    evaluate.run(config, out, overwrite=overwrite)
+
+
+def _size(path: Path) -> dict[str, int]:
+    return {
+        "parameters": sum(parameter.numel() for parameter in load_model(str(path)).parameters()),
+        "weight_bytes": sum(file.stat().st_size for file in path.glob("model*.safetensors")),
+    }
+
+
+def _latencies(config: RankPipelineConfig, models: Sequence[Model]) -> dict[str, dict[str, float]]:
+    """Milliseconds a request under the engine: every model has each request before the next one comes."""
+    split, _ = read_requests(config.teacher.data)
+    requests = split.test[: config.timed_requests + _WARM_UP_REQUESTS]
+    encoded, labels = encode_requests(requests, load_tokenizer(str(models[0].path)), config.teacher.features)
+    scorers = {model.name: Scorer(load_decoder(str(model.path)), ScoringConfig(cache_bytes=0)) for model in models}
+    seconds: dict[str, list[float]] = {name: [] for name in scorers}
+    for request in encoded:
+        asked = _engine_request(request, labels)
+        for name, scorer in scorers.items():
+            start = time.perf_counter()
+            scorer.score([asked])
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "latency_p50_ms": 1e3 * float(np.median(values[_WARM_UP_REQUESTS:])),
+            "latency_p95_ms": 1e3 * float(np.quantile(values[_WARM_UP_REQUESTS:], 0.95)),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def _engine_request(request: EncodedRequest, labels: Labels) -> Request:
+    return Request(request.prefix.tolist(), [ids.tolist() for ids in request.candidates], labels)

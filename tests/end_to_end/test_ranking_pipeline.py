@@ -1,0 +1,108 @@
+"""rank pipeline from teacher to int4: one table of all steps, made once, remade from where something changed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from limbeck import pipeline
+from limbeck.checkpoint import Checkpoint
+from limbeck.config import build
+from limbeck.errors import ConfigError
+from limbeck.pipeline import RankPipelineConfig
+from limbeck.ranking.evaluate import measures, read_scores
+from limbeck.report import page as report
+
+TRAINING = {"batch_size": 8, "max_steps": 6, "microbatch_tokens": 4096}
+TREE = {
+    "teacher": {
+        "student": {"scratch": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}},
+        "data": {
+            "source": "synthetic",
+            "synthetic": {"requests": 120, "members": 20, "items": 12, "candidates": 6, "history": 1, "topics": 2},
+        },
+        "vocabulary_tokens": 300,
+        "training": TRAINING,
+        "optimizer": {"learning_rate": 1e-2},
+    },
+    "student": {
+        "student": {"scratch": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
+        "data": {"max_train_requests": 50},
+        "training": TRAINING,
+        "optimizer": {"learning_rate": 1e-2},
+    },
+    "seeds": 2,
+    "cut": {"rounds": 2, "multiple_of": 8, "training": TRAINING},
+    "group_size": 8,
+    "timed_requests": 3,
+}
+MODELS = ["teacher", "sft-0", "sft-1", "kd_labels-0", "kd_labels-1", "kd_vocabulary-0", "kd_listwise-0"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pipeline") / "out"
+    return out, pipeline.run(build(RankPipelineConfig, TREE), out)
+
+
+@pytest.mark.slow
+def test_the_table_has_every_step(made):
+    out, result = made
+    rows = {row["model"]: row for row in result["rows"]}
+    assert list(rows) == [*MODELS, "pruned", "w8a8", "w4a16"]
+    assert json.loads((out / pipeline.TABLE).read_text())["rows"] == result["rows"]
+    for name, row in rows.items():
+        assert row["auc_low"] <= row["auc"] <= row["auc_high"]
+        assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
+        assert ("kendall_tau" in row) == (name != "teacher")
+    assert rows["kd_labels-1"]["before"] == "sft-1" and rows["pruned"]["before"] == "kd_labels-0"
+    own = measures(read_scores(out / "tests/w8a8"))
+    assert own["auc"] == rows["w8a8"]["auc"]
+    gap = rows["w8a8"]["auc"] / rows["kd_labels-0"]["auc"] - 1
+    assert rows["w8a8"]["relative_auc_from_unpruned"] == pytest.approx(gap)
+    assert rows["w8a8"]["auc_difference_from_unpruned"] == pytest.approx(
+        rows["w8a8"]["auc"] - rows["kd_labels-0"]["auc"]
+    )
+    # 32 x 3 weights a neuron, of which half go.
+    assert rows["kd_labels-0"]["parameters"] - rows["pruned"]["parameters"] == 16 * 3 * 32
+    assert rows["w4a16"]["weight_bytes"] < rows["pruned"]["weight_bytes"] < rows["kd_labels-0"]["weight_bytes"]
+
+
+@pytest.mark.slow
+def test_students_differ_in_the_loss_alone(made):
+    out, _ = made
+    configs = {name: Checkpoint(out / "students" / name).manifest["config"] for name in MODELS[1:]}
+    for name in ("kd_labels-0", "kd_vocabulary-0", "kd_listwise-0"):
+        differing = {key for key in configs[name] if configs[name][key] != configs["sft-0"][key]}
+        assert differing <= {"loss", "ranking"}
+    assert configs["sft-0"]["loss"]["kd_ratio"] == 0
+    assert configs["sft-1"]["student"]["scratch"]["seed"] == configs["kd_labels-1"]["student"]["scratch"]["seed"] == 1
+    assert Checkpoint(out / "students/sft-0").manifest["counts"]["train_requests"] == 50
+    assert Checkpoint(out / "teacher").manifest["counts"]["train_requests"] > 50
+
+
+@pytest.mark.slow
+def test_goes_on_from_what_changed(made):
+    out, before = made
+    config = build(RankPipelineConfig, TREE)
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
+    changed = replace(config, cut=replace(config.cut, neuron_sparsity=0.25, rounds=1))
+    after = pipeline.run(changed, out)
+    kept = {
+        str(path.relative_to(out)).split("/")[0]
+        for path, at in stamps.items()
+        if path.exists() and path.stat().st_mtime_ns == at
+    }
+    assert kept == {"teacher", "students"}
+    same = slice(0, len(MODELS))
+    assert [row["auc"] for row in after["rows"][same]] == [row["auc"] for row in before["rows"][same]]
+    assert after["rows"][-1]["parameters"] > before["rows"][-1]["parameters"]
+    text = report.run([out], out / "page").parent.joinpath("report.md").read_text()
+    assert "## Ranking" in text and "| w4a16 |" in text
+    assert (out / "page/plots/ranking.png").stat().st_size > 10_000
+
+
+def test_refuses_a_teacher_of_the_student():
+    student = TREE["student"] | {"teacher": {"model": "tiny-teacher"}}
+    with pytest.raises(ConfigError, match=r"student\.teacher"):
+        build(RankPipelineConfig, TREE | {"student": student})
