@@ -246,9 +246,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "serve": Command(
         ServeConfig,
-        lambda config, _: serve.run(config),
+        lambda config, options: serve.run(config, options.dry_run),
         "answer HTTP requests: scoring, ranking and generation, in OpenAI's, Cohere's, vLLM's and SGLang's shapes",
-        (),
+        ("--dry-run",),
         subject="model",
     ),
     "bench serve": Command(

@@ -56,8 +56,6 @@ class ServeConfig:
     """limbeck serves in this process; the others are checked, and started where they are installed."""
     engine_command: str | None = None
     """Program of the other engine, say .venv-vllm/bin/vllm, or a Python that has vLLM; null looks on the PATH."""
-    dry_run: bool = False
-    """Only check the model and print the other engine's command."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, so set an API key then."""
     port: int = 8000

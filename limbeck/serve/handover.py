@@ -48,7 +48,7 @@ class Start(NamedTuple):
         return shlex.join([*(["env", *shown] if shown else []), *self.command])
 
 
-def hand_over(config: ServeConfig) -> dict[str, Any] | None:
+def hand_over(config: ServeConfig, dry_run: bool = False) -> dict[str, Any] | None:
     """Check, print the command, and become the engine where it is installed.
 
     Returns: the command and notes, for a dry run; else it does not return.
@@ -57,7 +57,7 @@ def hand_over(config: ServeConfig) -> dict[str, Any] | None:
     start = plan(config)
     for note in start.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    if config.dry_run:
+    if dry_run:
         return {"command": start.text, "installed": start.is_installed, "notes": start.notes}
     console.print(start.text, markup=False, highlight=False, soft_wrap=True)
     if not start.is_installed:

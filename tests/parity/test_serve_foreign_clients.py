@@ -41,7 +41,7 @@ def server():
 
 
 def test_lm_eval_reads_the_log_probs_of_a_plain_forward_pass(server, tmp_path):
-    questions = [f"Given {trace.prompt[-1]['content'].replace(' ', '')}\nSo " for trace in generate(8, 0, 2, 4)]
+    questions = [f"Given {trace.messages[-1]['content'].replace(' ', '')}\nSo " for trace in generate(8, 0, 2, 4)]
     data = tmp_path / "data.json"
     data.write_text("\n".join(json.dumps({"question": question}) for question in questions))
     (tmp_path / "chain.yaml").write_text(TASK.format(file=data))
@@ -69,13 +69,15 @@ def test_lm_eval_reads_the_log_probs_of_a_plain_forward_pass(server, tmp_path):
 
 @pytest.mark.parametrize("kind", ["/v1/completions", "/v1/chat/completions"])
 def test_guidellm_finds_no_error(server, tmp_path, kind):
-    command = [CLIENTS / "guidellm", "benchmark", "run", "--target", server.url, "--profile", "constant", "--rate", "5"]
-    command += ["--max-requests", "20", "--request-format", kind, "--processor", locate("tiny-student").path]
-    command += ["--data", "prompt_tokens=32,output_tokens=16", "--output-dir", tmp_path, "--outputs", "json"]
+    report = tmp_path / "report.json"
+    command = [CLIENTS / "guidellm", "run", "--disable-console", "--profile", "kind=constant,rate=5"]
+    command += ["--backend", f"kind=openai_http,target={server.url},request_format={kind}"]
+    command += ["--constraint", "kind=max_requests,count=20", "--output", f"kind=json,path={report}"]
+    command += ["--tokenizer", f"kind=hf_auto,model={locate('tiny-student').path}"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=OFFLINE | {"HF_HOME": str(tmp_path)}, timeout=250
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    (report,) = tmp_path.glob("*.json")
     totals = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]
     assert totals["errored"] == 0 and totals["successful"] >= 15

@@ -82,9 +82,10 @@ def test_keys_are_in_the_environment_and_not_on_the_command_line(directory, gguf
 
 
 def test_a_dry_run_prints_and_starts_nothing(directory):
-    config = build(ServeConfig, {"model": str(directory), "engine": "vllm", "dry_run": True})
-    found = command.run(config)
+    found = command.run(build(ServeConfig, {"model": str(directory), "engine": "vllm"}), dry_run=True)
     assert "vllm serve" in found["command"] and str(directory) in found["command"]
+    with pytest.raises(ConfigError, match="--engine"):
+        command.run(build(ServeConfig, {"model": str(directory)}), dry_run=True)
 
 
 def test_an_engine_that_is_missing_is_named(directory, monkeypatch):
