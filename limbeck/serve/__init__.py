@@ -1,1 +1,1 @@
-"""Serving: the engine that scores prompts, in plain torch on a CPU."""
+"""Serving: an engine in plain torch that scores and generates, and HTTP over it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -106,11 +106,11 @@ def refuse_unsupported(body: SamplingBody) -> None:
         raise Invalid("stream_options: only with stream.", "stream_options")
 
 
-class LogProbs:
-    """Which log-probs a job reports."""
+class LogProbs(NamedTuple):
+    """How many alternatives a job reports for each token; None reports no log-probs."""
 
-    def __init__(self, text: int | None, prompt: int | None = None) -> None:
-        self.text, self.prompt = text, prompt
+    text: int | None
+    prompt: int | None = None
 
 
 def make_jobs(
