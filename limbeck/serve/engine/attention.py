@@ -9,6 +9,7 @@ Source: the merge is that of FlashAttention's partial results (2205.14135).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,12 +50,20 @@ def attend(
     return out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-def attend_last(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    """One token behind everything it sees, its own key last: query [N H], keys and values [N_kv S H] -> [1 N H]."""
-    low = 0 if window is None else max(0, keys.shape[1] - window)
-    stacked = query.view(1, keys.shape[0], -1, query.shape[1])
-    out, _ = _flash(stacked, keys[None, :, low:], values[None, :, low:], scale, None)
-    return out.reshape(1, *query.shape)
+def attend_last(query: Tensor, seen: Sequence[tuple[Tensor, Tensor]], scale: float, window: int | None) -> Tensor:
+    """Single tokens behind everything that they see, their own key last.
+
+    Args:
+      query: [n N H].
+      seen: keys and values [1 N_kv S H] of each, S of its own.
+      scale, window: as in `attend`.
+    Returns: [n N H].
+    """
+    stacked = query.view(len(query), 1, seen[0][0].shape[1], -1, query.shape[2]).unbind(0)
+    if window is not None:
+        seen = [(keys[:, :, -window:], values[:, :, -window:]) for keys, values in seen]
+    outs = [_flash(row, keys, values, scale, None)[0] for row, (keys, values) in zip(stacked, seen, strict=True)]
+    return torch.cat(outs).reshape(query.shape)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:

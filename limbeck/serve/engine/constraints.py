@@ -18,7 +18,7 @@ from torch import Tensor
 
 from limbeck.errors import ConfigError
 
-ONE_SPACE = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}
+ONE_SPACE: Any = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}
 """Between the parts of a JSON text; without a limit small models write spaces for ever."""
 
 

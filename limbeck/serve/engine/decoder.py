@@ -65,11 +65,30 @@ class _Group(NamedTuple):
         return slice(self.first, self.first + self.segments * self.length)
 
 
+class _Steps(NamedTuple):
+    """Single tokens that grow a prefix each, as decoding has them: views of their keys and values, made once a pass.
+
+    Each is a product of its own, over what it sees and no more; with small models the calls around it are what costs.
+    """
+
+    places: list[list[Tensor]]
+    """For each layer where the tokens' keys go, [N_kv H] each, then where their values go."""
+    seen: list[list[tuple[Tensor, Tensor]]]
+    """For each layer keys and values [1 N_kv S H] up to each token's own."""
+
+    def write(self, key: Tensor, value: Tensor, number: int) -> None:
+        """Keep keys and values [n N_kv H] of a layer."""
+        if self.seen[number]:
+            torch._foreach_copy_(self.places[number], [*key.unbind(0), *value.unbind(0)])
+
+
 class _Layout(NamedTuple):
     """Where the segments stand in the row of tokens."""
 
     tokens: Tensor
     positions: Tensor
+    steps: _Steps
+    """Its tokens are the first rows."""
     groups: list[_Group]
     rows: Tensor
     """int64: rows to return, in the order of the segments."""
@@ -124,14 +143,17 @@ class Decoder:
                 raise ModelError(
                     f"a prompt of {segment.start + len(segment.tokens)} tokens; the limit is {self.max_tokens}."
                 )
-        order = sorted(range(len(segments)), key=lambda i: _kind(segments[i]))
+        order = sorted(range(len(segments)), key=lambda i: (not _is_step(segments[i]), *_kind(segments[i])))
         groups: list[_Group] = []
         firsts = [0] * len(segments)
         end = 0
+        steps = _steps_of([segments[i] for i in order if _is_step(segments[i])], len(self.weights.blocks))
         for index in order:
             segment = segments[index]
             firsts[index] = end
-            if groups and _kind(groups[-1].like) == _kind(segment):
+            if _is_step(segment):
+                pass  # in `steps`
+            elif groups and _kind(groups[-1].like) == _kind(segment):
                 groups[-1] = groups[-1]._replace(segments=groups[-1].segments + 1)
             else:
                 groups.append(_Group(end, 1, len(segment.tokens), segment))
@@ -143,7 +165,7 @@ class Decoder:
         spans = [(first, first + len(s.tokens)) for first, s in zip(firsts, segments, strict=True)]
         rows = [row for first, stop in spans for row in range(first if every_row else stop - 1, stop)]
         positions = [p for i in order for p in range(segments[i].start, segments[i].start + len(segments[i].tokens))]
-        return _Layout(tokens, torch.tensor(positions), groups, torch.tensor(rows))
+        return _Layout(tokens, torch.tensor(positions), steps, groups, torch.tensor(rows))
 
     def _attention(
         self, normed: Tensor, block: Block, number: int, turns: tuple[Tensor, Tensor], layout: _Layout
@@ -157,16 +179,18 @@ class Decoder:
             _rotate_(key, *turns)
         else:
             _rotate_(joint[:, : self.heads + self.key_heads], *turns)
-        for group in layout.groups:  # all keys of the pass are in place before anyone looks
+        seen = layout.steps.seen[number]
+        first = slice(len(seen))
+        # All keys of the pass are in place before anyone looks.
+        layout.steps.write(key[first], value[first], number)
+        for group in layout.groups:
             self._grow(group, key, value, number)
         attended = torch.empty(len(normed), self.heads, self.head_size)
+        if seen:
+            attended[first] = attend_last(query[first], seen, block.scale, block.window)
         for group in layout.groups:
             parts = [part[group.rows].unflatten(0, (group.segments, group.length)) for part in (query, key, value)]
             prefix, start = group.like.prefix, group.like.start
-            if prefix is not None and group.like.grows and group.length == 1:  # its own key stands behind the others
-                seen = prefix.past(number, start + 1)
-                attended[group.rows] = attend_last(parts[0][0, 0], *seen, block.scale, block.window)
-                continue
             past = None if prefix is None or start == 0 else prefix.past(number, start)
             found = attend(parts[0], parts[1], parts[2], past, block.scale, block.window)
             attended[group.rows] = found.flatten(0, 1)
@@ -226,6 +250,25 @@ def load_decoder(name: str, precision: Precision = "auto", max_tokens: int = 327
 def _kind(segment: Segment) -> tuple[int, int, int, bool]:
     """Segments of the same kind are computed together; those that grow a prefix are alone, each at its own start."""
     return len(segment.tokens), id(segment.prefix), segment.start, segment.grows
+
+
+def _is_step(segment: Segment) -> bool:
+    return segment.grows and segment.prefix is not None and len(segment.tokens) == 1
+
+
+def _steps_of(segments: Sequence[Segment], layers: int) -> _Steps:
+    keys, values, seen = [], [], []
+    for prefix, start in ((segment.prefix, segment.start) for segment in segments):
+        assert prefix is not None
+        keys.append(prefix.keys[:, :, start].unbind(0))
+        values.append(prefix.values[:, :, start].unbind(0))
+        both = (states[:, None, :, : start + 1].unbind(0) for states in (prefix.keys, prefix.values))
+        seen.append(list(zip(*both, strict=True)))
+    numbers = range(layers)
+    return _Steps(
+        [[row[number] for row in (*keys, *values)] for number in numbers],
+        [[row[number] for row in seen] for number in numbers],
+    )
 
 
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
