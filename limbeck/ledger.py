@@ -115,7 +115,7 @@ class Ledger:
 def backbone_forward_flops(sizes: Sizes, computed: Computed) -> int:
     """FLOPs of one forward of the backbone."""
     products = sizes.linear_weights * computed.tokens - sizes.last_layer_weights * _left_out(computed)
-    return 2 * products + 4 * sizes.attention_width * sum(n * n for n in computed.lengths)
+    return 2 * products + 4 * sizes.attention_width * computed.attention_pairs
 
 
 def backbone_backward_flops(sizes: Sizes, computed: Computed) -> int:
@@ -123,7 +123,7 @@ def backbone_backward_flops(sizes: Sizes, computed: Computed) -> int:
     weights = sizes.input_gradient_weights + sizes.trainable_linear_weights + sizes.recomputed_linear_weights
     attention = 14 if sizes.recomputed_linear_weights else 10
     products = weights * computed.tokens - 2 * sizes.last_layer_weights * _left_out(computed)
-    return 2 * products + attention * sizes.attention_width * sum(n * n for n in computed.lengths)
+    return 2 * products + attention * sizes.attention_width * computed.attention_pairs
 
 
 def decoding_flops(sizes: Sizes, prompt_tokens: int, new_tokens: Sequence[int]) -> int:

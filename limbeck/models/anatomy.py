@@ -37,13 +37,13 @@ class Computed(NamedTuple):
     """Tokens in the linear layers."""
     last_tokens: int
     """Tokens behind the attention of the last layer."""
-    lengths: tuple[int, ...]
-    """Tokens of each sequence in attention."""
+    attention_pairs: int
+    """Pairs of query token and key token in attention, masked ones included."""
 
     @classmethod
     def whole(cls, lengths: Sequence[int]) -> Computed:
         """Everything, for sequences of `lengths` tokens (padding included where there is any)."""
-        return cls(sum(lengths), sum(lengths), tuple(lengths))
+        return cls(sum(lengths), sum(lengths), sum(n * n for n in lengths))
 
 
 class Sizes(NamedTuple):
@@ -137,7 +137,7 @@ def hidden_rows(
     if sequence_lengths is not None and can_run(backbone_of(model)):
         plan = plan_packed(input_ids[0], sequence_lengths, rows)
         hidden = packed_rows(backbone_of(model), input_ids[0], positions[0], plan)
-        return hidden, Computed(len(plan.kept), len(rows), plan.lengths)
+        return hidden, Computed(len(plan.kept), len(rows), plan.attention_pairs)
     hidden = hidden_states(model, input_ids, positions, sequence_lengths).flatten(0, 1)[rows]
     width = input_ids.shape[1]
     return hidden, Computed.whole([width] * len(input_ids) if sequence_lengths is None else sequence_lengths)

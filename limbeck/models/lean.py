@@ -39,6 +39,30 @@ class PackedPlan(NamedTuple):
     rows: Tensor
     """int64 [N]: where the needed positions stand among the computed tokens."""
 
+    @property
+    def own(self) -> list[int]:
+        """Tokens of each sequence behind the prefix."""
+        return [length - self.prefix for length in self.lengths]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether attention takes all sequences together, because that is fewer products than one by one."""
+        return self.prefix > 0 and self._joint_pairs <= self._single_pairs
+
+    @property
+    def attention_pairs(self) -> int:
+        """Pairs of query and key that attention multiplies."""
+        return self._joint_pairs if self.is_joint else self._single_pairs
+
+    @property
+    def _joint_pairs(self) -> int:
+        behind = sum(self.own)
+        return self.prefix**2 + behind * (self.prefix + behind)
+
+    @property
+    def _single_pairs(self) -> int:
+        return sum(length**2 for length in self.lengths)
+
 
 def plan_packed(input_ids: Tensor, lengths: Sequence[int], rows: Tensor) -> PackedPlan:
     """The smallest set of tokens that gives the hidden states at `rows`.
@@ -219,10 +243,9 @@ class _Norm(torch.autograd.Function):
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scaling: float) -> Tensor:
     """Causal attention of every sequence to itself: [U N H], [U N_kv H] -> [U N H flat]."""
-    own = [length - plan.prefix for length in plan.lengths]
-    behind = sum(own)
-    if plan.prefix and behind * (plan.prefix + behind) <= sum(length**2 for length in plan.lengths):
-        return _shared_attention(query, key, value, plan.prefix, own, scaling)
+    if plan.is_joint:
+        return _joint_attention(query, key, value, plan, scaling)
+    own = plan.own
     parts = [x.split([plan.prefix, *own]) for x in (query, key, value)]
     outputs = []
     for number in range(1, len(own) + 1):
@@ -237,14 +260,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scal
     return torch.cat(outputs).flatten(1)
 
 
-def _shared_attention(
-    query: Tensor, key: Tensor, value: Tensor, prefix: int, own: Sequence[int], scaling: float
-) -> Tensor:
-    """The same in two products: the prefix to itself, then all that follows to the prefix and, masked, to itself.
-
-    It computes the prefix once, and what it masks away besides; less than one product a sequence where many short
-    sequences follow a longer prefix.
-    """
+def _joint_attention(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, scaling: float) -> Tensor:
+    """The same in two products: the prefix to itself, then all that follows to the prefix and, masked, to itself."""
+    prefix, own = plan.prefix, plan.own
     owner = torch.repeat_interleave(torch.arange(len(own)), torch.tensor(own))
     mask = torch.ones(len(owner), prefix + len(owner), dtype=torch.bool, device=query.device)
     mask[:, prefix:] = ((owner[:, None] == owner[None]).tril()).to(query.device)

@@ -57,7 +57,16 @@ def gradients(model: LlamaForCausalLM, hidden: torch.Tensor) -> dict[str, torch.
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize(
     ("lengths", "prefix", "skip"),
-    [([17], 0, 0), ([9, 20, 1, 5], 0, 0), ([9, 20, 12], 4, 0), ([9, 20, 12], 5, 6), ([6, 6], 6, 0), ([8, 3, 8], 2, 3)],
+    [
+        ([17], 0, 0),
+        ([9, 20, 1, 5], 0, 0),
+        ([9, 20, 12], 4, 0),
+        ([9, 20, 12], 5, 6),
+        ([6, 6], 6, 0),
+        ([8, 3, 8], 2, 3),
+        ([26, 24, 27], 20, 0),
+        ([26, 24, 27], 20, 22),
+    ],
 )
 def test_equals_transformers(lengths: list[int], prefix: int, skip: int, kv_heads: int) -> None:
     model = llama(kv_heads)
@@ -79,16 +88,21 @@ def test_equals_transformers(lengths: list[int], prefix: int, skip: int, kv_head
     assert expected.keys() == {name for name, _ in model.named_parameters()}
 
 
-def test_ledger_formulas_match_what_is_counted() -> None:
+@pytest.mark.parametrize(
+    ("prefix", "pairs"),
+    [(4, 7**2 + 11**2 + 8**2), (6, 6**2 + 8 * 14)],
+    ids=["one by one", "joint"],
+)
+def test_ledger_formulas_match_what_is_counted(prefix: int, pairs: int) -> None:
     lengths, model = [9, 20, 12], llama()
-    ids, positions = packed(lengths, 4)
+    ids, positions = packed(lengths, prefix)
     rows = torch.tensor([5, 6, 12, 15, 19, 35, 36])
     with flop_counter() as counter:
         hidden, computed = hidden_rows(model, ids[None], positions[None], rows, lengths)
         hidden.sum().backward()
     sizes = sizes_of(model)
     expected = backbone_forward_flops(sizes, computed) + backbone_backward_flops(sizes, computed)
-    assert computed.lengths == (7, 11, 8)
+    assert computed.attention_pairs == pairs
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 

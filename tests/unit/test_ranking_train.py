@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_models import made_model
 from tiny_runs import SHAPE, assert_same_bits
 
 from limbeck.checkpoint import Checkpoint
@@ -18,6 +19,7 @@ from limbeck.distill.parallel import Ranks
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import head_of
+from limbeck.models.load import load_tokenizer
 from limbeck.ranking import train
 from limbeck.ranking.evaluate import RankEvaluateConfig
 from limbeck.ranking.examples import plan_requests
@@ -130,6 +132,28 @@ def test_the_loss_is_what_the_formula_says(teacher, listwise):
     pair_term, request_term = torch.stack(pair).mean(), torch.stack(request).mean()
     expected = 0.3 * torch.stack(ce).mean() + 0.7 * 4 * ((1 - listwise) * pair_term + listwise * request_term)
     assert value == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("support", ["labels", "vocabulary"])
+def test_a_mixture_of_experts_teaches(teacher, support, tmp_path):
+    tokenizer = load_tokenizer(teacher)
+    mixture = made_model("mixtral", vocab_size=len(tokenizer), max_position_embeddings=1024)
+    mixture.save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    changes = {"ranking__support": support, "loss__kd_ratio": 1.0}
+    run = with_teacher(str(tmp_path / "mixture"), **changes)
+    value, found, ledger, _, setup = gradients(run)
+    rows = list(setup.objective.labels) if support == "labels" else list(range(len(tokenizer)))
+    expected = []
+    for example in setup.data.train[:18]:
+        ids = torch.from_numpy(example.sample.input_ids[:-1].astype(np.int64))[None]
+        with torch.no_grad():
+            theirs = mixture(ids).logits[0, -1, rows]
+            ours = loop.causal_lm_of(setup.model.eval())(ids, sequence_lengths=(ids.shape[1],)).logits[0, -1, rows]
+        expected.append(4 * kl(theirs / 2, ours / 2))
+    assert value == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
+    assert ledger.flops["teacher"] > 0 and found["model.embed_tokens.weight"].abs().sum() > 0
+    assert train.run(run, tmp_path / "out")["loss"] > 0
 
 
 def kl(teacher_logits, logits):
