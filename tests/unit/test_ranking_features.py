@@ -128,3 +128,12 @@ def test_a_tokenizer_of_the_training_texts_knows_the_labels_and_any_text():
     odd = "né\n\t😀 <|endof"
     assert tokenizer.decode(tokenizer(odd)["input_ids"]) == odd
     assert len(encoded) == 30
+
+
+def test_features_are_chosen_by_name():
+    config = FeaturizeConfig(names=("title", "age"))
+    text = write_request(request(["Fargo"], member={"age": "24", "zip": "1"}), config)
+    assert "age: 24" in text.prefix and "zip" not in text.prefix
+    assert text.candidates == ("Item: title: Fargo\nAnswer:",)
+    nothing = write_request(request(["Fargo"]), FeaturizeConfig(names=("genre",)))
+    assert nothing.candidates == ("Item: none\nAnswer:",)
