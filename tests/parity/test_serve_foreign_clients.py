@@ -50,7 +50,7 @@ def test_lm_eval_reads_the_log_probs_of_a_plain_forward_pass(server, tmp_path):
     command = [CLIENTS / "lm_eval", "--model", "local-completions", "--model_args", f"{where},{tokenizer}"]
     command += ["--tasks", "chain", "--include_path", tmp_path, "--log_samples", "--output_path", tmp_path / "out"]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=OFFLINE | {"HF_HOME": str(tmp_path)}, timeout=250
+        command, capture_output=True, text=True, env=OFFLINE | {"HF_HOME": str(tmp_path)}, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
@@ -76,7 +76,7 @@ def test_guidellm_finds_no_error(server, tmp_path, kind):
     command += ["--tokenizer", f"kind=hf_auto,model={locate('tiny-student').path}"]
     command += ["--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=OFFLINE | {"HF_HOME": str(tmp_path)}, timeout=250
+        command, capture_output=True, text=True, env=OFFLINE | {"HF_HOME": str(tmp_path)}, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     totals = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]
