@@ -48,6 +48,8 @@ from limbeck.serve.engine.scoring import Scorer, ScoringConfig
 
 SFT, KD = "sft", "kd_labels"
 KINDS = (SFT, KD, "kd_vocabulary", "kd_listwise")
+UNPRUNED = f"{KD}-0"
+"""The student that is compressed."""
 TABLE = "table.json"
 _WARM_UP_REQUESTS = 4
 
@@ -117,6 +119,8 @@ class Model(NamedTuple):
     path: Path
     before: str | None
     """The model it is compared with."""
+    is_compressed: bool = False
+    """Whether it is compared with the unpruned student too."""
 
 
 def run(config: RankPipelineConfig, out: Path) -> dict[str, Any]:
@@ -125,21 +129,11 @@ def run(config: RankPipelineConfig, out: Path) -> dict[str, Any]:
     Raises: what the stages raise; their own interrupted work goes on.
     """
     models = _make(config, out)
-    tests = {model.name: _test(config, model, out / "tests" / model.name) for model in models}
-    scores = {model.name: read_scores(tests[model.name]) for model in models}
-    times = _latencies(config, models)
-    unpruned = f"{KD}-0"
-    rows = []
     for model in models:
-        row = {"model": model.name, "before": model.before, **_size(model.path), **times[model.name]}
-        row |= Checkpoint(tests[model.name]).manifest["metrics"] | {"model": model.name}
-        if model.before is not None:
-            row |= compare(scores[model.name], scores[model.before])
-        if model.path.parent.name not in ("students", out.name):
-            whole = compare(scores[model.name], scores[unpruned])
-            row |= {f"{name}_from_unpruned": value for name, value in whole.items()}
-            row["relative_auc_from_unpruned"] = row["auc"] / rows_auc(rows, unpruned) - 1
-        rows.append(row)
+        asked = RankEvaluateConfig(model=str(model.path), data=config.teacher.data, features=config.teacher.features)
+        _once(out / "tests" / model.name, asked, _evaluate, [model.path])
+    times = _latencies(config, models)
+    rows = [_row(model, out / "tests") | times[model.name] for model in models]
     result = {"rows": rows, "rounds": Checkpoint(out / "pruned").manifest["metrics"]["rounds"]}
     write_json(out / TABLE, result)
     inputs = {model.name: model_hash(str(model.path)) for model in models} | config.teacher.data.input_hash
@@ -147,9 +141,17 @@ def run(config: RankPipelineConfig, out: Path) -> dict[str, Any]:
     return {"out": str(out), **result}
 
 
-def rows_auc(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    """AUC of the row of a model."""
-    return next(float(row["auc"]) for row in rows if row["model"] == name)
+def _row(model: Model, tests: Path) -> dict[str, Any]:
+    """What the test part says of a model, by itself, beside the one before and beside the unpruned student."""
+    own, scores = Checkpoint(tests / model.name).manifest["metrics"], read_scores(tests / model.name)
+    row = {**own, "model": model.name, "before": model.before, **_size(model.path)}
+    if model.before is not None:
+        row |= compare(scores, read_scores(tests / model.before))
+    if model.is_compressed:
+        whole = compare(scores, read_scores(tests / UNPRUNED))
+        row |= {f"{name}_from_unpruned": value for name, value in whole.items()}
+        row["relative_auc_from_unpruned"] = whole["auc_difference"] / (row["auc"] - whole["auc_difference"])
+    return row
 
 
 def _make(config: RankPipelineConfig, out: Path) -> list[Model]:
@@ -163,14 +165,14 @@ def _make(config: RankPipelineConfig, out: Path) -> list[Model]:
             _once(place, student_config(config, kind, seed, teacher), train.run, [] if kind == SFT else [teacher])
             before = "teacher" if kind == SFT else f"{SFT}-{seed}"
             models.append(Model(place.name, place, before))
-    whole, pruned = out / "students" / f"{KD}-0", out / "pruned"
+    whole, pruned = out / "students" / UNPRUNED, out / "pruned"
     _once(pruned, _recovery(config, whole, teacher), recover.run, [whole, teacher])
     small = pruned / f"round-{config.cut.rounds}" / "recovered"
-    models.append(Model("pruned", small, whole.name))
+    models.append(Model("pruned", small, whole.name, is_compressed=True))
     for scheme in config.schemes:
         place = out / "quantized" / scheme
         _once(place, _quantization(config, scheme, small, pruned / CALIBRATION), quantize.run, [small])
-        models.append(Model(scheme, place, "pruned"))
+        models.append(Model(scheme, place, "pruned", is_compressed=True))
     return models
 
 
@@ -217,12 +219,6 @@ def _quantization(config: RankPipelineConfig, scheme: str, model: Path, text: Pa
     return QuantizeConfig(
         model=str(model), scheme=scheme, group_size=config.group_size, calibration=calibration, gate=gate
     )
-
-
-def _test(config: RankPipelineConfig, model: Model, out: Path) -> Path:
-    asked = RankEvaluateConfig(model=str(model.path), data=config.teacher.data, features=config.teacher.features)
-    _once(out, asked, _evaluate, [model.path])
-    return out
 
 
 def _evaluate(config: RankEvaluateConfig, out: Path, *, overwrite: bool, resume: bool) -> None:

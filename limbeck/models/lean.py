@@ -270,7 +270,7 @@ def _joint_attention(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan
     q, k, v = (x.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3) for x in (query, key, value))
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     attend = nn.functional.scaled_dot_product_attention
-    first = attend(*(x[:, :, :prefix] for x in (q, k, v)), is_causal=True, scale=scaling)
+    first = attend(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], is_causal=True, scale=scaling)
     rest = attend(q[:, :, prefix:], k, v, attn_mask=mask, scale=scaling)
     return torch.cat([first, rest], 2).permute(2, 0, 1, 3).flatten(1)
 
