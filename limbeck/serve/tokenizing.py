@@ -53,5 +53,5 @@ class BatchTokenizer:
                     start += len(own)
 
     def _encoded(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        # not `encode`, which may put an end token behind the text as well; a prompt goes on
-        return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+        # Not verbose: it warns of texts longer than the model's limit, which are refused with an answer anyway.
+        return self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
