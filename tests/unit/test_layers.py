@@ -31,7 +31,12 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The reason stands beside each: an optional extra, or a heavy library that only one source of traces needs.
-LAZY_IMPORTS_ALLOWED = {"limbeck/traces/gym.py", "limbeck/traces/hub.py", "limbeck/serve/command.py"}
+LAZY_IMPORTS_ALLOWED = {
+    "limbeck/traces/gym.py",
+    "limbeck/traces/hub.py",
+    "limbeck/serve/command.py",
+    "limbeck/serve/engine/constraints.py",
+}
 
 
 def modules():

@@ -60,7 +60,7 @@ class Grammars:
         Raises: ConfigError where llguidance is not installed, or the tokenizer is not a fast one.
         """
         try:
-            import llguidance.hf
+            import llguidance.hf  # of the extra `serve`
         except ImportError:
             raise ConfigError("constraints need llguidance: pip install 'limbeck[serve]'.") from None
         self._vocab_size = vocab_size
