@@ -239,12 +239,13 @@ def load_until_refused(url: str, process: subprocess.Popen) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_ten_thousand_requests_leave_nothing_behind(server):
-    make_mischief(server, 500)
-    run_generated(server, 300)
-    assert_nothing_is_left(server)
-    before = resident_bytes()
     answered = run_generated(server, 5000)
-    assert answered > 2000 and max(make_mischief(server, 10_000 - answered)) < 500
+    assert answered > 2000
+    assert max(make_mischief(server, 2000)) < 500
     assert_nothing_is_left(server)
-    assert resident_bytes() - before < 60 << 20
+    before = resident_bytes()  # behind the allocator's growth to what so many threads need
+    assert max(make_mischief(server, 8000 - answered)) < 500
+    assert_nothing_is_left(server)
+    assert resident_bytes() - before < 40 << 20
