@@ -100,7 +100,8 @@ def references(config: RankPipelineConfig) -> dict[str, dict[str, float]]:
         "like rate of the film": _like_rate(split.train, split.test, number),
         "factor model": _factor_scores(split.train, split.test, number),
     }
-    return {name: auc_interval(values, labels, owner)._asdict() for name, values in scores.items()}
+    found = {name: auc_interval(values, labels, owner) for name, values in scores.items()}
+    return {name: {"value": v.value, "low": v.low, "high": v.high} for name, v in found.items()}
 
 
 def _like_rate(train: Sequence[Request], test: Sequence[Request], number: dict[str, int]) -> np.ndarray:
