@@ -40,7 +40,7 @@ from limbeck.ranking.auc import auc
 from limbeck.ranking.data import read_requests
 from limbeck.ranking.evaluate import compare, read_scores
 from limbeck.ranking.metrics import auc_interval
-from limbeck.ranking.request import Request
+from limbeck.ranking.request import Request, Split
 from limbeck.report.drawing import render
 from limbeck.report.ranked import Step
 from limbeck.report.ranking import ranking_plots, ranking_table
@@ -98,7 +98,7 @@ def references(config: RankPipelineConfig) -> dict[str, dict[str, float]]:
     owner = np.repeat(np.arange(len(split.test)), [len(r.candidates) for r in split.test])
     scores = {
         "like rate of the film": _like_rate(split.train, split.test, number),
-        "factor model": _factor_scores(split.train, split.test, number),
+        "factor model": _factor_scores(split, number),
     }
     found = {name: auc_interval(values, labels, owner) for name, values in scores.items()}
     return {name: {"value": v.value, "low": v.low, "high": v.high} for name, v in found.items()}
@@ -113,7 +113,8 @@ def _like_rate(train: Sequence[Request], test: Sequence[Request], number: dict[s
     return rate[[number[c.item_id] for r in test for c in r.candidates]]
 
 
-def _factor_scores(train: Sequence[Request], test: Sequence[Request], number: dict[str, int]) -> np.ndarray:
+def _factor_scores(split: Split, number: dict[str, int]) -> np.ndarray:
+    """Test scores after the epoch that is best on the validation part."""
     torch.manual_seed(0)
     model = Factors(len(number))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05)
@@ -123,8 +124,10 @@ def _factor_scores(train: Sequence[Request], test: Sequence[Request], number: di
         signs = torch.tensor([1.0 if e.label else -1.0 for e in request.history])
         return torch.tensor([number[c.item_id] for c in request.candidates]), past, signs
 
-    read = [inputs(request) for request in train]
-    truth = [torch.tensor([float(c.label) for c in request.candidates]) for request in train]
+    read, validation, test = ([inputs(request) for request in part] for part in split[:3])
+    truth = [torch.tensor([float(c.label) for c in request.candidates]) for request in split.train]
+    held_out = np.array([c.label for request in split.validation for c in request.candidates])
+    best, scores = 0.0, np.empty(0)
     for _ in range(EPOCHS):
         for start in range(0, len(read), 16):
             chosen = torch.arange(start, min(start + 16, len(read))).tolist()
@@ -133,8 +136,11 @@ def _factor_scores(train: Sequence[Request], test: Sequence[Request], number: di
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    with torch.no_grad():
-        return torch.cat([model(*inputs(request)) for request in test]).numpy()
+        with torch.no_grad():
+            reached = auc(torch.cat([model(*request) for request in validation]).numpy(), held_out)
+            if reached > best:
+                best, scores = reached, torch.cat([model(*request) for request in test]).numpy()
+    return scores
 
 
 def seed_rows(config: RankPipelineConfig, tests: Path) -> tuple[list[list[str]], dict[str, Any]]:
