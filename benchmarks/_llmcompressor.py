@@ -24,9 +24,12 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModif
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 
 GROUP_SIZE = 64
+# AWQ pins host memory for copies to an accelerator, and without one torch refuses to.
+IntermediatesCache.pin_memory = lambda *_: None
 LINEAR: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"]}
 
 
