@@ -88,12 +88,8 @@ class Factors(nn.Module):
 def references(config: RankPipelineConfig) -> dict[str, dict[str, float]]:
     """AUC on the test part of what knows no text."""
     split, _ = read_requests(config.teacher.data)
-    number = {
-        name: i
-        for i, name in enumerate(
-            sorted({e.item_id for r in [*split.train, *split.test] for e in (*r.candidates, *r.history)})
-        )
-    }
+    everything = [event for part in split[:3] for r in part for event in (*r.candidates, *r.history)]
+    number = {name: i for i, name in enumerate(sorted({event.item_id for event in everything}))}
     labels = np.array([c.label for r in split.test for c in r.candidates])
     owner = np.repeat(np.arange(len(split.test)), [len(r.candidates) for r in split.test])
     scores = {
