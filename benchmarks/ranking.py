@@ -206,7 +206,15 @@ def main() -> None:
             if "relative_auc_from_unpruned" in row
         },
     }
-    publish("ranking", __doc__, header, text, keys, {**result, **seeds, "references": known}, options.out)
+    publish(
+        "ranking",
+        __doc__,
+        header,
+        text,
+        keys,
+        {"rows": result["rows"], "rounds": result["rounds"], **seeds, "references": known},
+        options.out,
+    )
     if options.out is not None:
         (options.out / "ranking.png").write_bytes(render(ranking_plots(steps)[0].draw(), "png"))
 

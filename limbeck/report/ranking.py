@@ -64,13 +64,14 @@ def ranking_plots(steps: Sequence[Step]) -> list[Plot]:
 
 
 def _against_costs(steps: Sequence[Step]) -> Figure:
-    figure, drawn = panels(["weights' file, KiB", "latency of a request, ms (median)"], share_x=False)
+    figure, drawn = panels(["file of the weights, KiB", "a request, ms (median)"], share_x=False)
     for axes, cost in zip(drawn, (_kibibytes, _milliseconds), strict=True):
         for number, (name, row) in enumerate(steps):
             place, colour = cost(row), style(number)["color"]
             axes.plot([place], [row["auc"]], **style(number) | {"linestyle": "none"}, label=name)
             axes.vlines(place, row["auc_low"], row["auc_high"], color=colour, linewidth=1, alpha=0.6)
-        axes.set_xscale("log")
+        axes.set_xlim(0, 1.1 * max(cost(row) for _, row in steps))
+        axes.locator_params(axis="x", nbins=4)
     drawn[0].set_ylabel("AUC on the test part", color=LIGHT.ink)
     drawn[0].legend(fontsize=7, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.12))
     return figure
