@@ -23,7 +23,8 @@ seconds at equal quality are those of the fewest tokens that reach llm-compresso
     python benchmarks/perplexity.py [--quick] [--rows W4A16 2:4] [--work DIR] [--threads 2] [--clock wall]
         [--out benchmarks/results]
 
-Rows and seconds that DIR holds already are not measured again. Peers: `make bench-peers-compress`.
+Rows and seconds that DIR holds already are not measured again. `--finished` publishes those alone.
+Peers: `make bench-peers-compress`.
 """
 
 from __future__ import annotations
@@ -239,10 +240,15 @@ def set_up(work: Path, quick: bool, threads: int) -> Setup:
     return Setup(dense, calibration, tokens, windows, threads)
 
 
+def kept(row: Row, work: Path) -> Path:
+    """Where the perplexity of a row is kept."""
+    return work / (f"{row.setting}-{row.method}".replace(" ", "-").replace("/", "-") + ".json")
+
+
 def measured(row: Row, setup: Setup, work: Path) -> dict[str, Any]:
     """Perplexity of a row; kept in a file beside the checkpoint, which goes once it is measured."""
-    name = f"{row.setting}-{row.method}".replace(" ", "-").replace("/", "-")
-    path, out = work / f"{name}.json", work / name
+    path = kept(row, work)
+    out = path.with_suffix("")
     if not path.exists():
         if not out.exists():
             # A run that is cut off leaves nothing under the row's own name.
@@ -345,6 +351,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="of the timing")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU-seconds, for --threads 1")
     parser.add_argument("--rows", nargs="+", help="only rows whose setting and method begin so, or `seconds`")
+    parser.add_argument("--finished", action="store_true", help="measure nothing: publish the rows that --work holds")
     parser.add_argument("--work", type=Path, help="directory that keeps finished rows")
     parser.add_argument("--out", type=Path, help="directory for perplexity.md and perplexity.json")
     options = parser.parse_args()
@@ -362,7 +369,10 @@ def main() -> None:
         dense_row = Row("dense", "dense", lambda setup, out: shutil.copytree(setup.dense, out))
         dense = measured(dense_row, setup, work)
         wanted = tuple(options.rows or [""])
-        rows = [measured(row, setup, work) for row in ROWS if f"{row.setting} {row.method}".startswith(wanted)]
+        chosen = [row for row in ROWS if f"{row.setting} {row.method}".startswith(wanted)]
+        if options.finished:
+            chosen = [row for row in chosen if kept(row, work).exists()]
+        rows = [measured(row, setup, work) for row in chosen]
         timed = "seconds".startswith(wanted)
         seconds = gptq_seconds(setup, work, options.repeats, options.clock) if timed else None
     rows = with_gaps(rows, dense["perplexity"])
