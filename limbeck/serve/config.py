@@ -79,8 +79,11 @@ class ServeConfig:
     num_threads: int | None = None
     """Threads of the engine; null leaves torch's choice."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """How prefixes are kept and passes are made."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """How texts are generated."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """What a client may ask for."""
 
     def __post_init__(self) -> None:
         if min(self.k, self.batch_tokens, self.context_tokens) < 1:
