@@ -131,7 +131,7 @@ def table_of(found: dict[str, list[dict[str, Any]]], untrained: dict[str, Any]) 
     rows: list[list[str]] = []
     keys: dict[str, Any] = {}
     for name, (accuracy, kl, ce) in untrained.items():
-        rows.append([name, f"{accuracy:.3f}", "", f"{kl:.4f}", "", f"{ce:.4f}", "", "", ""])
+        rows.append([name, shown((accuracy, math.nan, math.nan), 3), "", f"{kl:.4f}", "", f"{ce:.4f}", "", "", ""])
         keys[name] = {"accuracy": accuracy, "kl": kl, "ce": ce}
     for name, runs in found.items():
         pairs = list(zip(runs, found[REFERENCE], strict=True))
@@ -160,9 +160,18 @@ def table_of(found: dict[str, list[dict[str, Any]]], untrained: dict[str, Any]) 
 
 
 def shown(value: Sequence[float], digits: int) -> str:
-    """A mean and its interval."""
-    mean, low, high = (f"{number:.{digits}f}" for number in value)
-    return f"{mean} ({low} to {high})"
+    """A mean and its interval, as far as there are any."""
+    mean, low, high = ("-" if math.isnan(number) else f"{number:.{digits}f}" for number in value)
+    return mean if low == "-" else f"{mean} ({low} to {high})"
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def main() -> None:
@@ -188,7 +197,7 @@ def main() -> None:
         table, keys = table_of(found, study.untrained())
     name = "recovery" if options.recipe == RECIPE else f"recovery_{options.recipe.stem}"
     name = name if options.epochs == 1 else f"{name}_{options.epochs}_epochs"
-    publish(name, __doc__, header, table, keys, found, options.out)
+    publish(name, __doc__, header, table, finite(keys), finite(found), options.out)
 
 
 if __name__ == "__main__":
