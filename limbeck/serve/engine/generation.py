@@ -45,8 +45,8 @@ class GenerationConfig:
     keys come from decoding and differ in the last bits from those of a prompt, so that scores and texts that use them
     do."""
     head: Literal["auto", "float32", "int8"] = "auto"
-    """Precision of the head's product; auto: int8 where the linear layers are. int8 takes a quarter of the time and
-    makes a text independent of its batch to the bit."""
+    """Precision of the head's product; auto: int8 where the linear layers are. int8 reads a quarter of the bytes
+    and makes a text independent of its batch to the bit."""
 
     def __post_init__(self) -> None:
         if min(self.kv_bytes, self.max_running, self.prefill_tokens) < 1:
