@@ -49,7 +49,7 @@ from torch import Tensor
 from limbeck.compress.export.gguf import write_gguf
 from limbeck.models.load import load_model
 from limbeck.serve.engine.decoder import load_decoder
-from limbeck.serve.engine.int8 import Int8Linear
+from limbeck.serve.engine.int8 import INPUT_SCALE, INPUT_ZERO, Int8Linear
 from limbeck.serve.engine.requests import Request
 from limbeck.serve.engine.scoring import Scorer, ScoringConfig
 
@@ -221,7 +221,8 @@ def _width(layer: Any) -> int:
 
 def _product(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, Int8Linear):
-        return torch.ops.quantized.linear_dynamic(x, layer.packed, reduce_range=False)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return product(x, INPUT_SCALE, INPUT_ZERO, layer.packed)
     return layer(x)
 
 
