@@ -5,10 +5,12 @@
 Each step is a stage that exists by itself, in a directory of its own; called again, the pipeline goes on, and a step
 whose config and inputs are what its manifest says is not done again.
 
-    OUT/teacher/   OUT/students/KIND-SEED/   OUT/pruned/   OUT/quantized/SCHEME/   OUT/tests/MODEL/   OUT/table.json
+    OUT/teacher/   OUT/students/KIND-SEED/   OUT/unpruned/   OUT/pruned/   OUT/quantized/SCHEME/   OUT/tests/MODEL/
+    OUT/table.json
 
-Quality is that of the test part. AUC, Kendall's tau and churn are set against the step before, the compressed models'
-AUC against the unpruned student too. Latency is that of the scoring engine, a request at a time, prefix not known
+`unpruned` is the student that is compressed after as many further steps as the rounds of pruning train: a pruned model
+that is set against the student before them would be credited with their training. Quality is that of the test part.
+AUC, Kendall's tau and churn are set against the step before, the compressed models' AUC against `unpruned` too. Latency is that of the scoring engine, a request at a time, prefix not known
 before, all models in turns on the same requests.
 
 Source: 2502.14305, sections on predictive models: distillation, gradual pruning, quantisation, serving.
@@ -48,8 +50,8 @@ from limbeck.serve.engine.scoring import Scorer, ScoringConfig
 
 SFT, KD = "sft", "kd_labels"
 KINDS = (SFT, KD, "kd_vocabulary", "kd_listwise")
-UNPRUNED = f"{KD}-0"
-"""The student that is compressed."""
+STUDENT, UNPRUNED = f"{KD}-0", "unpruned"
+"""The student that is compressed, and what more training makes of it without being pruned."""
 TABLE = "table.json"
 _WARM_UP_REQUESTS = 4
 
@@ -165,10 +167,12 @@ def _make(config: RankPipelineConfig, out: Path) -> list[Model]:
             _once(place, student_config(config, kind, seed, teacher), train.run, [] if kind == SFT else [teacher])
             before = "teacher" if kind == SFT else f"{SFT}-{seed}"
             models.append(Model(place.name, place, before))
-    whole, pruned = out / "students" / UNPRUNED, out / "pruned"
-    _once(pruned, _recovery(config, whole, teacher), recover.run, [whole, teacher])
+    student, unpruned, pruned = out / "students" / STUDENT, out / UNPRUNED, out / "pruned"
+    _once(unpruned, _further(config, student, teacher), train.run, [student, teacher])
+    _once(pruned, _recovery(config, student, teacher), recover.run, [student, teacher])
     small = pruned / f"round-{config.cut.rounds}" / "recovered"
-    models.append(Model("pruned", small, whole.name, is_compressed=True))
+    models.append(Model(UNPRUNED, unpruned, STUDENT))
+    models.append(Model("pruned", small, UNPRUNED, is_compressed=True))
     for scheme in config.schemes:
         place = out / "quantized" / scheme
         _once(place, _quantization(config, scheme, small, pruned / CALIBRATION), quantize.run, [small])
@@ -206,11 +210,16 @@ def student_config(config: RankPipelineConfig, kind: str, seed: int, teacher: Pa
     )
 
 
-def _recovery(config: RankPipelineConfig, model: Path, teacher: Path) -> RankRecoverConfig:
+def _further(config: RankPipelineConfig, model: Path, teacher: Path) -> RankTrainConfig:
+    """The training of the cut, as one run."""
     cut, start = config.cut, student_config(config, KD, 0, teacher)
+    return replace(start, student=StudentConfig(model=str(model)), training=cut.training, optimizer=cut.optimizer)
+
+
+def _recovery(config: RankPipelineConfig, model: Path, teacher: Path) -> RankRecoverConfig:
+    cut = config.cut
     prune = PruneConfig(model=str(model), neuron_sparsity=cut.neuron_sparsity, multiple_of=cut.multiple_of)
-    training = replace(start, student=StudentConfig(model=str(model)), training=cut.training, optimizer=cut.optimizer)
-    return RankRecoverConfig(prune=prune, rank=training, rounds=cut.rounds)
+    return RankRecoverConfig(prune=prune, rank=_further(config, model, teacher), rounds=cut.rounds)
 
 
 def _quantization(config: RankPipelineConfig, scheme: str, model: Path, text: Path) -> QuantizeConfig:

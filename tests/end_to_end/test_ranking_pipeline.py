@@ -49,20 +49,20 @@ def made(tmp_path_factory):
 def test_the_table_has_every_step(made):
     out, result = made
     rows = {row["model"]: row for row in result["rows"]}
-    assert list(rows) == [*MODELS, "pruned", "w8a8", "w4a16"]
+    assert list(rows) == [*MODELS, "unpruned", "pruned", "w8a8", "w4a16"]
     assert json.loads((out / pipeline.TABLE).read_text())["rows"] == result["rows"]
     for name, row in rows.items():
         assert row["auc_low"] <= row["auc"] <= row["auc_high"]
         assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
         assert ("kendall_tau" in row) == (name != "teacher")
-    assert rows["kd_labels-1"]["before"] == "sft-1" and rows["pruned"]["before"] == "kd_labels-0"
+    assert rows["kd_labels-1"]["before"] == "sft-1" and rows["pruned"]["before"] == "unpruned"
+    trained_on = [Checkpoint(out / place).manifest["ledger"]["steps"] for place in ("unpruned", "pruned")]
+    assert trained_on[0] == trained_on[1] > 0
     own = measures(read_scores(out / "tests/w8a8"))
     assert own["auc"] == rows["w8a8"]["auc"]
-    gap = rows["w8a8"]["auc"] / rows["kd_labels-0"]["auc"] - 1
+    gap = rows["w8a8"]["auc"] / rows["unpruned"]["auc"] - 1
     assert rows["w8a8"]["relative_auc_from_unpruned"] == pytest.approx(gap)
-    assert rows["w8a8"]["auc_difference_from_unpruned"] == pytest.approx(
-        rows["w8a8"]["auc"] - rows["kd_labels-0"]["auc"]
-    )
+    assert rows["w8a8"]["auc_difference_from_unpruned"] == pytest.approx(rows["w8a8"]["auc"] - rows["unpruned"]["auc"])
     # 32 x 3 weights a neuron, of which half go.
     assert rows["kd_labels-0"]["parameters"] - rows["pruned"]["parameters"] == 16 * 3 * 32
     assert rows["w4a16"]["weight_bytes"] < rows["pruned"]["weight_bytes"] < rows["kd_labels-0"]["weight_bytes"]
