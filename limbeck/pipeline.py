@@ -10,8 +10,8 @@ whose config and inputs are what its manifest says is not done again.
 
 `unpruned` is the student that is compressed after as many further steps as the rounds of pruning train: a pruned model
 that is set against the student before them would be credited with their training. Quality is that of the test part.
-AUC, Kendall's tau and churn are set against the step before, the compressed models' AUC against `unpruned` too. Latency is that of the scoring engine, a request at a time, prefix not known
-before, all models in turns on the same requests.
+AUC, Kendall's tau and churn are set against the step before, the compressed models' AUC against `unpruned` too. Latency
+is that of the scoring engine, a request at a time, prefix not known before, all models in turns on the same requests.
 
 Source: 2502.14305, sections on predictive models: distillation, gradual pruning, quantisation, serving.
 """
