@@ -33,10 +33,15 @@ def load_student(config: DistillConfig, source: Checkpoint | None, tokenizer: An
     else:
         assert config.student.scratch is not None
         model, tokenizer = load_scratch(config.student.scratch, layout, tokenizer)
+    return trainable(model, config), tokenizer
+
+
+def trainable(model: Any, config: DistillConfig) -> Any:
+    """A student as the run trains it: recomputation on where asked, adapters added where asked."""
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora is None:
-        return model, tokenizer
+        return model
     adapters = peft.LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
@@ -47,7 +52,7 @@ def load_student(config: DistillConfig, source: Checkpoint | None, tokenizer: An
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
-            return peft.get_peft_model(model, adapters), tokenizer
+            return peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from error
 

@@ -100,19 +100,25 @@ def plan_packed(input_ids: Tensor, lengths: Sequence[int], rows: Tensor) -> Pack
 
 def can_run(backbone: nn.Module) -> bool:
     """Whether `packed_rows` computes what this backbone does: a plain float32 Llama on a CPU, without adapters."""
-    config: Any = getattr(backbone, "config", None)
-    if type(backbone).__name__ not in LAYOUTS or config.hidden_act != "silu" or torch.is_autocast_enabled("cpu"):
-        return False
-    if any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+    if not has_plain_layers(backbone) or torch.is_autocast_enabled("cpu"):
         return False
     if any(module._forward_pre_hooks for module in backbone.modules()):
         return False  # someone changes what enters a module (a rounded cache), and modules are not called here
-    if getattr(config, "sliding_window", None) or (backbone.training and config.attention_dropout):
-        return False
-    plain = all(
+    return all(
         parameter.dtype == torch.float32 and parameter.device.type == "cpu" for parameter in backbone.parameters()
     )
-    return plain and all(
+
+
+def has_plain_layers(backbone: nn.Module) -> bool:
+    """Whether a backbone is of the kind that `packed_rows` knows, wherever its weights are."""
+    config: Any = getattr(backbone, "config", None)
+    if type(backbone).__name__ not in LAYOUTS or config.hidden_act != "silu":
+        return False
+    if any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+        return False
+    if getattr(config, "sliding_window", None) or (backbone.training and config.attention_dropout):
+        return False
+    return all(
         type(module) is nn.Linear and module.bias is None
         for layer in backbone.layers  # type: ignore[union-attr]
         for module in (*_attention_linears(layer), *_feed_forward_linears(layer))

@@ -51,11 +51,10 @@ class ScratchConfig:
             )
 
 
-def scratch_model(config: ScratchConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaForCausalLM:
-    """A randomly initialised float32 model of that shape, embeddings tied, for a tokenizer or for the built-in one."""
-    tokenizer = symbol_tokenizer() if tokenizer is None else tokenizer
+def scratch_config(config: ScratchConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The transformers config of that shape for a tokenizer, embeddings tied, vocabulary padded to a multiple of 8."""
     vocabulary = -(-len(tokenizer) // 8) * 8
-    llama = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
@@ -69,6 +68,11 @@ def scratch_model(config: ScratchConfig, tokenizer: PreTrainedTokenizerFast | No
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def scratch_model(config: ScratchConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> LlamaForCausalLM:
+    """A randomly initialised float32 model of that shape, embeddings tied, for a tokenizer or for the built-in one."""
+    llama = scratch_config(config, symbol_tokenizer() if tokenizer is None else tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return LlamaForCausalLM(llama)

@@ -22,6 +22,7 @@ LAYERS = [
     ["compress"],
     ["ranking"],
     ["serve"],
+    ["scale"],
     ["pipeline"],
     ["sweep"],
     ["report"],
