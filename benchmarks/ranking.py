@@ -33,9 +33,9 @@ from _process import conditions, markdown, publish
 from reasoning_recipes import interval
 from torch import Tensor, nn
 
-from limbeck import pipeline
 from limbeck.config import build, read_recipe
-from limbeck.pipeline import KD, SFT, RankPipelineConfig
+from limbeck.pipeline import ranking as pipeline
+from limbeck.pipeline.ranking import KD, SFT, RankPipelineConfig
 from limbeck.ranking.auc import auc
 from limbeck.ranking.data import read_requests
 from limbeck.ranking.evaluate import compare, read_scores

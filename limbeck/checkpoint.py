@@ -11,7 +11,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +25,8 @@ from limbeck.errors import CheckpointError
 MANIFEST = "limbeck.json"
 STATE_PREFIX = "state-"
 """How the saved states of a run that is under way are named, in its working directory."""
+RECORDS = (MANIFEST, "metrics.jsonl", "layers.json", "certificate.json", "certificate.md", "README.md")
+"""Files that tell how a model was made and what it is worth; they are no part of it and do not count in its hash."""
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "datasets")
 
 
@@ -155,13 +157,18 @@ def write_json(path: Path, tree: Any) -> None:
     partial.replace(path)
 
 
-def hash_path(path: Path) -> str:
-    """Sixteen hex digits of a file's bytes, or of the model files in a directory (weights, config, tokenizer)."""
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST)
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+def hash_path(path: Path, of_file: Callable[[Path], str] | None = None) -> str:
+    """Sixteen hex digits of a file, or of the model files in a directory: weights, config, tokenizer.
+
+    Args:
+      of_file: gives the hash of a file's bytes; `hash_file` when None.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name not in RECORDS)
+    lines = "".join(f"{file.name} {(of_file or hash_file)(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from limbeck import __version__, demo, pipeline
+from limbeck import __version__, demo
 from limbeck.compress import moments, recover
 from limbeck.compress.export import stage as export
 from limbeck.compress.prune import stage as prune
@@ -31,6 +31,7 @@ from limbeck.errors import ConfigError, LimbeckError, nearest
 from limbeck.evaluate import stage as evaluate
 from limbeck.evaluate import verify
 from limbeck.optim.study import converge, escape, race
+from limbeck.pipeline import ranking as rank_pipeline
 from limbeck.progress import console
 from limbeck.ranking import evaluate as rank_evaluate
 from limbeck.ranking import recover as rank_recover
@@ -106,8 +107,8 @@ def _sweep(config: SweepConfig, options: Options) -> dict[str, Any]:
     return {"out": str(options.out), "report": str(page), "runs": len(summary["runs"])}
 
 
-def _rank_pipeline(config: pipeline.RankPipelineConfig, options: Options) -> dict[str, Any]:
-    table = pipeline.run(config, options.out)
+def _rank_pipeline(config: rank_pipeline.RankPipelineConfig, options: Options) -> dict[str, Any]:
+    table = rank_pipeline.run(config, options.out)
     return {**table, "report": str(report.run([options.out], options.out))}
 
 
@@ -259,7 +260,7 @@ COMMANDS: dict[str, Command] = {
         subject="model",
     ),
     "rank pipeline": Command(
-        pipeline.RankPipelineConfig,
+        rank_pipeline.RankPipelineConfig,
         _rank_pipeline,
         "teacher, students, pruning and quantisation of a scorer, one table; called again, it goes on",
         ("--out",),

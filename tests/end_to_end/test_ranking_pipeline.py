@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from limbeck import pipeline
 from limbeck.checkpoint import Checkpoint
 from limbeck.config import build
 from limbeck.errors import ConfigError
-from limbeck.pipeline import RankPipelineConfig
+from limbeck.pipeline import ranking as pipeline
+from limbeck.pipeline.ranking import RankPipelineConfig
 from limbeck.ranking.evaluate import measures, read_scores
 from limbeck.report import page as report
 
