@@ -7,9 +7,11 @@ what it does beside products. Checked for GPTQ on SmolLM2-135M only: 66 s estima
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from limbeck.compress.blocks import Blocks, Group, groups_of
 from limbeck.compress.calibrate import Rows
@@ -54,15 +56,56 @@ def plan(blocks: Blocks, rows: Rows, method: Method, options: WalkOptions, solve
       solver: a key of SOLVER_PRODUCTS.
       walks: False when stored moments are read and nothing is passed through.
     """
-    padded, tokens = rows.input_ids.numel(), rows.tokens
-    streams = 2 if options.dense_targets else 1
-    hidden_size = blocks.config.hidden_size
+    found = count_work(
+        blocks.layers,
+        blocks.config,
+        rows.input_ids.numel(),
+        rows.tokens,
+        method.wants,
+        solver,
+        dense_targets=options.dense_targets,
+        walks=walks,
+    )
+    return Plan(round(found.flops / _speed(), 1), found.peak_bytes, rows.tokens if walks else 0)
+
+
+class Work(NamedTuple):
+    """What a compression multiplies and holds."""
+
+    flops: float
+    """Of passes, moments and solvers, the latter's other work included by their factors."""
+    peak_bytes: int
+
+
+def count_work(
+    layers: Iterable[nn.Module],
+    config: Any,
+    padded_tokens: int,
+    tokens: int,
+    wants: Callable[[Group], bool],
+    solver: str,
+    *,
+    dense_targets: bool = False,
+    walks: bool = True,
+) -> Work:
+    """Work of a compression from shapes alone.
+
+    Args:
+      layers: decoder layers, on the meta device or not; mixtures are taken apart in place.
+      config: of the model.
+      padded_tokens, tokens: calibration tokens with padding and without.
+      wants: whether a group of layers is solved.
+      solver: a key of SOLVER_PRODUCTS.
+      dense_targets: whether a dense model is passed along.
+      walks: False when stored moments are read.
+    """
+    streams = 2 if dense_targets else 1
     flops, widest, largest_block, largest_gram = 0.0, 0, 0, 0
-    for number, layer in enumerate(blocks.layers):
+    for number, layer in enumerate(layers):
         unfuse(layer)
         weights = sum(parameter.numel() for parameter in layer.parameters())
-        flops += walks * streams * 2.0 * padded * weights
-        groups = [group for group in groups_of(layer, number) if method.wants(group)]
+        flops += walks * streams * 2.0 * padded_tokens * weights
+        groups = [group for group in groups_of(layer, number) if wants(group)]
         for group in groups:
             flops += walks * 2.0 * tokens * _inputs(group) ** 2 + _solving(group, solver)
         outputs = [sum(linear.out_features for linear in group.linears.values()) for group in groups_of(layer, number)]
@@ -70,13 +113,12 @@ def plan(blocks: Blocks, rows: Rows, method: Method, options: WalkOptions, solve
         largest_block = max(largest_block, weights)
         largest_gram = max([largest_gram, *(_inputs(group) for group in groups)])
     # Inputs, outputs and their activation are alive at the widest place of a block; float32 throughout.
-    passing = padded * (2 * streams * hidden_size + 3 * widest) if walks else 0
-    if options.dense_targets:
-        passing += tokens * (3 * hidden_size + widest)
+    passing = padded_tokens * (2 * streams * config.hidden_size + 3 * widest) if walks else 0
+    if dense_targets:
+        passing += tokens * (3 * config.hidden_size + widest)
     solving = 8 * largest_gram**2
-    embedding = getattr(blocks.config, "vocab_size", 0) * hidden_size
-    peak = 4 * (passing + solving + (2 + streams) * largest_block + embedding)
-    return Plan(round(flops / _speed(), 1), int(peak), tokens if walks else 0)
+    embedding = getattr(config, "vocab_size", 0) * config.hidden_size
+    return Work(flops, int(4 * (passing + solving + (2 + streams) * largest_block + embedding)))
 
 
 def as_dict(found: Plan, out: Any) -> dict[str, Any]:

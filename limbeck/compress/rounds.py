@@ -19,7 +19,7 @@ from limbeck.compress.prune.stage import SOLVERS, PruneConfig, sizes_after
 from limbeck.compress.shape_cost import Shape, ShapeCost, whole_shape
 from limbeck.config import config_hash, to_dict
 from limbeck.distill.config import DistillConfig, TrainingConfig
-from limbeck.distill.data import prepare
+from limbeck.distill.data import Data, prepare
 from limbeck.distill.train import planned_steps
 from limbeck.distill.zeros import PRUNED_FROM
 from limbeck.errors import CheckpointError, ConfigError
@@ -37,23 +37,28 @@ class Round(NamedTuple):
     distill: DistillConfig
 
 
-def plan_rounds(prune: PruneConfig, distill: DistillConfig, rounds: int) -> list[Round]:
+def plan_rounds(
+    prune: PruneConfig, distill: DistillConfig, rounds: int, *, config: Any = None, data: Data | None = None
+) -> list[Round]:
     """All rounds of a recovery.
 
+    Args:
+      config: of the unpruned model; that of `prune.model` when None.
+      data: what the rounds train on; read when None.
     Raises: ConfigError when a round would remove nothing.
     """
-    cuts, trainings = plan_cuts(prune, rounds), _trainings(distill, prune.model, rounds)
+    cuts, trainings = plan_cuts(prune, rounds, config), _trainings(distill, prune.model, rounds, data)
     return [Round(cut, replace(distill, training=training)) for cut, training in zip(cuts, trainings, strict=True)]
 
 
-def plan_cuts(prune: PruneConfig, rounds: int) -> list[PruneConfig]:
+def plan_cuts(prune: PruneConfig, rounds: int, config: Any = None) -> list[PruneConfig]:
     """What each round removes of what the round before left; `model` is still the unpruned one.
 
     Raises: ConfigError when a round would remove nothing.
     """
     if prune.method in SOLVERS:
         return [replace(prune, pattern=pattern) for pattern in round_patterns(prune.pattern, rounds)]
-    config = Blocks(prune.model).config
+    config = Blocks(prune.model).config if config is None else config
     if prune.budget is not None:
         return list(_budget_cuts(prune, prune.budget, config, rounds))
     return list(_structured_cuts(prune, config, rounds))
@@ -125,11 +130,11 @@ def _budget_cuts(prune: PruneConfig, budget: BudgetConfig, config: Any, rounds: 
         yield replace(prune, budget=replace(budget, target=target))
 
 
-def _trainings(distill: DistillConfig, model: str, rounds: int) -> list[TrainingConfig]:
+def _trainings(distill: DistillConfig, model: str, rounds: int, given: Data | None) -> list[TrainingConfig]:
     """The whole budget for one round, or its tokens split evenly; what a round's last step adds, the next one lacks."""
     if rounds == 1:
         return [distill.training]
-    data = prepare(distill, load_tokenizer(model))
+    data = prepare(distill, load_tokenizer(model)) if given is None else given
 
     def tokens(training: TrainingConfig) -> int:
         steps = planned_steps(replace(distill, training=training), data)

@@ -41,15 +41,15 @@ def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     """Do what is not done yet of `sweep` in the directory `out`; returns the summary that it writes."""
     runs = plan_runs(sweep)
     _refuse_leaks(sweep)
-    runs = _match_tokens(sweep, runs)
-    store = in_process(_fill_cache, sweep, runs, out) if _has_cache(sweep) else None
+    runs = match_tokens(sweep, runs)
+    store = in_process(_fill_cache, sweep, runs, out) if has_cache(sweep) else None
     models = in_process(_score_models, sweep, out)
     for number, planned in enumerate(runs, start=1):
         console.print(f"run {number} of {len(runs)}: {planned.name}", highlight=False)
         in_process(
             _run_one,
-            _with_cache(sweep, planned, out).config,
-            _scoring(sweep, planned.config),
+            with_cache(sweep, planned, out).config,
+            scoring_of(sweep, planned.config),
             out / "runs" / planned.name,
         )
     summary = summarise(sweep, runs, models, store, out)
@@ -68,7 +68,7 @@ def _refuse_leaks(sweep: SweepConfig) -> None:
         )
 
 
-def _match_tokens(sweep: SweepConfig, runs: list[PlannedRun]) -> list[PlannedRun]:
+def match_tokens(sweep: SweepConfig, runs: list[PlannedRun]) -> list[PlannedRun]:
     """With equal tokens, every run gets the tokens that the uncut traces hold over its epochs."""
     if sweep.match == "examples":
         return runs
@@ -82,12 +82,14 @@ def _match_tokens(sweep: SweepConfig, runs: list[PlannedRun]) -> list[PlannedRun
     return matched
 
 
-def _has_cache(sweep: SweepConfig) -> bool:
+def has_cache(sweep: SweepConfig) -> bool:
+    """Whether one pass of the teacher serves all runs."""
     return sweep.top_k > 0 and sweep.distill.teacher.model is not None
 
 
-def _with_cache(sweep: SweepConfig, planned: PlannedRun, out: Path) -> PlannedRun:
-    if not _has_cache(sweep) or planned.config.teacher.model is None:
+def with_cache(sweep: SweepConfig, planned: PlannedRun, out: Path) -> PlannedRun:
+    """The run with the sweep's cache as its teacher, where there is one."""
+    if not has_cache(sweep) or planned.config.teacher.model is None:
         return planned
     # Weight and further teachers stay.
     teacher = dataclasses.replace(planned.config.teacher, model=None, cache=out / CACHE)
@@ -98,13 +100,18 @@ def _fill_cache(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> di
     """Store what the teacher says at every position that a run asks for; what is there already is kept."""
     name = sweep.distill.teacher.model
     assert name is not None
+    asked = asked_of_teacher(sweep, runs)
+    return write_cache(name, CacheConfig(top_k=sweep.top_k), asked, out / CACHE, sweep)
+
+
+def asked_of_teacher(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[Stored]:
+    """The sequences and positions of all runs that the teacher is asked about."""
     tokenizer = load_tokenizer(tokenizer_name(sweep.distill))
-    asked = [
+    return [
         Stored(example.sample.input_ids, example.kd_weight > 0)
         for planned in runs
         for example in _taught(planned.config, tokenizer)
     ]
-    return write_cache(name, CacheConfig(top_k=sweep.top_k), asked, out / CACHE, sweep)
 
 
 def _taught(config: DistillConfig, tokenizer: Any) -> list[Example]:
@@ -122,7 +129,7 @@ def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     for role, name in names.items():
         if name is None:
             continue
-        stage = dataclasses.replace(_scoring(sweep, sweep.distill), model=name)
+        stage = dataclasses.replace(scoring_of(sweep, sweep.distill), model=name)
         directory = out / role
         inputs = {"model": model_hash(name)}
         if not Checkpoint(directory).is_made_of(stage, inputs):
@@ -154,5 +161,6 @@ def _train_one(config: DistillConfig, directory: Path) -> None:
         train.run(config, None, directory, overwrite=True)
 
 
-def _scoring(sweep: SweepConfig, config: DistillConfig) -> EvaluateStageConfig:
+def scoring_of(sweep: SweepConfig, config: DistillConfig) -> EvaluateStageConfig:
+    """How the student of a run is scored; the model is filled in."""
     return EvaluateStageConfig(model="", problems=sweep.problems, evaluate=sweep.evaluate, render=config.render)

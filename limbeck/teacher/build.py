@@ -140,17 +140,22 @@ def plan_shards(
     held = open_shards(out, spec, lambda path: not path.name.startswith(f"shard-{plan}-"))
     for shard in held:
         shard.verify()
+    return plan, cut_shards([root for root in roots if not _is_held(root, held)], shard_positions)
+
+
+def cut_shards(roots: Sequence[Stored], shard_positions: int = SHARD_POSITIONS) -> list[list[Stored]]:
+    """Shards of at least so many positions, but for the last, in the order given; sequences without any go nowhere."""
     shards: list[list[Stored]] = [[]]
     filled = 0
     for root in roots:
-        if not root.positions.any() or _is_held(root, held):
+        if not root.positions.any():
             continue
         if filled >= shard_positions:
             shards.append([])
             filled = 0
         shards[-1].append(root)
         filled += int(root.positions.sum())
-    return plan, [members for members in shards if members]
+    return [members for members in shards if members]
 
 
 def share_prefixes(sequences: Sequence[Stored]) -> list[Stored]:

@@ -29,7 +29,7 @@ def score_shard(model: Any, spec: Spec, members: Sequence[Stored], path: Path, l
     records: list[bytes] = []
     flops_before = ledger.flops["teacher"]
     sample = {"rows": 0, "entries": 0.0, "mass": 0.0, "kl": None if spec.config.mode == "sampled" else 0.0}
-    for group in _groups(members):
+    for group in forward_groups(members):
         with ledger.phase("teacher"):
             hidden = _hidden(model, spec, group, ledger)
             sizes = [int(member.positions.sum()) for member in group]
@@ -39,7 +39,8 @@ def score_shard(model: Any, spec: Spec, members: Sequence[Stored], path: Path, l
     write_shard(path, members, records, spec.vocab_size, facts)
 
 
-def _groups(members: Sequence[Stored]) -> Iterator[list[Stored]]:
+def forward_groups(members: Sequence[Stored]) -> Iterator[list[Stored]]:
+    """The sequences of a shard that go through the teacher together."""
     group: list[Stored] = []
     for member in members:
         if group and sum(len(m.ids) for m in group) + len(member.ids) > _BATCH_TOKENS:

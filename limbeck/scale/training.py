@@ -1,0 +1,380 @@
+"""`distill` before it runs: steps are planned as the run plans them, and every micro-batch is charged by the ledger's
+formulas. Tokenizer and traces are read; no weight is, and there is no forward pass.
+
+FLOPs are those that the run's ledger will hold, to the last one, but for rollouts, whose length is assumed, and for
+token selection, whose positions are taken as spread evenly. Seconds are a roofline: products at the speed of the
+hardware, activations and optimizer state at its bandwidth, and a fixed time a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limbeck.distill.config import DistillConfig, TeacherConfig
+from limbeck.distill.data import Data, prepare
+from limbeck.distill.pair import student_tokenizer_name, trainable
+from limbeck.distill.plan import Step, split_step
+from limbeck.distill.rollouts import Prompts
+from limbeck.distill.train import planned_steps
+from limbeck.ledger import (
+    backbone_backward_flops,
+    backbone_forward_flops,
+    decoding_flops,
+    head_flops,
+    head_forward_flops,
+)
+from limbeck.models.anatomy import Computed, backbone_of, sizes_of
+from limbeck.models.lean import has_plain_layers, plan_packed
+from limbeck.models.load import load_tokenizer, vocabulary_size
+from limbeck.scale.hardware import Hardware, measure
+from limbeck.scale.memory import Loss, Pass, Student, Teacher, Way, saved_bytes, states_of, training_memory
+from limbeck.scale.prediction import Prediction, flops_of
+from limbeck.scale.shapes import Dims, config_of, on_meta, scratch_shape
+from limbeck.teacher.cache import SPEC, CacheConfig, Spec
+from limbeck.traces.batch import Batch, Example, collate, make_example
+from limbeck.traces.sample import PROMPT, Sample
+from limbeck.traces.truncate import share_of
+
+TRAFFIC = 4
+"""Times that what a layer keeps is read or written, forward and backward together."""
+UPDATE_TRAFFIC = 9
+"""Float32 numbers that an update reads or writes a weight, the norm of the gradient included."""
+LAYER_CALLS, CALL_SECONDS = 80, 8e-6
+"""Calls of a layer's forward and backward pass from Python, and what one costs beside its work."""
+
+
+class Setup(NamedTuple):
+    """A run without its weights."""
+
+    config: DistillConfig
+    student: Student
+    teachers: tuple[Teacher, ...]
+    """The live ones."""
+    loss: Loss
+    data: Data
+
+
+class Charge(NamedTuple):
+    """What one micro-batch costs."""
+
+    tokens: int
+    student: int
+    """FLOPs, as the others."""
+    teacher: int
+    head: int
+    sent: Pass
+    teacher_sent: tuple[Pass, ...]
+
+
+def predict_distill(
+    config: DistillConfig,
+    *,
+    student: Any = None,
+    teacher: Any = None,
+    tokenizer: Any = None,
+    samples: Sequence[Sample] | None = None,
+    hardware: Hardware | None = None,
+    world_size: int = 1,
+) -> Prediction:
+    """Cost of a distillation.
+
+    Args:
+      config: the run.
+      student: transformers config of the model that trains, where `config.student` does not exist yet.
+      teacher: the same of the first live teacher.
+      tokenizer: renders the traces; that of the student when None.
+      samples: rendered traces to train on, where `config.traces` do not exist yet (see `assumed_samples`).
+      hardware: what it runs on; this machine, measured, when None.
+      world_size: processes under torchrun; FLOPs and tokens are those of all, memory and seconds of one.
+    Raises: ConfigError, ModelError or what reading and rendering the traces raise.
+    """
+    hardware = hardware or measure()
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(student_tokenizer_name(config))
+    data = prepare(config, tokenizer) if samples is None else data_of(config, samples)
+    setup = set_up(config, data, vocabulary_size(tokenizer), student, teacher, hardware.is_accelerator)
+    notes = [] if samples is None else [f"{len(samples)} traces of assumed lengths"]
+    return predict_run(setup, hardware, world_size, notes)
+
+
+def assumed_samples(count: int, prompt_tokens: int, cot_tokens: int, answer_tokens: int) -> list[Sample]:
+    """Rendered traces of equal lengths, for a source that does not exist yet.
+
+    No two begin alike, so that nothing is taken for a shared prefix.
+    """
+    segments = np.repeat(np.arange(3, dtype=np.int8), [prompt_tokens, cot_tokens, answer_tokens])
+    ending = prompt_tokens + cot_tokens
+    return [
+        Sample(
+            input_ids=np.full(len(segments), number, dtype=np.int32),
+            segment_ids=segments,
+            ending_start=ending,
+            trace_key=f"{number:016x}",
+            source="assumed",
+        )
+        for number in range(count)
+    ]
+
+
+def set_up(
+    config: DistillConfig, data: Data, vocab_size: int | None, student: Any, teacher: Any, is_accelerator: bool
+) -> Setup:
+    """The run that a config describes, its models on the meta device."""
+    if student is None:
+        scratch = config.student.scratch
+        student = scratch_shape(scratch) if scratch is not None else config_of(config.student.model or "")
+    learner = student_of(config, student, vocab_size, is_accelerator)
+    named = [config.teacher, *config.teacher.others] if _uses_teacher(config) else []
+    live = [given for given in named if given.server is None and given.cache is None]
+    shapes = [teacher if n == 0 and teacher is not None else config_of(t.model or "") for n, t in enumerate(live)]
+    teachers = tuple(teacher_of(config, shape, vocab_size, is_accelerator) for shape in shapes)
+    stored = [_stored(given) for given in named if given not in live]
+    loss = Loss(
+        vocab=learner.sizes.vocab_size,
+        width=learner.dims.width,
+        is_head_trainable=learner.sizes.is_head_trainable,
+        chunk_bytes=config.loss.chunk_bytes,
+        teacher_widths=tuple(t.dims.width for t in teachers) + tuple(width for width, _ in stored if width),
+        topk=sum(entries for _, entries in stored),
+    )
+    return Setup(config, learner, teachers, loss, data)
+
+
+def student_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> Student:
+    """The student of a run as it trains."""
+    model = trainable(on_meta(shape), config).train()
+    training = config.training
+    way = Way(
+        is_lean=not is_accelerator
+        and training.layout == "packed"
+        and training.precision == "float32"
+        and has_plain_layers(backbone_of(model)),
+        is_bf16=training.precision == "bf16",
+        is_recomputed=training.gradient_checkpointing,
+        has_head_norms=_has_head_norms(shape),
+        is_cpu=not is_accelerator,
+    )
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Student(sizes_of(model, vocab_size), Dims.of(shape), way, parameters)
+
+
+def teacher_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> Teacher:
+    """A live teacher of a run."""
+    model = on_meta(shape).eval().requires_grad_(False)
+    training = config.training
+    is_plain = not is_accelerator and training.layout == "packed" and training.precision == "float32"
+    way = Way(
+        is_plain and has_plain_layers(backbone_of(model)),
+        training.precision == "bf16",
+        False,
+        _has_head_norms(shape),
+        not is_accelerator,
+    )
+    return Teacher(sizes_of(model, vocab_size), Dims.of(shape), way)
+
+
+def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Sequence[str] = ()) -> Prediction:
+    """Cost of a run that is set up."""
+    training = setup.config.training
+    steps = planned_steps(setup.config, setup.data, world_size)
+    charges = list(_charges(setup, steps, world_size))
+    flat = [charge for step in charges for charge in step]
+    if not flat:
+        return Prediction("distill", steps=len(steps), notes=tuple(notes))
+    sampling, written = _sampling(setup, steps)
+    flops = flops_of(
+        teacher=sum(charge.teacher for charge in flat),
+        student=sum(charge.student for charge in flat),
+        head=sum(charge.head for charge in flat),
+        sampling=sampling,
+    )
+    student = setup.student
+    memory = training_memory(
+        student,
+        setup.teachers,
+        setup.loss,
+        max((charge.sent for charge in flat), key=lambda sent: saved_bytes(student.dims, student.way, sent)),
+        [
+            max((charge.teacher_sent[n] for charge in flat if charge.teacher_sent), key=_tokens, default=_NOTHING)
+            for n in range(len(setup.teachers))
+        ],
+        optimizer=setup.config.optimizer.name,
+        accumulates=any(len(step) > world_size for step in charges),
+        steps=len(steps),
+        threads=training.num_threads or torch.get_num_threads(),
+    )
+    found = list(notes)
+    if sampling:
+        found.append("rollouts as long as the given responses, or max_new_tokens where that is less")
+    if setup.config.supervision.select is not None:
+        found.append("selected positions spread evenly over every sequence")
+    return Prediction(
+        stage="distill",
+        tokens=sum(charge.tokens for charge in flat),
+        new_tokens=written,
+        steps=len(steps),
+        flops=flops,
+        memory=memory,
+        seconds=_seconds(setup, flat, sum(flops.values()), len(steps), hardware) / world_size,
+        notes=tuple(found),
+    )
+
+
+def data_of(config: DistillConfig, samples: Sequence[Sample]) -> Data:
+    """What a run would read, from rendered traces."""
+    prompts = None
+    if config.on_policy is not None:
+        ids = [sample.input_ids[sample.segment_ids == PROMPT].tolist() for sample in samples]
+        lengths = [len(sample) - len(prompt) for sample, prompt in zip(samples, ids, strict=True)]
+        prompts = Prompts(ids, float(np.mean(lengths)))
+    return Data([make_example(sample, config.truncation, config.supervision) for sample in samples], [], {}, prompts)
+
+
+def _uses_teacher(config: DistillConfig) -> bool:
+    return config.has_teacher and (
+        config.kd_ratio > 0 or config.on_policy is not None or config.training.keep_best == "kd"
+    )
+
+
+def _stored(teacher: TeacherConfig) -> tuple[int, int]:
+    """Width of hidden states and entries of a row that a cache or a server gives; that of the default where it is not
+    there yet."""
+    if teacher.cache is None:
+        return 0, teacher.top_n
+    if not (teacher.cache / SPEC).exists():
+        return 0, CacheConfig().top_k
+    spec = Spec.read(teacher.cache)
+    sizes = {"hidden": (spec.hidden_size, 0), "top_k": (0, spec.config.top_k), "sampled": (0, spec.config.num_samples)}
+    return sizes[spec.config.mode]
+
+
+def _has_head_norms(shape: Any) -> bool:
+    return shape.model_type.startswith(("qwen3", "olmo2", "gemma3"))
+
+
+def _charges(setup: Setup, steps: Sequence[Step], world_size: int) -> Iterator[list[Charge]]:
+    """The micro-batches of every step, over all ranks."""
+    policy, training = setup.config.on_policy, setup.config.training
+    for number, step in enumerate(steps):
+        examples, kd_ratio = setup.data.train, setup.config.kd_ratio
+        if policy is not None and policy.is_on_policy(number, len(steps)):
+            examples, kd_ratio = _rollouts(setup, step.indices), 1.0
+            lengths = [len(example) for example in examples]
+            step = split_step(range(len(examples)), lengths, training.microbatch_tokens, training.layout, world_size)
+        groups = [[examples[i] for i in group] for rank in step.microbatches for group in rank]
+        yield [charge_of(setup, group, kd_ratio) for group in groups]
+
+
+def charge_of(setup: Setup, examples: Sequence[Example], kd_ratio: float) -> Charge:
+    """What the ledger will charge for one micro-batch."""
+    batch = collate(examples, setup.config.training.layout, 0)
+    ce = batch.ce_weight.flatten() > 0 if kd_ratio < 1 else torch.zeros(batch.ce_weight.numel(), dtype=torch.bool)
+    kd = batch.kd_weight.flatten() > 0 if kd_ratio > 0 else torch.zeros_like(ce)
+    asked = torch.nonzero(ce | kd)[:, 0]
+    if not len(asked):
+        return Charge(batch.num_tokens, 0, 0, 0, _NOTHING, ())
+    is_taught = bool(kd.any())
+    kept = _kept(setup, batch, asked, ce[asked], kd[asked]) if is_taught else asked
+    sizes, select = setup.student.sizes, setup.config.supervision.select
+    by_divergence = is_taught and select is not None and select.by == "divergence"
+    sent = _pass(setup.student.way, batch, asked if by_divergence else kept)
+    flops = backbone_forward_flops(sizes, sent.computed) + backbone_backward_flops(sizes, sent.computed)
+    head = head_flops(sizes, len(kept))
+    if by_divergence:
+        teachers = len(setup.loss.teacher_widths) + bool(setup.loss.topk)
+        head += max(1, teachers) * head_forward_flops(sizes, len(asked))
+    passes = tuple(_pass(teacher.way, batch, asked) for teacher in setup.teachers) if is_taught else ()
+    teaching = sum(
+        backbone_forward_flops(teacher.sizes, taught.computed)
+        + head_forward_flops(teacher.sizes, len(asked) + (len(kept) if select is not None else 0))
+        for teacher, taught in zip(setup.teachers, passes, strict=False)
+    )
+    return Charge(batch.num_tokens, flops, teaching, head, sent._replace(rows=len(kept)), passes)
+
+
+_NOTHING = Pass(Computed(0, 0, 0), 0)
+
+
+def _tokens(sent: Pass) -> int:
+    return sent.computed.tokens
+
+
+def _pass(way: Way, batch: Batch, rows: Tensor) -> Pass:
+    """What a model computes for the targets at flat indices `rows`, as `hidden_rows` does it."""
+    if way.is_lean:
+        plan = plan_packed(batch.input_ids[0], batch.sequence_lengths, rows - 1)
+        behind = sum(plan.own)
+        pairs = behind * (plan.prefix + behind) if plan.is_joint else 0
+        return Pass(Computed(len(plan.kept), len(rows), plan.attention_pairs), len(rows), pairs)
+    width = batch.input_ids.shape[1]
+    packed = batch.layout == "packed"
+    return Pass(Computed.whole(batch.sequence_lengths if packed else [width] * len(batch.input_ids)), len(rows))
+
+
+def _kept(setup: Setup, batch: Batch, asked: Tensor, ce: Tensor, kd: Tensor) -> Tensor:
+    """The positions that token selection leaves: of every sequence as many as it keeps, spread evenly, the last too."""
+    select = setup.config.supervision.select
+    if select is None:
+        return asked
+    packed = batch.layout == "packed"
+    widths = batch.sequence_lengths if packed else [batch.input_ids.shape[1]] * len(batch.input_ids)
+    owner = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))[asked]
+    keep = ce.clone()
+    for sequence in range(len(widths)):
+        place = torch.nonzero((owner == sequence) & kd)[:, 0]
+        if len(place):
+            count = share_of(len(place), select.fraction)
+            keep[place[torch.linspace(len(place) / count - 1, len(place) - 1, count).round().long()]] = True
+    return asked[keep]
+
+
+def _rollouts(setup: Setup, indices: Sequence[int]) -> list[Example]:
+    """Rollouts of the assumed length for the prompts of a step."""
+    policy, prompts = setup.config.on_policy, setup.data.prompts
+    assert policy is not None and prompts is not None
+    written = _rollout_tokens(setup)
+    examples = []
+    for index in indices:
+        prompt = prompts.ids[index]
+        weight = np.concatenate([np.zeros(len(prompt)), np.ones(written)]).astype(np.float32)
+        # Behind the prompt, no two rollouts are alike.
+        ids = np.array([*prompt, *[index] * written], dtype=np.int32)
+        sample = Sample(input_ids=ids, segment_ids=(weight > 0).astype(np.int8), ending_start=len(ids))
+        examples += [Example(sample=sample, ce_weight=np.zeros_like(weight), kd_weight=weight)] * policy.num_samples
+    return examples
+
+
+def _rollout_tokens(setup: Setup) -> int:
+    policy, prompts = setup.config.on_policy, setup.data.prompts
+    assert policy is not None and prompts is not None
+    return max(1, min(policy.max_new_tokens, round(prompts.mean_response_tokens)))
+
+
+def _sampling(setup: Setup, steps: Sequence[Step]) -> tuple[int, int]:
+    """FLOPs and tokens of all rollouts: the prompts of a window are answered once."""
+    policy, prompts = setup.config.on_policy, setup.data.prompts
+    if policy is None or prompts is None:
+        return 0, 0
+    windows: dict[int, set[int]] = {}
+    for number, step in enumerate(steps):
+        if policy.is_on_policy(number, len(steps)):
+            windows.setdefault(policy.window(number, len(steps)).start, set()).update(step.indices)
+    written = [_rollout_tokens(setup)] * policy.num_samples
+    asked = [len(prompts.ids[index]) for members in windows.values() for index in members]
+    sizes = setup.student.sizes
+    return sum(decoding_flops(sizes, length, written) for length in asked), sum(written) * len(asked)
+
+
+def _seconds(setup: Setup, charges: Sequence[Charge], flops: int, steps: int, hardware: Hardware) -> float:
+    """Roofline of a run: products, traffic of activations and of the update, and calls."""
+    training, student = setup.config.training, setup.student
+    products = flops / hardware.rate("bf16" if training.precision == "bf16" else "float32")
+    kept = sum(saved_bytes(student.dims, student.way, charge.sent) for charge in charges)
+    updates = 4 * (UPDATE_TRAFFIC + states_of(setup.config.optimizer.name)) * student.trainable_parameters * steps
+    layers = student.dims.layers + sum(teacher.dims.layers for teacher in setup.teachers) / 2
+    calls = 0.0 if hardware.is_accelerator else len(charges) * layers * LAYER_CALLS * CALL_SECONDS
+    return products + (TRAFFIC * kept + updates) / (hardware.bandwidth * hardware.efficiency) + calls

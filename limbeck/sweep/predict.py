@@ -1,0 +1,47 @@
+"""A sweep before it runs: the teacher's pass, every run, and every score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from limbeck.distill.config import DistillConfig
+from limbeck.models.load import load_tokenizer, vocabulary_size
+from limbeck.scale.hardware import Hardware
+from limbeck.scale.prediction import Prediction
+from limbeck.scale.shapes import config_of, scratch_shape
+from limbeck.scale.stages import predict_evaluate, predict_stored
+from limbeck.scale.training import predict_distill
+from limbeck.sweep.execute import asked_of_teacher, has_cache, match_tokens, scoring_of, with_cache
+from limbeck.sweep.plan import SweepConfig, plan_runs, tokenizer_name
+
+
+def predict_sweep(sweep: SweepConfig, hardware: Hardware) -> list[Prediction]:
+    """What `limbeck sweep` will cost, as if nothing of it were done: one prediction a pass, run and score."""
+    runs = match_tokens(sweep, plan_runs(sweep))
+    tokenizer = load_tokenizer(tokenizer_name(sweep.distill))
+    found = []
+    teacher = sweep.distill.teacher.model
+    if has_cache(sweep) and teacher is not None:
+        asked = asked_of_teacher(sweep, runs)
+        found.append(predict_stored(config_of(teacher), asked, vocabulary_size(tokenizer), False, hardware))
+    # A directory that cannot exist: what a cache will hold is known from the sweep.
+    nowhere = Path("a sweep that has not begun")
+    for planned in runs:
+        config = with_cache(sweep, planned, nowhere).config
+        found.append(replace(predict_distill(config, tokenizer=tokenizer, hardware=hardware), stage=planned.name))
+    scored = [(f"score of {planned.name}", _student(planned.config)) for planned in runs]
+    scored.append(("score of the base", _student(sweep.distill)))
+    if sweep.evaluate_teacher and teacher is not None:
+        scored.append(("score of the teacher", config_of(teacher)))
+    scoring = scoring_of(sweep, sweep.distill)
+    for name, shape in scored:
+        score = predict_evaluate(scoring, model=shape, tokenizer=tokenizer, hardware=hardware)
+        found.append(replace(score, stage=name))
+    return found
+
+
+def _student(config: DistillConfig) -> Any:
+    scratch = config.student.scratch
+    return scratch_shape(scratch) if scratch is not None else config_of(config.student.model or "")
