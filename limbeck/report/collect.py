@@ -15,6 +15,9 @@ from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.errors import CheckpointError
 from limbeck.report.compressed import EVALUATION, STAGES, Compressed, read_compressed
 from limbeck.report.files import object_in, read_object
+from limbeck.report.pipelined import STAGE as PIPELINE
+from limbeck.report.pipelined import Along, read_models, read_steps, shown_by
+from limbeck.report.pipelined import Step as PipelineStep
 from limbeck.report.ranked import STAGE as RANKING
 from limbeck.report.ranked import Step, read_ranking
 from limbeck.report.rows import FLOP_PARTS, PLACED_AXES, Row, row_of, rows_of
@@ -50,6 +53,10 @@ class Evidence:
     """Pruned, quantised and recovered models, and those that they were made of."""
     ranking: tuple[Step, ...] = ()
     """Models of ranking pipelines."""
+    steps: tuple[PipelineStep, ...] = ()
+    """Stages of pipelines."""
+    along: tuple[Along, ...] = ()
+    """Models that pipelines scored along the way."""
 
     @property
     def models(self) -> tuple[Row, ...]:
@@ -59,16 +66,18 @@ class Evidence:
 
 
 def collect(paths: Sequence[Path]) -> Evidence:
-    """Read sweep directories, single run directories and directories of compressed models.
+    """Read sweep directories, single run directories, directories of compressed models and of pipelines.
 
     Args:
       paths: directories with a `summary.json` of a sweep, or with a `limbeck.json` of a distilled student, a
-        compressed model or a ranking pipeline.
+        compressed model or a pipeline; what a pipeline made is read as if it were named behind it.
     Returns: their rows in the order given.
     Raises: CheckpointError when a directory is none of them, a file is damaged, or there is no run at all.
     """
     if not paths:
         raise CheckpointError("report: no directory named; name at least one sweep or run directory.")
+    pipelines = [path for path in paths if not _is_sweep(path) and _stage(path) == PIPELINE]
+    asked, paths = paths, [place for path in paths for place in (path, *(shown_by(path) if path in pipelines else ()))]
     sweeps = [path for path in paths if _is_sweep(path)]
     rows: list[Row] = []
     sources: list[Source] = []
@@ -81,13 +90,15 @@ def collect(paths: Sequence[Path]) -> Evidence:
         sources.append(source)
     compressed = [path for path in paths if path not in sweeps and _stage(path) in STAGES]
     ranking = [path for path in paths if path not in sweeps and _stage(path) == RANKING]
-    apart = (*sweeps, *compressed, *ranking)
+    apart = (*sweeps, *compressed, *ranking, *pipelines)
     rows += _rows_of_runs([pair for pair in zip(paths, sources, strict=True) if pair[0] not in apart])
     return Evidence(
         rows=tuple(rows),
-        sources=tuple(sources),
+        sources=tuple(source for path, source in zip(paths, sources, strict=True) if path in asked or path in sweeps),
         compressed=tuple(read_compressed(compressed)),
         ranking=tuple(read_ranking(ranking)),
+        steps=tuple(read_steps(pipelines)),
+        along=tuple(read_models(pipelines)),
     )
 
 
@@ -131,7 +142,7 @@ def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
 def _read_run(path: Path) -> Source:
     file = path / MANIFEST
     manifest = read_object(file)
-    if (stage := _stage(path)) not in ("distill", RANKING, *STAGES):
+    if (stage := _stage(path)) not in ("distill", RANKING, PIPELINE, *STAGES):
         raise CheckpointError(
             f"{file}: stage {stage!r} has no place in this report; name sweeps and distilled students."
         )

@@ -22,6 +22,8 @@ from limbeck.report.compression import HOW_TO_READ, compression_findings, compre
 from limbeck.report.drawing import darken, render
 from limbeck.report.findings import findings
 from limbeck.report.groups import Group, group_rows
+from limbeck.report.pipeline import HOW_TO_READ as HOW_TO_READ_PIPELINE
+from limbeck.report.pipeline import model_table, pipeline_findings, pipeline_plots, stage_table
 from limbeck.report.plots import Plot, plots_of
 from limbeck.report.ranking import HOW_TO_READ as HOW_TO_READ_RANKING
 from limbeck.report.ranking import ranking_findings, ranking_plots, ranking_table
@@ -49,9 +51,11 @@ def run(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
     files, figures = _draw(plots_of(groups, evidence.models))
     layer_files, layer_figures = _draw(layer_plots(evidence.compressed))
     ranking_files, ranking_figures = _draw(ranking_plots(evidence.ranking))
+    pipeline_files, pipeline_figures = _draw(pipeline_plots(evidence.steps))
     content |= {"plots": figures, "layer_plots": layer_figures, "ranking_plots": ranking_figures}
+    content |= {"pipeline_plots": pipeline_figures}
     made = [model.row for model in evidence.compressed]
-    files |= layer_files | ranking_files
+    files |= layer_files | ranking_files | pipeline_files
     files["report.csv"] = csv_text([*evidence.models, *evidence.rows, *made]).encode()
     files["report.md"] = _fill("page.md.jinja", content).encode()
     files[PAGE] = _fill("page.html.jinja", content).encode()
@@ -67,6 +71,7 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
         "title": title or (titles[0] if titles else _title(evidence)),
         "lede": _lede(evidence, groups),
         "findings": [
+            *pipeline_findings(evidence.steps, evidence.along),
             *(findings(groups, evidence.models, evidence.sources) if groups else ()),
             *compression_findings(evidence.compressed),
             *ranking_findings(evidence.ranking),
@@ -77,6 +82,9 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
         "how_to_read_compressed": HOW_TO_READ,
         "ranking": ranking_table(evidence.ranking),
         "how_to_read_ranking": HOW_TO_READ_RANKING,
+        "stages": stage_table(evidence.steps),
+        "along": model_table(evidence.along),
+        "how_to_read_pipeline": HOW_TO_READ_PIPELINE,
         "costs": part_table(groups),
         "parts": FLOP_PARTS,
         "bars": _bars(groups),
@@ -97,6 +105,8 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
 
 def _title(evidence: Evidence) -> str:
     """What there is most to say of."""
+    if evidence.steps:
+        return "Pipeline"
     if evidence.rows:
         return "Distilled students"
     return "Compressed models" if evidence.compressed else "Ranking models"
@@ -118,6 +128,7 @@ def _lede(evidence: Evidence, groups: Sequence[Group]) -> str:
     counts = [count] if runs else []
     counts += [f"{made} compressed {'model' if made == 1 else 'models'}"] if made else []
     counts += [f"{len(evidence.ranking)} models of ranking pipelines"] if evidence.ranking else []
+    counts += [f"{len(evidence.steps)} stages"] if evidence.steps else []
     return f"{', '.join(counts)}. {' '.join(tasks)}".strip()
 
 

@@ -1,0 +1,207 @@
+"""Bring a list of stages up to date: say of each whether and why it runs, run it in a process of its own, remember it.
+
+A stage's process has all the memory that it is charged for, and a crash ends one stage. Killed anywhere, the next call
+takes finished stages from their records, a stage that ended without one from its manifest, and goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from limbeck.checkpoint import Checkpoint, hash_path, write_json
+from limbeck.errors import CheckpointError, ConfigError
+from limbeck.ledger import Ledger
+from limbeck.models.load import BUILT_IN, GGUF_ALIASES, locate
+from limbeck.pipeline.hashes import FileHashes
+from limbeck.pipeline.record import (
+    RAN,
+    STATE,
+    begin,
+    end,
+    has_ended,
+    key_of,
+    make_record,
+    read_record,
+    why,
+    write_record,
+)
+from limbeck.pipeline.stage import OUT, Call, Stage, named, resolved
+from limbeck.progress import console
+from limbeck.runner.process import in_process
+
+HASHES = "hashes.json"
+UNKNOWN = "not there yet"
+"""Stands for the hash of what an earlier stage has still to write."""
+Predictions = Mapping[str, Mapping[str, Any]]
+"""By stage: seconds, flops, tokens and peak_bytes, as far as they are known."""
+
+
+class Planned(NamedTuple):
+    """A stage and what is to be done with it."""
+
+    stage: Stage
+    reason: str | None
+    """Why it runs; None when it does not."""
+    is_certain: bool
+    """False where it runs only if an earlier stage, which runs, gives something else than before."""
+
+
+class Pipeline:
+    """A list of stages and where each of them stands."""
+
+    def __init__(self, stages: Sequence[Stage], out: Path) -> None:
+        """Read what an earlier call has left in `out`; nothing is written."""
+        self.stages, self.out = stages, out
+        self.hashes = FileHashes(out / STATE / HASHES)
+        self.records = {stage.name: record for stage in stages if (record := read_record(out, stage.name))}
+        self._sources = {stage.name: self._stages_before(stage) for stage in stages}
+
+    def plan(self) -> list[Planned]:
+        """What would run, from what is on disk."""
+        planned: list[Planned] = []
+        running: list[str] = []
+        for stage in self.stages:
+            reason, is_certain = self._reason(stage), True
+            waits = [name for name in running if name in self._sources[stage.name]]
+            if reason is None and waits:
+                is_certain = bool(stage.follows)
+                reason = f"after {', '.join(waits)}" + ("" if is_certain else ", if that gives other files")
+            if reason is not None:
+                running.append(stage.name)
+            planned.append(Planned(stage, reason, is_certain))
+        return planned
+
+    def advance(self, predictions: Predictions) -> list[str]:
+        """Run what has to run, in order; returns the names of those stages.
+
+        Args:
+          predictions: what the stages are expected to take; kept beside what they took.
+        Raises: what a stage raises. Stages that ended before it are not run again.
+        """
+        expected = {planned.stage.name: self._seconds(planned, predictions) for planned in self.plan()}
+        ran = []
+        for number, stage in enumerate(self.stages, start=1):
+            reason = self._reason(stage)
+            head = f"[{number}/{len(self.stages)}] {stage.name}"
+            if reason is None:
+                _say(f"{head}: unchanged")
+            else:
+                left = sum(expected.values())
+                _say(f"{head}: {reason}" + (f" (about {left:,.0f} s to go)" if left >= 1 else ""))
+                (self.out / STATE).mkdir(parents=True, exist_ok=True)
+                write_json(self.out / STATE / RAN, ran)
+                self._run(stage, predictions.get(stage.name))
+                ran.append(stage.name)
+            del expected[stage.name]
+        self.hashes.save()
+        return ran
+
+    def inputs(self, stage: Stage) -> dict[str, str]:
+        """Hash of everything that a stage reads, by the name that its config has for it."""
+        found = {name: value for name in named(stage.config) if (value := self._input(stage, name)) is not None}
+        for name in stage.follows:
+            record = self.records.get(name)
+            found[f"record of {name}"] = record.identity if record else UNKNOWN
+        return found
+
+    def _reason(self, stage: Stage) -> str | None:
+        return why(stage, self.records.get(stage.name), self.inputs(stage), self.out, self.hashes)
+
+    def _input(self, stage: Stage, name: str) -> str | None:
+        if name.startswith(OUT):
+            record = self.records.get(self._writer(stage, name).name)
+            return record.gives if record else UNKNOWN
+        path = Path(name).expanduser()
+        if name in BUILT_IN or name in GGUF_ALIASES:
+            path = Path(locate(name).path)
+        # A hub id, and a task that makes its traces, stand for themselves.
+        return hash_path(path, self.hashes.of) if path.exists() else None
+
+    def _writer(self, stage: Stage, name: str) -> Stage:
+        """The stage before `stage` that writes what is called `name`."""
+        place = name.removeprefix(OUT) + "/"
+        before = [other for other in self.stages[: self.stages.index(stage)] if other.place]
+        found = [other for other in before if place.startswith(other.place + "/")]
+        if found:
+            return max(found, key=lambda other: len(other.place))
+        known = ", ".join(OUT + other.place for other in self.stages if other.place)
+        raise ConfigError(f"{stage.name}: {name} is written by no stage before it; this recipe has {known}.")
+
+    def _stages_before(self, stage: Stage) -> set[str]:
+        """Names of the stages that one depends on."""
+        return {self._writer(stage, name).name for name in named(stage.config) if name.startswith(OUT)} | {
+            *stage.follows
+        }
+
+    def _run(self, stage: Stage, predicted: Mapping[str, Any] | None) -> None:
+        inputs, directory = self.inputs(stage), stage.directory(self.out)
+        is_begun = begin(self.out, stage, key_of(stage, inputs))
+        if not is_begun:
+            self._clear(stage, directory)
+        measured: dict[str, Any] = {}
+        if not (is_begun and has_ended(self.out, stage)):
+            config = resolved(stage.config, self.out)
+            measured = in_process(carry_out, stage.call, config, directory, is_begun)
+        if has_ended(self.out, stage):
+            measured = with_ledger(directory, measured)
+        record = make_record(stage, inputs, self.out, self.hashes, measured, predicted)
+        write_record(self.out, record)
+        self.records[stage.name] = record
+        end(self.out, stage)
+        self.hashes.save()
+
+    def _clear(self, stage: Stage, directory: Path) -> None:
+        """Put away what an attempt of another key left; a finished output stays until the new one is complete."""
+        if stage.is_filled_in_place or not stage.place:
+            return
+        _remove_working(directory)
+        if stage.name in self.records and directory.exists() and not Checkpoint(directory).is_finished:
+            shutil.rmtree(directory)  # ours by the record, but its manifest is gone
+
+    def _seconds(self, planned: Planned, predictions: Predictions) -> float:
+        """What a stage took last time, or else what it is expected to take; 0 where it does not run for certain."""
+        if planned.reason is None or not planned.is_certain:
+            return 0.0
+        record = self.records.get(planned.stage.name)
+        known = predictions.get(planned.stage.name, {}) if record is None else record.measured
+        return float(known.get("seconds") or 0.0)
+
+
+def carry_out(call: Call, config: Any, directory: Path, resume: bool) -> dict[str, Any]:
+    """Run one stage in this process; returns what it took, and what its call says of it.
+
+    An interrupted attempt whose state cannot be read is begun anew.
+    """
+    ledger, start = Ledger(), time.perf_counter()
+    with ledger.phase("stage"):
+        try:
+            said = call(config, directory, resume)
+        except CheckpointError as error:
+            if not resume:
+                raise
+            _say(f"starting anew: {error}")
+            _remove_working(directory)
+            said = call(config, directory, False)
+    measured = {"seconds": time.perf_counter() - start, "peak_bytes": ledger.peak_bytes["stage"]}
+    return measured | (said or {})
+
+
+def with_ledger(directory: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage took, with what its ledger counted: tokens, FLOPs, and the highest memory within its phases."""
+    ledger = Checkpoint(directory).manifest.get("ledger") or {}
+    peak = max(ledger.get("peak_bytes", {}).get("total", 0), measured.get("peak_bytes", 0))
+    flops, seconds = ledger.get("flops", {}).get("total"), sum(ledger.get("seconds", {}).values())
+    counted = {"seconds": seconds, "tokens": ledger.get("tokens"), "flops": flops}
+    return {name: value for name, value in counted.items() if value} | {**measured, "peak_bytes": peak}
+
+
+def _remove_working(directory: Path) -> None:
+    shutil.rmtree(directory.with_name(directory.name + ".partial"), ignore_errors=True)
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,247 @@
+"""The model card: what the export is, what was cut, what it costs beside what it is worth, and what it is not for.
+
+Everything in it is read from what the stages wrote. Its head is the Hub's metadata (base model, data sets, metrics).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from limbeck import __version__
+from limbeck.checkpoint import Checkpoint
+from limbeck.pipeline.config import CHOOSE, EXPORT, QUANTIZE, RECOVER, SMOKE, TRACES, VERIFY, CardConfig
+from limbeck.report.compressed import read_compressed
+from limbeck.report.pipeline import model_table, stage_table
+from limbeck.report.pipelined import Along, Step
+from limbeck.report.tables import markdown
+from limbeck.traces.hub import is_hub_id
+
+FILE = "README.md"
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Aliases that the Hub knows by another name."""
+Tree = Mapping[str, Any]
+
+
+def card_text(title: str, config: CardConfig, recipe: Tree, metrics: Tree, pipeline: Path) -> str:
+    """The whole card.
+
+    Args:
+      title: heading where the card has no name of its own.
+      recipe: the pipeline's config as a tree.
+      metrics: those of the pipeline's manifest: stages and models.
+      pipeline: its directory.
+    """
+    name = config.name or title
+    models = [Along(row["name"], row["numbers"]) for row in metrics["models"]]
+    steps = [Step(r["stage"], r["ran"], r["measured"], r["predicted"] or {}) for r in metrics["stages"]]
+    parts = [
+        f"---\n{_metadata(name, config, recipe, models).to_yaml()}\n---\n",
+        f"# {name}\n",
+        f"{_summary(recipe)}\n",
+        *_section("How it was made", [f"- {line}" for line in made_lines(pipeline)]),
+        *_section(
+            "Quality and size along the way", [markdown(model_table(models)), "", _scored(recipe)] if models else []
+        ),
+        *_section("What it took", [markdown(stage_table(steps))]),
+        *_section("How to use it", _usage(recipe, config)),
+        *_section("Limits", [f"- {line}" for line in limit_lines(config, recipe, pipeline)]),
+        *_section("Recipe", [f"`limbeck pipeline` {__version__} with:", "", "```yaml", _recipe(recipe), "```"]),
+    ]
+    return "\n".join(parts)
+
+
+def made_lines(pipeline: Path) -> Iterator[str]:
+    """One sentence for every stage that left something to say."""
+    if (counts := _manifest(pipeline / TRACES).get("counts")) is not None:
+        yield f"traces: {_counted(counts)}"
+    if (counts := _manifest(pipeline / VERIFY).get("counts")) is not None:
+        yield f"verified: {counts['kept']} kept, dropped {json.dumps(counts['dropped'])}"
+    if (choice := _manifest(pipeline / CHOOSE).get("metrics")) is not None:
+        axes = ", ".join(f"{axis} {value}" for axis, value in choice["axes"].items())
+        yield (
+            f"cut chosen from a sweep: {axes}; it keeps {choice['retention']:.3f} of the score of the uncut run"
+            + ("" if choice["keeps_enough"] else ", less than asked for: no run kept enough")
+        )
+    compressed = [pipeline / name for name in (RECOVER, QUANTIZE) if Checkpoint(pipeline / name).is_finished]
+    for model in read_compressed(compressed):
+        if model.method and model.row.name in (RECOVER, QUANTIZE):
+            yield f"{model.row.name}: {model.method}, {model.form}"
+    if (metrics := _manifest(pipeline / EXPORT).get("metrics")) is not None:
+        loaded = [key.removeprefix("in_") for key, value in metrics.items() if value == "agrees"]
+        checked = f"; loaded and compared in {', '.join(loaded)} (certificate.md)" if loaded else ""
+        yield f"export: {metrics['format']}, {metrics['bytes_after']:,} bytes of weights{checked}"
+    if (metrics := _manifest(pipeline / SMOKE).get("metrics")) is not None:
+        yield (
+            f"tried in limbeck's serving engine: {metrics['new_tokens']} tokens for {metrics['prompts']} prompts, "
+            f"{metrics['stopped']} of which stopped by themselves; log-probabilities within "
+            f"{metrics['max_difference_nats']:.2g} nats of those of transformers"
+        )
+
+
+def limit_lines(config: CardConfig, recipe: Tree, pipeline: Path) -> Iterator[str]:
+    """What the numbers above do not say."""
+    problems = (recipe.get("evaluate") or {}).get("problems")
+    if problems is not None:
+        yield f"It was scored on {_source(problems)} only; on other tasks it was not measured."
+    else:
+        yield "It was scored on no task."
+    if recipe.get("verify") is None and recipe.get("distill") is not None:
+        yield "Training answers were not checked, nor kept apart from test problems."
+    if recipe.get("recover") is not None or recipe.get("quantize") is not None:
+        yield "Pruning and rounding were calibrated on the training traces; text of other kinds may lose more."
+    metrics = _manifest(pipeline / EXPORT).get("metrics") or {}
+    missing = [key.removeprefix("in_") for key, value in metrics.items() if value == "not run"]
+    if missing:
+        yield f"It was not loaded in {', '.join(missing)} before it was published."
+    yield "Nothing was done for safety or against harmful answers beyond what the base model has."
+    if config.limits:
+        yield config.limits
+
+
+def _metadata(name: str, config: CardConfig, recipe: Tree, models: Sequence[Along]) -> ModelCardData:
+    base, teacher = base_models(recipe)
+    tags = ["limbeck"]
+    tags += ["distillation"] if recipe.get("distill") is not None else []
+    tags += ["pruned"] if recipe.get(RECOVER) is not None else []
+    tags += ["quantized", "compressed-tensors"] if recipe.get(QUANTIZE) is not None else []
+    results = _results(recipe, models)
+    return ModelCardData(
+        base_model=[_hub_name(model) for model in (base, teacher) if model and _hub_name(model)] or None,
+        datasets=[source for source in _sources(recipe) if is_hub_id(source)] or None,
+        language=list(config.language) or None,
+        license=config.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*dict.fromkeys([*tags, *config.tags])],
+        metrics=[*dict.fromkeys(result.metric_type for result in results)] or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _results(recipe: Tree, models: Sequence[Along]) -> list[EvalResult]:
+    """Scores of the last model, for the Hub's table of results."""
+    evaluate = recipe.get("evaluate") or {}
+    if not models:
+        return []
+    numbers, results = models[-1].numbers, []
+    if evaluate.get("problems") is not None and numbers.get("accuracy") is not None:
+        results.append(_result(evaluate["problems"]["source"], "accuracy", numbers["accuracy"]))
+    if evaluate.get("perplexity") is not None and numbers.get("perplexity") is not None:
+        results.append(_result(evaluate["perplexity"]["text"], "perplexity", numbers["perplexity"]))
+    return results
+
+
+def _result(source: str, metric: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=Path(source).name if not is_hub_id(source) else source,
+        dataset_name=Path(source).name,
+        metric_type=metric,
+        metric_value=round(value, 4),
+    )
+
+
+def base_models(recipe: Tree) -> tuple[str | None, str | None]:
+    """The model that the pipeline started from, and the teacher where it is another one."""
+    distill = recipe.get("distill") or {}
+    start = (distill.get("student") or {}).get("model")
+    if start is None and not distill:
+        start = ((recipe.get(RECOVER) or {}).get("prune") or recipe.get(QUANTIZE) or recipe.get(EXPORT) or {}).get(
+            "model"
+        )
+    teacher = (distill.get("teacher") or {}).get("model")
+    return start, teacher if teacher != start else None
+
+
+def _hub_name(model: str) -> str | None:
+    name = HUB_NAMES.get(model, model)
+    return name if is_hub_id(name) and not Path(name).exists() else None
+
+
+def _sources(recipe: Tree) -> list[str]:
+    """Where the traces came from."""
+    places = ((recipe.get("generate") or {}).get("prompts"), (recipe.get("traces") or {}).get("traces"))
+    own = (recipe.get("distill") or {}).get("traces") or {}
+    found = [place["source"] for place in places if place]
+    return found or [own["source"]] if own else found
+
+
+def _summary(recipe: Tree) -> str:
+    base, teacher = base_models(recipe)
+    start = f"`{Path(base).name}`" if base else "a small model from scratch"
+    sentences = [f"Made from {start}" + (f" with `{Path(teacher).name}` as its teacher" if teacher else "")]
+    sources = ", ".join(_source({"source": source}) for source in _sources(recipe))
+    return sentences[0] + (f", on traces of {sources}." if sources else ".")
+
+
+def _scored(recipe: Tree) -> str:
+    evaluate = recipe.get("evaluate") or {}
+    problems, settings = evaluate.get("problems"), evaluate.get("evaluate") or {}
+    if problems is None:
+        return "Perplexity: of the text that the recipe names."
+    drawn = "greedy" if not settings.get("temperature") else f"temperature {settings['temperature']}"
+    return (
+        f"Score: share of right answers on {_source(problems)}, {drawn}, at most {settings.get('max_new_tokens')} new "
+        "tokens; in brackets 95 % intervals over problems. “start” is the model before training."
+    )
+
+
+def _source(tree: Tree) -> str:
+    count = f"{tree['num_traces']} problems of " if tree.get("num_traces") else ""
+    return f"{count}`{Path(tree['source']).name if Path(tree['source']).exists() else tree['source']}`"
+
+
+def _usage(recipe: Tree, config: CardConfig) -> list[str]:
+    hub = recipe.get("push_to_hub")
+    place = hub["repository"] if hub else "PATH/OF/THIS/DIRECTORY"
+    if (recipe.get(EXPORT) or {}).get("format") == "gguf":
+        return ["```bash", f"limbeck serve {place} --engine llamacpp", "```"]
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{place}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+        "```",
+        "",
+        "or behind an OpenAI-compatible server:",
+        "",
+        "```bash",
+        f"limbeck serve {place}",
+        f"vllm serve {place}",
+        "```",
+    ]
+
+
+def _section(heading: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {heading}\n", "\n".join(lines) + "\n"] if lines else []
+
+
+def _recipe(recipe: Tree) -> str:
+    return yaml.safe_dump(_told(recipe), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _told(tree: Any) -> Any:
+    """A tree without what is null or empty."""
+    if not isinstance(tree, Mapping):
+        return tree
+    told = {key: _told(value) for key, value in tree.items()}
+    return {key: value for key, value in told.items() if value not in (None, {}, [], "")}
+
+
+def _manifest(directory: Path) -> Tree:
+    checkpoint = Checkpoint(directory)
+    return checkpoint.manifest if checkpoint.is_finished else {}
+
+
+def _counted(counts: Tree) -> str:
+    if "samples" in counts:
+        return f"{counts['kept']} of {counts['samples']} sampled outputs were whole"
+    return f"{counts['selected']['kept']} of {counts['read']['read']} read were selected"

@@ -1,0 +1,90 @@
+"""Choose the cut from a sweep: on the frontier of score and cost, the cheapest run that keeps enough of the score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from limbeck.checkpoint import hash_path, output_directory, write_json, write_manifest
+from limbeck.config import build, set_field, to_dict
+from limbeck.distill.config import DistillConfig
+from limbeck.errors import CheckpointError, ConfigError
+from limbeck.sweep.frontier import on_frontier
+
+CHOICE = "choice.json"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChooseConfig:
+    """Which run of a sweep the pipeline goes on with."""
+
+    source: str = "OUT/sweep"
+    """The sweep's directory."""
+    cost: Literal["flops", "tokens", "train_seconds", "peak_bytes"] = "flops"
+    """What is to be saved. Seconds and bytes are measured, so that another machine may choose another run."""
+    min_retention: float = 0.95
+    """Least share of the uncut run's score that is kept, or of the best score where no run is uncut. Where no run keeps
+    it, the best one is taken."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_retention < float("inf"):
+            raise ConfigError(f"min_retention must be finite and at least 0; found {self.min_retention}")
+
+
+def run(config: ChooseConfig, out: Path) -> dict[str, Any]:
+    """Write `choice.json`: the run's name, its axes, and what it keeps and costs.
+
+    Raises: CheckpointError when the sweep's summary is missing or damaged.
+    """
+    file = Path(config.source) / SUMMARY
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        choice = choose(summary["runs"], summary["axes"], config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: no summary of a sweep ({error!r}); run the sweep again.") from error
+    with output_directory(out, overwrite=True) as working:
+        write_json(working / CHOICE, choice)
+        write_manifest(working, stage="choose", config=config, inputs={"sweep": hash_path(file)}, metrics=choice)
+    return choice
+
+
+def choose(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], config: ChooseConfig) -> dict[str, Any]:
+    """The chosen run among the rows of a summary; pure.
+
+    The frontier holds the runs that no other run beats in score at their cost.
+    """
+    costs, scores = [float(row[config.cost]) for row in rows], [float(row["accuracy"]) for row in rows]
+    best = max(scores)
+    kept = [
+        row["retention"] if row.get("retention") is not None else score / best if best else 1.0
+        for row, score in zip(rows, scores, strict=True)
+    ]
+    frontier = [index for index, is_on in enumerate(on_frontier(costs, scores)) if is_on]
+    enough = [index for index in frontier if kept[index] >= config.min_retention]
+    index = min(enough, key=costs.__getitem__) if enough else max(frontier, key=lambda i: (scores[i], -costs[i]))
+    return {
+        "run": rows[index]["name"],
+        "axes": {axis: rows[index][axis] for axis in axes},
+        "accuracy": scores[index],
+        "retention": kept[index],
+        config.cost: costs[index],
+        "frontier": [rows[number]["name"] for number in frontier],
+        "keeps_enough": bool(enough),
+    }
+
+
+def read_choice(directory: Path) -> dict[str, Any]:
+    """What `run` wrote."""
+    return json.loads((directory / CHOICE).read_text(encoding="utf-8"))
+
+
+def with_axes(config: DistillConfig, axes: Mapping[str, Any]) -> DistillConfig:
+    """The run with the chosen values."""
+    tree = to_dict(config)
+    for axis, value in axes.items():
+        set_field(DistillConfig, tree, axis, value, flag=f"axis {axis}")
+    return build(DistillConfig, tree, "the chosen run")
