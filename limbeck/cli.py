@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +37,7 @@ from limbeck.ranking import evaluate as rank_evaluate
 from limbeck.ranking import recover as rank_recover
 from limbeck.ranking import train as rank_train
 from limbeck.report import page as report
+from limbeck.runner.place import Place
 from limbeck.serve import bench as bench_serve
 from limbeck.serve import command as serve
 from limbeck.serve.config import ServeConfig
@@ -50,13 +51,14 @@ OPTIONS = {
     "--overwrite": "replace an existing output",
     "--resume": "go on with an interrupted run",
     "--dry-run": "estimate time and memory, start nothing",
+    "--on": "where the parts of the job run: local (default), or ray (the cluster of RAY_ADDRESS, else these cores)",
     "--json": "print the result as JSON",
     "--debug": "show the stack of an error",
     "--help": "this text",
 }
 
 
-LIMITED = ("--out", "--overwrite", "--resume", "--dry-run")
+LIMITED = ("--out", "--overwrite", "--resume", "--dry-run", "--on")
 """Options that not every command takes."""
 
 
@@ -68,6 +70,7 @@ class Options(NamedTuple):
     resume: bool
     dry_run: bool
     json: bool
+    on: Place
 
 
 class Command(NamedTuple):
@@ -102,7 +105,7 @@ def _export(config: export.ExportConfig, options: Options) -> dict[str, Any]:
 
 
 def _sweep(config: SweepConfig, options: Options) -> dict[str, Any]:
-    summary = sweep.run(config, options.out)
+    summary = sweep.run(config, options.out, options.on)
     page = report.run([options.out], options.out)
     return {"out": str(options.out), "report": str(page), "runs": len(summary["runs"])}
 
@@ -136,11 +139,11 @@ def _import(config: importing.ImportConfig, options: Options) -> dict[str, Any]:
 
 
 def _generate(config: generation.GenerateConfig, options: Options) -> dict[str, Any]:
-    return generation.run(config, options.out, overwrite=options.overwrite)
+    return generation.run(config, options.out, overwrite=options.overwrite, on=options.on)
 
 
 def _verify(config: verify.VerifyConfig, options: Options) -> dict[str, Any]:
-    return verify.run(config, options.out, overwrite=options.overwrite)
+    return verify.run(config, options.out, overwrite=options.overwrite, on=options.on)
 
 
 def _resumable(run: Callable[..., dict[str, Any]]) -> Callable[[Any, Options], dict[str, Any]]:
@@ -166,10 +169,16 @@ COMMANDS: dict[str, Command] = {
     ),
     "traces import": Command(importing.ImportConfig, _import, "read traces of any format into one JSONL file"),
     "traces generate": Command(
-        generation.GenerateConfig, _generate, "sample traces from a model or a server; started again, it goes on"
+        generation.GenerateConfig,
+        _generate,
+        "sample traces from a model or a server; started again, it goes on",
+        ("--out", "--overwrite", "--on"),
     ),
     "traces verify": Command(
-        verify.VerifyConfig, _verify, "check answers, then filter by pass rate, length and overlap with test sets"
+        verify.VerifyConfig,
+        _verify,
+        "check answers, then filter by pass rate, length and overlap with test sets",
+        ("--out", "--overwrite", "--on"),
     ),
     "traces show": Command(
         show.ShowConfig,
@@ -185,9 +194,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "teacher cache": Command(
         caching.CacheStageConfig,
-        lambda config, options: caching.run(config, options.out),
+        lambda config, options: caching.run(config, options.out, options.on),
         "store what a teacher says about traces, for every run that reads them; goes on where it was stopped",
-        ("--out",),
+        ("--out", "--on"),
     ),
     "teacher stats": Command(None, _on_cache(cache.stats), "what a teacher cache holds, costs and loses", ()),
     "teacher verify": Command(None, _on_cache(cache.verify), "read every byte of a cache, name what is damaged", ()),
@@ -195,7 +204,7 @@ COMMANDS: dict[str, Command] = {
         probe.ProbeConfig, _probe, "find where a teacher already knows the answer, for truncation.policy probed"
     ),
     "distill": Command(DistillConfig, _distill, "train one student", ALL),
-    "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report", ("--out",)),
+    "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report", ("--out", "--on")),
     "evaluate": Command(evaluate.EvaluateStageConfig, _evaluate, "score a model on problems, with intervals"),
     "moments": Command(
         moments.MomentsConfig,
@@ -204,7 +213,10 @@ COMMANDS: dict[str, Command] = {
         ALL,
     ),
     "prune": Command(
-        prune.PruneConfig, _compress(prune.run), "remove layers, neurons, KV groups or single weights", LIMITED
+        prune.PruneConfig,
+        _compress(prune.run),
+        "remove layers, neurons, KV groups or single weights",
+        (*ALL, "--dry-run"),
     ),
     "recover": Command(
         recover.RecoverConfig, _resumable(recover.run), "prune and train in turns, or once, to a smaller model", ALL
@@ -216,7 +228,7 @@ COMMANDS: dict[str, Command] = {
         quantize.QuantizeConfig,
         _compress(quantize.run),
         "round weights to few bits, for transformers, vLLM and SGLang",
-        LIMITED,
+        (*ALL, "--dry-run"),
     ),
     "optim escape": Command(
         escape.EscapeConfig, _resumable(escape.run), "measure how the time to leave a saddle grows with dimension", ALL
@@ -340,20 +352,30 @@ def _take_options(name: str, takes: Sequence[str], arguments: list[str]) -> tupl
         flag, equals, value = arguments[index].partition("=")
         if flag in LIMITED and flag not in takes:
             raise ConfigError(f"{flag} means nothing to limbeck {name}; see limbeck {name} --help.")
-        if flag == "--out":
+        if flag in ("--out", "--on"):
             if not equals:
                 index += 1
                 value = arguments[index] if index < len(arguments) else ""
-            if not value or value.startswith("--"):
-                raise ConfigError("--out needs a directory.")
-            found["out"] = Path(value)
+            found[flag[2:]] = _read_out(value) if flag == "--out" else _read_on(value)
         elif flag in ("--overwrite", "--resume", "--dry-run", "--json") and not equals:
             found[flag[2:].replace("-", "_")] = True
         else:
             rest.append(arguments[index])
         index += 1
     switches = (found.get(name, False) for name in ("overwrite", "resume", "dry_run", "json"))
-    return Options(found["out"], *switches), rest
+    return Options(found["out"], *switches, on=found.get("on", "local")), rest
+
+
+def _read_out(value: str) -> Path:
+    if not value or value.startswith("--"):
+        raise ConfigError("--out needs a directory.")
+    return Path(value)
+
+
+def _read_on(value: str) -> Place:
+    if value not in get_args(Place):
+        raise ConfigError(f"--on needs local or ray; found {value!r}.")
+    return cast(Place, value)
 
 
 def _print_overview() -> None:
