@@ -37,9 +37,9 @@ from limbeck.report import page
 from limbeck.report.collect import collect
 from limbeck.report.compression import compression_table
 from limbeck.report.tables import console_table, for_console
+from limbeck.runner.process import in_process
 from limbeck.sweep import execute
 from limbeck.sweep.plan import SweepConfig
-from limbeck.sweep.process import in_process
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig
 from limbeck.traces.synthetic import DERIVATION_PATTERN

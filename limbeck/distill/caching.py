@@ -8,6 +8,7 @@ from typing import Any
 
 from limbeck.distill.data import UNCUT, render_all
 from limbeck.models.load import load_tokenizer
+from limbeck.runner.place import Place
 from limbeck.teacher.build import stats, write_cache
 from limbeck.teacher.cache import CacheConfig
 from limbeck.teacher.shard import Stored
@@ -42,7 +43,7 @@ class CacheStageConfig:
     """What is kept at a position."""
 
 
-def run(config: CacheStageConfig, out: Path) -> dict[str, Any]:
+def run(config: CacheStageConfig, out: Path, on: Place = "local") -> dict[str, Any]:
     """Bring the cache in `out` to hold what `config` asks for; a call that was interrupted goes on.
 
     Raises: PairError when `out` is the cache of another teacher or form, and what reading and rendering raise.
@@ -53,6 +54,6 @@ def run(config: CacheStageConfig, out: Path) -> dict[str, Any]:
     segments = SupervisionConfig(preset=config.segments)
     examples = [make_example(sample, config.truncation, segments) for sample in samples]
     asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
-    metrics = write_cache(config.teacher, config.cache, asked, out, config)
+    metrics = write_cache(config.teacher, config.cache, asked, out, config, on)
     written = {name: metrics[name] for name in ("shards_written", "shards_kept", "seconds")}
     return {"out": str(out), **stats(out), **written}

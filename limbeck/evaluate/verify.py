@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +25,15 @@ from limbeck.evaluate.answers import AnswerStyle, Verdict, extract_answer
 from limbeck.evaluate.workers import AnswerChecker, CheckName
 from limbeck.models.load import load_tokenizer
 from limbeck.progress import bar
+from limbeck.runner.place import Place, Prepared
 from limbeck.traces.generation import SKIPPED_FILE, TRACES_FILE, read_prompts
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.trace import Trace, write_jsonl
 
 RATES_FILE = "pass_rates.json"
+ANSWERS_A_TASK = 1000
+"""On Ray: checkers take some seconds to start, and start for each task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +49,7 @@ class VerifyConfig:
     timeout_seconds: float = 10.0
     """Wall-clock time for checking one answer; after it the answer is unknown."""
     num_checkers: int = 2
-    """Processes that check answers."""
+    """Processes that check answers, here or in each task on Ray."""
     keep: Literal["right", "not_wrong", "all"] = "right"
     """Verdicts that stay: right only, right and unknown, or all of them."""
     min_pass_rate: float = 0.0
@@ -80,13 +84,13 @@ class VerifyConfig:
             raise ConfigError("ngram and num_checkers must be at least 1, timeout_seconds above 0 and finite")
 
 
-def run(config: VerifyConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def run(config: VerifyConfig, out: Path, *, overwrite: bool = False, on: Place = "local") -> dict[str, Any]:
     """Write `traces.jsonl`, `pass_rates.json` and a manifest into `out`; returns the counts.
 
     Raises: ConfigError when no trace is left.
     """
     traces, read = read_traces(config.traces)
-    checked = check(traces, config)
+    checked = check(traces, config, on)
     rates = pass_rates(checked, _unusable(Path(config.traces.source)))
     reasons = reasons_against(checked, rates, config)
     kept = [trace for trace, reason in zip(checked, reasons, strict=True) if reason is None]
@@ -104,19 +108,46 @@ def run(config: VerifyConfig, out: Path, *, overwrite: bool = False) -> dict[str
     return {"out": str(out / TRACES_FILE), "kept": len(kept), **verdicts, "dropped": sum(dropped.values())} | counts
 
 
-def check(traces: Sequence[Trace], config: VerifyConfig) -> list[Trace]:
+def check(traces: Sequence[Trace], config: VerifyConfig, on: Place = "local") -> list[Trace]:
     """The traces with `correct` as the checker finds it; None where it cannot decide."""
     pairs = [
         (None if trace.answer is None else extract_answer(trace.answer, config.answer_style), trace.reference)
         for trace in traces
     ]
-    with (
-        AnswerChecker(config.checker, config.timeout_seconds, config.num_checkers) as checker,
-        bar("checking", len(pairs)) as progress,
-    ):
-        verdicts = checker.verdicts(pairs, progress.advance)
+    with bar("checking", len(pairs)) as progress:
+        if on == "ray":
+            verdicts = _verdicts_on_ray(config, pairs, progress.advance)
+        else:
+            verdicts = _verdicts(config, pairs, progress.advance)
     known = {Verdict.RIGHT: True, Verdict.WRONG: False}
     return [replace(trace, correct=known.get(verdict)) for trace, verdict in zip(traces, verdicts, strict=True)]
+
+
+Pair = tuple[str | None, str | None]
+"""The extracted answer and the reference."""
+
+
+def _verdicts(config: VerifyConfig, pairs: Sequence[Pair], advance: Callable[[int], Any] | None) -> list[Verdict]:
+    with AnswerChecker(config.checker, config.timeout_seconds, config.num_checkers) as checker:
+        return checker.verdicts(pairs, advance)
+
+
+def _verdicts_on_ray(config: VerifyConfig, pairs: Sequence[Pair], advance: Callable[[int], Any]) -> list[Verdict]:
+    starts = range(0, len(pairs), ANSWERS_A_TASK)
+    parts = [(start, pairs[start : start + ANSWERS_A_TASK]) for start in starts]
+    verdicts = [Verdict.UNKNOWN] * len(pairs)
+    for (start, part), found in Prepared(_nothing, "ray", config.num_checkers).map(partial(_check_part, config), parts):
+        verdicts[start : start + len(part)] = found
+        advance(len(part))
+    return verdicts
+
+
+def _nothing() -> None:
+    return None
+
+
+def _check_part(config: VerifyConfig, _: None, part: tuple[int, Sequence[Pair]]) -> list[Verdict]:
+    return _verdicts(config, part[1], None)
 
 
 def pass_rates(traces: Iterable[Trace], unusable: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:

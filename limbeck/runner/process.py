@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from limbeck.errors import LimbeckError
+from limbeck.runner.outcome import Outcome, name_of
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -20,30 +20,22 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_call, args=(theirs, function, arguments))
+    process = context.Process(target=_send, args=(theirs, function, arguments))
     process.start()
     theirs.close()
     try:
-        kind, value = ours.recv()
+        outcome: Outcome = ours.recv()
     except EOFError:
         process.join()
         raise LimbeckError(
-            f"{function.__name__.strip('_')}: the process died (exit code {process.exitcode}); was memory short?"
+            f"{name_of(function)}: the process died (exit code {process.exitcode}); was memory short?"
         ) from None
     except BaseException:
         process.terminate()
         raise
     process.join()
-    if kind == "error":
-        raise value
-    return value
+    return outcome.unwrap()
 
 
-def _call(pipe: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    try:
-        pipe.send(("value", function(*arguments)))
-    except (LimbeckError, OSError) as error:
-        pipe.send(("error", error))
-    except Exception as error:  # anything else is a defect: its stack is shown here, where it happened
-        traceback.print_exc()
-        pipe.send(("error", LimbeckError(f"{function.__name__.strip('_')} failed: {error!r}")))
+def _send(pipe: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    pipe.send(Outcome.of(function, *arguments))

@@ -3,8 +3,8 @@
 1. Plan the runs; render and cut their traces; refuse problems that are also training prompts.
 2. The teacher reads every distinct sequence once, into a cache of the positions that any run asks for; sequences that
    are cut at their end share rows with the uncut ones, so the lead fractions cost nothing more.
-3. Each run trains and is scored in a fresh process, so that its peak memory is its own. A run whose manifest has the
-   same config is not run again.
+3. Each run trains and is scored in a fresh process, so that its peak memory is its own: one by one here, side by side
+   on Ray. A run whose manifest has the same config is not run again.
 4. Scores are set against the uncut run problem by problem.
 
     OUT/teacher_cache/   OUT/runs/NAME/   OUT/runs/NAME/evaluation/   OUT/teacher/   OUT/base/   OUT/summary.json
@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from limbeck.errors import CheckpointError, ConfigError
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.models.load import load_tokenizer, model_hash
 from limbeck.progress import console
+from limbeck.runner.place import Place, map_in_processes
+from limbeck.runner.process import in_process
 from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, tokenizer_name
-from limbeck.sweep.process import in_process
 from limbeck.sweep.summary import summarise
 from limbeck.teacher.build import write_cache
 from limbeck.teacher.cache import CacheConfig
@@ -37,24 +38,27 @@ from limbeck.traces.sources import read_traces
 CACHE = "teacher_cache"
 
 
-def run(sweep: SweepConfig, out: Path) -> dict[str, Any]:
+def run(sweep: SweepConfig, out: Path, on: Place = "local") -> dict[str, Any]:
     """Do what is not done yet of `sweep` in the directory `out`; returns the summary that it writes."""
     runs = plan_runs(sweep)
     _refuse_leaks(sweep)
     runs = match_tokens(sweep, runs)
-    store = in_process(_fill_cache, sweep, runs, out) if has_cache(sweep) else None
-    models = in_process(_score_models, sweep, out)
-    for number, planned in enumerate(runs, start=1):
-        console.print(f"run {number} of {len(runs)}: {planned.name}", highlight=False)
-        in_process(
-            _run_one,
-            with_cache(sweep, planned, out).config,
-            scoring_of(sweep, planned.config),
-            out / "runs" / planned.name,
-        )
+    store = _store(sweep, runs, out, on) if has_cache(sweep) else None
+    models = _score_models(sweep, out, on)
+    for (_, _, directory), _ in map_in_processes(_run_one, _announced(sweep, runs, out), on):
+        if on == "ray":
+            console.print(f"done: {directory.name}", highlight=False)
     summary = summarise(sweep, runs, models, store, out)
     write_json(out / "summary.json", summary)
     return summary
+
+
+def _announced(
+    sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path
+) -> Iterator[tuple[DistillConfig, EvaluateStageConfig, Path]]:
+    for number, planned in enumerate(runs, start=1):
+        console.print(f"run {number} of {len(runs)}: {planned.name}", highlight=False)
+        yield with_cache(sweep, planned, out).config, scoring_of(sweep, planned.config), out / "runs" / planned.name
 
 
 def _refuse_leaks(sweep: SweepConfig) -> None:
@@ -96,7 +100,12 @@ def with_cache(sweep: SweepConfig, planned: PlannedRun, out: Path) -> PlannedRun
     return planned._replace(config=dataclasses.replace(planned.config, teacher=teacher))
 
 
-def _fill_cache(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> dict[str, Any]:
+def _store(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path, on: Place) -> dict[str, Any]:
+    # On Ray the teacher is loaded by the tasks; here in a process whose memory goes back when it is done.
+    return _fill_cache(sweep, runs, out, on) if on == "ray" else in_process(_fill_cache, sweep, runs, out, on)
+
+
+def _fill_cache(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path, on: Place) -> dict[str, Any]:
     """Store what the teacher says at every position that a run asks for; what is there already is kept."""
     name = sweep.distill.teacher.model
     assert name is not None
@@ -120,37 +129,32 @@ def _taught(config: DistillConfig, tokenizer: Any) -> list[Example]:
     return data.train + (data.validation if config.training.keep_best == "kd" else [])
 
 
-def _score_models(sweep: SweepConfig, out: Path) -> dict[str, Any]:
+def _score_models(sweep: SweepConfig, out: Path, on: Place) -> dict[str, Any]:
     """Teacher and base student before any training, each scored once."""
     names = {"base": sweep.distill.student.model}
     if sweep.evaluate_teacher:
         names["teacher"] = sweep.distill.teacher.model
-    scored = {}
-    for role, name in names.items():
-        if name is None:
-            continue
-        stage = dataclasses.replace(scoring_of(sweep, sweep.distill), model=name)
-        directory = out / role
-        inputs = {"model": model_hash(name)}
-        if not Checkpoint(directory).is_made_of(stage, inputs):
-            with output_directory(directory, overwrite=True) as working:
-                summary = score(name, stage, working)
-                write_manifest(working, stage="evaluate", config=stage, inputs=inputs, metrics=summary)
-        scored[role] = {"name": name} | Checkpoint(directory).manifest["metrics"]
-    return scored
+    stage = scoring_of(sweep, sweep.distill)
+    calls = [(dataclasses.replace(stage, model=name), out / role) for role, name in names.items() if name is not None]
+    metrics = {scoring[0].model: found for scoring, found in map_in_processes(_score_one, calls, on)}
+    return {role: {"name": name} | metrics[name] for role, name in names.items() if name is not None}
 
 
 def _run_one(config: DistillConfig, scoring: EvaluateStageConfig, directory: Path) -> None:
     """Train and score one run, or what is missing of it."""
     if not Checkpoint(directory).is_made_of(config, train.inputs_of(config)):
         _train_one(config, directory)
-    evaluation = directory / "evaluation"
-    scoring = dataclasses.replace(scoring, model=str(directory))
-    inputs = {"model": model_hash(str(directory))}
-    if not Checkpoint(evaluation).is_made_of(scoring, inputs):
-        with output_directory(evaluation, overwrite=True) as working:
-            summary = score(str(directory), scoring, working)
+    _score_one(dataclasses.replace(scoring, model=str(directory)), directory / "evaluation")
+
+
+def _score_one(scoring: EvaluateStageConfig, directory: Path) -> dict[str, Any]:
+    """The metrics of one model, from before where they are there."""
+    inputs = {"model": model_hash(scoring.model)}
+    if not Checkpoint(directory).is_made_of(scoring, inputs):
+        with output_directory(directory, overwrite=True) as working:
+            summary = score(scoring.model, scoring, working)
             write_manifest(working, stage="evaluate", config=scoring, inputs=inputs, metrics=summary)
+    return Checkpoint(directory).manifest["metrics"]
 
 
 def _train_one(config: DistillConfig, directory: Path) -> None:

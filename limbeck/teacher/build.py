@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from limbeck.ledger import Ledger
 from limbeck.models.anatomy import head_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
 from limbeck.progress import bar
+from limbeck.runner.place import Place, Prepared
 from limbeck.teacher.cache import CHECKSUMS, SPEC, CacheConfig, Spec, TeacherCache, check_sums, open_shards, seal
 from limbeck.teacher.score import score_shard
 from limbeck.teacher.shard import PARTIAL, Shard, Stored
@@ -33,21 +35,27 @@ SHARD_POSITIONS = 16_384
 
 
 def write_cache(
-    teacher: str, config: CacheConfig, sequences: Sequence[Stored], out: Path, stage_config: Any
+    teacher: str,
+    config: CacheConfig,
+    sequences: Sequence[Stored],
+    out: Path,
+    stage_config: Any,
+    on: Place = "local",
 ) -> dict[str, Any]:
     """Load the teacher, bring `out` to hold targets of all `sequences`, and finish it with manifest and checksums.
 
     Args:
       teacher: directory, alias or hub id.
       stage_config: what goes into the manifest as the config.
+      on: where the teacher is loaded and the shards are scored.
     Returns: the manifest's metrics: fidelity, bytes, cost, shards written and kept.
     """
-    model, tokenizer = load_model(teacher, layout="packed"), load_tokenizer(teacher)
-    spec = spec_of(model, teacher, model_hash(teacher), vocabulary_size(tokenizer), config)
+    scorer = Prepared(partial(load_model, teacher, layout="packed"), on)
+    [(_, spec)] = scorer.map(partial(_spec, teacher), [config])
     ledger = Ledger()
     positions = sum(int(root.positions.sum()) for root in share_prefixes(sequences))
     with bar("teacher cache, positions", positions) as progress:
-        counts = build_cache(model, spec, sequences, out, ledger=ledger, advance=progress.advance)
+        counts = fill_cache(scorer, spec, sequences, out, ledger=ledger, advance=progress.advance)
     if counts["shards_written"] == 0 and _is_sealed(out):
         return Checkpoint(out).manifest["metrics"]
     cost = ledger.as_dict()
@@ -82,6 +90,10 @@ def verify(directory: Path) -> dict[str, Any]:
     return {"verified": str(directory), **{name: stats(directory)[name] for name in ("shards", "positions", "bytes")}}
 
 
+def _spec(name: str, model: Any, config: CacheConfig) -> Spec:
+    return spec_of(model, name, model_hash(name), vocabulary_size(load_tokenizer(name)), config)
+
+
 def spec_of(model: Any, name: str, identity: str, vocab_size: int, config: CacheConfig) -> Spec:
     """The spec of a cache of `model`, which was loaded as `name` and has the hash `identity`."""
     weight = head_of(model).weight
@@ -97,12 +109,36 @@ def build_cache(
     *,
     shard_positions: int = SHARD_POSITIONS,
     ledger: Ledger | None = None,
-    advance: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """`fill_cache` with a `model` that is there, the teacher of `spec`, loaded with the packed attention."""
+    return fill_cache(Prepared(lambda: model), spec, sequences, out, shard_positions=shard_positions, ledger=ledger)
+
+
+class _Job(NamedTuple):
+    """A shard to score."""
+
+    path: Path
+    members: Sequence[Stored]
+
+    @property
+    def positions(self) -> int:
+        return sum(int(member.positions.sum()) for member in self.members)
+
+
+def fill_cache(
+    scorer: Prepared[Any],
+    spec: Spec,
+    sequences: Sequence[Stored],
+    out: Path,
+    *,
+    shard_positions: int = SHARD_POSITIONS,
+    ledger: Ledger | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Bring the directory `out` to hold targets of all `sequences`; `cache.seal` finishes it.
 
     Args:
-      model: the teacher of `spec`, loaded with the packed attention.
+      scorer: where the teacher of `spec` is loaded, with the packed attention, and scores.
       sequences: token ids and positions; duplicates and beginnings of others cost nothing.
       advance: called with the number of positions done.
     Returns: counts (shards written and kept, positions scored).
@@ -112,20 +148,26 @@ def build_cache(
     ledger = ledger or Ledger()
     _claim(out, spec)
     plan, shards = plan_shards(sequences, spec, out, shard_positions)
-    counts = {"shards_written": 0, "shards_kept": 0, "positions_scored": 0}
-    for number, members in enumerate(shards):
-        path = out / f"shard-{plan}-{number:05d}.bin"
-        positions = sum(int(member.positions.sum()) for member in members)
-        if _is_whole(path, spec):
-            counts["shards_kept"] += 1
-        else:
-            (out / CHECKSUMS).unlink(missing_ok=True)
-            score_shard(model, spec, members, path, ledger)
-            counts["shards_written"] += 1
-            counts["positions_scored"] += positions
-        if advance is not None:
-            advance(positions)
-    return counts
+    jobs = [_Job(out / f"shard-{plan}-{number:05d}.bin", members) for number, members in enumerate(shards)]
+    missing = [job for job in jobs if not _is_whole(job.path, spec)]
+    advance(sum(job.positions for job in jobs) - sum(job.positions for job in missing))
+    if missing:
+        (out / CHECKSUMS).unlink(missing_ok=True)
+    for job, cost in scorer.map(partial(_score, spec), missing):
+        ledger.restore(cost)
+        advance(job.positions)
+    return {
+        "shards_written": len(missing),
+        "shards_kept": len(jobs) - len(missing),
+        "positions_scored": sum(job.positions for job in missing),
+    }
+
+
+def _score(spec: Spec, model: Any, job: _Job) -> dict[str, Any]:
+    """Write one shard; its cost."""
+    ledger = Ledger()
+    score_shard(model, spec, job.members, job.path, ledger)
+    return ledger.as_dict()
 
 
 def plan_shards(

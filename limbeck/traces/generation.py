@@ -22,6 +22,7 @@ from limbeck.config import config_hash, to_dict
 from limbeck.errors import ConfigError, LimbeckError, TraceFormatError
 from limbeck.models.generate import SamplingConfig
 from limbeck.progress import bar
+from limbeck.runner.place import Place
 from limbeck.traces.journal import Journal
 from limbeck.traces.render import RenderConfig
 from limbeck.traces.select import deduplicate
@@ -67,17 +68,19 @@ class GenerateConfig:
             raise ConfigError(f"group_prompts must be at least 1; found {self.group_prompts}")
 
 
-def run(config: GenerateConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def run(config: GenerateConfig, out: Path, *, overwrite: bool = False, on: Place = "local") -> dict[str, Any]:
     """Write `traces.jsonl`, `skipped.json` and a manifest into `out`; returns the counts.
 
     Started again after an interruption it goes on; started again after its end, with the same config, it does nothing.
     Raises: LimbeckError when no usable trace was made, or the server does not answer; what was made is kept.
     """
+    if on == "ray" and config.server is not None:
+        raise ConfigError("--on ray: a server does its own work and is asked from here; leave --on out, or set model.")
     if not overwrite and Checkpoint(out).is_finished and Checkpoint(out).manifest["config_hash"] == config_hash(config):
         return _result(out, Checkpoint(out).manifest["counts"])
     prompts, num_duplicates = read_prompts(config.prompts)
     with output_directory(out, overwrite=overwrite, resume=True) as working:
-        with _writer(config) as writer, Journal(working / JOURNAL_FILE, _job(config, writer, prompts)) as journal:
+        with _writer(config, on) as writer, Journal(working / JOURNAL_FILE, _job(config, writer, prompts)) as journal:
             _fill(writer, prompts, journal)
         counts = _write(config, writer, prompts, journal.records, working)
         counts = {"prompts": len(prompts), "duplicate_prompts": num_duplicates, **counts}
@@ -113,9 +116,9 @@ def to_thought(record: dict[str, Any], markers: Markers) -> Thought:
 
 
 @contextmanager
-def _writer(config: GenerateConfig) -> Iterator[Writer]:
+def _writer(config: GenerateConfig, on: Place) -> Iterator[Writer]:
     if config.model is not None:
-        yield LocalWriter(config.model, config.sampling, config.render, config.group_prompts)
+        yield LocalWriter(config.model, config.sampling, config.render, config.group_prompts, on)
         return
     assert config.server is not None
     client = Client(config.server, config.client, api_key(config.client))

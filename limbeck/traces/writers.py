@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from limbeck.client import Client, ServerRefusal, map_concurrently
 from limbeck.models.generate import SamplingConfig, generate
 from limbeck.models.load import load_model, load_tokenizer, model_hash
+from limbeck.runner.place import Place, Prepared
 from limbeck.traces.journal import Key
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.trace import Trace
@@ -23,7 +25,7 @@ Records = dict[Key, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class LocalWriter:
-    """Samples from a model in this process, in fixed groups of prompts.
+    """Samples from a model in this process or on Ray, in fixed groups of prompts.
 
     A group is always sampled as a whole and with a seed of its own, so that a resumed job computes the same batches as
     an uninterrupted one, and therefore the same bits.
@@ -33,6 +35,7 @@ class LocalWriter:
     sampling: SamplingConfig
     render: RenderConfig
     group_prompts: int
+    on: Place = "local"
 
     @property
     def identity(self) -> str:
@@ -48,26 +51,34 @@ class LocalWriter:
             for number, group in enumerate(groups)
             if any((prompt.prompt_key, sample) not in done for prompt in group for sample in samples)
         ]
-        if not todo:
-            return
-        model, tokenizer = load_model(self.model), load_tokenizer(self.model)
-        stops = stop_ids(tokenizer, self.render)
-        for number, group in todo:
-            ids = [render_prompt(tokenizer, prompt.messages, self.render) for prompt in group]
-            # Seeds of groups are far apart: the sampler adds no number to them, it hashes (seed, prompt, sample).
-            sampling = replace(self.sampling, seed=self.sampling.seed * 2**32 + number)
-            completions = generate(model, ids, sampling, stops, tokenizer.pad_token_id)
-            yield {
-                (prompt.prompt_key, sample): {
-                    "text": tokenizer.decode(completion.text_ids, skip_special_tokens=False),
-                    "reasoning": None,
-                    "stopped": completion.stopped,
-                    "prompt_tokens": len(prompt_ids),
-                    "tokens": len(completion.token_ids),
-                }
-                for prompt, prompt_ids, row in zip(group, ids, completions, strict=True)
-                for sample, completion in enumerate(row)
-            }
+        prepared = Prepared(partial(_load, self.model), self.on)
+        for _, records in prepared.map(partial(_sample_group, self.sampling, self.render), todo):
+            yield records
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    return load_model(name), load_tokenizer(name)
+
+
+def _sample_group(
+    sampling: SamplingConfig, rendering: RenderConfig, loaded: tuple[Any, Any], item: tuple[int, Sequence[Trace]]
+) -> Records:
+    (model, tokenizer), (number, group) = loaded, item
+    ids = [render_prompt(tokenizer, prompt.messages, rendering) for prompt in group]
+    # Seeds of groups are far apart: the sampler adds no number to them, it hashes (seed, prompt, sample).
+    sampling = replace(sampling, seed=sampling.seed * 2**32 + number)
+    completions = generate(model, ids, sampling, stop_ids(tokenizer, rendering), tokenizer.pad_token_id)
+    return {
+        (prompt.prompt_key, sample): {
+            "text": tokenizer.decode(completion.text_ids, skip_special_tokens=False),
+            "reasoning": None,
+            "stopped": completion.stopped,
+            "prompt_tokens": len(prompt_ids),
+            "tokens": len(completion.token_ids),
+        }
+        for prompt, prompt_ids, row in zip(group, ids, completions, strict=True)
+        for sample, completion in enumerate(row)
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ ROOT = Path(limbeck.__file__).parent
 LAYERS = [
     ["errors"],
     ["config", "progress", "client"],
+    ["runner"],
     ["checkpoint"],
     ["models"],
     ["ledger"],
@@ -36,6 +37,7 @@ LAZY_IMPORTS_ALLOWED = {
     "limbeck/traces/gym.py",
     "limbeck/traces/hub.py",
     "limbeck/serve/command.py",
+    "limbeck/runner/cluster.py",
     "limbeck/serve/engine/constraints.py",
 }
 
