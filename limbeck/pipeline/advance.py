@@ -108,6 +108,16 @@ class Pipeline:
             found[f"record of {name}"] = record.identity if record else UNKNOWN
         return found
 
+    def files(self) -> list[Path]:
+        """Every file that the stages have read or written."""
+        written = [stage.directory(self.out) / name for stage in self.stages for name in self.records[stage.name].files]
+        read = [file for stage in self.stages for name in named(stage.config) for file in self._read_files(name)]
+        return [*written, *read]
+
+    def _read_files(self, name: str) -> list[Path]:
+        path = None if name.startswith(OUT) else _path_of(name)
+        return [] if path is None else [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+
     def _reason(self, stage: Stage) -> str | None:
         return why(stage, self.records.get(stage.name), self.inputs(stage), self.out, self.hashes)
 
@@ -115,11 +125,8 @@ class Pipeline:
         if name.startswith(OUT):
             record = self.records.get(self._writer(stage, name).name)
             return record.gives if record else UNKNOWN
-        path = Path(name).expanduser()
-        if name in BUILT_IN or name in GGUF_ALIASES:
-            path = Path(locate(name).path)
-        # A hub id, and a task that makes its traces, stand for themselves.
-        return hash_path(path, self.hashes.of) if path.exists() else None
+        path = _path_of(name)
+        return None if path is None else hash_path(path, self.hashes.of)
 
     def _writer(self, stage: Stage, name: str) -> Stage:
         """The stage before `stage` that writes what is called `name`."""
@@ -197,6 +204,12 @@ def with_ledger(directory: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
     flops, seconds = ledger.get("flops", {}).get("total"), sum(ledger.get("seconds", {}).values())
     counted = {"seconds": seconds, "tokens": ledger.get("tokens"), "flops": flops}
     return {name: value for name, value in counted.items() if value} | {**measured, "peak_bytes": peak}
+
+
+def _path_of(name: str) -> Path | None:
+    """Where a model or file is; None for a hub id and for a task that makes its traces, which stand for themselves."""
+    path = Path(locate(name).path) if name in BUILT_IN or name in GGUF_ALIASES else Path(name).expanduser()
+    return path if path.exists() else None
 
 
 def _remove_working(directory: Path) -> None:

@@ -8,13 +8,16 @@ OUT/report.html, report.md, limbeck.json, export/README.md                      
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from limbeck.pipeline import finished
 from limbeck.pipeline.advance import Pipeline
 from limbeck.pipeline.config import PipelineConfig
 from limbeck.pipeline.stages import stages_of
 from limbeck.pipeline.telling import telling_stages
+from limbeck.report.page import PAGE
 
 
 def run(config: PipelineConfig, out: Path, *, dry_run: bool = False) -> dict[str, Any]:
@@ -27,7 +30,11 @@ def run(config: PipelineConfig, out: Path, *, dry_run: bool = False) -> dict[str
     """
     stages = stages_of(config)
     pipeline = Pipeline([*stages, *telling_stages(config, stages)], out)
+    plan = pipeline.plan()
     if dry_run:
-        return {"stages": [(p.stage.name, p.reason) for p in pipeline.plan()]}
+        return {"stages": [(p.stage.name, p.reason) for p in plan]}
+    finished.forget(out)
     ran = pipeline.advance({})
-    return {"out": str(out), "ran": ran}
+    result = {"out": str(out), "report": str(out / PAGE)}
+    finished.remember(sys.argv[2:], out, pipeline.files(), result | {"ran": []}, len(pipeline.stages))
+    return result | {"ran": ran}

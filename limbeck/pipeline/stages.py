@@ -214,9 +214,10 @@ def call_cache(config: CachePartsConfig, out: Path, resume: bool) -> dict[str, A
 
 
 def call_sweep(config: SweepConfig, out: Path, resume: bool) -> dict[str, Any]:
-    """Train and score all runs; the sum of what they took."""
+    """Train and score all runs, each in a process of its own; the sum of what they took, and the highest memory."""
     rows = execute.run(config, out)["runs"]
-    return {name: sum(row[name] for row in rows) for name in ("tokens", "flops")}
+    sums = {name: sum(row[name] for row in rows) for name in ("tokens", "flops")}
+    return sums | {"peak_bytes": max(row["peak_bytes"] for row in rows)}
 
 
 def call_choose(config: ChooseConfig, out: Path, resume: bool) -> None:
