@@ -31,7 +31,9 @@ from limbeck.errors import ConfigError, LimbeckError, nearest
 from limbeck.evaluate import stage as evaluate
 from limbeck.evaluate import verify
 from limbeck.optim.study import converge, escape, race
+from limbeck.pipeline import command as pipeline
 from limbeck.pipeline import ranking as rank_pipeline
+from limbeck.pipeline.config import PipelineConfig
 from limbeck.progress import console
 from limbeck.ranking import evaluate as rank_evaluate
 from limbeck.ranking import recover as rank_recover
@@ -271,6 +273,12 @@ COMMANDS: dict[str, Command] = {
         ("--out",),
         subject="model",
     ),
+    "pipeline": Command(
+        PipelineConfig,
+        lambda config, options: pipeline.run(config, options.out, dry_run=options.dry_run),
+        "traces to a served model in one recipe, each stage skipped when nothing changed; called again, it goes on",
+        ("--out", "--dry-run"),
+    ),
     "rank pipeline": Command(
         rank_pipeline.RankPipelineConfig,
         _rank_pipeline,
@@ -295,8 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 2
     except KeyboardInterrupt:
         _say(
-            "limbeck: interrupted. demo, sweep, teacher cache and traces generate go on when called again; distill, "
-            "recover, rank train and optim go on with --resume."
+            "limbeck: interrupted. demo, pipeline, sweep, teacher cache and traces generate go on when called again; "
+            "distill, recover, rank train and optim go on with --resume."
         )
         code = 130
     sys.exit(code)
