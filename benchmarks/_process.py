@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from limbeck import ledger
-from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, LossConfig, StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.distill.data import Data
 from limbeck.distill.objective import Teacher
 from limbeck.distill.parallel import Ranks
-from limbeck.distill.plan import plan_steps
+from limbeck.distill.plan import Step, plan_steps
+from limbeck.distill.setup import Run
 from limbeck.models.anatomy import sizes_of
 from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
 from limbeck.optim.build import OptimizerConfig, build_optimizer
@@ -98,7 +98,7 @@ def render_traces(traces: Sequence[Trace], directory: Path) -> list[Sample]:
 
 def set_up(
     student: Path, teacher: Teacher, warm_up: Sequence[Sample], batches: Sequence[Sequence[Example]], threads: int
-) -> train.Run:
+) -> Run:
     """A run of limbeck's own loop, KD only: step 0 on short beginnings of `warm_up`, then one step a batch."""
     config = DistillConfig(
         student=StudentConfig(model=str(student)),
@@ -115,7 +115,7 @@ def set_up(
     everything = SupervisionConfig(preset="prompt+cot+answer")
     groups = [[make_example(sample, cut, everything) for sample in warm_up], *batches]
     vocab_size = vocabulary_size(tokenizer)
-    run = train.Run(
+    run = Run(
         config=config,
         model=model.train(),
         tokenizer=tokenizer,
@@ -131,7 +131,7 @@ def set_up(
     return run
 
 
-def _one_step_each(groups: Sequence[Sequence[Example]], training: TrainingConfig) -> list[train.Step]:
+def _one_step_each(groups: Sequence[Sequence[Example]], training: TrainingConfig) -> list[Step]:
     """The planner's step for each group, its indices moved to where the group stands among all examples."""
     steps, start = [], 0
     for group in groups:
@@ -146,12 +146,12 @@ def _one_step_each(groups: Sequence[Sequence[Example]], training: TrainingConfig
             seed=training.seed,
         )
         moved = tuple(tuple(tuple(i + start for i in part) for part in rank) for rank in step.microbatches)
-        steps.append(train.Step(moved))
+        steps.append(Step(moved))
         start += len(group)
     return steps
 
 
-def product_flops_per_second(run: train.Run, tokens: int, rows: int, repeats: int) -> float:
+def product_flops_per_second(run: Run, tokens: int, rows: int, repeats: int) -> float:
     """Speed of torch's plain float32 products: those of one layer over `tokens` and of the head over `rows`."""
     layer = run.model.model.layers[0]
     shapes = [(tokens, *module.weight.shape) for module in layer.modules() if isinstance(module, torch.nn.Linear)]

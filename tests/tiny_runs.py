@@ -22,6 +22,7 @@ from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.objective import microbatch_loss, step_totals
 from limbeck.distill.pair import load_student, load_teacher
+from limbeck.distill.parallel import Ranks
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import sizes_of
 from limbeck.models.load import vocabulary_size
@@ -105,7 +106,7 @@ def one_step(
 ) -> Stepped:
     """Gradient of one step over all training examples, in the given micro-batches (all at once by default)."""
     student, tokenizer = load_student(config, None)
-    teacher = load_teacher(config, CPU)
+    teacher = load_teacher(config, Ranks(0, 1, CPU))
     if prepare_student is not None:
         prepare_student(student)
     student.train()

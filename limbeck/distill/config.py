@@ -154,7 +154,7 @@ class ParallelConfig:
     """How student and live teachers lie on the processes that torchrun starts; one process alone holds all of them."""
 
     strategy: Strategy = "replicate"
-    """replicate: every process holds the whole student; shard: each holds a part of its weights, gradients and optimizer
+    """replicate: every process holds the whole student; shard: each holds a part of weights, gradients and optimizer
     state, and gathers one layer at a time (FSDP2)."""
     shard_size: int | None = None
     """Processes that hold one copy of the student between them; null: all. 8 keeps the gathering inside a node."""
@@ -321,6 +321,7 @@ class DistillConfig:
                 "on_policy needs teachers that can score new text: set teacher.model or teacher.server and no "
                 "teacher.cache, which knows given traces only"
             )
+        self._check_parallel()
         if self.training.keep_best is not None and not self.num_validation:
             raise ConfigError("training.keep_best needs held-out traces; set num_validation")
         if self.training.keep_best == "kd" and not self.has_teacher:
@@ -333,6 +334,17 @@ class DistillConfig:
             raise ConfigError(f"num_validation must be at least 0; found {self.num_validation}")
         if self.max_trace_tokens is not None and self.max_trace_tokens < 1:
             raise ConfigError(f"max_trace_tokens must be at least 1; found {self.max_trace_tokens}")
+
+    def _check_parallel(self) -> None:
+        parallel = self.training.parallel
+        if parallel.strategy == "shard" and self.on_policy is not None:
+            raise ConfigError(
+                "on_policy needs parallel.strategy replicate: a student in parts gathers every layer for each token"
+            )
+        if parallel.shard_head and self.supervision.select is not None:
+            raise ConfigError("supervision.select reads whole rows of logits; set parallel.shard_head false")
+        if parallel.tensor_parallel_size > 1 and self.lora is not None:
+            raise ConfigError("parallel.tensor_parallel_size above 1 splits plain linear layers; leave lora out")
 
     @property
     def has_teacher(self) -> bool:

@@ -22,6 +22,11 @@ class SeveralTeachers:
     teachers: tuple[Any, ...]
     weights: tuple[float, ...]
 
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must ask together."""
+        return any(teacher.in_step for teacher in self.teachers)
+
     def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> SeveralTargets:
         """The targets of all teachers for the tokens at flat indices `rows` of the batch."""
         parts = tuple(teacher.targets(batch, examples, rows, ledger) for teacher in self.teachers)

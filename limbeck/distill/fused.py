@@ -27,6 +27,7 @@ from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.head import Head
 from limbeck.distill.rowloss import row_loss
 from limbeck.distill.rows import Rows, check_shapes, make_rows
+from limbeck.distill.vocabulary import WHOLE, VocabularyPart, gather_rows, own_rows
 from limbeck.errors import ConfigError
 from limbeck.teacher.targets import DenseTargets, TeacherTargets
 
@@ -67,6 +68,7 @@ def fused_loss(
     scale_by_temperature_squared: bool = True,
     vocab_size: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    part: VocabularyPart | None = None,
 ) -> FusedLoss:
     """sum_i ce_coef_i CE_i + kd_coef_i T^2 D_i, differentiable by the student's hidden states and head.
 
@@ -94,6 +96,8 @@ def fused_loss(
         scale_by_temperature_squared: multiply D by T^2, value and gradient; the gradient keeps its size.
         vocab_size: the student's real vocabulary; head rows from there on are padding and take no part.
         chunk_bytes: budget of the [C V] logit buffers, in bytes.
+        part: the heads are those rows of the vocabulary alone. All processes of the group call together, each with rows
+            of its own; the value of all their rows is returned in equal shares, the gradients are of them all.
 
     Returns: FusedLoss; when all coefficients are 0 the total is 0 and so are the gradients.
 
@@ -101,20 +105,31 @@ def fused_loss(
         ConfigError for a temperature or a budget that is not positive.
     """
     vocab = len(head_weight) if vocab_size is None else vocab_size
-    check_shapes(hidden, head_weight, labels, head_bias, ce_coef, kd_coef, targets, vocab)
+    if part is None:
+        check_shapes(hidden, head_weight, labels, head_bias, ce_coef, kd_coef, targets, vocab)
     if not (temperature > 0 and chunk_bytes > 0):
         raise ConfigError(f"fused_loss: temperature {temperature} and chunk_bytes {chunk_bytes} must be above 0.")
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    inputs, num_entries = (hidden, head_weight, head_bias), vocab
+    if part is not None:
+        hidden, labels, ce_coef, kd_coef, targets = gather_rows(part.group, hidden, labels, ce_coef, kd_coef, targets)
+        hidden.requires_grad_(inputs[0].requires_grad)
+        num_entries = part.stop - part.start
     gradients = _Gradients.zeros(compute, hidden, head_weight, head_bias)
-    student, teacher = Head(hidden, head_weight, head_bias, vocab), None
+    student, teacher = Head(hidden, head_weight, head_bias, num_entries), None
     if isinstance(targets, DenseTargets) and bool(kd_coef.any()):
-        teacher = Head(targets.hidden, targets.head_weight, targets.head_bias, vocab)
-    loss = functools.partial(row_loss, divergence=divergence.bind(), temperature=temperature)
+        teacher = Head(targets.hidden, targets.head_weight, targets.head_bias, num_entries)
+    loss = functools.partial(row_loss, divergence=divergence.bind(), temperature=temperature, vocabulary=part or WHOLE)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         kd_scale = temperature**2 if scale_by_temperature_squared else 1.0
         rows = make_rows(labels, ce_coef.to(compute), kd_coef.to(compute) * kd_scale, targets, vocab)
-        ce_sum, kd_sum, head_rows = _accumulate(student, teacher, rows, loss, chunk_bytes, gradients)
-    total = _KnownGradients.apply(ce_sum + kd_sum, gradients, hidden, head_weight, head_bias)
+        ce_sum, kd_sum, head_rows = _accumulate(
+            student, teacher, rows, loss, chunk_bytes, gradients, None if part is None else part.largest
+        )
+        if part is not None:
+            ce_sum, kd_sum = ce_sum / part.group.size(), kd_sum / part.group.size()
+            gradients = gradients.of_rows(part, len(inputs[0]))
+    total = _KnownGradients.apply(ce_sum + kd_sum, gradients, *inputs)
     return FusedLoss(total, ce_sum, kd_sum, head_rows)
 
 
@@ -154,6 +169,11 @@ class _Gradients:
         hidden, weight, bias = (zeros(x) for x in inputs)
         return _Gradients(hidden, weight, bias)
 
+    def of_rows(self, part: VocabularyPart, length: int) -> _Gradients:
+        """With the hidden gradient of this process's rows alone, from what all parts of the vocabulary add to it."""
+        own = None if self.hidden is None else own_rows(part.group, self.hidden, length)
+        return _Gradients(own, self.weight, self.bias)
+
     def add(self, index: Tensor, states: Tensor, by_logits: Tensor, weight: Tensor) -> None:
         """Add what the rows `index` contribute; `by_logits` [n V] is the gradient by their logits."""
         if self.hidden is not None:
@@ -173,11 +193,15 @@ def _accumulate(
     loss: Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor]],
     chunk_bytes: int,
     gradients: _Gradients,
+    part_entries: int | None,
 ) -> tuple[Tensor, Tensor, int]:
-    """Sums of the weighted CE and KD terms and the number of their rows; fills `gradients` on the way."""
+    """Sums of the weighted CE and KD terms and the number of their rows; fills `gradients` on the way.
+
+    Where heads are parts, `part_entries` is the size of the largest: all processes must cut the same chunks.
+    """
     index = torch.nonzero((rows.ce_coef != 0) | (rows.kd_coef != 0))[:, 0]
     heads = [student] if teacher is None else [student, teacher]
-    limit = chunk_bytes // sum(head.row_bytes for head in heads)
+    limit = chunk_bytes // sum(head.row_bytes(part_entries) for head in heads)
     if student.buffer.device.type == "cpu":
         limit = min(limit, CPU_CHUNK_ROWS)
     chunk_rows = _even_parts(len(index), limit)
@@ -192,7 +216,8 @@ def _accumulate(
         teacher_logits = None
         if teacher is not None:
             teacher_logits = teacher.logits(teacher.states(chunk).masked_fill(part.kd_coef == 0, 0.0))
-        sums += _to_gradient(student, logits, teacher, teacher_logits, part, loss)
+        block_rows = len(chunk) if part_entries else _block_rows(logits.shape[1] * sums.itemsize, logits.device.type)
+        sums += _to_gradient(student, logits, teacher, teacher_logits, part, loss, block_rows)
         gradients.add(chunk, states, logits, student.weight)
     return sums[0], sums[1], len(index)
 
@@ -204,10 +229,10 @@ def _to_gradient(
     teacher_logits: Tensor | None,
     rows: Rows,
     loss: Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor]],
+    block_rows: int,
 ) -> Tensor:
     """The two sums [2] of a chunk; `logits` becomes the gradient, block by block."""
     compute = rows.ce_coef.dtype
-    block_rows = _block_rows(logits.shape[1] * compute.itemsize, logits.device.type)
     sums = rows.ce_coef.new_zeros(2)
     for start in range(0, len(logits), block_rows):
         block = slice(start, start + block_rows)

@@ -16,23 +16,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from limbeck.models.sharded import copy_whole_, whole_tensor
+
 BEST_PREFIX = "best-"
 
 
 class Guard:
     """The best validation so far, and how many since were no better."""
 
-    def __init__(self, directory: Path, column: str, patience: int | None) -> None:
-        """Watch `column` of the metrics; with `patience`, give up after so many validations without a lower value."""
+    def __init__(self, directory: Path, column: str, patience: int | None, writes: bool = True) -> None:
+        """Watch `column` of the metrics; with `patience`, give up after so many validations without a lower value.
+
+        On several processes all watch the same metrics, and one of them `writes`.
+        """
         self.best: Mapping[str, Any] | None = None
         """Metrics of the best step; None before the first validation with a finite loss."""
         self._misses = 0
-        self._directory, self._column, self._patience = directory, column, patience
+        self._directory, self._column, self._patience, self._writes = directory, column, patience, writes
         self._saved: Mapping[str, Any] | None = None
 
-    def begin(self, row: Mapping[str, Any], model: nn.Module | None) -> None:
+    def begin(self, row: Mapping[str, Any], model: nn.Module) -> None:
         """Take in the weights that training starts from, as `watch` does; what an interrupted run left stays."""
-        if self._is_better(row) and model is not None:
+        if self._is_better(row):
             self._write(row, model)
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -41,9 +46,9 @@ class Guard:
             self._is_better(row)
         self._saved = self.best
 
-    def watch(self, row: Mapping[str, Any], model: nn.Module | None) -> None:
-        """Take in the metrics of a step; if best, keep the weights of `model`, given on the rank that writes."""
-        if self._is_better(row) and model is not None:
+    def watch(self, row: Mapping[str, Any], model: nn.Module) -> None:
+        """Take in the metrics of a step; if best, keep the weights of `model`."""
+        if self._is_better(row):
             self._write(row, model)
             self._tidy()
 
@@ -64,7 +69,7 @@ class Guard:
             weights = load_file(self._file(self.best))
             for name, parameter in model.named_parameters():
                 if name in weights:
-                    parameter.copy_(weights[name])
+                    copy_whole_(parameter, weights[name])
 
     def _is_better(self, row: Mapping[str, Any]) -> bool:
         value = row.get(self._column)
@@ -77,7 +82,10 @@ class Guard:
         return False
 
     def _write(self, row: Mapping[str, Any], model: nn.Module) -> None:
-        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        weights = {name: whole_tensor(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+        if not self._writes:
+            return
+        weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
         partial = self._directory / f"{BEST_PREFIX}partial"
         save_file(weights, partial)
         partial.replace(self._file(row))
@@ -86,6 +94,8 @@ class Guard:
         return self._directory / f"{BEST_PREFIX}{row['step']:08d}.safetensors"
 
     def _tidy(self) -> None:
+        if not self._writes:
+            return
         needed = {self._file(row) for row in (self.best, self._saved) if row is not None}
         for file in self._directory.glob(BEST_PREFIX + "*.safetensors"):
             if file not in needed:

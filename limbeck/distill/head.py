@@ -13,8 +13,11 @@ class Head:
         self.hidden = hidden.detach()
         self.weight = weight.detach()[:vocab].to(_product_dtype(hidden, weight))
         self.bias = None if bias is None else bias.detach()[:vocab]
-        self.row_bytes = len(self.weight) * self.weight.element_size()
         self.buffer = self.weight.new_empty(0)
+
+    def row_bytes(self, entries: int | None = None) -> int:
+        """Bytes of a row of logits, of `entries` of them where that is not the head's number."""
+        return (len(self.weight) if entries is None else entries) * self.weight.element_size()
 
     def allocate(self, rows: int) -> None:
         self.buffer = self.weight.new_empty(rows, len(self.weight))

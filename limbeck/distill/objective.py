@@ -17,6 +17,7 @@ from limbeck.distill.config import LossConfig
 from limbeck.distill.ensemble import weighted_fused_loss
 from limbeck.distill.fused import FusedLoss
 from limbeck.distill.selection import SupervisedRows, divergences, keep_top, teacher_entropies
+from limbeck.distill.vocabulary import VocabularyPart, head_rows, part_of, with_heads
 from limbeck.ledger import (
     Ledger,
     backbone_backward_flops,
@@ -25,6 +26,7 @@ from limbeck.ledger import (
     head_forward_flops,
 )
 from limbeck.models.anatomy import Computed, Head, Sizes, head_of, hidden_rows
+from limbeck.models.sharded import is_sharded, whole_head
 from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets
 from limbeck.traces.batch import Batch, Example
 from limbeck.traces.supervise import TokenSelection
@@ -32,6 +34,11 @@ from limbeck.traces.supervise import TokenSelection
 
 class Teacher(Protocol):
     """Gives targets at the supervised positions of a batch."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must ask together, because each holds a part of it."""
+        ...
 
     def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> TeacherTargets:
         """Targets for the tokens at flat indices `rows` of the batch, in that order; charges its cost to the ledger."""
@@ -50,6 +57,7 @@ class Totals(NamedTuple):
 def step_totals(examples: Sequence[Example], normalization: str) -> Totals:
     """Denominators over all examples of a step, whichever rank or micro-batch they fall to."""
     sums = np.array([[e.ce_weight.sum(dtype=np.float64), e.kd_weight.sum(dtype=np.float64)] for e in examples])
+    sums = sums.reshape(-1, 2)
     if normalization == "sequence_mean":
         sums = (sums > 0).astype(np.float64)
     ce, kd = sums.sum(axis=0)
@@ -83,8 +91,12 @@ def microbatch_loss(
     ledger: Ledger,
     vocab_size: int | None = None,
     select: TokenSelection | None = None,
+    shard_head: bool = False,
 ) -> FusedLoss | None:
     """Forward pass of a micro-batch and its share of the step's loss; None when nothing in it is supervised.
+
+    A student in parts is run by all processes together, so there the pass is made for every micro-batch, even without
+    examples (`traces.batch.idle`), which then costs a token that is not charged.
 
     Args:
       student: the model, packed or padded as the batch is.
@@ -93,26 +105,28 @@ def microbatch_loss(
       vocab_size: the tokenizer's real vocabulary; head rows beyond it are padding.
       select: which of the KD positions are kept; rows that it leaves without any term skip the student's head and,
         where the teacher alone decides, its forward pass.
+      shard_head: multiply by this process's part of the vocabulary alone, where the student is in parts.
     """
     rows = batch.target_rows()
     ce_coef, kd_coef = coefficients(batch, rows, totals, kd_ratio, config.normalization)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and examples:
         ledger.count(tokens=batch.num_tokens, sequences=len(batch.sequence_lengths))
     used = (ce_coef != 0) | (kd_coef != 0)
     rows, ce_coef, kd_coef = rows[used], ce_coef[used], kd_coef[used]
-    if len(rows) == 0:
-        return None
-    needs_teacher = teacher is not None and bool((kd_coef != 0).any())
-    targets = teacher.targets(batch, examples, rows, ledger) if teacher is not None and needs_teacher else None
-    supervised = SupervisedRows(rows, ce_coef, kd_coef, targets)
-    head = head_of(student)
+    head, runs_together = head_of(student), is_sharded(student)
     vocab = vocab_size or len(head.weight)
-    if select is not None and select.by == "teacher_entropy":
+    part = part_of(head.weight, vocab) if shard_head else None
+    targets = _ask(teacher, batch, examples, rows, kd_coef, ledger, part)
+    if len(rows) == 0 and not runs_together:
+        return None
+    supervised = SupervisedRows(rows, ce_coef, kd_coef, targets)
+    if select is not None and len(rows) and select.by == "teacher_entropy":
         supervised = _select_by_entropy(select, supervised, batch, vocab, ledger)
     with ledger.phase("student"):
         packed = batch.sequence_lengths if batch.layout == "packed" else None
         hidden, computed = hidden_rows(student, batch.input_ids, batch.positions, supervised.rows - 1, packed)
-    if select is not None and select.by == "divergence":
+    head = whole_head(head) if part is None else head_rows(head, part)
+    if select is not None and len(rows) and select.by == "divergence":
         scored = len(hidden)
         supervised, hidden = _select_by_divergence(select, supervised, batch, hidden, head, config, vocab, ledger)
         if torch.is_grad_enabled() and targets is not None:
@@ -132,9 +146,32 @@ def microbatch_loss(
             temperature=config.temperature,
             vocab_size=vocab_size,
             chunk_bytes=config.chunk_bytes,
+            part=part,
         )
-    _charge(ledger, student_sizes, batch, computed, len(rows))
+    if examples:
+        _charge(ledger, student_sizes, batch, computed, len(rows))
     return loss
+
+
+def _ask(
+    teacher: Teacher | None,
+    batch: Batch,
+    examples: Sequence[Example],
+    rows: Tensor,
+    kd_coef: Tensor,
+    ledger: Ledger,
+    part: VocabularyPart | None,
+) -> TeacherTargets:
+    """The teacher's targets at `rows` where any has a KD term, with the head rows that the loss multiplies.
+
+    Where the vocabulary is shared out, the rows of all processes meet in the loss, and one without a KD term has
+    targets of the same form for no rows.
+    """
+    has_kd = bool((kd_coef != 0).any())
+    if teacher is None or not (has_kd or part is not None or teacher.in_step):
+        return None
+    targets = with_heads(teacher.targets(batch, examples, rows if has_kd else rows[:0], ledger), part)
+    return targets if has_kd or part is not None else None
 
 
 def _select_by_entropy(

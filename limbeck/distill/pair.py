@@ -13,9 +13,19 @@ from limbeck.client import Client, api_key
 from limbeck.distill.config import DistillConfig, TeacherConfig
 from limbeck.distill.ensemble import SeveralTeachers
 from limbeck.distill.objective import Teacher
+from limbeck.distill.parallel import Ranks, make_mesh
 from limbeck.errors import ConfigError, PairError
 from limbeck.models.anatomy import Head, head_of
-from limbeck.models.load import load_model, load_scratch, load_tokenizer, model_hash, vocabulary_size
+from limbeck.models.load import (
+    load_model,
+    load_scratch,
+    load_tokenizer,
+    model_hash,
+    quantization_at,
+    vocabulary_size,
+)
+from limbeck.models.sharded import load_in_parts
+from limbeck.models.tiny import symbol_tokenizer
 from limbeck.teacher.cache import Spec, TeacherCache
 from limbeck.teacher.live import LiveTeacher
 from limbeck.teacher.served import check_tokenizer, connect
@@ -26,14 +36,49 @@ def load_student(config: DistillConfig, source: Checkpoint | None, tokenizer: An
 
     A student from scratch has the tokenizer that is given, or else the built-in one.
     """
-    layout = config.training.layout
-    name = str(source.path) if source is not None else config.student.model
-    if name is not None:
-        model, tokenizer = load_model(name, torch.float32, layout), load_tokenizer(name)
-    else:
-        assert config.student.scratch is not None
-        model, tokenizer = load_scratch(config.student.scratch, layout, tokenizer)
+    model, tokenizer = _start(config, source, tokenizer)
     return trainable(model, config), tokenizer
+
+
+def load_student_in_parts(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> tuple[Any, Any, Any]:
+    """The same with its parts on all processes, the student without storage (`load_in_parts`), and its tokenizer.
+
+    Raises: ConfigError when it is quantised, or the processes cannot be grouped as the config says.
+    """
+    parallel, name = config.training.parallel, _start_name(config, source)
+    mesh = make_mesh(ranks, parallel.shard_size, "shard_size")
+    if name is not None:
+        _refuse_quantized(name, "strategy")
+    model, empty = load_in_parts(
+        lambda: _start(config, source, None)[0],
+        lambda model: trainable(model, config),
+        mesh,
+        ranks.device,
+        _products(config),
+    )
+    return model, empty, symbol_tokenizer() if name is None else load_tokenizer(name)
+
+
+def _start(config: DistillConfig, source: Checkpoint | None, tokenizer: Any) -> tuple[Any, Any]:
+    """The weights that training starts from, and their tokenizer."""
+    name = _start_name(config, source)
+    if name is not None:
+        return load_model(name, torch.float32, config.training.layout), load_tokenizer(name)
+    assert config.student.scratch is not None
+    return load_scratch(config.student.scratch, config.training.layout, tokenizer)
+
+
+def _start_name(config: DistillConfig, source: Checkpoint | None) -> str | None:
+    return str(source.path) if source is not None else config.student.model
+
+
+def _products(config: DistillConfig) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+
+def _refuse_quantized(name: str, field: str) -> None:
+    if quantization_at(name) is not None:
+        raise ConfigError(f"{name}: a quantised model is not split into parts; set parallel.{field} replicate.")
 
 
 def trainable(model: Any, config: DistillConfig) -> Any:
@@ -57,7 +102,7 @@ def trainable(model: Any, config: DistillConfig) -> Any:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from error
 
 
-def load_teacher(config: DistillConfig, device: torch.device) -> Teacher | None:
+def load_teacher(config: DistillConfig, ranks: Ranks) -> Teacher | None:
     """The teacher that the config names; None when neither the loss nor the validation has a KD term.
 
     Raises: PairError when a live teacher cannot read the ids of its own tokenizer, or a cache is of another teacher.
@@ -66,13 +111,13 @@ def load_teacher(config: DistillConfig, device: torch.device) -> Teacher | None:
     if not is_used or not config.has_teacher:
         return None
     teachers = [config.teacher, *config.teacher.others]
-    loaded = [_load(teacher, config, device) for teacher in teachers]
+    loaded = [_load(teacher, config, ranks) for teacher in teachers]
     if len(loaded) == 1 and config.teacher.weight == 1.0:
         return loaded[0]
     return SeveralTeachers(tuple(loaded), tuple(teacher.weight for teacher in teachers))
 
 
-def _load(teacher: TeacherConfig, config: DistillConfig, device: torch.device) -> Teacher:
+def _load(teacher: TeacherConfig, config: DistillConfig, ranks: Ranks) -> Teacher:
     if teacher.server is not None:
         tokenizer = load_tokenizer(student_tokenizer_name(config))
         client = Client(teacher.server, teacher.client, api_key(teacher.client))
@@ -80,12 +125,26 @@ def _load(teacher: TeacherConfig, config: DistillConfig, device: torch.device) -
         check_tokenizer(served, tokenizer)
         return served
     if teacher.cache is not None:
-        return _open_cache(teacher, teacher.cache, device)
+        return _open_cache(teacher, teacher.cache, ranks.device)
     assert teacher.model is not None
-    model = load_model(teacher.model, torch.float32, config.training.layout)
+    model = _live(teacher.model, config, ranks)
     tokenizer = load_tokenizer(teacher.model)
     _check_vocabulary(f"teacher {teacher.model}", model, tokenizer)
-    return LiveTeacher(model.to(device), vocabulary_size(tokenizer))
+    return LiveTeacher(model, vocabulary_size(tokenizer))
+
+
+def _live(name: str, config: DistillConfig, ranks: Ranks) -> Any:
+    """A teacher's model, frozen, on this process or in parts on all of them."""
+    parallel = config.training.parallel
+
+    def load() -> Any:
+        return load_model(name, torch.float32, config.training.layout)
+
+    if ranks.world_size == 1 or parallel.of_teacher == "replicate":
+        return load().to(ranks.device)
+    _refuse_quantized(name, "teacher_strategy")
+    mesh = make_mesh(ranks, parallel.teacher_shard_size, "teacher_shard_size")
+    return load_in_parts(load, lambda model: model.requires_grad_(False), mesh, ranks.device, _products(config))[0]
 
 
 def student_tokenizer_name(config: DistillConfig) -> str:

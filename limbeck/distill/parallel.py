@@ -1,6 +1,7 @@
-"""Data parallelism under torchrun: every rank holds the model, and gradients are summed.
+"""Processes under torchrun: who deals with which tokens, who holds which part of a model, and sums over all of them.
 
-Losses are already divided by the totals of the whole step, so a sum over ranks is the gradient of one process.
+Losses are already divided by the totals of the whole step, so a sum over ranks is the gradient of one process: added up
+by hand where every process holds the model (replicate), by FSDP2 where each holds a part (shard).
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from limbeck.errors import ConfigError
 from limbeck.ledger import COUNTS, Ledger
+from limbeck.optim.sharding import local, sum_over_shards
 
 
 class Ranks(NamedTuple):
@@ -21,28 +26,71 @@ class Ranks(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
+    tensor_size: int = 1
+    """Neighbours that share the products of a layer, and so read the same tokens."""
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes files and shows progress."""
         return self.rank == 0
 
+    @property
+    def reader(self) -> int:
+        """Which share of the tokens this process reads."""
+        return self.rank // self.tensor_size
 
-def join() -> Ranks:
-    """Join the group that torchrun set up, or be alone."""
+    @property
+    def readers(self) -> int:
+        """Shares that the tokens of a step are dealt into."""
+        return self.world_size // self.tensor_size
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether sums over the tokens take this process in: of those that read the same, one."""
+        return self.rank % self.tensor_size == 0
+
+
+def join(tensor_size: int = 1) -> Ranks:
+    """Join the group that torchrun set up, or be alone.
+
+    Raises: ConfigError when `tensor_size` does not divide the number of processes.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if world_size % tensor_size:
+        raise ConfigError(f"parallel.tensor_parallel_size {tensor_size} does not divide the {world_size} processes")
     if world_size > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(int(os.environ.get("RANK", "0")), world_size, device)
+    return Ranks(int(os.environ.get("RANK", "0")), world_size, device, tensor_size)
+
+
+def make_mesh(ranks: Ranks, shard_size: int | None, name: str) -> DeviceMesh:
+    """The processes as [replicate,] shard [, tensor]: copies of a model, parts of one, parts of each product.
+
+    Args:
+      shard_size: processes that hold one copy, beside those that share its products; None: all.
+      name: of the field that says so.
+    Raises: ConfigError when it does not divide the processes.
+    """
+    size = shard_size or ranks.readers
+    if ranks.readers % size:
+        raise ConfigError(f"parallel.{name} {size} does not divide the {ranks.readers} processes that read tokens")
+    sizes = {"replicate": ranks.readers // size, "shard": size, "tensor": ranks.tensor_size}
+    kept = {dimension: size for dimension, size in sizes.items() if size > 1 or dimension == "shard"}
+    return init_device_mesh(ranks.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
 
 def sum_gradients(model: nn.Module, world_size: int) -> None:
-    """Replace every gradient by its sum over the ranks, in one message; a missing one counts as zero."""
-    if world_size == 1:
-        return
+    """Replace every gradient by its sum over the ranks, in one message; a missing one counts as zero.
+
+    Those of a model in parts are summed already.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if world_size == 1 or any(isinstance(parameter, DTensor) for parameter in trainable):
+        return
     for parameter in trainable:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -55,11 +103,24 @@ def sum_gradients(model: nn.Module, world_size: int) -> None:
         offset += parameter.numel()
 
 
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scale the gradients down to a norm of `limit` where theirs is larger; returns their norm before."""
+    with_grad = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if not any(isinstance(parameter, DTensor) for parameter in with_grad):
+        return float(nn.utils.clip_grad_norm_(with_grad, limit))
+    grads = [local(parameter.grad) for parameter in with_grad if parameter.grad is not None]
+    squares = torch.stack([grad.double().square().sum() for grad in grads])
+    norm = float(sum_over_shards(list(with_grad), squares).sum().sqrt())
+    # As torch's own: no gradient grows, and 1e-6 keeps the quotient finite.
+    torch._foreach_mul_(grads, min(1.0, limit / (norm + 1e-6)))
+    return norm
+
+
 def sum_numbers(values: list[float], ranks: Ranks) -> list[float]:
-    """Sums over the ranks of a few numbers."""
+    """Sums over the shares of the tokens of a few numbers."""
     if ranks.world_size == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device) * ranks.is_counted
     dist.all_reduce(tensor)
     return tensor.tolist()
 
@@ -71,10 +132,11 @@ def total_cost(ledger: Ledger, ranks: Ranks) -> dict[str, Any]:
         return cost
     parts: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(parts, cost)
+    counted = parts[:: ranks.tensor_size]
     for name in COUNTS:
-        cost[name] = sum(part[name] for part in parts)
+        cost[name] = sum(part[name] for part in counted)
     for name in cost["flops"]:
-        cost["flops"][name] = sum(part["flops"][name] for part in parts)
+        cost["flops"][name] = sum(part["flops"][name] for part in counted)
     for part in parts:
         for name, value in part["peak_bytes"].items():
             cost["peak_bytes"][name] = max(cost["peak_bytes"].get(name, 0), value)

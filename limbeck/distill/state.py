@@ -1,8 +1,9 @@
 """What a run needs to go on with the same bits: weights, optimizer state, rollouts in use, ledger and steps done.
 
 The order of the traces and the dropout are functions of (seed, step), so there is no generator state to keep. Tensors
-go to safetensors, numbers to JSON; a state is written under a temporary name and renamed, and the one before it is
-deleted only then, so a kill at any moment leaves a whole one.
+go to safetensors, numbers to JSON; those of a model in parts go to one file a process (`parts`), and either kind goes
+on on any number of processes. A state is written under a temporary name and renamed, and the one before it is deleted
+only then, so a kill at any moment leaves a whole one.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.checkpoint import STATE_PREFIX, write_json
+from limbeck.distill.parts import kinds_in, read_parts, save_parts
 from limbeck.errors import CheckpointError
 from limbeck.ledger import Ledger
+from limbeck.models.sharded import is_sharded
 from limbeck.optim.settings import COUNTERS
+
+WEIGHTS = "weights.safetensors"
+"""File of a state in one piece."""
 
 
 class Resumed(NamedTuple):
@@ -42,16 +49,29 @@ def save_state(
     identity: str,
     rollouts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the state after `step` steps below `directory`; `cost` is the ledger's, over all ranks."""
+    """Write the state after `step` steps below `directory`; `cost` is the ledger's, over all ranks.
+
+    One process writes a model that it holds whole; all of them write one in parts, to a directory that all can see.
+    """
     final = directory / f"{STATE_PREFIX}{step:08d}"
     partial = directory / "state.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(weights, partial / "weights.safetensors")
+    in_parts = is_sharded(model)
+    is_first = not in_parts or dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     whole = optimizer.state_dict()
     tensors, numbers = _flatten(whole["state"])
-    save_file(tensors, partial / "optimizer.safetensors")
+    if in_parts:
+        dist.barrier()
+        save_parts(partial, weights | tensors)
+        dist.barrier()
+    else:
+        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, partial / WEIGHTS)
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial / "optimizer.safetensors")
+    if not is_first:
+        return
     groups = [{name: group[name] for name in COUNTERS if name in group} for group in whole["param_groups"]]
     write_json(
         partial / "state.json",
@@ -88,7 +108,11 @@ def load_state(
                 f"{path}: this state belongs to another config or other traces; use the same ones or drop --resume."
             )
         resumed = Resumed(int(tree["step"]), tree["rollouts"])
-        _restore(model, optimizer, load_file(path / "weights.safetensors"), _optimizer_entries(path, tree))
+        if is_sharded(model) or not (path / WEIGHTS).exists():
+            _restore_parts(path, model, optimizer, tree["optimizer"])
+        else:
+            entries = _unflatten(load_file(path / "optimizer.safetensors"), tree["optimizer"])
+            _restore(model, optimizer, load_file(path / WEIGHTS), entries)
         for group, counters in zip(optimizer.param_groups, tree["groups"], strict=True):
             group.update(counters)
         ledger.restore(tree["ledger"])
@@ -115,8 +139,21 @@ def _restore(
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 
-def _optimizer_entries(path: Path, tree: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    return _unflatten(load_file(path / "optimizer.safetensors"), tree["optimizer"])
+def _restore_parts(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
+    """Each process's part of a state in parts, or in one piece, into a model of either kind."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    kinds = kinds_in(path)
+    if missing := sorted(weights.keys() - kinds.keys()):
+        raise ValueError(f"it has no {missing[0]}")
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    tensors = {}
+    for name, (size, dtype) in kinds.items():
+        if name not in weights:
+            # What an optimizer keeps of a parameter has its shape, or is a number.
+            like = params[int(name.partition(".")[0])].detach()
+            tensors[name] = torch.zeros_like(like, dtype=dtype) if len(size) else torch.zeros((), dtype=dtype)
+    read_parts(path, weights | tensors)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": _unflatten(tensors, numbers)})
 
 
 def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -124,7 +161,7 @@ def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[
     for index, entries in state.items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = value.detach()
             else:
                 numbers[f"{index}.{name}"] = value
     return tensors, numbers

@@ -12,68 +12,31 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
-from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_manifest
+from limbeck.checkpoint import Checkpoint, output_directory, write_manifest
 from limbeck.config import config_hash, to_dict
-from limbeck.distill.config import DistillConfig, StudentConfig
-from limbeck.distill.data import Data, fingerprint, prepare
-from limbeck.distill.fused import FusedLoss
+from limbeck.distill.config import DistillConfig, TrainingConfig
+from limbeck.distill.data import fingerprint
 from limbeck.distill.guard import BEST_PREFIX, Guard
-from limbeck.distill.objective import Teacher, microbatch_loss, step_totals
-from limbeck.distill.pair import check_pair, load_student, load_teacher
-from limbeck.distill.parallel import Ranks, join, sum_gradients, sum_numbers, total_cost, wait
-from limbeck.distill.plan import Step, plan_steps
-from limbeck.distill.preflight import check_templates, report
-from limbeck.distill.rollouts import Rollouts, make_rollouts
+from limbeck.distill.output import inputs_of, keep_lines, metrics_of, write_model
+from limbeck.distill.parallel import Ranks, clip_gradients, join, sum_gradients, sum_numbers, total_cost, wait
+from limbeck.distill.preflight import report
+from limbeck.distill.setup import Run, planned_steps, same_result, set_up
 from limbeck.distill.state import load_state, save_state
+from limbeck.distill.validation import measure, validate
 from limbeck.distill.work import Work, given_work, rollout_work
-from limbeck.distill.zeros import KeptZeros
-from limbeck.errors import CheckpointError, ConfigError, LimbeckError
+from limbeck.errors import LimbeckError
 from limbeck.ledger import Ledger, flop_counter
-from limbeck.models.anatomy import Sizes, causal_lm_of, sizes_of
-from limbeck.models.load import model_hash, quiet, vocabulary_size
-from limbeck.optim.build import build_optimizer
+from limbeck.models.sharded import is_sharded
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
-from limbeck.teacher.cache import Spec
-from limbeck.traces.batch import Example, collate
-from limbeck.traces.supervise import TokenSelection
+from limbeck.traces.batch import Example
 
-Objective = Callable[..., FusedLoss | None]
-"""Takes what `microbatch_loss` takes, and returns what it returns."""
-
-
-class Run(NamedTuple):
-    """Everything that the loop uses."""
-
-    config: DistillConfig
-    model: Any
-    tokenizer: Any
-    sizes: Sizes
-    teacher: Teacher | None
-    data: Data
-    steps: list[Step]
-    optimizer: torch.optim.Optimizer
-    ledger: Ledger
-    ranks: Ranks
-    vocab_size: int
-    rollouts: Rollouts | None = None
-    """What the student writes itself, where the config asks for it."""
-    zeros: KeptZeros | None = None
-    """The zeros of a pruned student, where the config keeps them."""
-    objective: Objective = microbatch_loss
-    """The loss of a micro-batch."""
-    validation_groups: list[list[Example]] | None = None
-    """The held-out examples as they are to be validated together; None lets `validate` group them by length."""
-    identity: Mapping[str, Any] = MappingProxyType({})
-    """What decides the result beside config and tokens; a resumed run must have the same."""
+__all__ = ["inputs_of", "measure", "planned_steps", "run", "run_loop"]
 
 
 def run(
@@ -94,8 +57,8 @@ def run(
       resume: go on from the last saved state of an interrupted run; it ends with the same bits.
     """
 
-    def set_up(ranks: Ranks) -> Run:
-        setup = _set_up(config, source, ranks)
+    def prepare(ranks: Ranks) -> Run:
+        setup = set_up(config, source, ranks)
         if ranks.is_first:
             setup.data.counts["preflight"] = report(config, setup.model, setup.tokenizer, setup.data.train)
         return setup
@@ -112,14 +75,14 @@ def run(
             counts=setup.data.counts,
         )
 
-    return run_loop(set_up, write, out, config.training.num_threads, overwrite=overwrite, resume=resume)
+    return run_loop(prepare, write, out, config.training, overwrite=overwrite, resume=resume)
 
 
 def run_loop(
-    set_up: Callable[[Ranks], Run],
+    prepare: Callable[[Ranks], Run],
     write: Callable[[Run, Path, Mapping[str, Any]], None],
     out: Path,
-    num_threads: int | None = None,
+    training: TrainingConfig,
     *,
     overwrite: bool = False,
     resume: bool = False,
@@ -127,26 +90,27 @@ def run_loop(
     """Set up a run on every rank, train it, and write it: the frame of all stages that train.
 
     Args:
-      set_up: makes the run of one rank.
+      prepare: makes the run of one rank.
       write: fills the working directory, given the metrics of the step whose weights the model has; on the first rank.
       out, overwrite, resume: as for `run`.
-      num_threads: CPU threads; torch's choice when not set.
+      training: says how many threads there are and how processes work together.
     """
-    ranks = join()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    ranks = join(training.parallel.tensor_parallel_size)
+    if training.num_threads is not None:
+        torch.set_num_threads(training.num_threads)
     if not ranks.is_first:
-        setup = set_up(ranks)
+        setup = prepare(ranks)
         wait(ranks)
         _train(setup, out.with_name(out.name + ".partial"), resume)
+        setup.whole()
         total_cost(setup.ledger, ranks)
         wait(ranks)
         return Checkpoint(out)
     with output_directory(out, overwrite=overwrite, resume=resume) as working:
-        setup = set_up(ranks)
+        setup = prepare(ranks)
         wait(ranks)
         kept = _train(setup, working, resume)
-        write(setup, working, kept)
+        write(setup.whole(), working, kept)
         for state in working.glob("state*"):
             shutil.rmtree(state)
         for best in working.glob(BEST_PREFIX + "*"):
@@ -155,111 +119,11 @@ def run_loop(
     return Checkpoint(out)
 
 
-def measure(config: DistillConfig, model: str) -> dict[str, float | None]:
-    """The held-out losses (`validate`, with the divergence) of a model as it is.
-
-    Args:
-      config: says which sequences, teacher and divergence; its student is not used.
-      model: directory, alias or hub id.
-    """
-    setup = _set_up(replace(config, student=StudentConfig(model=model)), None, join())
-    return validate(setup, with_kd=True)
-
-
-def validate(setup: Run, *, with_kd: bool = False) -> dict[str, float | None]:
-    """Mean losses in nats a token over thought and answer of the uncut held-out sequences.
-
-    Returns: `validation_ce` and, with_kd, `validation_kd`, the divergence from the teacher as the loss takes it; None
-    where nothing is held out.
-    """
-    names = ("validation_ce", "validation_kd") if with_kd else ("validation_ce",)
-    loss = replace(setup.config.loss, normalization="token_mean")
-    kd_ratio = 0.5 if with_kd else 0.0
-    ce, kd, ce_weight, kd_weight = 0.0, 0.0, 0.0, 0.0
-    was_training, flops = setup.model.training, dict(setup.ledger.flops)
-    setup.model.eval()
-    with setup.ledger.phase("validation"), torch.no_grad():
-        for group in _validation_groups(setup):
-            totals = step_totals(group, "token_mean")
-            found = _loss(setup, group, Work([group], totals, loss, kd_ratio, {}), None)
-            ce += totals.ce * (0.0 if found is None else found.ce_sum.item() / (1 - kd_ratio))
-            kd += totals.kd * (0.0 if found is None or not with_kd else found.kd_sum.item() / kd_ratio)
-            ce_weight, kd_weight = ce_weight + totals.ce, kd_weight + totals.kd
-    setup.model.train(was_training)
-    setup.ledger.flops = flops  # a live teacher charges its own; validation is no part of the training's cost
-    ce, kd, ce_weight, kd_weight = sum_numbers([ce, kd, ce_weight, kd_weight], setup.ranks)
-    means = (ce / ce_weight if ce_weight else None, kd / kd_weight if kd_weight else None)
-    return dict(zip(names, means, strict=False))
-
-
-def _set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> Run:
-    ledger = Ledger(ranks.device)
-    student, tokenizer = load_student(config, source)
-    student.to(ranks.device)
-    teacher = load_teacher(config, ranks.device)
-    check_pair(config, student, tokenizer)
-    check_templates(config, tokenizer)
-    data = prepare(config, tokenizer)
-    steps = planned_steps(config, data, ranks.world_size)
-    vocab_size = vocabulary_size(tokenizer)
-    optimizer = build_optimizer(student, config.optimizer, len(steps))
-    _refuse_long(data, causal_lm_of(student).config.max_position_embeddings)
-    return Run(
-        config,
-        student,
-        tokenizer,
-        sizes_of(student, vocab_size),
-        teacher,
-        data,
-        steps,
-        optimizer,
-        ledger,
-        ranks,
-        vocab_size,
-        _rollouts(config, steps, data, tokenizer),
-        KeptZeros(student) if config.student.keep_zeros else None,
-        identity={"start": None if source is None else str(source.path)},
-    )
-
-
-def planned_steps(config: DistillConfig, data: Data, world_size: int = 1) -> list[Step]:
-    """All steps of a run over the given data."""
-    training = config.training
-    return plan_steps(
-        [len(example) for example in data.train],
-        epochs=training.epochs,
-        batch_size=training.batch_size,
-        batch_tokens=training.batch_tokens,
-        microbatch_tokens=training.microbatch_tokens,
-        layout=training.layout,
-        bucket_batches=training.bucket_batches,
-        seed=training.seed,
-        max_steps=training.max_steps,
-        max_tokens=training.max_tokens,
-        world_size=world_size,
-        growth=training.growing_batch(),
-    )
-
-
-def _rollouts(config: DistillConfig, steps: Sequence[Step], data: Data, tokenizer: Any) -> Rollouts | None:
-    if config.on_policy is None or data.prompts is None:
-        return None
-    return make_rollouts(config.on_policy, steps, data.prompts, tokenizer, config.render, config.training.seed)
-
-
-def _refuse_long(data: Data, limit_tokens: int) -> None:
-    longest = max(len(example) for example in [*data.train, *data.validation])
-    if longest > limit_tokens:
-        raise ConfigError(
-            f"a trace of {longest} tokens is longer than the student's {limit_tokens} positions; set max_trace_tokens."
-        )
-
-
 def _train(setup: Run, working: Path, resume: bool) -> Mapping[str, Any]:
     """All steps that are left; returns the metrics of the step whose weights the model has at the end."""
     training, ranks = setup.config.training, setup.ranks
     examples = fingerprint(setup.data.train)
-    identity = config_hash({"config": to_dict(setup.config), "traces": examples, **setup.identity})
+    identity = config_hash({"config": to_dict(same_result(setup.config)), "traces": examples, **setup.identity})
     guard = _guard(setup, working)
     # The saved cost is that of all ranks, so only one of them goes on from it.
     ledger = setup.ledger if ranks.is_first else Ledger(ranks.device)
@@ -269,7 +133,7 @@ def _train(setup: Run, working: Path, resume: bool) -> Mapping[str, Any]:
         setup.rollouts.restore(resumed.rollouts)
     metrics = working / "metrics.jsonl"
     if ranks.is_first:
-        _keep_lines(metrics, first)
+        keep_lines(metrics, first)
     if guard is not None and first:
         guard.replay(map(json.loads, metrics.read_text(encoding="utf-8").splitlines()[:first]))
     setup.model.train()
@@ -281,28 +145,29 @@ def _train(setup: Run, working: Path, resume: bool) -> Mapping[str, Any]:
             if is_last or _is_due(number + 1, training.validate_every_steps):
                 row |= validate(setup, with_kd=training.keep_best == "kd")
             if guard is not None:
-                guard.watch(row, setup.model if ranks.is_first else None)
+                guard.watch(row, setup.model)
                 is_last = is_last or guard.is_over
             if ranks.is_first:
                 with metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             if not is_last and _is_due(number + 1, training.save_every_steps):
                 _save(setup, working, number + 1, identity)
-                if guard is not None and ranks.is_first:
+                if guard is not None:
                     guard.saved()
             tokens = sum(len(setup.data.train[i]) for i in setup.steps[number].indices)
             speed = row["tokens"] / max(1e-9, setup.ledger.train_seconds)
             progress.advance(tokens, f"loss {row['loss']:.4f}, {speed:,.0f} tokens/s")
             if is_last:
                 break
-    if guard is not None and ranks.is_first:
+    if guard is not None:
+        wait(ranks)
         guard.load_best(setup.model)
     return row if guard is None or guard.best is None else guard.best
 
 
 def _save(setup: Run, working: Path, step: int, identity: str) -> None:
     cost = total_cost(setup.ledger, setup.ranks)
-    if setup.ranks.is_first:
+    if setup.ranks.is_first or is_sharded(setup.model):
         with setup.ledger.phase("saving"):
             rollouts = None if setup.rollouts is None else setup.rollouts.state()
             save_state(working, step, setup.model, setup.optimizer, cost, identity, rollouts)
@@ -313,16 +178,16 @@ def _guard(setup: Run, working: Path) -> Guard | None:
     training = setup.config.training
     if training.keep_best is None:
         return None
-    guard = Guard(working, f"validation_{training.keep_best}", training.patience)
+    guard = Guard(working, f"validation_{training.keep_best}", training.patience, setup.ranks.is_first)
     start = {"step": 0, **validate(setup, with_kd=training.keep_best == "kd")}
-    guard.begin(start, setup.model if setup.ranks.is_first else None)
+    guard.begin(start, setup.model)
     return guard
 
 
 def _step(setup: Run, number: int) -> dict[str, Any]:
     """One optimizer step; returns its line of metrics.jsonl."""
     config, ledger = setup.config, setup.ledger
-    torch.manual_seed((config.training.seed * 1_000_003 + number) * 1_009 + setup.ranks.rank)
+    torch.manual_seed((config.training.seed * 1_000_003 + number) * 1_009 + setup.ranks.reader)
     work = _work(setup, number)
     ce = kd = 0.0
     for examples in work.microbatches:
@@ -334,7 +199,7 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
         sum_gradients(setup.model, setup.ranks.world_size)
         if setup.zeros is not None:
             setup.zeros.clear_gradients()
-        norm = float(nn.utils.clip_grad_norm_(setup.model.parameters(), config.training.clip_norm or float("inf")))
+        norm = clip_gradients(setup.model, config.training.clip_norm or float("inf"))
         rate = _learning_rate(config, number, len(setup.steps))
         _refuse_divergence(number, ce + kd, norm)
         for group_settings in setup.optimizer.param_groups:
@@ -354,9 +219,9 @@ def _work(setup: Run, number: int) -> Work:
     """The given traces of the step or, when it is due, what the student writes."""
     ranks, rollouts = setup.ranks, setup.rollouts
     if rollouts is None or not rollouts.is_due(number):
-        return given_work(setup.config, setup.data.train, setup.steps[number], ranks.rank)
+        return given_work(setup.config, setup.data.train, setup.steps[number], ranks.reader, setup.in_step)
     rollouts.refresh(number, setup.model, setup.sizes, setup.ledger, ranks)
-    return rollout_work(setup.config, rollouts, number, ranks.rank, ranks.world_size)
+    return rollout_work(setup.config, rollouts, number, ranks.reader, ranks.readers, setup.in_step)
 
 
 def _learning_rate(config: DistillConfig, number: int, total_steps: int) -> float:
@@ -374,7 +239,7 @@ def _refuse_divergence(number: int, loss: float, norm: float) -> None:
 
 
 def _forward_backward(setup: Run, examples: Sequence[Example], work: Work) -> tuple[float, float]:
-    loss = _loss(setup, examples, work, setup.config.supervision.select)
+    loss = setup.loss(examples, work, setup.config.supervision.select)
     if loss is None:
         return 0.0, 0.0
     with setup.ledger.phase("student"):
@@ -391,86 +256,6 @@ def _audited(setup: Run, examples: Sequence[Example], work: Work) -> tuple[float
     if formula:
         setup.ledger.audit = {"formula_flops": formula, "counted_flops": counter.get_total_flops()}
     return result
-
-
-def _loss(setup: Run, examples: Sequence[Example], work: Work, select: TokenSelection | None) -> FusedLoss | None:
-    training = setup.config.training
-    with setup.ledger.phase("data"):
-        batch = collate(examples, training.layout, setup.tokenizer.pad_token_id).to(setup.ranks.device)
-    with torch.autocast(setup.ranks.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-        return setup.objective(
-            setup.model,
-            setup.sizes,
-            setup.teacher if work.kd_ratio else None,
-            batch,
-            examples,
-            work.totals,
-            work.loss,
-            work.kd_ratio,
-            setup.ledger,
-            vocab_size=setup.vocab_size,
-            select=select,
-        )
-
-
-def write_model(setup: Run, directory: Path) -> None:
-    """Write model and tokenizer as a Hugging Face directory, adapters merged."""
-    with setup.ledger.phase("saving"), quiet():
-        is_adapted = setup.config.lora is not None
-        model = setup.model.merge_and_unload() if is_adapted else causal_lm_of(setup.model)
-        model.save_pretrained(directory)
-        setup.tokenizer.save_pretrained(directory)
-
-
-def metrics_of(config: DistillConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest tells of the step whose weights were written."""
-    metrics = {"loss": kept.get("loss"), "validation_ce": kept.get("validation_ce")}
-    if config.training.keep_best is not None:
-        metrics |= {"validation_kd": kept.get("validation_kd"), "kept_step": kept["step"]}
-    return metrics
-
-
-def inputs_of(config: DistillConfig, source: Checkpoint | None = None) -> dict[str, str]:
-    """What a run reads, by role, as hashes of the files: student, teachers or their caches, traces."""
-    names = {"student": str(source.path) if source else config.student.model}
-    found = {}
-    for number, teacher in enumerate((config.teacher, *config.teacher.others), 1):
-        role = "teacher" if number == 1 else f"teacher_{number}"
-        names[role] = teacher.model
-        if teacher.cache is not None:
-            # What a cache says of a sequence depends on teacher and form alone, not on what else it holds.
-            found[f"{role}_cache"] = Spec.read(teacher.cache).identity
-        if teacher.server is not None:
-            found[f"{role}_server"] = f"{teacher.server} {teacher.server_model or 'its only model'}"
-    found |= {role: model_hash(name) for role, name in names.items() if name is not None}
-    traces = Path(config.traces.source)
-    return found | ({"traces": hash_path(traces)} if traces.exists() else {})
-
-
-def _validation_groups(setup: Run) -> list[list[Example]]:
-    """This rank's share of the held-out examples, in groups that one forward pass holds."""
-    share = slice(setup.ranks.rank, None, setup.ranks.world_size)
-    if setup.validation_groups is not None:
-        return setup.validation_groups[share]
-    groups: list[list[Example]] = []
-    longest = 0
-    for example in sorted(setup.data.validation[share], key=len):
-        longest = max(longest, len(example))
-        if not groups or longest * (len(groups[-1]) + 1) > setup.config.training.microbatch_tokens:
-            groups.append([])
-            longest = len(example)
-        groups[-1].append(example)
-    return groups
-
-
-def _keep_lines(path: Path, count: int) -> None:
-    """Drop what an interrupted run logged after the state it goes on from."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if path.exists() else []
-    if len(lines) < count:
-        raise CheckpointError(f"{path}: {len(lines)} lines, but the saved state is of step {count}; run anew.")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -29,10 +29,12 @@ class Work(NamedTuple):
         return (self.kd_ratio < 1 and self.totals.ce > 0) or (self.kd_ratio > 0 and self.totals.kd > 0)
 
 
-def given_work(config: DistillConfig, examples: Sequence[Example], step: Step, rank: int) -> Work:
-    """The given traces of `step`."""
+def given_work(
+    config: DistillConfig, examples: Sequence[Example], step: Step, reader: int, in_step: bool = False
+) -> Work:
+    """The given traces of `step`; `in_step` fills up with empty micro-batches to as many as any reader has."""
     return Work(
-        [[examples[i] for i in group] for group in step.microbatches[rank]],
+        _microbatches(examples, step, reader, in_step),
         step_totals([examples[i] for i in step.indices], config.loss.normalization),
         config.loss,
         config.kd_ratio,
@@ -40,15 +42,23 @@ def given_work(config: DistillConfig, examples: Sequence[Example], step: Step, r
     )
 
 
-def rollout_work(config: DistillConfig, rollouts: Rollouts, number: int, rank: int, world_size: int) -> Work:
+def rollout_work(
+    config: DistillConfig, rollouts: Rollouts, number: int, reader: int, readers: int, in_step: bool = False
+) -> Work:
     """The rollouts of step `number`: KD only, dealt to ranks and micro-batches by their own lengths."""
     examples, training = rollouts.examples_of(number), config.training
     lengths = [len(example) for example in examples]
-    step = split_step(range(len(examples)), lengths, training.microbatch_tokens, training.layout, world_size)
+    step = split_step(range(len(examples)), lengths, training.microbatch_tokens, training.layout, readers)
     return Work(
-        [[examples[i] for i in group] for group in step.microbatches[rank]],
+        _microbatches(examples, step, reader, in_step),
         step_totals(examples, config.loss.normalization),
         replace(config.loss, divergence=rollouts.config.divergence or config.loss.divergence),
         1.0,
         {"on_policy": 1.0, **rollouts.metrics(number)},
     )
+
+
+def _microbatches(examples: Sequence[Example], step: Step, reader: int, in_step: bool) -> list[list[Example]]:
+    own = [[examples[i] for i in group] for group in step.microbatches[reader]]
+    missing = max(map(len, step.microbatches)) - len(own) if in_step else 0
+    return own + [[]] * missing

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.errors import ConfigError
+from limbeck.optim.sharding import local, sum_over_shards
 
 PRUNED_FROM = 0.05
 """Share of zeros from which a layer counts as pruned; fewer are chance."""
@@ -28,9 +29,10 @@ class KeptZeros:
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in embeddings]
         self._zeros: list[tuple[nn.Parameter, Tensor]] = []
-        for weight in matrices:
-            zero = weight.detach() == 0
-            if float(zero.float().mean()) >= PRUNED_FROM:
+        zeros = [local(weight.detach()) == 0 for weight in matrices]
+        counts = sum_over_shards(list(matrices), torch.stack([zero.sum(dtype=torch.float64) for zero in zeros]))
+        for weight, zero, count in zip(matrices, zeros, counts.tolist(), strict=True):
+            if count >= PRUNED_FROM * weight.numel():
                 self._zeros.append((weight, zero))
         if not self._zeros:
             raise ConfigError(
@@ -42,10 +44,10 @@ class KeptZeros:
         """Set the gradients of the zeros to 0."""
         for weight, zero in self._zeros:
             if weight.grad is not None:
-                weight.grad.masked_fill_(zero, 0)
+                local(weight.grad).masked_fill_(zero, 0)
 
     @torch.no_grad()
     def clear_weights(self) -> None:
         """Set what has moved off zero back."""
         for weight, zero in self._zeros:
-            weight.masked_fill_(zero, 0)
+            local(weight.detach()).masked_fill_(zero, 0)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from limbeck.errors import ConfigError
 from limbeck.optim.langevin import AGLD, ASG, ASGLD
@@ -135,14 +136,18 @@ def _sampler(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimiz
 
 
 def _plain(name: str, groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    # One call for all tensors, where they lie on the same processes; with tensor parallelism they do not.
+    meshes = {p.device_mesh for group in groups for p in group["params"] if isinstance(p, DTensor)}
+    at_once = len(meshes) < 2
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, foreach=True)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, foreach=at_once)
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=True,
+        fused=at_once,
+        foreach=None if at_once else False,
     )
 
 

@@ -86,7 +86,9 @@ def sum_over_shards(params: list[Tensor], values: Tensor) -> Tensor:
       values: [P], any float dtype: each rank's part of the sum. Replicated parts are counted once.
     Returns: [P], the same on every rank.
     """
-    for mesh, dimension in {(p.device_mesh, i) for p in params if isinstance(p, DTensor) for i in _sharded(p)}:
+    # In the order of the parameters, which is the same on every rank; that of a set is not.
+    pairs = dict.fromkeys((p.device_mesh, i) for p in params if isinstance(p, DTensor) for i in _sharded(p))
+    for mesh, dimension in pairs:
         shares = torch.tensor(
             [isinstance(p, DTensor) and p.device_mesh == mesh and dimension in _sharded(p) for p in params]
         )

@@ -21,8 +21,10 @@ from limbeck.config import to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, LoraConfig, LossConfig, StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.distill.data import Data
+from limbeck.distill.output import metrics_of, write_model
 from limbeck.distill.pair import check_pair, load_student, load_teacher
 from limbeck.distill.parallel import Ranks, total_cost
+from limbeck.distill.setup import Run
 from limbeck.distill.zeros import KeptZeros
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
@@ -75,6 +77,9 @@ class RankTrainConfig:
                 raise ConfigError(
                     "rank train asks live teachers only, which know the logits of both labels: set teacher.model"
                 )
+        parallel = self.training.parallel
+        if "shard" in (parallel.strategy, parallel.of_teacher):
+            raise ConfigError("rank train keeps every model whole: set training.parallel.strategy replicate")
         if self.vocabulary_tokens < 300:
             raise ConfigError(
                 f"vocabulary_tokens must be at least 300, the bytes and some merges; found {self.vocabulary_tokens}"
@@ -110,14 +115,14 @@ def run(config: RankTrainConfig, out: Path, *, overwrite: bool = False, resume: 
     """Train one scorer; returns its metrics. Arguments as for `distill.train.run`."""
     held_out: list[HeldOut] = []
 
-    def set_up(ranks: Ranks) -> train.Run:
+    def set_up(ranks: Ranks) -> Run:
         setup, found = _set_up(config, ranks)
         held_out.append(found)
         return setup
 
-    def write(setup: train.Run, working: Path, kept: Mapping[str, Any]) -> None:
-        train.write_model(setup, working)
-        metrics = train.metrics_of(setup.config, kept) | _measure(setup, *held_out[0])
+    def write(setup: Run, working: Path, kept: Mapping[str, Any]) -> None:
+        write_model(setup, working)
+        metrics = metrics_of(setup.config, kept) | _measure(setup, *held_out[0])
         write_manifest(
             working,
             stage="rank train",
@@ -128,7 +133,7 @@ def run(config: RankTrainConfig, out: Path, *, overwrite: bool = False, resume: 
             counts=setup.data.counts,
         )
 
-    train.run_loop(set_up, write, out, config.training.num_threads, overwrite=overwrite, resume=resume)
+    train.run_loop(set_up, write, out, config.training, overwrite=overwrite, resume=resume)
     checkpoint = Checkpoint(out)
     return {"out": str(out), **checkpoint.manifest["metrics"]} if checkpoint.is_finished else {"out": str(out)}
 
@@ -141,12 +146,12 @@ def inputs_of(config: RankTrainConfig) -> dict[str, str]:
     return {role: model_hash(name) for role, name in names.items() if name is not None} | config.data.input_hash
 
 
-def _set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[train.Run, HeldOut]:
+def _set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[Run, HeldOut]:
     ledger, distillation = Ledger(ranks.device), config.as_distillation()
     split, counts = read_requests(config.data)
     student, tokenizer = load_student(distillation, None, _scratch_tokenizer(config, split.train))
     student.to(ranks.device)
-    teacher = load_teacher(distillation, ranks.device)
+    teacher = load_teacher(distillation, ranks)
     check_pair(distillation, student, tokenizer)
     with ledger.phase("data"):
         training, held_out, labels = _encode(config, split, tokenizer)
@@ -154,7 +159,7 @@ def _set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[train.Run, HeldOut]:
     _refuse_long(data, causal_lm_of(student).config.max_position_embeddings)
     steps = plan_requests(training, config.training, ranks.world_size)
     vocab_size = vocabulary_size(tokenizer)
-    setup = train.Run(
+    setup = Run(
         config=distillation,
         model=student,
         tokenizer=tokenizer,
@@ -215,7 +220,7 @@ def _refuse_long(data: Data, limit_tokens: int) -> None:
         )
 
 
-def _measure(setup: train.Run, requests: Sequence[EncodedRequest], labels: Labels) -> dict[str, Any]:
+def _measure(setup: Run, requests: Sequence[EncodedRequest], labels: Labels) -> dict[str, Any]:
     """Metrics of the validation requests under the weights that are written, as validation_NAME."""
     if not requests:
         return {}

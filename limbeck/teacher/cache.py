@@ -107,6 +107,9 @@ class Spec(NamedTuple):
 class TeacherCache:
     """Reads targets by sequence. Opening checks all but the records; each of these is checked whenever it is read."""
 
+    in_step = False
+    """Every process asks when it likes."""
+
     def __init__(self, directory: Path, head: Head | None = None) -> None:
         """Open a finished cache; `head` is the teacher's, needed for hidden states only.
 
@@ -181,7 +184,11 @@ class TeacherCache:
         if config.mode == "hidden":
             if self._head is None:
                 raise PairError(f"{self.directory}: hidden states need the head of their teacher; give it.")
-            return DenseTargets(torch.cat(parts).to(device), *self._head)
+            hidden = torch.cat(parts) if parts else torch.empty(0, self._head.weight.shape[1])
+            return DenseTargets(hidden.to(device), *self._head)
+        if not parts:
+            none = torch.empty(0, 1, device=device)
+            return TopKTargets(none.long(), none, none[:, 0])
         targets = Entries.join(parts).targets(config.num_samples if config.mode == "sampled" else None)
         return TopKTargets(targets.ids.to(device), targets.log_probs.to(device), targets.log_tail.to(device))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
 from limbeck.models.anatomy import head_of, hidden_rows, sizes_of
+from limbeck.models.sharded import is_sharded
 from limbeck.teacher.targets import DenseTargets
 from limbeck.traces.batch import Batch, Example
 
@@ -20,6 +21,8 @@ class LiveTeacher:
     def __init__(self, model: Any, vocab_size: int | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self._sizes = sizes_of(model, vocab_size)
+        self.in_step = is_sharded(model)
+        """Whether all processes must ask together, because each holds a part of the model."""
 
     def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> DenseTargets:
         """Dense targets for the tokens at flat indices `rows` of the batch."""
@@ -27,6 +30,7 @@ class LiveTeacher:
             packed = batch.sequence_lengths if batch.layout == "packed" else None
             hidden, computed = hidden_rows(self.model, batch.input_ids, batch.positions, rows - 1, packed)
         flops = backbone_forward_flops(self._sizes, computed) + head_forward_flops(self._sizes, len(rows))
-        ledger.add_flops(teacher=flops)
+        if examples:
+            ledger.add_flops(teacher=flops)
         head = head_of(self.model)
         return DenseTargets(hidden, head.weight, head.bias)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ class ServedTeacher:
 
     Its targets are limited to the server's top n: `log_tail` holds everything else.
     """
+
+    in_step: ClassVar[bool] = False
+    """Every process asks when it likes."""
 
     client: Client
     model: str

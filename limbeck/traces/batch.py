@@ -80,6 +80,20 @@ def make_example(sample: Sample, truncation: TruncationConfig, supervision: Supe
     return Example(sample=cut_sample, ce_weight=ce_weight, kd_weight=kd_weight)
 
 
+def idle(layout: Layout, pad_id: int) -> Batch:
+    """One token without weight: for a process that has no examples left while others do."""
+    token, none = torch.full((1, 1), pad_id), torch.zeros(1, 1)
+    return Batch(
+        input_ids=token,
+        segment_ids=torch.full_like(token, PADDING),
+        positions=torch.zeros_like(token),
+        ce_weight=none,
+        kd_weight=none,
+        sequence_lengths=(1,),
+        layout=layout,
+    )
+
+
 def collate(examples: Sequence[Example], layout: Layout, pad_id: int) -> Batch:
     """Lay out examples as one batch.
 

@@ -395,4 +395,4 @@ def test_a_diverging_run_stops_before_it_ruins_the_weights(tmp_path):
 def test_a_trace_beyond_the_positions_is_refused():
     config = run_config({"student.scratch.max_positions": 40})
     with pytest.raises(ConfigError, match="longer than the student's 40 positions"):
-        train._set_up(config, None, train.Ranks(0, 1, CPU))
+        train.set_up(config, None, train.Ranks(0, 1, CPU))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import run_config, save_model
 
 from limbeck.distill.pair import check_pair, load_student, load_teacher
+from limbeck.distill.parallel import Ranks
 from limbeck.errors import ModelError, PairError
 from limbeck.models.anatomy import head_of, hidden_states
 from limbeck.models.load import load_model, load_scratch, load_tokenizer, locate, vocabulary_size
@@ -174,7 +175,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, whole):
     with pytest.raises(PairError, match="student: the tokenizer has 49 tokens, the model only 40"):
         check_pair(run_config({"student.model": small}), student, tokenizer)
     with pytest.raises(PairError, match=r"teacher .*small: the tokenizer has 49 tokens, the model only 40"):
-        load_teacher(run_config({"teacher.model": small}), torch.device("cpu"))
+        load_teacher(run_config({"teacher.model": small}), Ranks(0, 1, torch.device("cpu")))
 
 
 def test_a_teacher_with_other_tokens_is_refused(tmp_path):

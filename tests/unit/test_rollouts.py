@@ -89,7 +89,7 @@ def test_teachers_that_cannot_score_new_text_are_refused(teacher, tmp_path):
 
 
 def set_up(config):
-    setup = train._set_up(config, None, ALONE)
+    setup = train.set_up(config, None, ALONE)
     setup.model.train()
     return setup
 

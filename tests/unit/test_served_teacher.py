@@ -13,6 +13,7 @@ from tiny_runs import CPU, metrics_of, one_step, run_config
 from limbeck.client import Client, ClientConfig, map_concurrently, retry_after_seconds, server_root
 from limbeck.distill import train
 from limbeck.distill.pair import load_teacher
+from limbeck.distill.parallel import Ranks
 from limbeck.errors import ConfigError, LimbeckError, PairError
 from limbeck.models.load import load_tokenizer
 from limbeck.teacher.served import Query, ServedTeacher, check_tokenizer, connect, detect, to_targets
@@ -219,7 +220,7 @@ def test_several_teachers_add_up():
 
 
 def test_no_teacher_is_still_none():
-    assert load_teacher(run_config(), CPU) is None
+    assert load_teacher(run_config(), Ranks(0, 1, CPU)) is None
 
 
 @pytest.mark.parametrize(

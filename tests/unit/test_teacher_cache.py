@@ -18,6 +18,7 @@ from limbeck.config import build
 from limbeck.distill import caching
 from limbeck.distill.data import prepare
 from limbeck.distill.pair import load_teacher
+from limbeck.distill.parallel import Ranks
 from limbeck.errors import CheckpointError, LimbeckError, PairError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, model_hash
@@ -212,7 +213,7 @@ def test_another_teacher_is_refused(tmp_path, teacher, name):
         fill(teacher, name, asked(whole), tmp_path / "cache", top_k=3)
     config = run_config({"teacher.cache": str(tmp_path / "cache"), "teacher.model": other})
     with pytest.raises(PairError, match="written with another teacher"):
-        load_teacher(config, CPU)
+        load_teacher(config, Ranks(0, 1, CPU))
     fill(load_model(other, layout="packed"), other, asked(whole), tmp_path / "foreign")
     foreign = next((tmp_path / "foreign").glob(SHARDS))
     foreign.rename(tmp_path / "cache" / foreign.name)

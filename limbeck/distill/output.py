@@ -1,0 +1,59 @@
+"""What a run of the distillation loop writes beside its states: model, metrics, and what its manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from limbeck.checkpoint import Checkpoint, hash_path
+from limbeck.distill.config import DistillConfig
+from limbeck.distill.setup import Run
+from limbeck.errors import CheckpointError
+from limbeck.models.anatomy import causal_lm_of
+from limbeck.models.load import model_hash, quiet
+from limbeck.teacher.cache import Spec
+
+
+def write_model(setup: Run, directory: Path) -> None:
+    """Write model and tokenizer as a Hugging Face directory, adapters merged."""
+    with setup.ledger.phase("saving"), quiet():
+        is_adapted = setup.config.lora is not None
+        model = setup.model.merge_and_unload() if is_adapted else causal_lm_of(setup.model)
+        model.save_pretrained(directory)
+        setup.tokenizer.save_pretrained(directory)
+
+
+def metrics_of(config: DistillConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest tells of the step whose weights were written."""
+    metrics = {"loss": kept.get("loss"), "validation_ce": kept.get("validation_ce")}
+    if config.training.keep_best is not None:
+        metrics |= {"validation_kd": kept.get("validation_kd"), "kept_step": kept["step"]}
+    return metrics
+
+
+def inputs_of(config: DistillConfig, source: Checkpoint | None = None) -> dict[str, str]:
+    """What a run reads, by role, as hashes of the files: student, teachers or their caches, traces."""
+    names = {"student": str(source.path) if source else config.student.model}
+    found = {}
+    for number, teacher in enumerate((config.teacher, *config.teacher.others), 1):
+        role = "teacher" if number == 1 else f"teacher_{number}"
+        names[role] = teacher.model
+        if teacher.cache is not None:
+            # What a cache says of a sequence depends on teacher and form alone, not on what else it holds.
+            found[f"{role}_cache"] = Spec.read(teacher.cache).identity
+        if teacher.server is not None:
+            found[f"{role}_server"] = f"{teacher.server} {teacher.server_model or 'its only model'}"
+    found |= {role: model_hash(name) for role, name in names.items() if name is not None}
+    traces = Path(config.traces.source)
+    return found | ({"traces": hash_path(traces)} if traces.exists() else {})
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Drop what an interrupted run logged after the state it goes on from."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if path.exists() else []
+    if len(lines) < count:
+        raise CheckpointError(f"{path}: {len(lines)} lines, but the saved state is of step {count}; run anew.")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,215 @@
+"""What a row's loss asks of its logits, for a vocabulary that is all here or shared out over a group of processes.
+
+A process with V / n rows of the head sees V / n of every row of logits. Everything that the loss needs of a whole row
+is a log-sum-exp, a sum, or the logits of a few entries; each is found in every part and added up:
+
+    log-sum-exp       log sum_r exp(lse_r)        one number a row from each process
+    sums              sum_r sum_(v in part r)     values of divergences, and their gradients' sums
+    chosen entries    from the part that has them
+
+so that the loss is that of whole rows, exact but for the order of sums. All processes of the group must see the same
+rows: `gather_rows` puts the rows of all behind one another, and `own_rows` gives each the hidden gradient of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor, reduce_scatter_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from limbeck.models.anatomy import Head
+from limbeck.models.sharded import whole_head
+from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets, TopKTargets
+
+
+class Vocabulary:
+    """All of it is here."""
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """[n V] of [n V]."""
+        return torch.log_softmax(logits, -1)
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        """[n 1], over the vocabulary."""
+        return torch.logsumexp(logits, -1, keepdim=True)
+
+    def sum(self, parts: Tensor) -> Tensor:
+        """Sums over the vocabulary from those over the entries that are here."""
+        return parts
+
+    def gather(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """[n K]: the entries `ids` [n K] of each row."""
+        return logits.gather(1, ids)
+
+    def scatter_add_(self, logits: Tensor, ids: Tensor, values: Tensor) -> None:
+        """Add `values` [n K] to the entries `ids` of each row."""
+        logits.scatter_add_(1, ids, values)
+
+    def exclude_(self, logits: Tensor, ids: Tensor) -> None:
+        """Set the entries `ids` of each row to -inf."""
+        logits.scatter_(1, ids, -torch.inf)
+
+
+WHOLE = Vocabulary()
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyPart(Vocabulary):
+    """The entries `start` to `stop` are here, the others with the other processes of `group`."""
+
+    group: dist.ProcessGroup
+    start: int
+    stop: int
+    head_rows: int
+    """Rows of the whole head, padding included."""
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest part, from which all processes derive the same chunks."""
+        return -(-self.head_rows // self.group.size())
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        return logits - self.log_sum_exp(logits)
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        own = torch.logsumexp(logits, -1, keepdim=True)
+        return torch.logsumexp(all_gather_tensor(own[None], 0, self.group), 0)
+
+    def sum(self, parts: Tensor) -> Tensor:
+        total = parts.contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, logits: Tensor, ids: Tensor) -> Tensor:
+        places, here = self._places(ids)
+        found = logits.gather(1, places) if logits.shape[1] else logits.new_zeros(ids.shape)
+        return self.sum(found.masked_fill(~here, 0.0))
+
+    def scatter_add_(self, logits: Tensor, ids: Tensor, values: Tensor) -> None:
+        places, here = self._places(ids)
+        if logits.shape[1]:
+            logits.scatter_add_(1, places, values.masked_fill(~here, 0.0))
+
+    def exclude_(self, logits: Tensor, ids: Tensor) -> None:
+        places, here = self._places(ids)
+        if logits.shape[1]:
+            logits.scatter_reduce_(1, places, torch.where(here, -torch.inf, torch.inf).to(logits.dtype), "amin")
+
+    def _places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of `ids` in this part, clamped, and which of them are here."""
+        here = (ids >= self.start) & (ids < self.stop)
+        return (ids - self.start).clamp(0, max(0, self.stop - self.start - 1)), here
+
+
+def part_of(weight: Tensor, vocab: int) -> VocabularyPart | None:
+    """The part of a vocabulary of `vocab` entries whose head rows this process holds; None when it holds all."""
+    if not isinstance(weight, DTensor):
+        return None
+    group = weight.device_mesh.get_group("shard")
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    start = min(offset[0], vocab)
+    return VocabularyPart(group, start, min(start + shape[0], vocab), len(weight))
+
+
+def head_rows(head: Head, part: VocabularyPart) -> Head:
+    """The rows of a head that belong to `part`, with gradients for what trains."""
+    return Head(*(None if tensor is None else _rows(tensor, part) for tensor in head))
+
+
+def with_heads(targets: TeacherTargets, part: VocabularyPart | None) -> TeacherTargets:
+    """Targets whose teachers' heads are plain tensors: those rows that belong to `part`, or all of them."""
+    if isinstance(targets, SeveralTargets):
+        return SeveralTargets(tuple(_with_head(each, part) for each in targets.parts), targets.weights)
+    return None if targets is None else _with_head(targets, part)
+
+
+class Gathered(NamedTuple):
+    """The rows of all processes of a group behind one another, each process's padded to the longest."""
+
+    hidden: Tensor
+    labels: Tensor
+    ce_coef: Tensor
+    kd_coef: Tensor
+    targets: DenseTargets | TopKTargets | None
+
+
+def gather_rows(
+    group: dist.ProcessGroup,
+    hidden: Tensor,
+    labels: Tensor,
+    ce_coef: Tensor,
+    kd_coef: Tensor,
+    targets: DenseTargets | TopKTargets | None,
+) -> Gathered:
+    """The rows of all processes; what pads them has coefficients of 0. Arguments as for `fused_loss`, detached."""
+    width = targets.ids.shape[1] if isinstance(targets, TopKTargets) else 0
+    length, width = _largest([len(hidden), width], hidden.device, group)
+
+    def all_rows(tensor: Tensor, value: float = 0.0) -> Tensor:
+        padded = tensor.new_full((length, *tensor.shape[1:]), value)
+        padded[: len(tensor)] = tensor
+        return all_gather_tensor(padded, 0, group)
+
+    if isinstance(targets, DenseTargets):
+        targets = DenseTargets(all_rows(targets.hidden), targets.head_weight, targets.head_bias)
+    elif isinstance(targets, TopKTargets):
+        wider = (0, width - targets.ids.shape[1])
+        targets = TopKTargets(
+            all_rows(nn.functional.pad(targets.ids, wider)),
+            all_rows(nn.functional.pad(targets.log_probs, wider, value=-torch.inf)),
+            all_rows(targets.log_tail),
+        )
+    rows = (all_rows(tensor.detach()) for tensor in (hidden, labels, ce_coef, kd_coef))
+    return Gathered(*rows, targets)
+
+
+def own_rows(group: dist.ProcessGroup, parts: Tensor, length: int) -> Tensor:
+    """This process's `length` rows of a gradient by `gather_rows`'s hidden states, summed over the parts."""
+    return reduce_scatter_tensor(parts, "sum", 0, group)[:length]
+
+
+def _largest(numbers: list[int], device: torch.device, group: dist.ProcessGroup) -> list[int]:
+    tensor = torch.tensor(numbers, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+    return tensor.tolist()
+
+
+def _with_head(targets: DenseTargets | TopKTargets, part: VocabularyPart | None) -> DenseTargets | TopKTargets:
+    if isinstance(targets, TopKTargets):
+        return targets
+    head = Head(targets.head_weight, targets.head_bias)
+    head = whole_head(head) if part is None else head_rows(head, part)
+    return DenseTargets(targets.hidden, head.weight, head.bias)
+
+
+def _rows(tensor: Tensor, part: VocabularyPart) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor[part.start : part.stop]
+    ranks, theirs = (dist.get_process_group_ranks(g) for g in (part.group, tensor.device_mesh.get_group("shard")))
+    if ranks == theirs and len(tensor) == part.head_rows:
+        return _OwnRows.apply(tensor)
+    # Of a teacher that is cut otherwise than the student.
+    return tensor.detach().full_tensor()[part.start : part.stop]
+
+
+class _OwnRows(torch.autograd.Function):
+    """The rows that are here; their gradient is complete, but for the copies of the model that saw other rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor) -> Tensor:
+        ctx.layout = (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())
+        return tensor.to_local()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_rows: Tensor) -> DTensor:
+        mesh, placements, shape, stride = ctx.layout
+        if "replicate" in mesh.mesh_dim_names:
+            dist.all_reduce(by_rows, group=mesh.get_group("replicate"))
+        return DTensor.from_local(by_rows, mesh, placements, run_check=False, shape=shape, stride=stride)
