@@ -40,11 +40,17 @@ from limbeck.ranking import recover as rank_recover
 from limbeck.ranking import train as rank_train
 from limbeck.report import page as report
 from limbeck.runner.place import Place
+from limbeck.scale import command as predict
+from limbeck.scale.advise import AdviseConfig
+from limbeck.scale.planner import PlanConfig
+from limbeck.scale.stages import predict_recover
+from limbeck.scale.training import predict_distill
 from limbeck.serve import bench as bench_serve
 from limbeck.serve import command as serve
 from limbeck.serve.config import ServeConfig
 from limbeck.sweep import execute as sweep
 from limbeck.sweep.plan import SweepConfig
+from limbeck.sweep.predict import predict_sweep
 from limbeck.teacher import build as cache
 from limbeck.traces import generation, importing, probe, show, stats
 
@@ -88,7 +94,9 @@ class Command(NamedTuple):
     """Field that a first argument without a flag sets, unless it is a recipe."""
 
 
-def _distill(config: DistillConfig, options: Options) -> dict[str, Any]:
+def _distill(config: DistillConfig, options: Options) -> dict[str, Any] | None:
+    if options.dry_run:
+        return predict.dry_run(lambda hardware: [predict_distill(config, hardware=hardware)], quiet=options.json)
     checkpoint = distill.run(config, None, options.out, overwrite=options.overwrite, resume=options.resume)
     manifest = checkpoint.manifest
     return {
@@ -106,10 +114,18 @@ def _export(config: export.ExportConfig, options: Options) -> dict[str, Any]:
     return export.run(config, options.out, overwrite=options.overwrite)
 
 
-def _sweep(config: SweepConfig, options: Options) -> dict[str, Any]:
+def _sweep(config: SweepConfig, options: Options) -> dict[str, Any] | None:
+    if options.dry_run:
+        return predict.dry_run(lambda hardware: predict_sweep(config, hardware), quiet=options.json)
     summary = sweep.run(config, options.out, options.on)
     page = report.run([options.out], options.out)
     return {"out": str(options.out), "report": str(page), "runs": len(summary["runs"])}
+
+
+def _recover(config: recover.RecoverConfig, options: Options) -> dict[str, Any] | None:
+    if options.dry_run:
+        return predict.dry_run(lambda hardware: [predict_recover(config, hardware=hardware)], quiet=options.json)
+    return recover.run(config, options.out, overwrite=options.overwrite, resume=options.resume)
 
 
 def _rank_pipeline(config: rank_pipeline.RankPipelineConfig, options: Options) -> dict[str, Any]:
@@ -205,8 +221,23 @@ COMMANDS: dict[str, Command] = {
     "traces probe": Command(
         probe.ProbeConfig, _probe, "find where a teacher already knows the answer, for truncation.policy probed"
     ),
-    "distill": Command(DistillConfig, _distill, "train one student", ALL),
-    "sweep": Command(SweepConfig, _sweep, "train many students over a grid, one report", ("--out", "--on")),
+    "distill": Command(DistillConfig, _distill, "train one student", (*ALL, "--dry-run")),
+    "sweep": Command(
+        SweepConfig, _sweep, "train many students over a grid, one report", ("--out", "--on", "--dry-run")
+    ),
+    "plan": Command(
+        PlanConfig,
+        lambda config, options: predict.plan(config, quiet=options.json),
+        "say whether a recipe fits on given devices, with which settings, and how long it takes",
+        (),
+    ),
+    "advise": Command(
+        AdviseConfig,
+        lambda config, options: predict.advise(config, quiet=options.json),
+        "say which number format and which cut suit a machine and a workload, and what they save",
+        (),
+        subject="model",
+    ),
     "evaluate": Command(evaluate.EvaluateStageConfig, _evaluate, "score a model on problems, with intervals"),
     "moments": Command(
         moments.MomentsConfig,
@@ -221,7 +252,10 @@ COMMANDS: dict[str, Command] = {
         (*ALL, "--dry-run"),
     ),
     "recover": Command(
-        recover.RecoverConfig, _resumable(recover.run), "prune and train in turns, or once, to a smaller model", ALL
+        recover.RecoverConfig,
+        _recover,
+        "prune and train in turns, or once, to a smaller model",
+        (*ALL, "--dry-run"),
     ),
     "export": Command(
         export.ExportConfig, _export, "write a model for vLLM, llama.cpp or plain transformers, and prove that it loads"
@@ -275,7 +309,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         PipelineConfig,
-        lambda config, options: pipeline.run(config, options.out, dry_run=options.dry_run),
+        lambda config, options: pipeline.run(config, options.out, dry_run=options.dry_run, quiet=options.json),
         "traces to a served model in one recipe, each stage skipped when nothing changed; called again, it goes on",
         ("--out", "--dry-run"),
     ),
@@ -348,7 +382,9 @@ def _read_config(config_class: type, arguments: list[str], subject: str | None) 
         tree, arguments = {subject: arguments[0]}, arguments[1:]
     elif arguments and not arguments[0].startswith("--"):
         where = arguments[0]
-        tree, arguments = read_recipe(Path(arguments[0])), arguments[1:]
+        # A command may read recipes of others.
+        adapt = getattr(config_class, "from_recipe", dict)
+        tree, arguments = adapt(read_recipe(Path(arguments[0]))), arguments[1:]
     return build(config_class, apply_flags(config_class, tree, arguments), where)
 
 

@@ -1,11 +1,13 @@
-"""What the command line calls: dry runs of stages, and `limbeck plan`."""
+"""What the command line calls: dry runs of stages, `limbeck plan` and `limbeck advise`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from limbeck.scale.console import assumptions, show_plan, show_predictions
+from limbeck.scale import advise as advising
+from limbeck.scale.advise import AdviseConfig
+from limbeck.scale.console import assumptions, show_advice, show_plan, show_predictions
 from limbeck.scale.hardware import Hardware, hardware_of, measure
 from limbeck.scale.planner import PlanConfig, flags_of
 from limbeck.scale.planner import run as make_plan
@@ -37,4 +39,15 @@ def plan(config: PlanConfig, *, quiet: bool) -> dict[str, Any] | None:
         plans = [found.as_dict() | {"flags": words} for found, words in zip(best, flags, strict=True)]
         return {"recipe": own.as_dict(), "plans": plans, "assumed": assumptions(best[0] if best else own, hardware)}
     show_plan(own, best, flags, hardware)
+    return None
+
+
+def advise(config: AdviseConfig, *, quiet: bool) -> dict[str, Any] | None:
+    """Show formats and cuts with their times and what to take; with `quiet` return them as plain values instead."""
+    found, hardware = advising.run(config)
+    if quiet:
+        rows = {name: [row.as_dict() for row in getattr(found, name)] for name in ("formats", "cuts")}
+        machine = {**hardware._asdict(), "flops": dict(hardware.flops)}
+        return {"take": found.chosen, "reasons": found.reasons, **rows, "hardware": machine}
+    show_advice(found, hardware)
     return None

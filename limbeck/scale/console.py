@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from limbeck.ledger import FLOP_PARTS
+from limbeck.scale.advise import Advice
 from limbeck.scale.cluster import Estimate
 from limbeck.scale.hardware import Hardware
 from limbeck.scale.prediction import Prediction
+from limbeck.scale.roofline import DECODE_EFFICIENCY, PREFILL_EFFICIENCY
 
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -93,6 +95,40 @@ def show_plan(own: Estimate, best: Sequence[Estimate], flags: Sequence[Sequence[
     out.print(f"memory: {_terms(shown.memory)}", highlight=False, soft_wrap=True)
     for line in assumptions(shown, hardware):
         out.print(f"assumed: {line}", highlight=False, soft_wrap=True)
+
+
+def show_advice(found: Advice, hardware: Hardware) -> None:
+    """Formats, cuts in the chosen format, and the reasons."""
+    out = Console()
+    for title, rows in (("format", found.formats), (f"cut, in {found.chosen}", found.cuts)):
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in (title, "weights", "fits", "prompt", "a new token", "request", "requests/s", "takes"):
+            table.add_column(name, justify="left" if name in (title, "takes") else "right")
+        for row in rows:
+            times = row.times
+            table.add_row(
+                row.name,
+                amount(row.weight_bytes, "B"),
+                "yes" if row.fits else "no",
+                f"{1000 * times.prefill:.2f} ms",
+                f"{1000 * times.step:.2f} ms" if times.step else "–",
+                f"{1000 * times.request:,.0f} ms",
+                f"{times.requests_per_second:,.2f}",
+                row.needs,
+            )
+        out.print(table)
+        out.print()
+    out.print(f"take {found.chosen}", highlight=False)
+    for reason in found.reasons:
+        out.print(f"- {reason}", highlight=False, soft_wrap=True)
+    rates = ", ".join(f"{name} {amount(rate, 'FLOP/s')}" for name, rate in hardware.flops.items())
+    out.print(f"{hardware.name}: {rates}, {amount(hardware.bandwidth, 'B/s')}", highlight=False, soft_wrap=True)
+    if hardware.is_accelerator:
+        out.print(
+            f"assumed: prompts reach {PREFILL_EFFICIENCY:.0%} of these FLOP/s, decoding {DECODE_EFFICIENCY:.0%} of the "
+            "bandwidth",
+            highlight=False,
+        )
 
 
 def _terms(memory: Mapping[str, int]) -> str:

@@ -1,11 +1,12 @@
 """Bytes of a training step at its highest moment, term by term.
 
-Four moments are compared, and the highest is the answer:
+Five moments are compared, and the highest is the answer:
 
     loss       weights + teacher + optimizer + gradients of earlier micro-batches + activations + loss + workspace
     backward   the same at its end: all gradients instead of activations
     teacher    the teacher's forward pass instead of the student's
     update     weights, gradients and optimizer state, and what the update copies
+    validation weights + teacher + optimizer, and a forward pass of uncut sequences
 
 Activations are what autograd keeps of a layer, in float32 bytes a token (D width, Q and K widths of queries and keys, F
 neurons, N heads), for the three ways in which a layer is computed:
@@ -31,7 +32,7 @@ from limbeck.scale.shapes import Dims
 
 PROGRAM_BYTES = 60 * 2**20
 """Resident bytes of code and tables that are loaded between the ledger's baseline and the end of the first step."""
-ALLOCATOR_FRACTION = 0.15
+ALLOCATOR_FRACTION = 0.25
 """Of the bytes that come and go within a step on a CPU: what the allocator holds beside them at the highest moment."""
 BLOCK_TEMPORARIES = 6
 """Blocks of logits that the elementwise part of the loss holds at once."""
@@ -155,6 +156,7 @@ def training_memory(
     optimizer: str,
     accumulates: bool,
     steps: int,
+    validation: Pass | None = None,
     threads: int = 1,
 ) -> dict[str, int]:
     """Bytes by term at the highest moment of a run on one device.
@@ -165,6 +167,7 @@ def training_memory(
       optimizer: name, as in the optimizer's config.
       accumulates: whether gradients of earlier micro-batches are there during a later one.
       steps: of the run; in the first there is no optimizer state before the update.
+      validation: the largest group of held-out sequences.
       threads: of the CPU.
     """
     way, dims = student.way, student.dims
@@ -195,6 +198,10 @@ def training_memory(
         kept | {"workspace": teaching},
         {"optimizer": states, "gradients": trainable, "workspace": trainable if optimizer == "sgd" else 0},
     ]
+    if validation is not None:
+        tried = loss_bytes(loss._replace(is_head_trainable=False), way, validation.rows, threads)
+        working = forward_bytes(dims, way, validation.computed)
+        moments.append({"optimizer": states, "loss": tried, "workspace": working + casts})
     highest = resident | max(moments, key=lambda moment: sum(moment.values()))
     return with_program(highest) if way.is_cpu else highest
 

@@ -72,10 +72,12 @@ class PlanConfig:
             raise ConfigError(f"efficiency must be in (0, 1]; found {self.efficiency}")
 
     @staticmethod
-    def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A recipe of `limbeck distill` or of a sweep as the run that is planned."""
-        own = ("distill", "hardware", "devices", "efficiency", "assume")
-        return {key: value for key, value in tree.items() if key in own}
+    def from_recipe(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a recipe of `limbeck distill`, `sweep` or `recover` says for a plan; a plan's own recipe as it is."""
+        if "student" in tree:
+            return {"distill": tree}
+        own = set(PlanConfig.__dataclass_fields__)
+        return tree if set(tree) <= own else {key: value for key, value in tree.items() if key == "distill"}
 
 
 def run(config: PlanConfig, hardware: Hardware) -> list[Estimate]:

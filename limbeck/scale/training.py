@@ -8,6 +8,7 @@ hardware, activations and optimizer state at its bandwidth, and a fixed time a c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from limbeck.distill.data import Data, prepare
 from limbeck.distill.pair import student_tokenizer_name, trainable
 from limbeck.distill.plan import Step, split_step
 from limbeck.distill.rollouts import Prompts
-from limbeck.distill.train import planned_steps
+from limbeck.distill.setup import planned_steps
 from limbeck.ledger import (
     backbone_backward_flops,
     backbone_forward_flops,
@@ -146,7 +147,10 @@ def set_up(
 
 def student_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> Student:
     """The student of a run as it trains."""
-    model = trainable(on_meta(shape), config).train()
+    with warnings.catch_warnings():
+        # transformers renames the switch for recomputation; the run itself says so once.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = trainable(on_meta(shape), config).train()
     training = config.training
     way = Way(
         is_lean=not is_accelerator
@@ -205,6 +209,7 @@ def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Se
         optimizer=setup.config.optimizer.name,
         accumulates=any(len(step) > world_size for step in charges),
         steps=len(steps),
+        validation=_validation(setup),
         threads=training.num_threads or torch.get_num_threads(),
     )
     found = list(notes)
@@ -222,6 +227,17 @@ def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Se
         seconds=_seconds(setup, flat, sum(flops.values()), len(steps), hardware) / world_size,
         notes=tuple(found),
     )
+
+
+def _validation(setup: Setup) -> Pass | None:
+    """The largest group of held-out sequences, filled as the run fills it."""
+    lengths = sorted(len(example) for example in setup.data.validation)
+    if not lengths:
+        return None
+    limit = setup.config.training.microbatch_tokens
+    tokens = max(lengths[-1], min(sum(lengths), limit))
+    rows = sum(int((example.ce_weight > 0).sum()) for example in setup.data.validation)
+    return Pass(Computed(tokens, tokens, 0), round(rows * tokens / sum(lengths)))
 
 
 def data_of(config: DistillConfig, samples: Sequence[Sample]) -> Data:
