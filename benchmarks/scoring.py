@@ -19,7 +19,8 @@ Peers:
 `seconds_over_matmul_floor`: our seconds over those of the bare products of all linear layers, for the tokens that have
 to be computed (prefix + all items; behind the last attention only the items), in passes of the fastest size. Attention,
 norms, the head and the rest are not in the floor. `max_score_difference`: largest difference of a label's log-prob
-(normalised over the labels) between our float32 batch and transformers one by one. `int8_bits_equal`: whether the int8
+(normalised over the labels) between our float32 batch and transformers one by one; `max_score_error` and
+`max_score_error_of_transformers`: of each from transformers in float64. `int8_bits_equal`: whether the int8
 batch has the bits of the same items scored alone.
 
     python benchmarks/scoring.py [--quick] [--threads 2] [--repeats 3] [--out benchmarks/results]
@@ -117,8 +118,8 @@ class Ours:
 class Theirs:
     """transformers."""
 
-    def __init__(self) -> None:
-        self.model = load_model(MODEL)
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.model = load_model(MODEL, dtype)
 
     @torch.inference_mode()
     def log_probs(self, request: Request, places: Sequence[int]) -> Tensor:
@@ -287,9 +288,14 @@ def checks(sides: Sides, cell: Cell) -> dict[str, Any]:
     request = requests_of(cell, 77)
     places = sorted({round(step * (cell.count - 1) / 7) for step in range(8)})
     ours = sides.float32.log_probs(request)[places]
-    theirs = torch.cat([sides.theirs.log_probs(request, [place]) for place in places])
+    theirs, exact = (
+        torch.cat([side.log_probs(request, [place]) for place in places])
+        for side in (sides.theirs, Theirs(torch.float64))
+    )
     return {
         "max_score_difference": float((ours - theirs).abs().max()),
+        "max_score_error": float((ours - exact).abs().max()),
+        "max_score_error_of_transformers": float((theirs - exact).abs().max()),
         "int8_bits_equal": sides.int8.has_equal_bits(request, places[::3]),
     }
 
