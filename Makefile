@@ -6,7 +6,9 @@ OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step
 	solvers perplexity recovery ranking scoring generate
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow check format bench bench-quick bench-peers bench-peers-compress bench-clients bench-vllm smollm2 clean
+.PHONY: setup docs demo test test-slow check format bench bench-quick bench-peers bench-peers-compress bench-clients bench-vllm smollm2 clean
+
+setup: $(VENV)/.ready
 
 demo: $(VENV)/.ready
 	$(BIN)/limbeck demo --out runs/demo
@@ -25,6 +27,10 @@ check: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix limbeck tests benchmarks
 	$(BIN)/ruff format limbeck tests benchmarks
+
+# The site, in build/site.
+docs: $(VENV)/.ready
+	$(BIN)/mkdocs build --strict
 
 smollm2: $(VENV)/.smollm2
 

@@ -37,6 +37,7 @@ def ray_map(
     prepare: Callable[[], Any] | None = None,
     cores: int | None = None,
     own_process: bool = False,
+    name: str | None = None,
 ) -> Iterator[tuple[Item, Any]]:
     """(item, function(prepare(), item)) for every item, as they are done.
 
@@ -45,10 +46,12 @@ def ray_map(
       prepare: makes what the calls share; a worker keeps it until it gets another job.
       cores: of a task; None takes one for each of torch's threads, or a GPU and a core where the cluster has GPUs.
       own_process: end a worker after one item.
+      name: what the tasks are called; None takes the function's name.
     Raises: what a call raises; LimbeckError for an item whose workers died more than RETRIES times. The others end.
     """
     ray = connect()
-    settings = {"name": name_of(function), "max_retries": RETRIES, "max_calls": int(own_process)}
+    name = name or name_of(function)
+    settings = {"name": name, "max_retries": RETRIES, "max_calls": int(own_process)}
     work = ray.remote(**settings, **_resources(ray, cores))(_work)
     key = hashlib.sha256(ray.cloudpickle.dumps(prepare)).digest()
     submit = partial(work.remote, os.getcwd(), torch.get_num_threads(), key, prepare, function)
@@ -61,7 +64,7 @@ def ray_map(
             if not running:
                 return
             [done], _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(done), _result(ray, done, name_of(function))
+            yield running.pop(done), _result(ray, done, name)
     finally:
         for left in running:
             ray.cancel(left, force=True)
@@ -73,16 +76,19 @@ def connect() -> Any:
     Raises: ConfigError when ray is not installed or nothing answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Ray's one switch for loopback; read when ray is imported, on any system in spite of its name.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
         raise ConfigError("--on ray: ray is not installed; pip install 'limbeck[ray]'.") from error
     if ray.is_initialized():
         return ray
-    address = os.environ.get("RAY_ADDRESS")
-    alone = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": STORE_BYTES}
+    alone = {} if address else {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else alone))
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
         place = f"RAY_ADDRESS {address}" if address else "--on ray"
         raise ConfigError(

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from typing import Any, Generic, Literal, TypeVar
 
 from limbeck.runner.cluster import ray_map
+from limbeck.runner.outcome import name_of
 from limbeck.runner.process import in_process
 
 Place = Literal["local", "ray"]
@@ -57,7 +58,7 @@ def map_in_processes(
     Raises: what a call raises.
     """
     if on == "ray":
-        yield from ray_map(partial(_spread, function), calls, own_process=True)
+        yield from ray_map(partial(_spread, function), calls, own_process=True, name=name_of(function))
         return
     for arguments in calls:
         yield arguments, in_process(function, *arguments)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,11 +18,12 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function` in a fresh process and hand back its result or its error.
 
     The processes are forked from a server that has imported the stages and run nothing, so they start quickly, own
-    all the memory that they are charged for, and inherit no thread pool.
+    all the memory that they are charged for, and inherit no thread pool. They end with the process that called them,
+    however that ends: who goes on after a kill finds nobody at work.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    ours, theirs = context.Pipe(duplex=False)
+    ours, theirs = context.Pipe()
     process = context.Process(target=_send, args=(theirs, function, arguments))
     process.start()
     theirs.close()
@@ -38,4 +42,12 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _send(pipe: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
     pipe.send(Outcome.of(function, *arguments))
+
+
+def _end_with_caller(pipe: Connection) -> None:
+    """Wait for the other end, which never sends anything, to be closed."""
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv()
+    os._exit(1)

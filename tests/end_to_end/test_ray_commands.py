@@ -24,9 +24,9 @@ SWEEP = {
         "teacher": {"model": "tiny-teacher"},
         "traces": {**CHAIN, "num_traces": 80},
         "num_validation": 8,
-        "training": {"max_steps": 30, "batch_size": 4, "save_every_steps": 5},
+        "training": {"max_steps": 150, "batch_size": 4, "save_every_steps": 5},
     },
-    "problems": {**CHAIN, "num_traces": 20, "seed": 9},
+    "problems": {**CHAIN, "num_traces": 20, "seed": 9, "chain_min_steps": 3, "chain_max_steps": 3},
     "grid": {"lead_fraction": [0.5, 1.0]},
     "evaluate": {"max_new_tokens": 96},
 }

@@ -1,10 +1,12 @@
 """Parts of a job: in order here, and on Ray whole even where workers die; errors are those of the part."""
 
 import functools
+import importlib
 import os
 import signal
 import sys
 
+import psutil
 import pytest
 
 from limbeck.cli import main
@@ -12,10 +14,7 @@ from limbeck.errors import ConfigError, LimbeckError
 from limbeck.runner import cluster
 from limbeck.runner.place import Prepared, map_in_processes
 
-ray = pytest.importorskip("ray")
-
-
-SERVED = ["--prompts.source", "builtin:chain", "--server", "http://127.0.0.1:1"]
+SERVED = ["--prompts.source", "builtin:chain", "--num-traces", "2", "--server", "http://127.0.0.1:1"]
 
 
 def label(shared, item):
@@ -47,6 +46,13 @@ def die(_, item):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def connections(process):
+    try:
+        return process.net_connections("inet")
+    except psutil.NoSuchProcess:  # a worker that ends just now
+        return []
+
+
 def given(value):
     return value
 
@@ -56,7 +62,7 @@ def on_ray():
     """A cluster of this machine alone; what this file defines is sent to its workers, which cannot import it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        cluster.connect()
+        ray = cluster.connect()
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         yield "ray"
         ray.shutdown()
@@ -103,9 +109,12 @@ def test_on_ray_errors_are_those_of_the_part(on_ray, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_on_ray_nothing_listens_beyond_this_machine_and_nothing_is_reported(on_ray):
-    [node] = [node for node in ray.nodes() if node["Alive"]]
-    assert node["NodeManagerAddress"] == "127.0.0.1"
-    assert not ray._private.usage.usage_lib.usage_stats_enabled()
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    assert any(process.name() == "raylet" for process in processes)
+    listening = [c for process in processes for c in connections(process) if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
+    usage = importlib.import_module("ray._private.usage.usage_lib")
+    assert not usage.usage_stats_enabled()
 
 
 def test_without_ray_the_error_names_the_command(monkeypatch):

@@ -1,0 +1,165 @@
+"""Every block of code in README and docs: YAML becomes a config, commands are understood, Python runs, files exist.
+
+The tutorials are run as a whole, command after command, in an empty directory (slow).
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from docs_blocks import PAGES, PROSE, ROOT, SHELL, TUTORIALS, Block, all_blocks, blocks_of, commands_of
+
+from limbeck.cli import COMMANDS, _command_name, _read_config, _take_options
+from limbeck.config import apply_flags, build, read_recipe
+
+CHAIN = {"source": "builtin:chain", "num_traces": 9}
+LEFT_OUT = {
+    "student.model": "tiny-student",
+    "traces": CHAIN,
+    "distill.student.model": "tiny-student",
+    "distill.traces": CHAIN,
+    "problems": CHAIN,
+}
+"""Required fields that a part of a recipe may leave out, where its command has them."""
+SCORER = "from docs_blocks import save_text_model\nsave_text_model({!r})\n"
+BEFORE = {
+    "scoring.md": SCORER.format("runs/ranker-w8a8")
+    + "member_and_history, candidates = 'Liked: Fargo\\n', ['Item: Heat\\nAnswer:', 'Item: Big\\nAnswer:']",
+    "generation.md": SCORER.format("runs/student-w8a8") + SCORER.format("runs/draft"),
+    "optimizers.md": "import torch\nmodel = torch.nn.Linear(3, 1)\n"
+    "first_half, second_half = torch.randn(2, 4, 3)\nloss_of = lambda inputs: model(inputs).square().mean()",
+}
+"""What the reader of a page has before its first block."""
+READS_OUTPUTS = ("rank evaluate", "rank recover")
+"""Their configs are completed from the directories that they name."""
+LANGUAGES = {*SHELL, *PROSE, "python", "yaml", "json"}
+PROGRAMS = {"limbeck", "make", "pip", "python", "pytest", "torchrun", "curl", "ray", "source", "until", "kill", "wait"}
+
+
+def named(blocks: list[Block]) -> list:
+    return [pytest.param(block, id=block.name) for block in blocks]
+
+
+def test_every_block_says_what_it_is():
+    blocks = [block for page in {block.page for block in all_blocks(*LANGUAGES)} for block in blocks_of(page)]
+    assert len(blocks) > 40
+    assert {block.language for block in blocks} <= LANGUAGES, [b.name for b in blocks if b.language not in LANGUAGES]
+
+
+@pytest.mark.parametrize("block", named(all_blocks("yaml")))
+def test_yaml_becomes_a_config(block):
+    kind, _, command = block.mark.partition(": ")
+    assert kind in ("recipe of", "part of"), f"{block.name}: say what it is, <!-- part of: COMMAND -->"
+    config, tree = COMMANDS[command].config, yaml.safe_load(block.text)
+    build(config, tree if kind == "recipe of" else completed(command, tree), block.name)
+
+
+def completed(command, tree):
+    """A part of a recipe with what it leaves to its reader."""
+    for path, value in LEFT_OUT.items():
+        *groups, leaf = path.split(".")
+        if path.split(".")[0] in COMMANDS[command].config.__dataclass_fields__:
+            place = tree
+            for name in groups:
+                place = place.setdefault(name, {})
+            place.setdefault(leaf, value)
+    return tree
+
+
+@pytest.mark.parametrize("block", named(all_blocks(*SHELL)))
+def test_commands_are_understood(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(completed("distill", {})))
+    for other in blocks_of(block.page):
+        if other.file:
+            (tmp_path / other.file).write_text(other.text)
+    for command in commands_of(block.text):
+        check(command)
+
+
+def check(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    while re.match(r"\w+=", words[0]) or words[0] == "srun":
+        words = words[1:]
+    program, rest = words[0], words[1:]
+    if program == "scontrol":
+        return
+    assert program.split("/")[-1] in PROGRAMS, command
+    if program == "torchrun":
+        rest = rest[rest.index("limbeck") :]
+        program, rest = rest[0], rest[1:]
+    if program == "limbeck" and rest != ["--help"]:
+        rest = rest[: rest.index("&")] if "&" in rest else rest
+        name, arguments = _command_name(rest)
+        row = COMMANDS[name]
+        _, arguments = _take_options(name, row.takes, arguments)
+        if name in READS_OUTPUTS:
+            recipe = read_recipe(Path(arguments.pop(0))) if not arguments[0].startswith("--") else {}
+            apply_flags(row.config, recipe, arguments)
+        elif row.config is not None:
+            _read_config(row.config, arguments, row.subject)
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{re.escape(target)}:", makefile, re.M) for target in rest), command
+    elif program in ("python", "pytest"):
+        files = [word for word in rest if word.endswith(".py")]
+        assert all((ROOT / file).is_file() for file in files), command
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        asked = [extra for found in re.findall(r"limbeck\[([^]]+)\]", command) for extra in found.split(",")]
+        assert set(asked) <= extras.keys(), command
+    elif program == "curl":
+        bodies = [rest[index + 1] for index, word in enumerate(rest) if word in ("-d", "--data")]
+        assert all(isinstance(json.loads(body), dict) for body in bodies), command
+
+
+def test_commands_in_the_readme_are_understood():
+    """Those of its table; a flag without its value is a mention, not a command."""
+    found = re.findall(r"`(limbeck [^`]+)`", (ROOT / "README.md").read_text())
+    commands = [command for command in found if not command.endswith("--engine")]
+    assert len(commands) > 15
+    for command in commands:
+        check(command)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.language == "python" for b in blocks_of(page))], ids=lambda page: page.name
+)
+def test_python_runs(page, tmp_path):
+    """The blocks of a page one after the other, as a reader would paste them."""
+    blocks = [block for block in blocks_of(page) if block.language == "python"]
+    for block in blocks:
+        compile(block.text, block.name, "exec")
+    if page in TUTORIALS:  # run as a whole, below
+        return
+    code = [BEFORE.get(page.name, ""), *(block.text for block in blocks if block.is_run)]
+    run([sys.executable, "-c", "\n".join(code)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_runs_from_an_empty_directory(page, tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for block in blocks_of(page):
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+        elif block.language == "python" and block.is_run:
+            run([sys.executable, "-c", block.text], tmp_path)
+        elif block.language in SHELL and block.is_run:
+            run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
+
+
+def run(command: list[str], directory) -> None:
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
