@@ -29,7 +29,7 @@ from limbeck.distill.rowloss import row_loss
 from limbeck.distill.rows import Rows, check_shapes, make_rows
 from limbeck.distill.vocabulary import WHOLE, VocabularyPart, gather_rows, own_rows
 from limbeck.errors import ConfigError
-from limbeck.teacher.targets import DenseTargets, TeacherTargets
+from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets
 
 CHUNK_BYTES = 256 * 2**20
 # On a CPU more rows than this make the products no faster.
@@ -112,6 +112,7 @@ def fused_loss(
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     inputs, num_entries = (hidden, head_weight, head_bias), vocab
     if part is not None:
+        assert not isinstance(targets, SeveralTargets), "weighted_fused_loss takes several teachers apart"
         hidden, labels, ce_coef, kd_coef, targets = gather_rows(part.group, hidden, labels, ce_coef, kd_coef, targets)
         hidden.requires_grad_(inputs[0].requires_grad)
         num_entries = part.stop - part.start

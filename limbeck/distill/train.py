@@ -189,9 +189,11 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
     config, ledger = setup.config, setup.ledger
     torch.manual_seed((config.training.seed * 1_000_003 + number) * 1_009 + setup.ranks.reader)
     work = _work(setup, number)
-    ce = kd = 0.0
+    # torch's counter sees this process's products alone, which are all of its micro-batch only where none is shared.
+    parallel, ce, kd = config.training.parallel, 0.0, 0.0
+    is_shared = parallel.shard_head or parallel.tensor_parallel_size > 1
     for examples in work.microbatches:
-        forward_backward = _forward_backward if ledger.audit else _audited
+        forward_backward = _forward_backward if ledger.audit or is_shared else _audited
         ce_part, kd_part = forward_backward(setup, examples, work)
         ce, kd = ce + ce_part, kd + kd_part
     ce, kd, tokens = sum_numbers([ce, kd, ledger.counts["tokens"]], setup.ranks)

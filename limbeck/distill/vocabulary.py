@@ -19,13 +19,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, reduce_scatter_tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from limbeck.models.anatomy import Head
-from limbeck.models.sharded import whole_head
+from limbeck.models.sharded import whole_head, whole_tensor
 from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets, TopKTargets
+
+# torch 2.13 gave both new names.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Vocabulary:
@@ -79,7 +82,7 @@ class VocabularyPart(Vocabulary):
 
     def log_sum_exp(self, logits: Tensor) -> Tensor:
         own = torch.logsumexp(logits, -1, keepdim=True)
-        return torch.logsumexp(all_gather_tensor(own[None], 0, self.group), 0)
+        return torch.logsumexp(_gather(own[None], self.group), 0)
 
     def sum(self, parts: Tensor) -> Tensor:
         total = parts.contiguous()
@@ -119,7 +122,7 @@ def part_of(weight: Tensor, vocab: int) -> VocabularyPart | None:
 
 def head_rows(head: Head, part: VocabularyPart) -> Head:
     """The rows of a head that belong to `part`, with gradients for what trains."""
-    return Head(*(None if tensor is None else _rows(tensor, part) for tensor in head))
+    return Head(_rows(head.weight, part), None if head.bias is None else _rows(head.bias, part))
 
 
 def with_heads(targets: TeacherTargets, part: VocabularyPart | None) -> TeacherTargets:
@@ -154,7 +157,7 @@ def gather_rows(
     def all_rows(tensor: Tensor, value: float = 0.0) -> Tensor:
         padded = tensor.new_full((length, *tensor.shape[1:]), value)
         padded[: len(tensor)] = tensor
-        return all_gather_tensor(padded, 0, group)
+        return _gather(padded, group)
 
     if isinstance(targets, DenseTargets):
         targets = DenseTargets(all_rows(targets.hidden), targets.head_weight, targets.head_bias)
@@ -165,13 +168,22 @@ def gather_rows(
             all_rows(nn.functional.pad(targets.log_probs, wider, value=-torch.inf)),
             all_rows(targets.log_tail),
         )
-    rows = (all_rows(tensor.detach()) for tensor in (hidden, labels, ce_coef, kd_coef))
-    return Gathered(*rows, targets)
+    hidden, labels, ce_coef, kd_coef = (all_rows(tensor.detach()) for tensor in (hidden, labels, ce_coef, kd_coef))
+    return Gathered(hidden, labels, ce_coef, kd_coef, targets)
 
 
 def own_rows(group: dist.ProcessGroup, parts: Tensor, length: int) -> Tensor:
     """This process's `length` rows of a gradient by `gather_rows`'s hidden states, summed over the parts."""
-    return reduce_scatter_tensor(parts, "sum", 0, group)[:length]
+    own = parts.new_empty(len(parts) // group.size(), *parts.shape[1:])
+    _reduce_scatter(own, parts, group=group)
+    return own[:length]
+
+
+def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The parts of all processes, equal in size, behind one another."""
+    whole = part.new_empty(group.size() * len(part), *part.shape[1:])
+    _all_gather(whole, part, group=group)
+    return whole
 
 
 def _largest(numbers: list[int], device: torch.device, group: dist.ProcessGroup) -> list[int]:
@@ -195,7 +207,7 @@ def _rows(tensor: Tensor, part: VocabularyPart) -> Tensor:
     if ranks == theirs and len(tensor) == part.head_rows:
         return _OwnRows.apply(tensor)
     # Of a teacher that is cut otherwise than the student.
-    return tensor.detach().full_tensor()[part.start : part.stop]
+    return whole_tensor(tensor.detach())[part.start : part.stop]
 
 
 class _OwnRows(torch.autograd.Function):

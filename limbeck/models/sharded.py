@@ -89,7 +89,7 @@ def assemble(model: nn.Module, empty: Any) -> Any:
 
 def whole_head(head: Head) -> Head:
     """The head with all of its rows; gradients by them are summed over the processes and handed back to their parts."""
-    return Head(*(_gathered(tensor) if isinstance(tensor, DTensor) else tensor for tensor in head))
+    return Head(_gathered(head.weight), None if head.bias is None else _gathered(head.bias))
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -165,6 +165,8 @@ def _receive(model: nn.Module, source: Mapping[str, Tensor], device: torch.devic
         copy_whole_(target, whole)
 
 
-def _gathered(tensor: DTensor) -> Tensor:
+def _gathered(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
     partial: list[Placement] = [Partial()] * tensor.device_mesh.ndim
     return tensor.full_tensor(grad_placements=partial)

@@ -18,7 +18,7 @@ from limbeck.distill.objective import step_totals
 from limbeck.distill.parallel import Ranks
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.ledger import Ledger, flop_counter
-from limbeck.models.anatomy import head_of
+from limbeck.models.anatomy import causal_lm_of, head_of
 from limbeck.models.load import load_tokenizer
 from limbeck.ranking import train
 from limbeck.ranking.evaluate import RankEvaluateConfig
@@ -116,7 +116,7 @@ def test_the_loss_is_what_the_formula_says(teacher, listwise):
             ids = torch.from_numpy(example.sample.input_ids[:-1].astype(np.int64))[None]
             with torch.no_grad():
                 hidden = [
-                    loop.causal_lm_of(m).model(ids, sequence_lengths=(ids.shape[1],)).last_hidden_state[0, -1]
+                    causal_lm_of(m).model(ids, sequence_lengths=(ids.shape[1],)).last_hidden_state[0, -1]
                     for m in (setup.model.eval(), setup.teacher.model)
                 ]
                 both = [
@@ -149,7 +149,7 @@ def test_a_mixture_of_experts_teaches(teacher, support, tmp_path):
         ids = torch.from_numpy(example.sample.input_ids[:-1].astype(np.int64))[None]
         with torch.no_grad():
             theirs = mixture(ids).logits[0, -1, rows]
-            ours = loop.causal_lm_of(setup.model.eval())(ids, sequence_lengths=(ids.shape[1],)).logits[0, -1, rows]
+            ours = causal_lm_of(setup.model.eval())(ids, sequence_lengths=(ids.shape[1],)).logits[0, -1, rows]
         expected.append(4 * kl(theirs / 2, ours / 2))
     assert value == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
     assert ledger.flops["teacher"] > 0 and found["model.embed_tokens.weight"].abs().sum() > 0
