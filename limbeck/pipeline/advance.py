@@ -7,18 +7,19 @@ takes finished stages from their records, a stage that ended without one from it
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from limbeck.checkpoint import Checkpoint, hash_path, write_json
-from limbeck.errors import CheckpointError, ConfigError
-from limbeck.ledger import Ledger
+from limbeck.errors import ConfigError
 from limbeck.models.load import BUILT_IN, GGUF_ALIASES, locate
+from limbeck.pipeline.carry import carry_out, remove_working, say
 from limbeck.pipeline.hashes import FileHashes
 from limbeck.pipeline.record import (
     RAN,
+    RECORD_OF,
     STATE,
     begin,
     end,
@@ -29,15 +30,14 @@ from limbeck.pipeline.record import (
     why,
     write_record,
 )
-from limbeck.pipeline.stage import OUT, Call, Stage, named, resolved
-from limbeck.progress import console
+from limbeck.pipeline.stage import OUT, Stage, named, resolved
 from limbeck.runner.process import in_process
 
 HASHES = "hashes.json"
 UNKNOWN = "not there yet"
 """Stands for the hash of what an earlier stage has still to write."""
-Predictions = Mapping[str, Mapping[str, Any]]
-"""By stage: seconds, flops, tokens and peak_bytes, as far as they are known."""
+Predict = Callable[[Stage], Mapping[str, Any] | None]
+"""seconds, flops, tokens and peak_bytes that a stage is expected to take; None where that is not known."""
 
 
 class Planned(NamedTuple):
@@ -75,26 +75,27 @@ class Pipeline:
             planned.append(Planned(stage, reason, is_certain))
         return planned
 
-    def advance(self, predictions: Predictions) -> list[str]:
+    def advance(self, predict: Predict) -> list[str]:
         """Run what has to run, in order; returns the names of those stages.
 
         Args:
-          predictions: what the stages are expected to take; kept beside what they took.
+          predict: asked about every stage that may run before the first one does, for the time left, and about each
+            again right before it runs, when what it reads is there; that answer is kept beside what it took.
         Raises: what a stage raises. Stages that ended before it are not run again.
         """
-        expected = {planned.stage.name: self._seconds(planned, predictions) for planned in self.plan()}
+        expected = {planned.stage.name: self._seconds(planned, predict) for planned in self.plan()}
         ran = []
         for number, stage in enumerate(self.stages, start=1):
             reason = self._reason(stage)
             head = f"[{number}/{len(self.stages)}] {stage.name}"
             if reason is None:
-                _say(f"{head}: unchanged")
+                say(f"{head}: unchanged")
             else:
                 left = sum(expected.values())
-                _say(f"{head}: {reason}" + (f" (about {left:,.0f} s to go)" if left >= 1 else ""))
+                say(f"{head}: {reason}" + (f" (about {left:,.0f} s to go)" if left >= 1 else ""))
                 (self.out / STATE).mkdir(parents=True, exist_ok=True)
                 write_json(self.out / STATE / RAN, ran)
-                self._run(stage, predictions.get(stage.name))
+                self._run(stage, predict(stage))
                 ran.append(stage.name)
             del expected[stage.name]
         self.hashes.save()
@@ -105,7 +106,7 @@ class Pipeline:
         found = {name: value for name in named(stage.config) if (value := self._input(stage, name)) is not None}
         for name in stage.follows:
             record = self.records.get(name)
-            found[f"record of {name}"] = record.identity if record else UNKNOWN
+            found[RECORD_OF + name] = record.identity if record else UNKNOWN
         return found
 
     def files(self) -> list[Path]:
@@ -152,7 +153,8 @@ class Pipeline:
         measured: dict[str, Any] = {}
         if not (is_begun and has_ended(self.out, stage)):
             config = resolved(stage.config, self.out)
-            measured = in_process(carry_out, stage.call, config, directory, is_begun)
+            run = partial(in_process, carry_out) if stage.is_isolated else carry_out
+            measured = run(stage.call, config, directory, is_begun)
         if has_ended(self.out, stage):
             measured = with_ledger(directory, measured)
         record = make_record(stage, inputs, self.out, self.hashes, measured, predicted)
@@ -165,36 +167,17 @@ class Pipeline:
         """Put away what an attempt of another key left; a finished output stays until the new one is complete."""
         if stage.is_filled_in_place or not stage.place:
             return
-        _remove_working(directory)
+        remove_working(directory)
         if stage.name in self.records and directory.exists() and not Checkpoint(directory).is_finished:
             shutil.rmtree(directory)  # ours by the record, but its manifest is gone
 
-    def _seconds(self, planned: Planned, predictions: Predictions) -> float:
+    def _seconds(self, planned: Planned, predict: Predict) -> float:
         """What a stage took last time, or else what it is expected to take; 0 where it does not run for certain."""
         if planned.reason is None or not planned.is_certain:
             return 0.0
         record = self.records.get(planned.stage.name)
-        known = predictions.get(planned.stage.name, {}) if record is None else record.measured
+        known = predict(planned.stage) or {} if record is None else record.measured
         return float(known.get("seconds") or 0.0)
-
-
-def carry_out(call: Call, config: Any, directory: Path, resume: bool) -> dict[str, Any]:
-    """Run one stage in this process; returns what it took, and what its call says of it.
-
-    An interrupted attempt whose state cannot be read is begun anew.
-    """
-    ledger, start = Ledger(), time.perf_counter()
-    with ledger.phase("stage"):
-        try:
-            said = call(config, directory, resume)
-        except CheckpointError as error:
-            if not resume:
-                raise
-            _say(f"starting anew: {error}")
-            _remove_working(directory)
-            said = call(config, directory, False)
-    measured = {"seconds": time.perf_counter() - start, "peak_bytes": ledger.peak_bytes["stage"]}
-    return measured | (said or {})
 
 
 def with_ledger(directory: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,11 +193,3 @@ def _path_of(name: str) -> Path | None:
     """Where a model or file is; None for a hub id and for a task that makes its traces, which stand for themselves."""
     path = Path(locate(name).path) if name in BUILT_IN or name in GGUF_ALIASES else Path(name).expanduser()
     return path if path.exists() else None
-
-
-def _remove_working(directory: Path) -> None:
-    shutil.rmtree(directory.with_name(directory.name + ".partial"), ignore_errors=True)
-
-
-def _say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from limbeck import __version__
@@ -28,12 +27,13 @@ HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 Tree = Mapping[str, Any]
 
 
-def card_text(title: str, config: CardConfig, recipe: Tree, metrics: Tree, pipeline: Path) -> str:
+def card_text(title: str, config: CardConfig, settings: Tree, recipe: str, metrics: Tree, pipeline: Path) -> str:
     """The whole card.
 
     Args:
       title: heading where the card has no name of its own.
-      recipe: the pipeline's config as a tree.
+      settings: the pipeline's config as a tree, every field present.
+      recipe: what the recipe says of it, as YAML.
       metrics: those of the pipeline's manifest: stages and models.
       pipeline: its directory.
     """
@@ -41,17 +41,15 @@ def card_text(title: str, config: CardConfig, recipe: Tree, metrics: Tree, pipel
     models = [Along(row["name"], row["numbers"]) for row in metrics["models"]]
     steps = [Step(r["stage"], r["ran"], r["measured"], r["predicted"] or {}) for r in metrics["stages"]]
     parts = [
-        f"---\n{_metadata(name, config, recipe, models).to_yaml()}\n---\n",
+        f"---\n{_metadata(name, config, settings, models).to_yaml()}\n---\n",
         f"# {name}\n",
-        f"{_summary(recipe)}\n",
+        f"{_summary(settings)}\n",
         *_section("How it was made", [f"- {line}" for line in made_lines(pipeline)]),
-        *_section(
-            "Quality and size along the way", [markdown(model_table(models)), "", _scored(recipe)] if models else []
-        ),
+        *_section("Quality and size", [markdown(model_table(models)), "", _scored(settings)] if models else []),
         *_section("What it took", [markdown(stage_table(steps))]),
-        *_section("How to use it", _usage(recipe, config)),
-        *_section("Limits", [f"- {line}" for line in limit_lines(config, recipe, pipeline)]),
-        *_section("Recipe", [f"`limbeck pipeline` {__version__} with:", "", "```yaml", _recipe(recipe), "```"]),
+        *_section("How to use it", _usage(settings, config)),
+        *_section("Limits", [f"- {line}" for line in limit_lines(config, settings, pipeline)]),
+        *_section("Recipe", [f"`limbeck pipeline` {__version__} with:", "", "```yaml", recipe.rstrip(), "```"]),
     ]
     return "\n".join(parts)
 
@@ -84,16 +82,16 @@ def made_lines(pipeline: Path) -> Iterator[str]:
         )
 
 
-def limit_lines(config: CardConfig, recipe: Tree, pipeline: Path) -> Iterator[str]:
+def limit_lines(config: CardConfig, settings: Tree, pipeline: Path) -> Iterator[str]:
     """What the numbers above do not say."""
-    problems = (recipe.get("evaluate") or {}).get("problems")
+    problems = (settings.get("evaluate") or {}).get("problems")
     if problems is not None:
         yield f"It was scored on {_source(problems)} only; on other tasks it was not measured."
     else:
         yield "It was scored on no task."
-    if recipe.get("verify") is None and recipe.get("distill") is not None:
+    if settings.get("verify") is None and settings.get("distill") is not None:
         yield "Training answers were not checked, nor kept apart from test problems."
-    if recipe.get("recover") is not None or recipe.get("quantize") is not None:
+    if settings.get("recover") is not None or settings.get("quantize") is not None:
         yield "Pruning and rounding were calibrated on the training traces; text of other kinds may lose more."
     metrics = _manifest(pipeline / EXPORT).get("metrics") or {}
     missing = [key.removeprefix("in_") for key, value in metrics.items() if value == "not run"]
@@ -104,16 +102,16 @@ def limit_lines(config: CardConfig, recipe: Tree, pipeline: Path) -> Iterator[st
         yield config.limits
 
 
-def _metadata(name: str, config: CardConfig, recipe: Tree, models: Sequence[Along]) -> ModelCardData:
-    base, teacher = base_models(recipe)
+def _metadata(name: str, config: CardConfig, settings: Tree, models: Sequence[Along]) -> ModelCardData:
+    base, teacher = base_models(settings)
     tags = ["limbeck"]
-    tags += ["distillation"] if recipe.get("distill") is not None else []
-    tags += ["pruned"] if recipe.get(RECOVER) is not None else []
-    tags += ["quantized", "compressed-tensors"] if recipe.get(QUANTIZE) is not None else []
-    results = _results(recipe, models)
+    tags += ["distillation"] if settings.get("distill") is not None else []
+    tags += ["pruned"] if settings.get(RECOVER) is not None else []
+    tags += ["quantized", "compressed-tensors"] if settings.get(QUANTIZE) is not None else []
+    results = _results(settings, models)
     return ModelCardData(
         base_model=[_hub_name(model) for model in (base, teacher) if model and _hub_name(model)] or None,
-        datasets=[source for source in _sources(recipe) if is_hub_id(source)] or None,
+        datasets=[source for source in _sources(settings) if is_hub_id(source)] or None,
         language=list(config.language) or None,
         license=config.license,
         library_name="transformers",
@@ -125,9 +123,9 @@ def _metadata(name: str, config: CardConfig, recipe: Tree, models: Sequence[Alon
     )
 
 
-def _results(recipe: Tree, models: Sequence[Along]) -> list[EvalResult]:
+def _results(settings: Tree, models: Sequence[Along]) -> list[EvalResult]:
     """Scores of the last model, for the Hub's table of results."""
-    evaluate = recipe.get("evaluate") or {}
+    evaluate = settings.get("evaluate") or {}
     if not models:
         return []
     numbers, results = models[-1].numbers, []
@@ -148,14 +146,13 @@ def _result(source: str, metric: str, value: float) -> EvalResult:
     )
 
 
-def base_models(recipe: Tree) -> tuple[str | None, str | None]:
+def base_models(settings: Tree) -> tuple[str | None, str | None]:
     """The model that the pipeline started from, and the teacher where it is another one."""
-    distill = recipe.get("distill") or {}
+    distill = settings.get("distill") or {}
     start = (distill.get("student") or {}).get("model")
     if start is None and not distill:
-        start = ((recipe.get(RECOVER) or {}).get("prune") or recipe.get(QUANTIZE) or recipe.get(EXPORT) or {}).get(
-            "model"
-        )
+        cut = (settings.get(RECOVER) or {}).get("prune")
+        start = (cut or settings.get(QUANTIZE) or settings.get(EXPORT) or {}).get("model")
     teacher = (distill.get("teacher") or {}).get("model")
     return start, teacher if teacher != start else None
 
@@ -165,24 +162,24 @@ def _hub_name(model: str) -> str | None:
     return name if is_hub_id(name) and not Path(name).exists() else None
 
 
-def _sources(recipe: Tree) -> list[str]:
+def _sources(settings: Tree) -> list[str]:
     """Where the traces came from."""
-    places = ((recipe.get("generate") or {}).get("prompts"), (recipe.get("traces") or {}).get("traces"))
-    own = (recipe.get("distill") or {}).get("traces") or {}
+    places = ((settings.get("generate") or {}).get("prompts"), (settings.get("traces") or {}).get("traces"))
+    own = (settings.get("distill") or {}).get("traces") or {}
     found = [place["source"] for place in places if place]
     return found or [own["source"]] if own else found
 
 
-def _summary(recipe: Tree) -> str:
-    base, teacher = base_models(recipe)
+def _summary(settings: Tree) -> str:
+    base, teacher = base_models(settings)
     start = f"`{Path(base).name}`" if base else "a small model from scratch"
     sentences = [f"Made from {start}" + (f" with `{Path(teacher).name}` as its teacher" if teacher else "")]
-    sources = ", ".join(_source({"source": source}) for source in _sources(recipe))
+    sources = ", ".join(_source({"source": source}) for source in _sources(settings))
     return sentences[0] + (f", on traces of {sources}." if sources else ".")
 
 
-def _scored(recipe: Tree) -> str:
-    evaluate = recipe.get("evaluate") or {}
+def _scored(settings: Tree) -> str:
+    evaluate = settings.get("evaluate") or {}
     problems, settings = evaluate.get("problems"), evaluate.get("evaluate") or {}
     if problems is None:
         return "Perplexity: of the text that the recipe names."
@@ -198,10 +195,10 @@ def _source(tree: Tree) -> str:
     return f"{count}`{Path(tree['source']).name if Path(tree['source']).exists() else tree['source']}`"
 
 
-def _usage(recipe: Tree, config: CardConfig) -> list[str]:
-    hub = recipe.get("push_to_hub")
+def _usage(settings: Tree, config: CardConfig) -> list[str]:
+    hub = settings.get("push_to_hub")
     place = hub["repository"] if hub else "PATH/OF/THIS/DIRECTORY"
-    if (recipe.get(EXPORT) or {}).get("format") == "gguf":
+    if (settings.get(EXPORT) or {}).get("format") == "gguf":
         return ["```bash", f"limbeck serve {place} --engine llamacpp", "```"]
     return [
         "```python",
@@ -222,18 +219,6 @@ def _usage(recipe: Tree, config: CardConfig) -> list[str]:
 
 def _section(heading: str, lines: Sequence[str]) -> list[str]:
     return [f"## {heading}\n", "\n".join(lines) + "\n"] if lines else []
-
-
-def _recipe(recipe: Tree) -> str:
-    return yaml.safe_dump(_told(recipe), sort_keys=False, allow_unicode=True).rstrip()
-
-
-def _told(tree: Any) -> Any:
-    """A tree without what is null or empty."""
-    if not isinstance(tree, Mapping):
-        return tree
-    told = {key: _told(value) for key, value in tree.items()}
-    return {key: value for key, value in told.items() if value not in (None, {}, [], "")}
 
 
 def _manifest(directory: Path) -> Tree:

@@ -7,8 +7,10 @@ field that is written in the recipe stays as it is written.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from limbeck.compress.export.stage import ExportConfig
@@ -117,6 +119,27 @@ class PipelineConfig:
     def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """A recipe with what joins its stages."""
         return _Joined(tree).tree
+
+
+def told(config: Any) -> dict[str, Any]:
+    """The fields of a config that differ from their defaults, as a tree: what a recipe has to say of it."""
+    tree = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        if value != default:
+            tree[item.name] = _plain(value)
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return told(value)
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return str(value) if isinstance(value, Path) else value
 
 
 class _Joined:

@@ -21,6 +21,8 @@ from limbeck.pipeline.stage import OUT, Stage
 
 STATE = "state"
 """Directory of the records, below that of the pipeline."""
+RECORD_OF = "record of "
+"""Begins the name of an input that is the record of a stage."""
 RAN = "ran.json"
 """Names of the stages that the last call has run so far, in that directory."""
 _SHOWN = 3
@@ -101,7 +103,8 @@ def why(stage: Stage, record: Record | None, inputs: Mapping[str, str], out: Pat
     if record is None:
         return "not done yet"
     if record.key != key_of(stage, inputs):
-        return ", ".join(_short([*_fields(record.config, to_dict(stage.config)), *_inputs(record.inputs, inputs)]))
+        fields = [] if stage.follows else _fields(record.config, to_dict(stage.config))
+        return ", ".join(_short([*fields, *_inputs(record.inputs, inputs)])) or "the recipe changed"
     return _damage(record, stage.directory(out), hashes)
 
 
@@ -118,11 +121,11 @@ def _inputs(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[str
     """Every input that is another one under the same name; new names show as fields already."""
     for name in after:
         if name in before and before[name] != after[name]:
-            yield f"{name.removeprefix(OUT)} changed"
+            is_record = name.startswith(RECORD_OF)
+            yield f"{name.removeprefix(RECORD_OF)} ran" if is_record else f"{name.removeprefix(OUT)} changed"
 
 
 def _short(reasons: list[str]) -> list[str]:
-    reasons = reasons or ["its inputs changed"]
     rest = len(reasons) - _SHOWN
     return [*reasons[:_SHOWN], *([f"and {rest} more"] if rest > 0 else [])]
 
@@ -138,7 +141,7 @@ def _damage(record: Record, base: Path, hashes: FileHashes) -> str | None:
 
 
 def _value(value: Any) -> str:
-    text = json.dumps(value, default=str) if isinstance(value, Mapping | list) else str(value)
+    text = " ".join((json.dumps(value, default=str) if isinstance(value, Mapping | list) else str(value)).split())
     return text if len(text) <= 40 else text[:37] + "..."
 
 

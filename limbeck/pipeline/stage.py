@@ -31,7 +31,7 @@ class Stage(NamedTuple):
     config: Any
     """A frozen dataclass."""
     call: Call
-    """A function of a module, since it runs in a process of its own."""
+    """A function of a module, so that a process of its own can be told to call it."""
     place: str
     """Its directory, below that of the pipeline; empty for that one itself."""
     gives: tuple[str, ...] = ()
@@ -40,6 +40,8 @@ class Stage(NamedTuple):
     """Patterns of all files that it writes, by which damage is noticed."""
     is_filled_in_place: bool = False
     """Whether an output of another config is added to, not replaced."""
+    is_isolated: bool = True
+    """Whether it runs in a process of its own; not so where its parts do."""
     follows: tuple[str, ...] = ()
     """Stages whose records it reads: it runs again whenever one of them did."""
 

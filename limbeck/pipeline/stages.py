@@ -110,7 +110,8 @@ def _model_stages(config: PipelineConfig) -> Iterator[Stage]:
     choice = None
     if config.sweep is not None:
         weights, rows = "runs/*/*.safetensors", "runs/*/evaluation/results.jsonl"
-        yield Stage(SWEEP, config.sweep, call_sweep, SWEEP, gives=(weights, rows), is_filled_in_place=True)
+        given = (weights, rows)
+        yield Stage(SWEEP, config.sweep, call_sweep, SWEEP, given, is_filled_in_place=True, is_isolated=False)
         yield Stage(CHOOSE, config.choose, call_choose, CHOOSE, gives=(choose.CHOICE,))
         choice = OUT + CHOOSE
     if config.distill is not None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from limbeck.checkpoint import MANIFEST, output_directory, write_json, write_manifest
 from limbeck.compress.weights import stored_size
 from limbeck.config import to_dict
@@ -26,6 +28,7 @@ from limbeck.pipeline.config import (
     CardConfig,
     HubConfig,
     PipelineConfig,
+    told,
 )
 from limbeck.pipeline.record import RAN, STATE, read_record
 from limbeck.pipeline.stage import OUT, Stage
@@ -43,8 +46,8 @@ class ReportConfig:
 
     title: str
     """Heading."""
-    recipe: Mapping[str, Any]
-    """The whole recipe, for the manifest."""
+    recipe: str
+    """What the recipe says, as YAML."""
     stages: list[str]
     """Names of all other stages, in order."""
     models: Mapping[str, str]
@@ -59,8 +62,10 @@ class CardStageConfig:
     """Name of the model, unless the card has its own."""
     card: CardConfig
     """What the recipe says for the card."""
-    recipe: Mapping[str, Any]
-    """The whole recipe."""
+    settings: Mapping[str, Any]
+    """All settings of the pipeline."""
+    recipe: str
+    """Those that the recipe has, as YAML."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,12 +80,16 @@ class PushConfig:
 
 def telling_stages(config: PipelineConfig, stages: Sequence[Stage]) -> list[Stage]:
     """Report, card and push, as far as the recipe has something for them."""
-    names, recipe = tuple(stage.name for stage in stages), to_dict(config)
+    names = tuple(stage.name for stage in stages)
+    own = told(config)
+    if config.sweep is not None and config.sweep.distill == config.distill:
+        del own[SWEEP]["distill"]
+    recipe, public = _yaml(own), _yaml(_without_places(own))
     scores = {s.name.removeprefix(f"{EVALUATE}-"): OUT + s.place for s in stages if s.name.startswith(f"{EVALUATE}-")}
     report = ReportConfig(title=config.title, recipe=recipe, stages=list(names), models=scores)
     found = [Stage(REPORT, report, call_report, "", gives=(MANIFEST,), files=_WRITTEN, follows=names)]
     if config.export is not None:
-        written = CardStageConfig(title=config.title, card=config.card, recipe=recipe)
+        written = CardStageConfig(title=config.title, card=config.card, settings=to_dict(config), recipe=public)
         readme, follows = (card.FILE,), (REPORT,)
         found.append(Stage(CARD, written, call_card, EXPORT, gives=readme, files=readme, follows=follows))
     if config.push_to_hub is not None:
@@ -99,8 +108,8 @@ def call_report(config: ReportConfig, out: Path, resume: bool) -> None:
     ]
     metrics = {"stages": rows, "models": models_of(config, out), "shows": _shown(config.stages)}
     inputs = {name: record.key for name, record in records.items()}
-    recipe = {name: value for name, value in config.recipe.items() if value is not None}
-    write_manifest(out, stage=STAGE, config=_Recipe(title=config.title, recipe=recipe), inputs=inputs, metrics=metrics)
+    recipe = _Recipe(recipe=yaml.safe_load(config.recipe))
+    write_manifest(out, stage=STAGE, config=recipe, inputs=inputs, metrics=metrics)
     page.run([out], out, config.title)
 
 
@@ -124,7 +133,7 @@ def call_card(config: CardStageConfig, out: Path, resume: bool) -> None:
     """Write the model card beside the weights."""
     pipeline = out.parent
     tree = json.loads((pipeline / MANIFEST).read_text(encoding="utf-8"))
-    text = card.card_text(config.title, config.card, config.recipe, tree["metrics"], pipeline)
+    text = card.card_text(config.title, config.card, config.settings, config.recipe, tree["metrics"], pipeline)
     (out / card.FILE).write_text(text, encoding="utf-8")
 
 
@@ -138,9 +147,8 @@ def call_push(config: PushConfig, out: Path, resume: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Recipe:
-    """What the pipeline's own manifest has for a config: the stages of the recipe that are there."""
+    """What the pipeline's own manifest has for a config."""
 
-    title: str
     recipe: Mapping[str, Any]
 
 
@@ -149,6 +157,19 @@ def _ran(out: Path) -> set[str]:
         return set(json.loads((out / STATE / RAN).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{out / STATE / RAN}: cannot be read ({error}); call the pipeline again.") from error
+
+
+def _yaml(tree: Any) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _without_places(tree: Any) -> Any:
+    """A tree with the names of files in place of where they are on this machine."""
+    if isinstance(tree, Mapping):
+        return {key: _without_places(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_places(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and tree.startswith(("/", "~/")) else tree
 
 
 def _shown(stages: Sequence[str]) -> list[str]:

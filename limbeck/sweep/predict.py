@@ -16,6 +16,9 @@ from limbeck.scale.training import predict_distill
 from limbeck.sweep.execute import asked_of_teacher, has_cache, match_tokens, scoring_of, with_cache
 from limbeck.sweep.plan import SweepConfig, plan_runs, tokenizer_name
 
+SCORE_OF = "score of "
+"""Begins the name of what scoring a model costs."""
+
 
 def predict_sweep(sweep: SweepConfig, hardware: Hardware) -> list[Prediction]:
     """What `limbeck sweep` will cost, as if nothing of it were done: one prediction a pass, run and score."""
@@ -31,10 +34,10 @@ def predict_sweep(sweep: SweepConfig, hardware: Hardware) -> list[Prediction]:
     for planned in runs:
         config = with_cache(sweep, planned, nowhere).config
         found.append(replace(predict_distill(config, tokenizer=tokenizer, hardware=hardware), stage=planned.name))
-    scored = [(f"score of {planned.name}", _student(planned.config)) for planned in runs]
-    scored.append(("score of the base", _student(sweep.distill)))
+    scored = [(f"{SCORE_OF}{planned.name}", _student(planned.config)) for planned in runs]
+    scored.append((f"{SCORE_OF}the base", _student(sweep.distill)))
     if sweep.evaluate_teacher and teacher is not None:
-        scored.append(("score of the teacher", config_of(teacher)))
+        scored.append((f"{SCORE_OF}the teacher", config_of(teacher)))
     scoring = scoring_of(sweep, sweep.distill)
     for name, shape in scored:
         score = predict_evaluate(scoring, model=shape, tokenizer=tokenizer, hardware=hardware)
