@@ -108,7 +108,7 @@ def test_llama_cpp_serves_what_was_handed_over():
 def test_vllm_serves_what_was_handed_over(directory):
     program = Path(__file__).parents[2] / ".venv-vllm/bin/python"
     if not program.exists():
-        pytest.skip("vLLM is not installed; make bench-peers")
+        pytest.skip("vLLM is not installed; make bench-vllm")
     port = "8398"
     serves(["serve", str(directory), "--engine", "vllm", "--engine-command", str(program), "--port", port], port)
 
