@@ -1,12 +1,13 @@
 """Generating text: prompt and decoded tokens a second of limbeck's engine beside transformers and llama.cpp.
 
-smollm2-135m on a CPU, 1, 8 and 32 texts at once: random prompts of 64 tokens, 32 tokens each, greedy, no end token.
+smollm2-135m on a CPU, 1, 8 and 32 texts at once: random prompts of 128 tokens, 48 tokens each, greedy, no end token.
 All sides have the same token ids and threads, warmed up, in turns; no prompt is known from before. Two runs are timed:
 
     prefill   prompts up to the first token of every text      batch * prompt tokens / seconds
     decode    what the further tokens take beyond that          batch * (tokens - 1) / (seconds - seconds of the first)
 
-Ours: `limbeck.serve.engine.generation`, float32, and int8 (linear layers and head rounded at load).
+Ours: `limbeck.serve.engine.generation`, float32, and int8 (linear layers and head rounded at load), without a draft, by
+the compiled kernels where there is a compiler. `--kernels torch` measures what is left without one.
 
 Peers:
 - transformers' `generate`, float32, all texts in one batch without padding.
@@ -16,7 +17,7 @@ Peers:
 Keys compare int8 with Q8_0 and float32 with transformers, by medians; those with `int8_` in front compare our int8 with
 transformers' float32.
 
-    python benchmarks/generate.py [--quick] [--threads 2] [--repeats 3] [--out benchmarks/results]
+    python benchmarks/generate.py [--quick] [--threads 2] [--repeats 5] [--kernels auto] [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ from limbeck.serve.engine.decoder import load_decoder
 from limbeck.serve.engine.generation import GenerationConfig, Generator
 from limbeck.serve.engine.jobs import Job, Sampling
 from limbeck.serve.engine.prefix_cache import PrefixCache
+from limbeck.serve.engine.steps import Kernels
 
 Prompts = list[list[int]]
 Write = Callable[[Prompts, int], None]
 """So many tokens behind each prompt."""
+Sides = Callable[[int], dict[str, Write]]
 PREFILL_TOKENS = 512
 
 
@@ -54,9 +57,9 @@ def prompts_of(batch: int, length: int, seed: int) -> Prompts:
     return torch.randint(100, 49000, (batch, length), generator=generator).tolist()
 
 
-def ours(precision: Any) -> Write:
+def ours(precision: Any, kernels: Kernels) -> Write:
     """The engine, all prompts added at once."""
-    config = GenerationConfig(prefill_tokens=PREFILL_TOKENS, kv_bytes=4 << 30, max_running=64)
+    config = GenerationConfig(prefill_tokens=PREFILL_TOKENS, kv_bytes=4 << 30, max_running=64, kernels=kernels)
     generator = Generator(load_decoder(MODEL, precision), PrefixCache(0, 64, MODEL), config)
 
     def write(prompts: Prompts, count: int) -> None:
@@ -102,13 +105,17 @@ def asked(server: LlamaServer) -> Write:
 
 
 @contextlib.contextmanager
-def all_sides(batches: list[int], tokens: int, threads: int) -> Iterator[Callable[[int], dict[str, Write]]]:
+def all_sides(batches: list[int], tokens: int, threads: int, kernels: Kernels) -> Iterator[Sides]:
     """By the size of the batch: everyone who writes, by name of the table's column."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         gguf = Path(scratch) / "model-q8_0.gguf"
         write_gguf(gguf, MODEL, "q8_0")
         servers = {n: asked(stack.enter_context(LlamaServer(gguf, n, tokens + 64, threads))) for n in batches}
-        fixed = {"float32": ours("float32"), "int8": ours("int8"), "transformers": theirs()}
+        fixed = {
+            "float32": ours("float32", kernels),
+            "int8": ours("int8", kernels),
+            "transformers": theirs(),
+        }
         yield lambda batch: {**fixed, "llama.cpp Q8_0": servers[batch]}
 
 
@@ -165,14 +172,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short prompts and texts, one repeat, under 60 seconds")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kernels", choices=("auto", "compiled", "torch"), default="auto", help="of our decoding")
     parser.add_argument("--out", type=Path, help="directory for generate.md and generate.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     header = conditions(options.threads, ("torch", "transformers", "xllamacpp"))
-    length, count, repeats = (32, 8, 1) if options.quick else (64, 32, options.repeats)
+    length, count, repeats = (32, 8, 1) if options.quick else (128, 48, options.repeats)
     batches = [1, 8, 32]
-    with all_sides(batches, length + count, options.threads) as sides:
+    with all_sides(batches, length + count, options.threads, options.kernels) as sides:
         for write in (write for batch in batches for write in sides(batch).values()):
             write(prompts_of(1, 16, 5), 4)
         found = [measure(sides(batch), batch, length, count, repeats) for batch in batches]

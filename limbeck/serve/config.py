@@ -8,6 +8,7 @@ from typing import Literal
 from limbeck.errors import ConfigError
 from limbeck.serve.engine.generation import GenerationConfig
 from limbeck.serve.engine.scoring import ScoringConfig
+from limbeck.serve.engine.speculative import SpeculativeConfig
 from limbeck.serve.engine.weights import Precision
 
 Engine = Literal["limbeck", "llamacpp", "vllm", "sglang"]
@@ -82,6 +83,8 @@ class ServeConfig:
     """How prefixes are kept and passes are made."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """How texts are generated."""
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    """A small model that proposes what the served one checks."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """What a client may ask for."""
 

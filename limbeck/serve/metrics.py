@@ -31,7 +31,8 @@ SECONDS = (
 )
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
-Gauges = Callable[[], dict[str, float]]
+Gauges = Callable[[], dict[str, float | list[float]]]
+"""A list is a series by position."""
 
 
 class Metrics:
@@ -98,6 +99,11 @@ class _Engine:
     def collect(self) -> Iterator[Any]:
         for kind, values in ((GaugeMetricFamily, self._now()), (CounterMetricFamily, self._totals())):
             for name, value in values.items():
-                family = kind(name, "Of the engine.", labels=["model_name"])
-                family.add_metric([self._model], value)
+                if isinstance(value, list):
+                    family = kind(name, "Of the engine.", labels=["model_name", "position"])
+                    for position, one in enumerate(value):
+                        family.add_metric([self._model, str(position)], one)
+                else:
+                    family = kind(name, "Of the engine.", labels=["model_name"])
+                    family.add_metric([self._model], value)
                 yield family

@@ -49,6 +49,10 @@ def serve(config: ServeConfig) -> None:
     host, port = listener.getsockname()[:2]
     if config.host not in LOOPBACK and config.api_key is None:
         console.print(f"{config.host}: other machines can ask this server, and no API key is set.")
+    steps = service.generator.steps
+    if not steps.are_compiled:
+        reason = f"; {steps.missing}" if steps.missing else ""
+        console.print(f"decoding by torch's operators{reason}.", markup=False, highlight=False)
     console.print(f"serving {service.name} at http://{host}:{port}", markup=False, highlight=False)
     server.run(sockets=[listener])
     console.print("all requests are answered; the server has ended.")

@@ -22,6 +22,7 @@ from limbeck.serve.config import ServeConfig
 from limbeck.serve.dispatch import Dispatcher
 from limbeck.serve.engine.constraints import Grammars
 from limbeck.serve.engine.decoder import load_decoder
+from limbeck.serve.engine.drafter import make_drafter
 from limbeck.serve.engine.generation import Generator
 from limbeck.serve.engine.requests import label_ids
 from limbeck.serve.engine.scoring import Scorer
@@ -48,7 +49,10 @@ class Service:
         self.tokenizer = load_tokenizer(config.model)
         self.decoder = load_decoder(config.model, config.precision, config.context_tokens)
         self.scorer = Scorer(self.decoder, config.scoring, model_hash(config.model))
-        self.generator = Generator(self.decoder, self.scorer.cache, config.generation)
+        drafter = make_drafter(
+            config.speculative, config.model, self.decoder, config.scoring.block_tokens, config.generation.kernels
+        )
+        self.generator = Generator(self.decoder, self.scorer.cache, config.generation, drafter)
         self.vocabulary = Vocabulary(self.tokenizer, _stated_ends(config.model, self.decoder.weights.config))
         self.features = _trained_features(config.model)
         self.rank_prompt = GENERAL if self.features is None else trained(self.features)
@@ -88,21 +92,28 @@ class Service:
                 raise
             return None
 
-    def _gauges(self) -> dict[str, float]:
-        stats = self.scorer.cache_stats()
+    def _gauges(self) -> dict[str, float | list[float]]:
+        cache, speculation = self.scorer.cache_stats(), self.generator.speculation
         return {
             "vllm:num_requests_running": self.dispatcher.running,
             "vllm:num_requests_waiting": self.dispatcher.waiting,
             "vllm:kv_cache_usage_perc": self.generator.kv_usage,
-            "limbeck:prefix_cache_bytes": stats.used_bytes,
+            "limbeck:prefix_cache_bytes": cache.used_bytes,
+            "limbeck:spec_decode_acceptance": speculation.acceptance,
+            "limbeck:spec_decode_mean_length": speculation.mean_length,
         }
 
-    def _totals(self) -> dict[str, float]:
-        stats = self.scorer.cache_stats()
+    def _totals(self) -> dict[str, float | list[float]]:
+        cache, speculation = self.scorer.cache_stats(), self.generator.speculation
         return {
-            "vllm:prefix_cache_queries": stats.queried_tokens,
-            "vllm:prefix_cache_hits": stats.hit_tokens,
-            "limbeck:prefix_cache_evicted_blocks": stats.evicted_blocks,
+            "vllm:prefix_cache_queries": cache.queried_tokens,
+            "vllm:prefix_cache_hits": cache.hit_tokens,
+            "limbeck:prefix_cache_evicted_blocks": cache.evicted_blocks,
+            "vllm:spec_decode_num_drafts": speculation.drafts,
+            "vllm:spec_decode_num_draft_tokens": speculation.draft_tokens,
+            "vllm:spec_decode_num_accepted_tokens": speculation.accepted_tokens,
+            "vllm:spec_decode_num_accepted_tokens_per_pos": list(speculation.accepted_at),
+            "limbeck:spec_decode_skipped_tokens": speculation.skipped_tokens,
         }
 
 

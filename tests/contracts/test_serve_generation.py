@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from kernels_here import kernels_here
 from made_models import made_model
 
 from limbeck.errors import ConfigError, ModelError
@@ -75,11 +76,12 @@ def by_transformers(model, prompt, count):
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("kernels", kernels_here())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_texts_equal_those_of_transformers(family):
+def test_greedy_texts_equal_those_of_transformers(family, kernels):
     model = made_model(family)
     jobs = [Job(prompt=prompt, max_tokens=24, sampling=GREEDY) for prompt in PROMPTS]
-    ours = texts(generator_of(Decoder(weights_of(model))), jobs)
+    ours = texts(generator_of(Decoder(weights_of(model)), kernels=kernels), jobs)
     assert ours == [by_transformers(model, prompt, 24) for prompt in PROMPTS]
 
 
@@ -118,8 +120,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kernels", kernels_here())
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_a_seeded_int8_text_is_the_same_to_the_bit(family, one_thread):
+def test_a_seeded_int8_text_is_the_same_to_the_bit(family, kernels, one_thread):
     """Alone and cold; in company that comes and goes; with its prompt in the cache, wholly or in part."""
     decoder = Decoder(weights_of(made_model(family), "int8"))
     samplings = [Sampling(seed=4), Sampling(seed=4, top_p=0.9), GREEDY, Sampling(seed=5, top_k=7, min_p=0.02)]
@@ -127,12 +130,12 @@ def test_a_seeded_int8_text_is_the_same_to_the_bit(family, one_thread):
         Job(prompt=prompt, max_tokens=12, sampling=sampling, top_log_probs=1)
         for prompt, sampling in zip(PROMPTS, samplings, strict=False)
     ]
-    alone = [finished(generator_of(decoder), [job])[0][0] for job in jobs]
+    alone = [finished(generator_of(decoder, kernels=kernels), [job])[0][0] for job in jobs]
     others = [Job(prompt=ids(n, 70 + n), max_tokens=n, sampling=Sampling(seed=n)) for n in (3, 9, 21)]
-    generator = generator_of(decoder)
+    generator = generator_of(decoder, kernels=kernels)
     for _ in ("cold", "warm"):
         assert [tokens for tokens, _, _ in finished(generator, [*others, *jobs])][len(others) :] == alone
-    driven = Driven(generator_of(decoder, prefill_tokens=1))
+    driven = Driven(generator_of(decoder, prefill_tokens=1, kernels=kernels))
     numbers = [driven.add(job) for job in reversed(jobs)]
     for job in others:
         driven.step()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from limbeck.serve.engine.drawing import draw_tokens, drawn_of, probabilities_of
+from limbeck.serve.engine.drawing import distribution_of, draw_tokens, drawn_of
 from limbeck.serve.engine.jobs import Job, Sampling, ThoughtBudget
 from limbeck.serve.engine.rules import Rules, Thought
 
@@ -128,7 +128,7 @@ def test_draws_follow_the_filtered_distribution(sampling, vocabulary):
     logits = torch.randn(vocabulary, generator=generator) * (3 if vocabulary > 10 else 1)
     logits[2] = -torch.inf
     expected = by_formula(logits, sampling)
-    torch.testing.assert_close(probabilities_of(logits[None], sampling)[0], expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(distribution_of(logits, sampling), expected, rtol=1e-5, atol=1e-7)
     uniforms = ((torch.arange(4000) + 0.5) / 4000).tolist()  # every quantile once
     drawn = [draw_tokens(logits[None], [sampling], [u])[0] for u in uniforms[:: 1 if vocabulary == 10 else 4]]
     counts = torch.tensor(drawn).bincount(minlength=vocabulary).double()

@@ -36,6 +36,8 @@ class Tally:
     thought: int = 0
     cached: dict[int, int] = field(default_factory=dict)
     """By prompt."""
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def usage(self) -> Usage:
@@ -45,7 +47,11 @@ class Tally:
             completion_tokens=self.written,
             total_tokens=self.prompt + self.written,
             prompt_tokens_details={"cached_tokens": sum(self.cached.values())},
-            completion_tokens_details={"reasoning_tokens": self.thought},
+            completion_tokens_details={
+                "reasoning_tokens": self.thought,
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.drafted - self.accepted,
+            },
         )
 
 
@@ -94,6 +100,8 @@ async def write(
             _observe(service, last, part, ticket.arrived, len(piece.drawn))
             tally.written += len(piece.drawn)
             tally.cached[part] = progress.cached_tokens
+            tally.drafted += progress.drafted_tokens
+            tally.accepted += progress.accepted_tokens
             if piece.finish is not None:
                 ticket.drop(part)
                 service.metrics.succeeded(piece.finish)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from limbeck.errors import ModelError
 from limbeck.serve.engine.attention import attend, attend_last
+from limbeck.serve.engine.int8 import Int8Linear
 from limbeck.serve.engine.weights import Block, Linear, Precision, Weights, read_weights
 
 SERIAL_ELEMENTS = 32767
@@ -108,6 +109,11 @@ class Decoder:
         self.vocab_size = len(weights.head)
         self.embeddings: int = weights.embed.num_embeddings
         """Token ids that may stand in a prompt."""
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the linear layers are."""
+        return isinstance(self.weights.blocks[0].qkv, Int8Linear)
 
     @property
     def bytes_per_token(self) -> int:

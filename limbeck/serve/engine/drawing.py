@@ -29,14 +29,13 @@ def draw_tokens(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequenc
     return tokens.tolist()
 
 
-def probabilities_of(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [R V] that `draw_tokens` draws from, at a temperature above 0."""
+def distribution_of(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution [V] that `draw_tokens` draws a row from by its logits [V], at a temperature above 0."""
     probabilities = torch.softmax(logits / sampling.temperature, -1)
     if not _is_filtered(sampling):
         return probabilities
-    ranked, order = probabilities.sort(-1, descending=True)
-    kept = torch.stack([_kept(row, sampling) for row in ranked])
-    return torch.zeros_like(probabilities).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
+    kept, order = _filtered(probabilities, sampling)
+    return torch.zeros_like(probabilities).scatter_(0, order, kept / kept.sum())
 
 
 def _sample(logits: Tensor, samplings: Sequence[Sampling], targets: Tensor) -> Tensor:
@@ -48,7 +47,9 @@ def _sample(logits: Tensor, samplings: Sequence[Sampling], targets: Tensor) -> T
         tokens[plain] = invert_cumulative(cumulative, targets[plain] * cumulative[:, -1])
     for row, sampling in enumerate(samplings):
         if _is_filtered(sampling):
-            tokens[row] = _sample_filtered(probabilities[row], sampling, targets[row])
+            kept, order = _filtered(probabilities[row], sampling)
+            cumulative = kept.cumsum(-1, dtype=torch.float64)
+            tokens[row] = order[invert_cumulative(cumulative[None], targets[row, None] * cumulative[-1])[0]]
     return tokens
 
 
@@ -56,8 +57,11 @@ def _is_filtered(sampling: Sampling) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
 
 
-def _sample_filtered(probabilities: Tensor, sampling: Sampling, target: Tensor) -> Tensor:
-    """Draw from the filtered probabilities [V]; only as many are ranked as the filters can keep, if that is known."""
+def _filtered(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """What the filters leave of probabilities [V], largest first, and whose they are [K].
+
+    Only as many are ranked as the filters can keep, if that is known.
+    """
     candidates = min(max(sampling.top_k, NUCLEUS_CANDIDATES), len(probabilities))
     ranked, order = probabilities.topk(candidates)
     is_enough = (
@@ -67,8 +71,7 @@ def _sample_filtered(probabilities: Tensor, sampling: Sampling, target: Tensor) 
     )
     if candidates < len(probabilities) and not is_enough:
         ranked, order = probabilities.sort(descending=True, stable=True)
-    cumulative = _kept(ranked, sampling).cumsum(-1, dtype=torch.float64)
-    return order[invert_cumulative(cumulative[None], target[None] * cumulative[-1])[0]]
+    return _kept(ranked, sampling), order
 
 
 def _kept(ranked: Tensor, sampling: Sampling) -> Tensor:

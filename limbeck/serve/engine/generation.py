@@ -1,31 +1,38 @@
 """Generation with continuous batching: every step reads a bit of the new prompts and draws a token for all others.
 
 A job's tokens go through the decoder as segments that grow keys and values of their own: blocks of the prompt first,
-cut where the prefix cache cuts, then one token at a time. So scoring and generation find each other's prefixes, and
-with int8 layers a job has the same bits whatever runs beside it and whatever the cache holds. The head is one product a
-step; where the layers are int8, it is too.
+cut where the prefix cache cuts, in passes of prompts alone; then one token at a time, in `steps`. So scoring and
+generation find each other's prefixes, and with int8 layers a job has the same bits whatever runs beside it and whatever
+the cache holds. With a drafter a step may bring a text several tokens; see `speculative`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from limbeck.errors import ConfigError, ModelError
+from limbeck.errors import ConfigError
+from limbeck.serve.engine.context import Span, plan_reading
 from limbeck.serve.engine.decoder import Decoder
-from limbeck.serve.engine.drawing import draw_tokens, drawn_of
-from limbeck.serve.engine.int8 import Int8Linear
-from limbeck.serve.engine.jobs import Drawn, FinishReason, Job, Progress
+from limbeck.serve.engine.drafter import Drafter
+from limbeck.serve.engine.drawing import drawn_of
+from limbeck.serve.engine.jobs import Drawn, Job, Progress, check_job
 from limbeck.serve.engine.prefix_cache import PrefixCache
 from limbeck.serve.engine.run import Run
+from limbeck.serve.engine.speculative import Proposal, SpeculationStats
+from limbeck.serve.engine.steps import Kernels, Steps
+from limbeck.serve.engine.writing import settled, written
 
 HEAD_ROWS = 64
 """Rows of a prompt whose logits are made at once, for its log-probs."""
+
+Computed = tuple[Span, Tensor]
+"""A token's span and its state [D]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +54,9 @@ class GenerationConfig:
     head: Literal["auto", "float32", "int8"] = "auto"
     """Precision of the head's product; auto: int8 where the linear layers are. int8 reads a quarter of the bytes
     and makes a text independent of its batch to the bit."""
+    kernels: Kernels = "auto"
+    """Of decoding. compiled: C++ that is compiled here once; torch: torch's own operators; auto: compiled where there
+    is a compiler and the model's parts are known to it."""
 
     def __post_init__(self) -> None:
         if min(self.kv_bytes, self.max_running, self.prefill_tokens) < 1:
@@ -56,13 +66,18 @@ class GenerationConfig:
 class Generator:
     """Jobs under way over one decoder. One thread at a time."""
 
-    def __init__(self, decoder: Decoder, cache: PrefixCache, config: GenerationConfig | None = None) -> None:
-        """`cache`: that of the `Scorer` over the same decoder, or a new one."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: PrefixCache,
+        config: GenerationConfig | None = None,
+        drafter: Drafter | None = None,
+    ) -> None:
+        """`cache`: that of the `Scorer` over the same decoder, or a new one; `drafter`: proposes tokens to it alone."""
         self.decoder, self.cache, self.config = decoder, cache, config or GenerationConfig()
-        is_int8 = isinstance(decoder.weights.blocks[0].qkv, Int8Linear)
-        with torch.inference_mode():
-            use_int8 = self.config.head == "int8" or (self.config.head == "auto" and is_int8)
-            self._head = Int8Linear.rounded(decoder.weights.head, where="head") if use_int8 else None
+        self.drafter = drafter
+        self.speculation = SpeculationStats() if drafter is None else drafter.stats
+        self.steps = Steps(decoder, self.config.head, self.config.kernels)
         self._runs: dict[int, Run] = {}
         self._numbers = itertools.count()
 
@@ -74,7 +89,7 @@ class Generator:
     @property
     def kv_bytes(self) -> int:
         """Of keys and values, taken by the running jobs."""
-        return sum(run.kv_bytes for run in self._runs.values())
+        return sum(self._bytes_of(run.job) for run in self._runs.values())
 
     @property
     def kv_usage(self) -> float:
@@ -107,95 +122,114 @@ class Generator:
         run = self._runs.pop(number, None)
         if run is not None:
             run.release()
+        if self.drafter is not None:
+            self.drafter.abort(number)
 
     @torch.inference_mode()
     def step(self) -> list[Progress]:
         """One pass of the decoder for all that runs; what it brought, for those it brought something."""
-        reading = self._plan_reading()
-        pieces = [
-            (number, span) for number, run in self._runs.items() for span in run.next_spans(reading.get(number, 0))
-        ]
-        segments = [self._runs[number].segment(span) for number, span in pieces]
-        every_row = any(self._runs[number].is_echoed for number, _ in pieces)
-        states = self.decoder.run(segments, every_row) if segments else torch.empty(0)
+        drafts, waiting = ({}, set()) if self.drafter is None else self._proposed(self.drafter)
+        for number, proposals in drafts.items():
+            self._runs[number].tokens += [proposal.token for proposal in proposals]
+        self._read()
+        writing = [number for number, run in self._runs.items() if not run.is_reading and number not in waiting]
+        states = self._computed(writing)
+        plain = [number for number in writing if number not in drafts]
+        for number in plain:
+            for span, state in states[number]:
+                self._runs[number].advance(span, state)
+        return [*self._draw(plain), *self._settle(drafts, states)]
+
+    def _read(self) -> None:
+        """Go on with the prompts, in one pass."""
+        blocks = plan_reading(self._runs, self.config.prefill_tokens, self.cache)
+        pieces = [(self._runs[n], span) for n, count in blocks.items() for span in self._runs[n].next_spans(count)]
+        if not pieces:
+            return
+        every_row = any(run.is_echoed for run, _ in pieces)
+        segments = [run.segment(span) for run, span in pieces]
         lengths = [len(segment.tokens) if every_row else 1 for segment in segments]
-        for (number, span), rows in zip(pieces, states.split(lengths), strict=True):
-            run = self._runs[number]
-            if run.is_echoed and run.is_reading:
+        for (run, span), rows in zip(pieces, self.decoder.run(segments, every_row).split(lengths), strict=True):
+            if run.is_echoed:
                 run.echo(self._echoed(run, span, rows))
             run.advance(span, rows[-1])
-        return self._draw([number for number, run in self._runs.items() if not run.is_reading])
+
+    def _computed(self, numbers: Sequence[int]) -> dict[int, list[Computed]]:
+        """The states of these texts' last tokens that have none yet; none where a prompt has just ended."""
+        spans = {number: self._runs[number].next_spans(0) for number in numbers}
+        segments = [self._runs[number].segment(span) for number in numbers for span in spans[number]]
+        states = iter(self.steps.run(segments) if segments else ())
+        return {number: [(span, next(states)) for span in spans[number]] for number in numbers}
+
+    def _proposed(self, drafter: Drafter) -> tuple[dict[int, list[Proposal]], set[int]]:
+        """What the draft proposes for the texts that it helps, and the texts that have to wait for it."""
+        helped = {number: run.job for number, run in self._runs.items() if drafter.helps(run.job, self.running)}
+        drafter.read(helped, self.config.prefill_tokens)
+        begun = {number: run for number, run in self._runs.items() if len(run.tokens) > len(run.job.prompt)}
+        drafter.stats.skipped_tokens += len(begun.keys() - helped.keys())
+        ready = {number: begun[number] for number in begun.keys() & helped.keys() if drafter.is_ready(number)}
+        return drafter.propose(ready), (begun.keys() & helped.keys()) - ready.keys()
 
     def check(self, job: Job) -> None:
         """Raises: what `add` raises for a job that could never run."""
-        longest, limit = len(job.prompt) + job.max_tokens, self.decoder.max_tokens
-        if not job.prompt:
-            raise ModelError("a job with an empty prompt; give one token or more, say the beginning-of-text token.")
-        if longest > limit:
-            raise ModelError(f"a prompt of {len(job.prompt)} and {job.max_tokens} more tokens; the limit is {limit}.")
-        known, vocabulary = self.decoder.embeddings, self.decoder.vocab_size
-        if not 0 <= min(job.prompt) <= max(job.prompt) < known:
-            raise ModelError(f"token ids {min(job.prompt)} to {max(job.prompt)}; the model has 0 to {known - 1}.")
-        markers = [] if job.thought is None else [*job.thought.open_ids, *job.thought.close_ids]
-        wrong = [token for token in (*markers, *job.end_tokens) if not 0 <= token < vocabulary]
-        if wrong:
-            raise ModelError(f"end tokens or markers {wrong}; the model has 0 to {vocabulary - 1}.")
-        if not 0 <= job.min_tokens <= job.max_tokens:
-            raise ConfigError(f"min_tokens {job.min_tokens}, max_tokens {job.max_tokens}; 0 <= min <= max is needed.")
-        if job.thought is not None and (job.thought.tokens < 0 or not job.thought.close_ids):
-            raise ConfigError("a thought's budget must be 0 tokens or more, with a closing marker.")
-        if min(job.top_log_probs or 0, job.prompt_log_probs or 0) < 0:
-            raise ConfigError("top_log_probs and prompt_log_probs must be 0 or more.")
-        _check_sampling(job)
+        check_job(job, self.decoder.max_tokens, self.decoder.embeddings, self.decoder.vocab_size)
         if self._bytes_of(job) > self.config.kv_bytes:
+            tokens = len(job.prompt) + job.max_tokens
             raise ConfigError(
-                f"a job of {longest} tokens takes {self._bytes_of(job)} bytes of keys and values; the limit is "
-                f"{self.config.kv_bytes}. Raise kv_bytes or lower max_tokens."
+                f"a job of {tokens} tokens takes {self._bytes_of(job)} bytes of keys and values; "
+                f"the limit is {self.config.kv_bytes}. Raise kv_bytes or lower max_tokens."
             )
 
     def _bytes_of(self, job: Job) -> int:
-        return (len(job.prompt) + job.max_tokens) * self.decoder.bytes_per_token
-
-    def _plan_reading(self) -> dict[int, int]:
-        """How many blocks of their prompts the jobs read in this step, first come, first served.
-
-        A job waits where another one reads the block that it needs next, and finds it in the cache afterwards.
-        """
-        left = self.config.prefill_tokens
-        blocks: dict[int, int] = {}
-        under_way: set[bytes] = set()
-        for number, run in self._runs.items():
-            if not run.is_reading:
-                continue
-            run.take_cached()
-            count = 0
-            for key, length in run.missing_blocks():
-                is_first = not blocks and count == 0
-                if (length > left and not is_first) or (key in under_way and self.cache.budget_bytes):
-                    break
-                under_way.add(key)
-                left, count = left - length, count + 1
-            if count:
-                blocks[number] = count
-        return blocks
+        decoders = [self.decoder] if self.drafter is None else [self.decoder, self.drafter.decoder]
+        return (len(job.prompt) + job.max_tokens) * sum(decoder.bytes_per_token for decoder in decoders)
 
     def _draw(self, numbers: Sequence[int]) -> list[Progress]:
         """Draw a token for each of these jobs and end those that are over."""
         writing = [number for number in numbers if self._runs[number].job.max_tokens]
-        drawn: dict[int, Drawn] = {}
+        tokens: dict[int, Drawn] = {}
         if writing:
             runs = [self._runs[number] for number in writing]
-            logits = self.decoder.logits(torch.stack([run.state for run in runs]), self._head)
-            drawn = dict(zip(writing, _drawn(runs, logits), strict=True))
-        return [self._progress(number, drawn.get(number)) for number in numbers]
+            logits = self.steps.logits(torch.stack([run.state for run in runs]))
+            tokens = dict(zip(writing, written(runs, logits), strict=True))
+            for number, drawn in tokens.items():
+                self._runs[number].accept(drawn.token)
+        return [self._progress(number, [tokens[number]] if number in tokens else []) for number in numbers]
 
-    def _progress(self, number: int, drawn: Drawn | None) -> Progress:
+    def _settle(
+        self, drafts: Mapping[int, Sequence[Proposal]], states: Mapping[int, Sequence[Computed]]
+    ) -> list[Progress]:
+        """Take of each draft what the decoder would have written, and a token behind it."""
+        if not drafts:
+            return []
+        rows = torch.stack([state for number in drafts for _, state in states[number]])
+        parts = self.steps.logits(rows).split([len(states[number]) for number in drafts])
+        return [
+            self._settle_one(number, proposals, states[number], logits)
+            for (number, proposals), logits in zip(drafts.items(), parts, strict=True)
+        ]
+
+    def _settle_one(
+        self, number: int, proposals: Sequence[Proposal], states: Sequence[Computed], logits: Tensor
+    ) -> Progress:
         run = self._runs[number]
-        finish: FinishReason | None = "length"
-        if drawn is not None:
-            finish = run.accept(drawn.token)
-        progress = Progress(number, [] if drawn is None else [drawn], run.take_echo(), finish, run.cached_tokens)
-        if finish is not None:
+        run.take_back(len(run.tokens) - len(proposals))
+        tokens: list[Drawn] = []
+        for (span, state), row, proposal in zip(states, logits, [*proposals, None], strict=True):
+            run.advance(span, state)
+            tokens.append(settled(run, row, proposal))
+            run.accept(tokens[-1].token)
+            if run.finish is not None or proposal is None or tokens[-1].token != proposal.token:
+                break
+        accepted = sum(drawn.token == proposal.token for drawn, proposal in zip(tokens, proposals, strict=False))
+        assert self.drafter is not None
+        self.drafter.settle(number, len(run.tokens), len(proposals), accepted)
+        return self._progress(number, tokens, len(proposals), accepted)
+
+    def _progress(self, number: int, tokens: Sequence[Drawn], proposed: int = 0, accepted: int = 0) -> Progress:
+        run = self._runs[number]
+        progress = Progress(number, tokens, run.take_echo(), run.finish, run.cached_tokens, proposed, accepted)
+        if run.finish is not None:
             self.abort(number)
         return progress
 
@@ -208,38 +242,7 @@ class Generator:
             for first in range(start, stop, HEAD_ROWS)
             for drawn in drawn_of(
                 prompt[first + 1 : min(first + HEAD_ROWS, stop) + 1],
-                self.decoder.logits(states[first - start : min(first + HEAD_ROWS, stop) - start], self._head),
+                self.steps.logits(states[first - start : min(first + HEAD_ROWS, stop) - start]),
                 top,
             )
         ]
-
-
-def _drawn(runs: Sequence[Run], logits: Tensor) -> list[Drawn]:
-    """A token for each row of logits [R V], with log-probs where they are asked for."""
-    plain = logits
-    if any(not run.rules.are_free for run in runs):
-        logits = logits.clone()
-        for run, row in zip(runs, logits, strict=True):
-            run.rules.restrict_(row)
-    uniforms = [run.uniform() for run in runs]
-    tokens = draw_tokens(logits, [run.job.sampling for run in runs], uniforms)
-    forced = [run.rules.forced for run in runs]
-    tokens = [token if force is None else force for token, force in zip(tokens, forced, strict=True)]
-    drawn = [Drawn(token, None, ()) for token in tokens]
-    for row, run in enumerate(runs):
-        if run.job.top_log_probs is not None:
-            (drawn[row],) = drawn_of([tokens[row]], plain[row : row + 1], run.job.top_log_probs)
-    return drawn
-
-
-def _check_sampling(job: Job) -> None:
-    sampling = job.sampling
-    if not 0.0 <= sampling.temperature < float("inf"):
-        raise ConfigError(f"temperature must be 0 or more; found {sampling.temperature}.")
-    if sampling.top_k < 0 or not 0.0 < sampling.top_p <= 1.0 or not 0.0 <= sampling.min_p <= 1.0:
-        raise ConfigError(
-            f"top_k {sampling.top_k}, top_p {sampling.top_p}, min_p {sampling.min_p}; needed are top_k >= 0, "
-            "0 < top_p <= 1 and 0 <= min_p <= 1."
-        )
-    if sampling.seed is not None and sampling.seed < 0:
-        raise ConfigError(f"seed must be 0 or more; found {sampling.seed}.")

@@ -59,6 +59,11 @@ class Int8Linear:
             weight = torch._make_per_channel_quantized_tensor(codes, scales.double(), points, 0)
         self.packed = torch.ops.quantized.linear_prepack(weight, None)
 
+    def unpacked(self) -> tuple[Tensor, Tensor]:
+        """Codes int8 [O I] and scales [O]."""
+        weight, _ = torch.ops.quantized.linear_unpack(self.packed)
+        return weight.int_repr(), weight.q_per_channel_scales().float()
+
     @classmethod
     def rounded(cls, weight: Tensor, bias: Tensor | None = None, where: str = "int8 layer") -> Int8Linear:
         """A dense weight [O I], each output rounded to the grid of its largest magnitude / 63."""

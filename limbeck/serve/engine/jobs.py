@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from limbeck.errors import ConfigError, ModelError
+
 FinishReason = Literal["stop", "length"]
 """stop: an end token, or a constraint that is complete; length: the limit of tokens."""
 
@@ -74,6 +76,47 @@ class Job:
     thought: ThoughtBudget | None = None
 
 
+def check_job(job: Job, longest: int, embeddings: int, vocabulary: int) -> None:
+    """Refuse a job that a model cannot do.
+
+    Args:
+      longest: tokens of prompt and text that it takes.
+      embeddings: ids that may stand in a prompt; vocabulary: ids that it writes.
+    Raises: ModelError for ids or lengths that the model does not have; ConfigError for limits that contradict each
+    other.
+    """
+    length, whole = len(job.prompt), len(job.prompt) + job.max_tokens
+    if not job.prompt:
+        raise ModelError("a job with an empty prompt; give one token or more, say the beginning-of-text token.")
+    if whole > longest:
+        raise ModelError(f"a prompt of {length} and {job.max_tokens} more tokens; the limit is {longest}.")
+    if not 0 <= min(job.prompt) <= max(job.prompt) < embeddings:
+        raise ModelError(f"token ids {min(job.prompt)} to {max(job.prompt)}; the model has 0 to {embeddings - 1}.")
+    markers = [] if job.thought is None else [*job.thought.open_ids, *job.thought.close_ids]
+    wrong = [token for token in (*markers, *job.end_tokens) if not 0 <= token < vocabulary]
+    if wrong:
+        raise ModelError(f"end tokens or markers {wrong}; the model has 0 to {vocabulary - 1}.")
+    if not 0 <= job.min_tokens <= job.max_tokens:
+        raise ConfigError(f"min_tokens {job.min_tokens}, max_tokens {job.max_tokens}; 0 <= min <= max is needed.")
+    if job.thought is not None and (job.thought.tokens < 0 or not job.thought.close_ids):
+        raise ConfigError("a thought's budget must be 0 tokens or more, with a closing marker.")
+    if min(job.top_log_probs or 0, job.prompt_log_probs or 0) < 0:
+        raise ConfigError("top_log_probs and prompt_log_probs must be 0 or more.")
+    _check_sampling(job.sampling)
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    if not 0.0 <= sampling.temperature < float("inf"):
+        raise ConfigError(f"temperature must be 0 or more; found {sampling.temperature}.")
+    if sampling.top_k < 0 or not 0.0 < sampling.top_p <= 1.0 or not 0.0 <= sampling.min_p <= 1.0:
+        raise ConfigError(
+            f"top_k {sampling.top_k}, top_p {sampling.top_p}, min_p {sampling.min_p}; needed are top_k >= 0, "
+            "0 < top_p <= 1 and 0 <= min_p <= 1."
+        )
+    if sampling.seed is not None and sampling.seed < 0:
+        raise ConfigError(f"seed must be 0 or more; found {sampling.seed}.")
+
+
 class Drawn(NamedTuple):
     """A token of the prompt or of the text."""
 
@@ -97,3 +140,7 @@ class Progress(NamedTuple):
     finish: FinishReason | None
     cached_tokens: int
     """Of the prompt, taken from the cache."""
+    drafted_tokens: int = 0
+    """Proposed by a draft in this step."""
+    accepted_tokens: int = 0
+    """How many of those the text has taken."""

@@ -5,7 +5,6 @@ Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma 3 (text). Int8 layers of a W8A8 ch
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +24,17 @@ MOVING_ROPES = ("dynamic", "longrope")
 Precision = Literal["auto", "float32", "int8"]
 Linear = Callable[[Tensor], Tensor]
 """[U I] -> [U O]."""
+
+
+class DenseLinear(NamedTuple):
+    """y = x weight^T + bias, a BLAS product."""
+
+    weight: Tensor
+    """[O I]."""
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class Block(NamedTuple):
@@ -169,7 +179,7 @@ class _Source(NamedTuple):
         weight = torch.cat([module.weight.detach() for module in modules])
         if self.precision == "int8":
             return Int8Linear.rounded(weight, bias, where)
-        return functools.partial(nn.functional.linear, weight=weight, bias=bias)
+        return DenseLinear(weight, bias)
 
 
 def _apart(modules: Sequence[nn.Module]) -> Linear:

@@ -1,0 +1,1 @@
+"""Decoding in C++, compiled on the machine where it runs."""
