@@ -10,6 +10,7 @@ from typing import Literal
 from limbeck.client import ClientConfig, server_root
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.fused import CHUNK_BYTES
+from limbeck.distill.parallel import ParallelConfig
 from limbeck.distill.rollouts import OnPolicyConfig
 from limbeck.errors import ConfigError
 from limbeck.models.tiny import ScratchConfig
@@ -23,9 +24,6 @@ from limbeck.traces.select import SelectConfig
 from limbeck.traces.sources import TraceConfig
 from limbeck.traces.supervise import SupervisionConfig
 from limbeck.traces.truncate import TruncationConfig
-
-Strategy = Literal["replicate", "shard"]
-"""Of a model on several processes: a copy on each, or a part on each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,44 +145,6 @@ class BatchGrowthConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.per_step < math.inf:
             raise ConfigError(f"batch_growth.per_step must be finite and at least 0; found {self.per_step}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelConfig:
-    """How student and live teachers lie on the processes that torchrun starts; one process alone holds all of them."""
-
-    strategy: Strategy = "replicate"
-    """replicate: every process holds the whole student; shard: each holds a part of weights, gradients and optimizer
-    state, and gathers one layer at a time (FSDP2)."""
-    shard_size: int | None = None
-    """Processes that hold one copy of the student between them; null: all. 8 keeps the gathering inside a node."""
-    teacher_strategy: Strategy | None = None
-    """The same for live teachers; null: as the student."""
-    teacher_shard_size: int | None = None
-    """Processes that hold one copy of a teacher between them; null: all."""
-    tensor_parallel_size: int = 1
-    """Neighbouring processes that share the products of every layer of a sharded student and read the same tokens; for
-    architectures that have a plan in transformers."""
-    shard_head: bool = False
-    """With strategy shard: every process multiplies the rows of its group by its part of the vocabulary alone, so that
-    none holds the whole head, its gradient or whole rows of logits."""
-
-    def __post_init__(self) -> None:
-        for name in ("shard_size", "teacher_shard_size", "tensor_parallel_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"parallel.{name} must be at least 1; found {value}")
-        if self.strategy == "replicate":
-            for name, unset in (("shard_size", None), ("tensor_parallel_size", 1), ("shard_head", False)):
-                if getattr(self, name) != unset:
-                    raise ConfigError(f"parallel.{name} needs parallel.strategy shard")
-        if self.of_teacher == "replicate" and self.teacher_shard_size is not None:
-            raise ConfigError("parallel.teacher_shard_size needs parallel.teacher_strategy shard")
-
-    @property
-    def of_teacher(self) -> Strategy:
-        """The strategy of live teachers in force."""
-        return self.teacher_strategy or self.strategy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

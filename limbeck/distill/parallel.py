@@ -7,7 +7,8 @@ by hand where every process holds the model (replicate), by FSDP2 where each hol
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,47 @@ from torch.distributed.tensor import DTensor
 from limbeck.errors import ConfigError
 from limbeck.ledger import COUNTS, Ledger
 from limbeck.optim.sharding import local, sum_over_shards
+
+Strategy = Literal["replicate", "shard"]
+"""Of a model on several processes: a copy on each, or a part on each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How student and live teachers lie on the processes that torchrun starts; one process alone holds all of them."""
+
+    strategy: Strategy = "replicate"
+    """replicate: every process holds the whole student; shard: each holds a part of weights, gradients and optimizer
+    state, and gathers one layer at a time (FSDP2)."""
+    shard_size: int | None = None
+    """Processes that hold one copy of the student between them; null: all. 8 keeps the gathering inside a node."""
+    teacher_strategy: Strategy | None = None
+    """The same for live teachers; null: as the student."""
+    teacher_shard_size: int | None = None
+    """Processes that hold one copy of a teacher between them; null: all."""
+    tensor_parallel_size: int = 1
+    """Neighbouring processes that share the products of every layer of models in parts and read the same tokens; for
+    architectures that have a plan in transformers."""
+    shard_head: bool = False
+    """With strategy shard: every process multiplies the rows of its group by its part of the vocabulary alone, so that
+    none holds the whole head, its gradient or whole rows of logits."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "teacher_shard_size", "tensor_parallel_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"parallel.{name} must be at least 1; found {value}")
+        if self.strategy == "replicate":
+            for name, unset in (("shard_size", None), ("tensor_parallel_size", 1), ("shard_head", False)):
+                if getattr(self, name) != unset:
+                    raise ConfigError(f"parallel.{name} needs parallel.strategy shard")
+        if self.of_teacher == "replicate" and self.teacher_shard_size is not None:
+            raise ConfigError("parallel.teacher_shard_size needs parallel.teacher_strategy shard")
+
+    @property
+    def of_teacher(self) -> Strategy:
+        """The strategy of live teachers in force."""
+        return self.teacher_strategy or self.strategy
 
 
 class Ranks(NamedTuple):

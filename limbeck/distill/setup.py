@@ -16,7 +16,7 @@ from limbeck.distill.data import Data, prepare
 from limbeck.distill.fused import FusedLoss
 from limbeck.distill.objective import Teacher, microbatch_loss
 from limbeck.distill.pair import check_pair, load_student, load_student_in_parts, load_teacher
-from limbeck.distill.parallel import Ranks
+from limbeck.distill.parallel import ParallelConfig, Ranks
 from limbeck.distill.plan import Step, plan_steps
 from limbeck.distill.preflight import check_templates
 from limbeck.distill.rollouts import Rollouts, make_rollouts
@@ -150,7 +150,7 @@ def planned_steps(config: DistillConfig, data: Data, readers: int = 1) -> list[S
 
 def same_result(config: DistillConfig) -> DistillConfig:
     """The config without what does not change the result: a run may go on on other processes than it began on."""
-    return replace(config, training=replace(config.training, parallel=type(config.training.parallel)()))
+    return replace(config, training=replace(config.training, parallel=ParallelConfig()))
 
 
 def _rollouts(config: DistillConfig, steps: Sequence[Step], data: Data, tokenizer: Any) -> Rollouts | None:

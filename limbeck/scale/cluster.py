@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from limbeck.config import to_dict
-from limbeck.distill.config import DistillConfig, ParallelConfig
+from limbeck.distill.config import DistillConfig
+from limbeck.distill.parallel import ParallelConfig
 from limbeck.ledger import backbone_backward_flops, backbone_forward_flops, head_flops, head_forward_flops
 from limbeck.models.anatomy import Computed
 from limbeck.scale.hardware import Hardware
