@@ -1,8 +1,9 @@
-"""Every block of code in README and docs: YAML becomes a config, commands are understood, Python runs, files exist.
+"""Every block of code in README and docs is tested: YAML becomes a config, commands are understood, Python runs.
 
 The tutorials are run as a whole, command after command, in an empty directory (slow).
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import yaml
 from docs_blocks import PAGES, PROSE, ROOT, SHELL, TUTORIALS, Block, all_blocks, blocks_of, commands_of
 
 from limbeck.cli import COMMANDS, _command_name, _read_config, _take_options
-from limbeck.config import apply_flags, build, read_recipe
+from limbeck.config import apply_flags, build, describe, read_recipe
 
 CHAIN = {"source": "builtin:chain", "num_traces": 9}
 LEFT_OUT = {
@@ -159,3 +160,39 @@ def run(command: list[str], directory) -> None:
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+
+
+def test_methods_name_files_that_exist():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    files = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(files) > 40
+    assert [file for file in sorted(files) if not (ROOT / "limbeck" / file).is_file()] == []
+
+
+def test_the_reference_has_every_command_and_field():
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    sections = re.split(r"^## limbeck ", hooks.cli_page(), flags=re.M)[1:]
+    assert [section.partition("\n")[0] for section in sections] == list(COMMANDS)
+    for section, command in zip(sections, COMMANDS.values(), strict=True):
+        rows = [line for line in section.splitlines() if line.startswith("| `")]
+        fields = describe(command.config) if command.config else ()
+        assert [re.match(r"\| `(\S+)`", row)[1] for row in rows] == [field.path for field in fields]
+        assert all(row.count(" | ") == 3 for row in rows)
+        assert set(re.search(r"Options: (.*)", section)[1].replace("`", "").split(", ")) >= set(command.takes)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("material")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for page in ("index.html", "cli/index.html", "tutorials/distil/index.html", "benchmarks/results/serve.png"):
+        assert (tmp_path / "site" / page).is_file()
