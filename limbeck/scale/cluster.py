@@ -227,7 +227,7 @@ def device_memory(
         else 4.0 * student.trainable_parameters * (devices > 1)
     )
     shards = parts if is_sharded and parallel.shard_head else 1
-    of_loss = loss_bytes(loss._replace(vocab=loss.vocab // shards), student.way, rows, 1)
+    of_loss = loss_bytes(loss._replace(vocab=-(-loss.vocab // shards)), student.way, rows, 1)
     activations = saved_bytes(dims, student.way, sent) / (tensor if not student.way.is_recomputed else 1)
     taught = _teacher_shard_size(parallel, devices)
     held = sum(4 * t.sizes.num_parameters / taught for t in teachers)

@@ -30,8 +30,9 @@ from limbeck.distill.fused import CPU_BLOCK_BYTES, CPU_CHUNK_ROWS, DEVICE_BLOCK_
 from limbeck.models.anatomy import Computed, Sizes
 from limbeck.scale.shapes import Dims
 
-PROGRAM_BYTES = 60 * 2**20
-"""Resident bytes of code and tables that are loaded between the ledger's baseline and the end of the first step."""
+PROGRAM_BYTES = 36 * 2**20
+"""Resident bytes of code and tables that are loaded between the ledger's baseline and the end of the first step, in a
+process that has done nothing before."""
 ALLOCATOR_FRACTION = 0.25
 """Of the bytes that come and go within a step on a CPU: what the allocator holds beside them at the highest moment."""
 BLOCK_TEMPORARIES = 6
@@ -204,6 +205,11 @@ def training_memory(
         moments.append({"optimizer": states, "loss": tried, "workspace": working + casts})
     highest = resident | max(moments, key=lambda moment: sum(moment.values()))
     return with_program(highest) if way.is_cpu else highest
+
+
+def without_program(memory: Mapping[str, int]) -> dict[str, int]:
+    """The terms in a process that has done such work before: what libraries load is there already."""
+    return {name: size for name, size in memory.items() if name != "program"}
 
 
 def with_program(memory: Mapping[str, int]) -> dict[str, int]:

@@ -82,6 +82,8 @@ class PlanConfig:
 
 def run(config: PlanConfig, hardware: Hardware) -> list[Estimate]:
     """Estimates: the recipe's own settings, then the fastest that fit, best first; only the first where none does."""
+    if config.devices > 1 and not hardware.is_accelerator:
+        raise ConfigError(f"devices: {config.devices}, but {hardware.name} has no links to others in the table; use 1.")
     load = config.assume.load(config.distill) if config.assume is not None else _read(config.distill)
     return plan(config.distill, load, hardware, config.devices)
 

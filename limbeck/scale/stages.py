@@ -33,7 +33,7 @@ from limbeck.models.generate import PREFILL_TOKENS, SamplingConfig
 from limbeck.models.lean import has_plain_layers, plan_packed
 from limbeck.models.load import load_tokenizer, vocabulary_size
 from limbeck.scale.hardware import Hardware, measure
-from limbeck.scale.memory import Way, forward_bytes, with_program
+from limbeck.scale.memory import Way, forward_bytes, with_program, without_program
 from limbeck.scale.prediction import Prediction, flops_of, total
 from limbeck.scale.shapes import Dims, config_of, frozen_sizes, on_meta
 from limbeck.scale.training import data_of, predict_run, set_up
@@ -298,7 +298,8 @@ def predict_recover(
         vocab = vocabulary_size(tokenizer)
         setup = set_up(planned.distill, data, vocab, student, teacher, hardware.is_accelerator)
         parts.append(predict_run(setup, hardware))
-    return total("recover", parts)
+    # All rounds share a process, and a comparison of the unpruned model comes before the first.
+    return total("recover", [replace(part, memory=without_program(part.memory)) for part in parts])
 
 
 def _compression(
@@ -319,12 +320,11 @@ def _compression(
     layers = backbone_of(model).layers
     work = count_work(layers, shape, padded, tokens, wants, solver, dense_targets=dense, walks=walks)  # type: ignore[arg-type]
     compared = 2 * 2.0 * apart * sum(parameter.numel() for parameter in model.parameters())
-    notes = ["products of calibration and solver, which the ledger does not count"]
+    notes = [f"products of {tokens:,} calibration tokens and of the solver, which the ledger does not count"]
     if solver in SOLVERS or stage == "quantize":
         notes.append("solvers by their factors in compress/plan.py")
     return Prediction(
         stage,
-        tokens=tokens,
         solver_flops=int(work.flops + compared),
         memory=with_program({"workspace": work.peak_bytes}),
         seconds=(work.flops + compared) / hardware.rate("float32"),

@@ -11,7 +11,7 @@ from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError
 from limbeck.scale.cluster import Models, estimate, trace_flops
 from limbeck.scale.hardware import DEVICES, hardware_of
-from limbeck.scale.planner import AssumedTraces, PlanConfig, changes, flags_of, models_of, plan
+from limbeck.scale.planner import AssumedTraces, PlanConfig, changes, flags_of, models_of, plan, run
 
 H100 = DEVICES["h100"]
 TREE = {
@@ -117,6 +117,11 @@ def test_impossible_plans_are_refused(changes, message):
 def test_unknown_hardware_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="'h100'"):
         hardware_of("h10")
+
+
+def test_a_laptop_stands_alone():
+    with pytest.raises(ConfigError, match="no links"):
+        run(build(PlanConfig, {"distill": TREE, "devices": 2}), DEVICES["laptop-cpu"])
 
 
 def test_plan_on_the_command_line(capsys):
