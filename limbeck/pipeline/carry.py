@@ -13,11 +13,11 @@ from typing import Any
 
 from limbeck.errors import CheckpointError
 from limbeck.ledger import Ledger
-from limbeck.pipeline import ranking, stages, telling
+from limbeck.pipeline import stages, telling
 from limbeck.pipeline.stage import Call
 from limbeck.progress import console
 
-PRELOADED = (ranking, stages, telling)
+PRELOADED = (stages, telling)
 
 
 def carry_out(call: Call, config: Any, directory: Path, resume: bool) -> dict[str, Any]:

@@ -19,28 +19,28 @@ Source: 2502.14305, sections on predictive models: distillation, gradual pruning
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from limbeck.checkpoint import MANIFEST, Checkpoint, write_json, write_manifest
+from limbeck.checkpoint import Checkpoint, write_json, write_manifest
 from limbeck.compress.calibrate import CalibrationConfig
 from limbeck.compress.fidelity import GateConfig
 from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.quantize.stage import QuantizeConfig
-from limbeck.config import config_hash
 from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.optim.build import OptimizerConfig
-from limbeck.progress import console
+from limbeck.pipeline.advance import Pipeline
+from limbeck.pipeline.stage import OUT, Stage
 from limbeck.ranking import evaluate, recover, train
 from limbeck.ranking.data import read_requests
-from limbeck.ranking.evaluate import RankEvaluateConfig, compare, read_scores
+from limbeck.ranking.evaluate import SCORES, RankEvaluateConfig, compare, read_scores
 from limbeck.ranking.featurize import EncodedRequest, Labels, encode_requests
 from limbeck.ranking.recover import CALIBRATION, RankRecoverConfig
 from limbeck.ranking.train import RankTrainConfig
@@ -52,6 +52,7 @@ SFT, KD = "sft", "kd_labels"
 KINDS = (SFT, KD, "kd_vocabulary", "kd_listwise")
 STUDENT, UNPRUNED = f"{KD}-0", "unpruned"
 """The student that is compressed, and what more training makes of it without being pruned."""
+TEACHER, STUDENTS, PRUNED, TESTS = "teacher", "students", "pruned", "tests"
 TABLE = "table.json"
 _WARM_UP_REQUESTS = 4
 
@@ -118,7 +119,8 @@ class Model(NamedTuple):
     """A model of the table."""
 
     name: str
-    path: Path
+    place: str
+    """Its directory, below that of the pipeline."""
     before: str | None
     """The model it is compared with."""
     is_compressed: bool = False
@@ -130,23 +132,22 @@ def run(config: RankPipelineConfig, out: Path) -> dict[str, Any]:
 
     Raises: what the stages raise; their own interrupted work goes on.
     """
-    models = _make(config, out)
-    for model in models:
-        asked = RankEvaluateConfig(model=str(model.path), data=config.teacher.data, features=config.teacher.features)
-        _once(out / "tests" / model.name, asked, _evaluate, [model.path])
-    times = _latencies(config, models)
-    rows = [_row(model, out / "tests") | times[model.name] for model in models]
-    result = {"rows": rows, "rounds": Checkpoint(out / "pruned").manifest["metrics"]["rounds"]}
+    models = models_of(config)
+    Pipeline(stages_of(config), out).advance(lambda _: None)
+    times = _latencies(config, models, out)
+    rows = [_row(model, out) | times[model.name] for model in models]
+    result = {"rows": rows, "rounds": Checkpoint(out / PRUNED).manifest["metrics"]["rounds"]}
     write_json(out / TABLE, result)
-    inputs = {model.name: model_hash(str(model.path)) for model in models} | config.teacher.data.input_hash
+    inputs = {model.name: model_hash(str(out / model.place)) for model in models} | config.teacher.data.input_hash
     write_manifest(out, stage="rank pipeline", config=config, inputs=inputs, metrics=result)
     return {"out": str(out), **result}
 
 
-def _row(model: Model, tests: Path) -> dict[str, Any]:
+def _row(model: Model, out: Path) -> dict[str, Any]:
     """What the test part says of a model, by itself, beside the one before and beside the unpruned student."""
+    tests = out / TESTS
     own, scores = Checkpoint(tests / model.name).manifest["metrics"], read_scores(tests / model.name)
-    row = {**own, "model": model.name, "before": model.before, **_size(model.path)}
+    row = {**own, "model": model.name, "before": model.before, **_size(out / model.place)}
     if model.before is not None:
         row |= compare(scores, read_scores(tests / model.before))
     if model.is_compressed:
@@ -156,42 +157,43 @@ def _row(model: Model, tests: Path) -> dict[str, Any]:
     return row
 
 
-def _make(config: RankPipelineConfig, out: Path) -> list[Model]:
+def models_of(config: RankPipelineConfig) -> list[Model]:
     """All models, in the order of the table."""
-    teacher = out / "teacher"
-    _once(teacher, config.teacher, train.run, [])
-    models = [Model("teacher", teacher, None)]
-    for kind in KINDS:
-        for seed in range(config.seeds if kind in (SFT, KD) else 1):
-            place = out / "students" / f"{kind}-{seed}"
-            _once(place, student_config(config, kind, seed, teacher), train.run, [] if kind == SFT else [teacher])
-            before = "teacher" if kind == SFT else f"{SFT}-{seed}"
-            models.append(Model(place.name, place, before))
-    student, unpruned, pruned = out / "students" / STUDENT, out / UNPRUNED, out / "pruned"
-    _once(unpruned, _further(config, student, teacher), train.run, [student, teacher])
-    _once(pruned, _recovery(config, student, teacher), recover.run, [student, teacher])
-    small = pruned / f"round-{config.cut.rounds}" / "recovered"
-    models.append(Model(UNPRUNED, unpruned, STUDENT))
-    models.append(Model("pruned", small, UNPRUNED, is_compressed=True))
-    for scheme in config.schemes:
-        place = out / "quantized" / scheme
-        _once(place, _quantization(config, scheme, small, pruned / CALIBRATION), quantize.run, [small])
-        models.append(Model(scheme, place, "pruned", is_compressed=True))
+    models = [Model("teacher", TEACHER, None)]
+    for kind, seed in _students(config):
+        name = f"{kind}-{seed}"
+        models.append(Model(name, f"{STUDENTS}/{name}", "teacher" if kind == SFT else f"{SFT}-{seed}"))
+    models.append(Model(UNPRUNED, UNPRUNED, STUDENT))
+    models.append(Model(PRUNED, f"{PRUNED}/round-{config.cut.rounds}/recovered", UNPRUNED, is_compressed=True))
+    models += [Model(scheme, f"quantized/{scheme}", PRUNED, is_compressed=True) for scheme in config.schemes]
     return models
 
 
-def _once(out: Path, config: Any, stage: Callable[..., Any], made_of: Sequence[Path]) -> None:
-    """Run a stage unless its output is there, of this config and these models; an interrupted one goes on."""
-    done = Checkpoint(out)
-    if done.is_finished and done.manifest["config_hash"] == config_hash(config):
-        known = set(done.manifest["inputs"].values())
-        if {model_hash(str(path)) for path in made_of} <= known:
-            return
-    console.print(f"pipeline: {out.parent.name}/{out.name}", highlight=False)
-    stage(config, out, overwrite=(out / MANIFEST).exists(), resume=True)
+def stages_of(config: RankPipelineConfig) -> list[Stage]:
+    """The stages that make the models, then those that test them."""
+    stages = [Stage("teacher", config.teacher, call_train, TEACHER)]
+    for kind, seed in _students(config):
+        stage = student_config(config, kind, seed, OUT + TEACHER)
+        stages.append(Stage(f"student-{kind}-{seed}", stage, call_train, f"{STUDENTS}/{kind}-{seed}"))
+    stages.append(Stage(UNPRUNED, _further(config), call_train, UNPRUNED))
+    given = ("round-*/recovered/*.safetensors", CALIBRATION)
+    stages.append(Stage(PRUNED, _recovery(config), call_recover, PRUNED, gives=given))
+    for scheme in config.schemes:
+        stages.append(Stage(scheme, _quantization(config, scheme), call_quantize, f"quantized/{scheme}"))
+    data, features = config.teacher.data, config.teacher.features
+    for model in models_of(config):
+        asked = RankEvaluateConfig(model=OUT + model.place, data=data, features=features)
+        stages.append(Stage(f"test-{model.name}", asked, call_test, f"{TESTS}/{model.name}", gives=(SCORES,)))
+    return stages
 
 
-def student_config(config: RankPipelineConfig, kind: str, seed: int, teacher: Path) -> RankTrainConfig:
+def _students(config: RankPipelineConfig) -> Iterator[tuple[str, int]]:
+    """Kind and seed of every student."""
+    for kind in KINDS:
+        yield from ((kind, seed) for seed in range(config.seeds if kind in (SFT, KD) else 1))
+
+
+def student_config(config: RankPipelineConfig, kind: str, seed: int, teacher: str) -> RankTrainConfig:
     """The training of a student by one of KINDS; students of a seed differ in nothing else."""
     student, base = config.student.student, config.student
     if student.scratch is not None:
@@ -199,7 +201,7 @@ def student_config(config: RankPipelineConfig, kind: str, seed: int, teacher: Pa
     return replace(
         base,
         student=student,
-        teacher=TeacherConfig(model=str(teacher)),
+        teacher=TeacherConfig(model=teacher),
         loss=replace(base.loss, kd_ratio=0.0 if kind == SFT else config.kd_ratio),
         ranking=replace(
             base.ranking,
@@ -210,28 +212,44 @@ def student_config(config: RankPipelineConfig, kind: str, seed: int, teacher: Pa
     )
 
 
-def _further(config: RankPipelineConfig, model: Path, teacher: Path) -> RankTrainConfig:
+def _further(config: RankPipelineConfig) -> RankTrainConfig:
     """The training of the cut, as one run."""
-    cut, start = config.cut, student_config(config, KD, 0, teacher)
-    return replace(start, student=StudentConfig(model=str(model)), training=cut.training, optimizer=cut.optimizer)
+    cut, start = config.cut, student_config(config, KD, 0, OUT + TEACHER)
+    student = StudentConfig(model=f"{OUT}{STUDENTS}/{STUDENT}")
+    return replace(start, student=student, training=cut.training, optimizer=cut.optimizer)
 
 
-def _recovery(config: RankPipelineConfig, model: Path, teacher: Path) -> RankRecoverConfig:
-    cut = config.cut
-    prune = PruneConfig(model=str(model), neuron_sparsity=cut.neuron_sparsity, multiple_of=cut.multiple_of)
-    return RankRecoverConfig(prune=prune, rank=_further(config, model, teacher), rounds=cut.rounds)
+def _recovery(config: RankPipelineConfig) -> RankRecoverConfig:
+    cut, model = config.cut, f"{OUT}{STUDENTS}/{STUDENT}"
+    prune = PruneConfig(model=model, neuron_sparsity=cut.neuron_sparsity, multiple_of=cut.multiple_of)
+    return RankRecoverConfig(prune=prune, rank=_further(config), rounds=cut.rounds)
 
 
-def _quantization(config: RankPipelineConfig, scheme: str, model: Path, text: Path) -> QuantizeConfig:
+def _quantization(config: RankPipelineConfig, scheme: str) -> QuantizeConfig:
+    model = f"{OUT}{PRUNED}/round-{config.cut.rounds}/recovered"
     gate = GateConfig(labels=config.teacher.features.labels)
-    calibration = CalibrationConfig(text=text)
-    return QuantizeConfig(
-        model=str(model), scheme=scheme, group_size=config.group_size, calibration=calibration, gate=gate
-    )
+    calibration = CalibrationConfig(text=Path(f"{OUT}{PRUNED}/{CALIBRATION}"))
+    return QuantizeConfig(model=model, scheme=scheme, group_size=config.group_size, calibration=calibration, gate=gate)
 
 
-def _evaluate(config: RankEvaluateConfig, out: Path, *, overwrite: bool, resume: bool) -> None:
-    evaluate.run(config, out, overwrite=overwrite)
+def call_train(config: RankTrainConfig, out: Path, resume: bool) -> None:
+    """Train teacher or student."""
+    train.run(config, out, overwrite=True, resume=resume)
+
+
+def call_recover(config: RankRecoverConfig, out: Path, resume: bool) -> None:
+    """Prune and distil in turns."""
+    recover.run(config, out, overwrite=True, resume=resume)
+
+
+def call_quantize(config: QuantizeConfig, out: Path, resume: bool) -> None:
+    """Round the weights."""
+    quantize.run(config, out, overwrite=True, resume=resume)
+
+
+def call_test(config: RankEvaluateConfig, out: Path, resume: bool) -> None:
+    """Score the test part."""
+    evaluate.run(config, out, overwrite=True)
 
 
 def _size(path: Path) -> dict[str, int]:
@@ -241,12 +259,14 @@ def _size(path: Path) -> dict[str, int]:
     }
 
 
-def _latencies(config: RankPipelineConfig, models: Sequence[Model]) -> dict[str, dict[str, float]]:
+def _latencies(config: RankPipelineConfig, models: Sequence[Model], out: Path) -> dict[str, dict[str, float]]:
     """Milliseconds a request under the engine: every model has each request before the next one comes."""
     split, _ = read_requests(config.teacher.data)
     requests = split.test[: config.timed_requests + _WARM_UP_REQUESTS]
-    encoded, labels = encode_requests(requests, load_tokenizer(str(models[0].path)), config.teacher.features)
-    scorers = {model.name: Scorer(load_decoder(str(model.path)), ScoringConfig(cache_bytes=0)) for model in models}
+    encoded, labels = encode_requests(requests, load_tokenizer(str(out / TEACHER)), config.teacher.features)
+    scorers = {
+        model.name: Scorer(load_decoder(str(out / model.place)), ScoringConfig(cache_bytes=0)) for model in models
+    }
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for request in encoded:
         asked = _engine_request(request, labels)

@@ -62,8 +62,8 @@ class CardStageConfig:
     """Name of the model, unless the card has its own."""
     card: CardConfig
     """What the recipe says for the card."""
-    settings: Mapping[str, Any]
-    """All settings of the pipeline."""
+    settings: str
+    """All settings of the pipeline, as JSON."""
     recipe: str
     """Those that the recipe has, as YAML."""
 
@@ -89,7 +89,9 @@ def telling_stages(config: PipelineConfig, stages: Sequence[Stage]) -> list[Stag
     report = ReportConfig(title=config.title, recipe=recipe, stages=list(names), models=scores)
     found = [Stage(REPORT, report, call_report, "", gives=(MANIFEST,), files=_WRITTEN, follows=names)]
     if config.export is not None:
-        written = CardStageConfig(title=config.title, card=config.card, settings=to_dict(config), recipe=public)
+        written = CardStageConfig(
+            title=config.title, card=config.card, settings=json.dumps(to_dict(config)), recipe=public
+        )
         readme, follows = (card.FILE,), (REPORT,)
         found.append(Stage(CARD, written, call_card, EXPORT, gives=readme, files=readme, follows=follows))
     if config.push_to_hub is not None:
@@ -133,7 +135,9 @@ def call_card(config: CardStageConfig, out: Path, resume: bool) -> None:
     """Write the model card beside the weights."""
     pipeline = out.parent
     tree = json.loads((pipeline / MANIFEST).read_text(encoding="utf-8"))
-    text = card.card_text(config.title, config.card, config.settings, config.recipe, tree["metrics"], pipeline)
+    text = card.card_text(
+        config.title, config.card, json.loads(config.settings), config.recipe, tree["metrics"], pipeline
+    )
     (out / card.FILE).write_text(text, encoding="utf-8")
 
 
