@@ -3,11 +3,13 @@
 The tutorials are run as a whole, command after command, in an empty directory (slow).
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -156,10 +158,20 @@ def test_a_tutorial_runs_from_an_empty_directory(page, tmp_path):
 
 
 def run(command: list[str], directory) -> None:
+    """Run to a good end; what it leaves behind (a server, say) goes with it."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    log = directory / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=directory, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(1200)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0, f"{command[-1]}\n{log.read_text()}"
 
 
 def test_methods_name_files_that_exist():

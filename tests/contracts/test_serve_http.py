@@ -158,6 +158,14 @@ def test_malformed_bodies(server, body):
     assert answer.json()["error"]["message"]
 
 
+def test_a_body_that_calls_itself_a_form_is_refused(server):
+    """As curl -d sends it."""
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    answer = httpx.post(server.url + "/v1/completions", content=b'{"prompt": "7a+4"}', headers=headers)
+    assert answer.status_code == 422
+    assert "send the header content-type: application/json" in answer.json()["error"]["message"]
+
+
 def test_a_prefix_sent_ahead_is_pinned_and_let_go(server):
     text = "7a+4b*3c-8d+9" * 20
     pinned = server.post("/v1/prefill", {"query": text}).json()

@@ -34,7 +34,7 @@ CACHE = {"teacher": "tiny-teacher", "traces": {**CHAIN, "chain_max_steps": 6, "n
 GENERATE = {
     "prompts": {**CHAIN, "num_traces": 40},
     "model": "tiny-teacher",
-    "sampling": {"max_new_tokens": 96, "num_samples": 2, "seed": 3},
+    "sampling": {"max_new_tokens": 96, "num_samples": 2, "temperature": 0.8, "seed": 3},
     "group_prompts": 4,
 }
 MEASURED = ("seconds", "peak_bytes", "baseline_bytes", "command")
