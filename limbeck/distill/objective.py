@@ -125,7 +125,8 @@ def microbatch_loss(
     with ledger.phase("student"):
         packed = batch.sequence_lengths if batch.layout == "packed" else None
         hidden, computed = hidden_rows(student, batch.input_ids, batch.positions, supervised.rows - 1, packed)
-    head = whole_head(head) if part is None else head_rows(head, part)
+    with ledger.phase("head"):
+        head = whole_head(head) if part is None else head_rows(head, part)
     if select is not None and len(rows) and select.by == "divergence":
         scored = len(hidden)
         supervised, hidden = _select_by_divergence(select, supervised, batch, hidden, head, config, vocab, ledger)

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from limbeck.errors import ModelError
 from limbeck.models.anatomy import Head, backbone_of, causal_lm_of
 from limbeck.models.tensor_parallel import split_products
 
@@ -150,9 +151,14 @@ def _split(model: Any, mesh: DeviceMesh, products: torch.dtype) -> None:
 
 def _placement(parameter: nn.Parameter, parts: int) -> Shard | None:
     """Rows; but columns where tensor parallelism has split the rows, so that a part is one box of the whole."""
-    if isinstance(parameter, DTensor) and parameter.placements == (Shard(0),) and parameter.shape[1] % parts == 0:
-        return Shard(1)
-    return None
+    if not (isinstance(parameter, DTensor) and parameter.placements == (Shard(0),)):
+        return None
+    if parameter.shape[1] % parts:
+        raise ModelError(
+            f"a width of {parameter.shape[1]} cannot be shared by {parts} processes beside tensor parallelism; set "
+            "parallel.shard_size to a divisor."
+        )
+    return Shard(1)
 
 
 @torch.no_grad()

@@ -1,12 +1,16 @@
 """`limbeck distill` on 2 and 4 processes is the run on one: replicated or in parts, interrupted or not."""
 
+import shutil
+
 import pytest
 import torch
 from parallel_runs import EXACT, assert_same, distill, torchrun, weight_difference
-from tiny_runs import metrics_of, run_config, save_model, weights_of
+from safetensors.torch import load_file, save_file
+from tiny_runs import SHAPE, metrics_of, run_config, save_model, weights_of
 
 from limbeck.checkpoint import Checkpoint
-from limbeck.distill import train
+from limbeck.config import build, to_dict
+from limbeck.distill import caching, train
 from limbeck.models.load import load_model
 
 STEPS, CUTS = 6, (2, 4)
@@ -50,6 +54,7 @@ CASES = {
     "four, copies of two": (4, {**HEAD, "shard_size": 2}, {}),
     "four, teacher in groups of two": (4, {**HEAD, "teacher_shard_size": 2}, {}),
     "three": (3, HEAD, {}),
+    "shard, start from scratch": (2, HEAD, {"student.model": None, "student.scratch": {**SHAPE, "seed": 3}}),
 }
 TENSOR = {
     "tensor parallel": (2, {**SHARD, "tensor_parallel_size": 2}, {}),
@@ -64,6 +69,20 @@ def models(tmp_path_factory):
     shape = {"kind": "qwen3", "kv_heads": 2}
     teacher = save_model(folder / "teacher", sharpness=30.0, tied=False, hidden_size=24, **shape)
     return {"teacher.model": teacher, "student.model": save_model(folder / "student", sharpness=3.0, seed=11, **shape)}
+
+
+@pytest.fixture(scope="module")
+def caches(models, tmp_path_factory):
+    """Of the teacher, by what they keep."""
+    folder = tmp_path_factory.mktemp("caches")
+    for mode in ("top_k", "hidden"):
+        caching.run(build(caching.CacheStageConfig, {
+            "teacher": models["teacher.model"],
+            "traces": to_dict(run_config().traces),
+            "segments": "prompt+cot+answer",
+            "cache": {"mode": mode},
+        }), folder / mode)  # fmt: skip
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +139,32 @@ def test_several_processes_equal_one(models, alone, tmp_path, case):
     processes, parallel, changes = CASES[case]
     out = distill(config(models, changes, parallel), tmp_path / "out", processes)
     assert_same(out, alone(changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["top_k", "hidden"])
+def test_a_cached_teacher_and_a_head_in_parts(models, alone, caches, tmp_path, mode):
+    """With one example a step, one of the processes has none and asks the cache for none."""
+    changes = {"teacher.model": None, "teacher.cache": str(caches / mode), "training.batch_size": 1}
+    out = distill(config(models, changes, HEAD), tmp_path / "out", 2)
+    assert_same(out, alone(changes))
+
+
+@pytest.mark.slow
+def test_zeros_of_a_pruned_student_stay_in_parts(models, tmp_path):
+    pruned = tmp_path / "pruned"
+    shutil.copytree(models["student.model"], pruned)
+    weights = load_file(pruned / "model.safetensors")
+    zeros = {name: torch.arange(w.numel()).view_as(w) % 2 == 0 for name, w in weights.items() if "_proj" in name}
+    weights |= {name: weights[name].masked_fill(zero, 0) for name, zero in zeros.items()}
+    save_file(weights, pruned / "model.safetensors", {"format": "pt"})
+    changes = {"student.model": str(pruned), "student.keep_zeros": True, **LANGEVIN}
+    train.run(config(models, changes), None, tmp_path / "one")
+    out = distill(config(models, changes, HEAD), tmp_path / "out", 2)
+    assert_same(out, tmp_path / "one")
+    for name, weight in weights_of(out).items():
+        if name in zeros:
+            assert torch.equal(weight == 0, zeros[name]), name
 
 
 @pytest.mark.slow
