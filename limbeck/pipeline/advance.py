@@ -6,8 +6,10 @@ takes finished stages from their records, a stage that ended without one from it
 
 from __future__ import annotations
 
+import fcntl
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from limbeck.pipeline.record import (
 from limbeck.pipeline.stage import OUT, Stage, named, resolved
 from limbeck.runner.process import in_process
 
-HASHES = "hashes.json"
+HASHES, LOCK = "hashes.json", "lock"
 UNKNOWN = "not there yet"
 """Stands for the hash of what an earlier stage has still to write."""
 Predict = Callable[[Stage], Mapping[str, Any] | None]
@@ -81,8 +83,13 @@ class Pipeline:
         Args:
           predict: asked about every stage that may run before the first one does, for the time left, and about each
             again right before it runs, when what it reads is there; that answer is kept beside what it took.
-        Raises: what a stage raises. Stages that ended before it are not run again.
+        Raises: what a stage raises, and stages that ended before it are not run again; ConfigError where another call
+          is at work in the same directory.
         """
+        with _alone(self.out):
+            return self._advance(predict)
+
+    def _advance(self, predict: Predict) -> list[str]:
         expected = {planned.stage.name: self._seconds(planned, predict) for planned in self.plan()}
         ran = []
         for number, stage in enumerate(self.stages, start=1):
@@ -93,7 +100,6 @@ class Pipeline:
             else:
                 left = sum(expected.values())
                 say(f"{head}: {reason}" + (f" (about {left:,.0f} s to go)" if left >= 1 else ""))
-                (self.out / STATE).mkdir(parents=True, exist_ok=True)
                 write_json(self.out / STATE / RAN, ran)
                 self._run(stage, predict(stage))
                 ran.append(stage.name)
@@ -178,6 +184,18 @@ class Pipeline:
         record = self.records.get(planned.stage.name)
         known = predict(planned.stage) or {} if record is None else record.measured
         return float(known.get("seconds") or 0.0)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other call advances the same directory during the block."""
+    (out / STATE).mkdir(parents=True, exist_ok=True)
+    with (out / STATE / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{out}: another pipeline is at work there; wait, or choose another --out.") from error
+        yield
 
 
 def with_ledger(directory: Path, measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from limbeck import __version__
 from limbeck.checkpoint import Checkpoint
 from limbeck.pipeline.config import CHOOSE, EXPORT, QUANTIZE, RECOVER, SMOKE, TRACES, VERIFY, CardConfig
+from limbeck.pipeline.stage import OUT
 from limbeck.report.compressed import read_compressed
 from limbeck.report.pipeline import model_table, stage_table
 from limbeck.report.pipelined import Along, Step
@@ -163,11 +164,12 @@ def _hub_name(model: str) -> str | None:
 
 
 def _sources(settings: Tree) -> list[str]:
-    """Where the traces came from."""
-    places = ((settings.get("generate") or {}).get("prompts"), (settings.get("traces") or {}).get("traces"))
-    own = (settings.get("distill") or {}).get("traces") or {}
-    found = [place["source"] for place in places if place]
-    return found or [own["source"]] if own else found
+    """Where the traces came from: the first stage that reads what no other one wrote."""
+    for stage, group in (("generate", "prompts"), ("traces", "traces"), ("verify", "traces"), ("distill", "traces")):
+        source = ((settings.get(stage) or {}).get(group) or {}).get("source")
+        if source and not source.startswith(OUT):
+            return [source]
+    return []
 
 
 def _summary(settings: Tree) -> str:

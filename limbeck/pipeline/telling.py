@@ -89,9 +89,8 @@ def telling_stages(config: PipelineConfig, stages: Sequence[Stage]) -> list[Stag
     report = ReportConfig(title=config.title, recipe=recipe, stages=list(names), models=scores)
     found = [Stage(REPORT, report, call_report, "", gives=(MANIFEST,), files=_WRITTEN, follows=names)]
     if config.export is not None:
-        written = CardStageConfig(
-            title=config.title, card=config.card, settings=json.dumps(to_dict(config)), recipe=public
-        )
+        settings = json.dumps(to_dict(config))
+        written = CardStageConfig(title=config.title, card=config.card, settings=settings, recipe=public)
         readme, follows = (card.FILE,), (REPORT,)
         found.append(Stage(CARD, written, call_card, EXPORT, gives=readme, files=readme, follows=follows))
     if config.push_to_hub is not None:
@@ -134,10 +133,9 @@ def models_of(config: ReportConfig, out: Path) -> list[dict[str, Any]]:
 def call_card(config: CardStageConfig, out: Path, resume: bool) -> None:
     """Write the model card beside the weights."""
     pipeline = out.parent
-    tree = json.loads((pipeline / MANIFEST).read_text(encoding="utf-8"))
-    text = card.card_text(
-        config.title, config.card, json.loads(config.settings), config.recipe, tree["metrics"], pipeline
-    )
+    metrics = json.loads((pipeline / MANIFEST).read_text(encoding="utf-8"))["metrics"]
+    settings = json.loads(config.settings)
+    text = card.card_text(config.title, config.card, settings, config.recipe, metrics, pipeline)
     (out / card.FILE).write_text(text, encoding="utf-8")
 
 

@@ -170,6 +170,18 @@ def test_only_earlier_stages_are_read(source, tmp_path):
         Pipeline([listed[1], listed[0]], tmp_path / "out")
 
 
+def test_two_calls_do_not_meet_in_one_directory(source, tmp_path):
+    out, met = tmp_path / "out", []
+
+    def meet(config, directory, resume):
+        with pytest.raises(ConfigError, match="another pipeline is at work there"):
+            advance(stages(source), out)
+        met.append(directory)
+        return write(config, directory, resume)
+
+    assert advance([stages(source)[0]._replace(call=meet)], out) == ["first"] and met
+
+
 def test_names_of_inputs_and_where_they_are(source):
     config = Text(source="OUT/first", words="OUT/second")
     assert list(named(config)) == ["OUT/first", "OUT/second"]
