@@ -26,6 +26,7 @@ CHAIN = {"source": "builtin:chain", "num_traces": 9}
 LEFT_OUT = {
     "distill": {"student.model": "tiny-student", "traces": CHAIN},
     "sweep": {"distill.student.model": "tiny-student", "distill.traces": CHAIN, "problems": CHAIN},
+    "rank train": {"student.model": "tiny-student"},
 }
 """Required fields that a part of a recipe may leave to its reader, by command."""
 SCORER = "from docs_blocks import save_text_model\nsave_text_model({!r})\n"

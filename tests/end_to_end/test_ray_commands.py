@@ -153,11 +153,9 @@ def test_traces_with_a_killed_writer_and_a_killed_checker_are_the_same(tmp_path)
     finish(process)
     assert (tmp_path / "ray" / "traces.jsonl").read_bytes() == (tmp_path / "here" / "traces.jsonl").read_bytes()
     verify = {"traces": {"source": str(tmp_path / "here")}}
-    finish(start("traces verify", verify, tmp_path / "here" / "verified"))
-    process = start("traces verify", verify, tmp_path / "ray" / "verified", "--on", "ray")
+    finish(start("traces verify", verify, tmp_path / "checked-here"))
+    process = start("traces verify", verify, tmp_path / "checked-ray", "--on", "ray")
     kill_one(process, "check_part")
     finish(process)
     for name in ("traces.jsonl", "pass_rates.json"):
-        assert (tmp_path / "ray" / "verified" / name).read_bytes() == (
-            tmp_path / "here" / "verified" / name
-        ).read_bytes()
+        assert (tmp_path / "checked-ray" / name).read_bytes() == (tmp_path / "checked-here" / name).read_bytes()
