@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from limbeck.checkpoint import Checkpoint, hash_path, write_json
+from limbeck.checkpoint import RECORDS, Checkpoint, write_json
+from limbeck.config import config_hash
 from limbeck.errors import ConfigError
 from limbeck.models.load import BUILT_IN, GGUF_ALIASES, locate
 from limbeck.pipeline.carry import carry_out, remove_working, say
@@ -118,12 +119,8 @@ class Pipeline:
     def files(self) -> list[Path]:
         """Every file that the stages have read or written."""
         written = [stage.directory(self.out) / name for stage in self.stages for name in self.records[stage.name].files]
-        read = [file for stage in self.stages for name in named(stage.config) for file in self._read_files(name)]
-        return [*written, *read]
-
-    def _read_files(self, name: str) -> list[Path]:
-        path = None if name.startswith(OUT) else _path_of(name)
-        return [] if path is None else [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+        names = {name for stage in self.stages for name in named(stage.config) if not name.startswith(OUT)}
+        return [*written, *(file for name in names for file in _files_of(name))]
 
     def _reason(self, stage: Stage) -> str | None:
         return why(stage, self.records.get(stage.name), self.inputs(stage), self.out, self.hashes)
@@ -132,8 +129,8 @@ class Pipeline:
         if name.startswith(OUT):
             record = self.records.get(self._writer(stage, name).name)
             return record.gives if record else UNKNOWN
-        path = _path_of(name)
-        return None if path is None else hash_path(path, self.hashes.of)
+        files = _files_of(name)
+        return config_hash({"files": [(file.name, self.hashes.of(file)) for file in files]}) if files else None
 
     def _writer(self, stage: Stage, name: str) -> Stage:
         """The stage before `stage` that writes what is called `name`."""
@@ -207,7 +204,16 @@ def with_ledger(directory: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in counted.items() if value} | {**measured, "peak_bytes": peak}
 
 
-def _path_of(name: str) -> Path | None:
-    """Where a model or file is; None for a hub id and for a task that makes its traces, which stand for themselves."""
-    path = Path(locate(name).path) if name in BUILT_IN or name in GGUF_ALIASES else Path(name).expanduser()
-    return path if path.exists() else None
+def _files_of(name: str) -> list[Path]:
+    """What is read under a name that no stage writes: a file, the files of a model, or all below a directory of traces.
+
+    Nothing for a hub id and for a task that makes its traces, which stand for themselves.
+    """
+    if name in BUILT_IN or name in GGUF_ALIASES:
+        place = locate(name)
+        path = Path(place.path) / (place.gguf_file or "")
+    else:
+        path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return sorted(file for file in path.iterdir() if file.is_file() and file.name not in RECORDS)
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
