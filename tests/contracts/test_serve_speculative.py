@@ -258,7 +258,7 @@ def test_a_prompt_that_the_draft_does_not_know_is_read_bit_by_bit():
 
 def test_a_draft_must_share_the_vocabulary(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
-    MODEL.config.save_pretrained(tmp_path)
+    MODEL.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"another vocabulary than that of tiny-student, \d+ tokens differ, say"):
         make_drafter(SpeculativeConfig(draft=str(tmp_path)), "tiny-student", TARGET)
     with pytest.raises(ModelError, match=r"a vocabulary of \d+ tokens, tiny-student has 96; a draft must share it"):

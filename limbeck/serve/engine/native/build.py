@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = [Path(__file__).parent / name for name in ("decode.cpp", "vectors.h")]
+SOURCES = [Path(__file__).parent / name for name in ("decode.cpp", "products.h", "vectors.h")]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC"]
 """No fast-math and no contraction: the order of every sum is that of the source."""
 COMPILE_SECONDS = 120

@@ -1,26 +1,14 @@
 // Decoding single tokens: all layers of a step in one call, for texts behind keys and values of their own.
 //
 // A row's numbers depend on that row and on its keys alone: int8 products are exact, and every float sum has one order,
-// whatever the number of rows and threads. `native.py` compiles this file and says what its structures are.
+// whatever the number of rows and threads. `build.py` compiles this file, `decode.py` fills its structures.
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include <omp.h>
 
-#include "vectors.h"
-
-constexpr int BLOCK = 2 * LANES;    // outputs of int8 codes that are packed together
-constexpr int COLUMNS = 4;          // outputs of a float weight that are multiplied together
-constexpr int CODE_ROWS = LANES / 2, FLOAT_ROWS = LANES / 4;
-
-struct Linear {
-    const void* weight;    // float [O I], or int8 codes [O / BLOCK, I / 4, BLOCK, 4], padded with zeros
-    const float* scales;   // [O], padded to BLOCK; null for a float weight
-    const int32_t* zeros;  // [O], padded: 128 times the sum of an output's codes
-    const float* bias;     // [O], or null
-    int32_t outputs, inputs;
-};
+#include "products.h"
 
 struct Layer {
     const float *attention_norm, *query_norm, *key_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm;
@@ -42,152 +30,6 @@ struct Row {
     int64_t room;          // P
     int64_t position;      // of the token; it sees the keys before it and its own
 };
-
-// Rows as a product takes them.
-struct Inputs {
-    const float* floats;
-    std::vector<uint8_t> codes;  // x / s * 127.5 + 128, s a row's largest magnitude
-    std::vector<float> scales;   // s / 127.5
-    int stride;
-};
-
-// Codes a unit of x / s: as in fbgemm, just below the 127.5 that it stands for, so that -1 and 1 are 127 steps from 0.
-constexpr float STEPS = 127.49999f;
-
-static int multiple(int number, int of) { return (number + of - 1) / of * of; }
-
-static void quantise(Inputs& inputs, int rows, int size) {
-    inputs.stride = multiple(size, 4);
-    inputs.codes.assign(size_t(rows) * inputs.stride + LANES, 128);
-    inputs.scales.resize(rows);
-    for (int row = 0; row < rows; ++row) {
-        const float* x = inputs.floats + size_t(row) * size;
-        uint8_t* codes = &inputs.codes[size_t(row) * inputs.stride];
-        Floats peaks{};
-        int i = 0;
-        for (; i + LANES <= size; i += LANES) peaks = larger(peaks, magnitude(load(x + i)));
-        float peak = largest(peaks);
-        for (; i < size; ++i) peak = std::fmax(peak, std::fabs(x[i]));
-        peak = std::fmax(peak, 1.17549435e-38f);
-        inputs.scales[row] = peak / 127.5f;
-        for (i = 0; i + LANES <= size; i += LANES) {
-            const Floats share = load(x + i) / splat(peak) * splat(STEPS);
-            const Ints whole = (Ints)(share + splat(ROUNDER)) - (Ints)splat(ROUNDER) + splat(128);
-            const Bytes bytes = __builtin_convertvector(whole, Bytes);
-            std::memcpy(codes + i, &bytes, LANES);
-        }
-        for (; i < size; ++i) codes[i] = uint8_t(std::nearbyint(x[i] / peak * STEPS) + 128.0f);
-    }
-}
-
-// Sums of codes for R rows and a block of outputs.
-template <int R>
-static void code_sums(const uint8_t* codes, int stride, const int8_t* weight, int quads, int32_t* sums) {
-    Ints found[R][2] = {};
-    for (int quad = 0; quad < quads; ++quad, weight += 4 * BLOCK) {
-        const Ints first = load_bytes(weight), second = load_bytes(weight + 4 * LANES);
-        for (int row = 0; row < R; ++row) {
-            int32_t four;
-            std::memcpy(&four, codes + size_t(row) * stride + 4 * quad, 4);
-            found[row][0] = dots(found[row][0], splat(four), first);
-            found[row][1] = dots(found[row][1], splat(four), second);
-        }
-    }
-    std::memcpy(sums, found, sizeof found);
-}
-
-static void write_codes(const Linear& linear, const Inputs& in, int rows, float* out, int width, int block, bool adds) {
-    const int quads = in.stride / 4, first = block * BLOCK, count = std::min(BLOCK, linear.outputs - first);
-    const int8_t* weight = static_cast<const int8_t*>(linear.weight) + size_t(block) * BLOCK * in.stride;
-    int32_t sums[CODE_ROWS * BLOCK];
-    for (int row = 0; row < rows;) {
-        const uint8_t* codes = &in.codes[size_t(row) * in.stride];
-        const int left = rows - row;
-        int done = 1;
-        if (left >= CODE_ROWS) code_sums<CODE_ROWS>(codes, in.stride, weight, quads, sums), done = CODE_ROWS;
-        else if (left >= 4) code_sums<4>(codes, in.stride, weight, quads, sums), done = 4;
-        else if (left >= 2) code_sums<2>(codes, in.stride, weight, quads, sums), done = 2;
-        else code_sums<1>(codes, in.stride, weight, quads, sums);
-        for (int r = 0; r < done; ++r) {
-            float* target = out + size_t(row + r) * width + first;
-            for (int o = 0; o < count; ++o) {
-                float value = float(sums[r * BLOCK + o] - linear.zeros[first + o]) * (linear.scales[first + o] * in.scales[row + r]);
-                if (linear.bias) value += linear.bias[first + o];
-                target[o] = adds ? target[o] + value : value;
-            }
-        }
-        row += done;
-    }
-}
-
-// Products of R rows and C outputs.
-template <int R, int C>
-static void float_sums(const float* x, const float* weight, int size, float* sums) {
-    Floats found[R][C] = {};
-    int i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        Floats inputs[R];
-        for (int row = 0; row < R; ++row) inputs[row] = load(x + size_t(row) * size + i);
-        for (int column = 0; column < C; ++column) {
-            const Floats factors = load(weight + size_t(column) * size + i);
-            for (int row = 0; row < R; ++row) found[row][column] = fused(inputs[row], factors, found[row][column]);
-        }
-    }
-    for (int row = 0; row < R; ++row)
-        for (int column = 0; column < C; ++column) {
-            float sum = total(found[row][column]);
-            for (int rest = i; rest < size; ++rest) sum += x[size_t(row) * size + rest] * weight[size_t(column) * size + rest];
-            sums[row * COLUMNS + column] = sum;
-        }
-}
-
-template <int R>
-static void float_columns(const float* x, const float* weight, int size, int columns, float* sums) {
-    if (columns == COLUMNS) return float_sums<R, COLUMNS>(x, weight, size, sums);
-    for (int column = 0; column < columns; ++column)
-        float_sums<R, 1>(x, weight + size_t(column) * size, size, sums + column);
-}
-
-static void write_floats(const Linear& linear, const Inputs& in, int rows, float* out, int width, int first, bool adds) {
-    const int size = linear.inputs, count = std::min(COLUMNS, linear.outputs - first);
-    const float* weight = static_cast<const float*>(linear.weight) + size_t(first) * size;
-    float sums[FLOAT_ROWS * COLUMNS];
-    for (int row = 0; row < rows;) {
-        const float* x = in.floats + size_t(row) * size;
-        const int left = rows - row;
-        int done = 1;
-        if (left >= FLOAT_ROWS) float_columns<FLOAT_ROWS>(x, weight, size, count, sums), done = FLOAT_ROWS;
-        else if (left >= 2) float_columns<2>(x, weight, size, count, sums), done = 2;
-        else float_columns<1>(x, weight, size, count, sums);
-        for (int r = 0; r < done; ++r)
-            for (int o = 0; o < count; ++o) {
-                float& target = out[size_t(row + r) * width + first + o];
-                const float value = sums[r * COLUMNS + o] + (linear.bias ? linear.bias[first + o] : 0.0f);
-                target = adds ? target + value : value;
-            }
-        row += done;
-    }
-}
-
-// One thread's outputs [first, last) of a product; threads share out whole blocks.
-struct Part { int first, last; };
-
-static Part part_of(int blocks, int thread, int threads) {
-    return {int(int64_t(blocks) * thread / threads), int(int64_t(blocks) * (thread + 1) / threads)};
-}
-
-// y [rows, width] = or += x W^T, the outputs of this thread. `inputs.floats` is [rows I].
-static Part multiply(const Linear& linear, Inputs& inputs, int rows, float* out, int width, bool adds, int thread, int threads) {
-    const int unit = linear.scales ? BLOCK : 4 * COLUMNS;
-    const Part part = part_of((linear.outputs + unit - 1) / unit, thread, threads);
-    for (int block = part.first; block < part.last; ++block) {
-        if (linear.scales) write_codes(linear, inputs, rows, out, width, block, adds);
-        else
-            for (int first = block * unit; first < std::min((block + 1) * unit, linear.outputs); first += COLUMNS)
-                write_floats(linear, inputs, rows, out, width, first, adds);
-    }
-    return {part.first * unit, std::min(part.last * unit, linear.outputs)};
-}
 
 // weight * x / sqrt(mean(x^2) + epsilon)
 static void normalise(const float* x, const float* weight, float epsilon, int size, float* out) {
@@ -307,8 +149,10 @@ struct Step {
             add(layer.down, layer.mlp_out_norm, inputs, thread, threads);
         }
         for (int row = thread; row < count; row += threads)
-            normalise(x + size_t(row) * model.size, model.norm, model.epsilon, model.size, x + size_t(row) * model.size);
+            normalise(state(row), model.norm, model.epsilon, model.size, state(row));
     }
+
+    float* state(int row) const { return x + size_t(row) * model.size; }
 
     void take(Inputs& inputs, const float* floats, const Linear& linear) const {
         inputs.floats = floats;
@@ -318,7 +162,7 @@ struct Step {
     // Every thread makes its own: that takes less than waiting for another's.
     void take_normed(Inputs& inputs, std::vector<float>& normed, const float* weight, const Linear& linear) const {
         for (int row = 0; row < count; ++row)
-            normalise(x + size_t(row) * model.size, weight, model.epsilon, model.size, &normed[size_t(row) * model.size]);
+            normalise(state(row), weight, model.epsilon, model.size, &normed[size_t(row) * model.size]);
         take(inputs, normed.data(), linear);
     }
 
@@ -330,7 +174,7 @@ struct Step {
         for (int row = thread; row < count; row += threads) {
             float* one = &result[size_t(row) * model.size];
             normalise(one, norm, model.epsilon, model.size, one);
-            for (int i = 0; i < model.size; ++i) x[size_t(row) * model.size + i] += one[i];
+            for (int i = 0; i < model.size; ++i) state(row)[i] += one[i];
         }
 #pragma omp barrier
     }
@@ -354,7 +198,8 @@ struct Step {
                 rotate(states, layer.cosines + turn, layer.sines + turn, size / 2);
             }
             if (head < model.heads) continue;
-            float* place = head < turned ? kept(row.keys, row, number, head - model.heads) : kept(row.values, row, number, head - turned);
+            float* place = head < turned ? kept(row.keys, row, number, head - model.heads)
+                                         : kept(row.values, row, number, head - turned);
             std::memcpy(place + size_t(row.position) * size, states, 4 * size);
         }
     }

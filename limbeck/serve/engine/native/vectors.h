@@ -1,4 +1,4 @@
-// The machine's vectors: one form for AVX2 and AVX-512. Every sum has a fixed order; nothing is contracted or reordered.
+// The machine's vectors, one form for AVX2 and AVX-512. Every sum has a fixed order; nothing is contracted by itself.
 #pragma once
 #include <cstdint>
 #include <immintrin.h>
@@ -27,7 +27,9 @@ inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats magnitude(Floats a) { return (Floats)((Ints)a & splat(0x7fffffff)); }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
-inline Floats fused(Floats a, Floats b, Floats sum) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum); }
+inline Floats fused(Floats a, Floats b, Floats sum) {
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+}
 inline float total(Floats a) { return _mm512_reduce_add_ps((__m512)a); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps((__m512)a); }
 // sum + four products of unsigned and signed bytes a lane; signed ones within -63..63, so that pairs fit into 16 bits
@@ -40,7 +42,9 @@ inline Ints dots(Ints sum, Ints bytes, Ints codes) {
 #endif
 }
 #else
-inline Floats fused(Floats a, Floats b, Floats sum) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum); }
+inline Floats fused(Floats a, Floats b, Floats sum) {
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+}
 template <class Join> inline float joined(Floats a, Join join) {
     __m128 half = join(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
     half = join(half, _mm_movehl_ps(half, half));
