@@ -10,7 +10,6 @@ import fcntl
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,8 +155,8 @@ class Pipeline:
         measured: dict[str, Any] = {}
         if not (is_begun and has_ended(self.out, stage)):
             config = resolved(stage.config, self.out)
-            run = partial(in_process, carry_out) if stage.is_isolated else carry_out
-            measured = run(stage.call, config, directory, is_begun)
+            arguments = (stage.call, config, directory, is_begun)
+            measured = in_process(carry_out, *arguments) if stage.is_isolated else carry_out(*arguments)
         if has_ended(self.out, stage):
             measured = with_ledger(directory, measured)
         record = make_record(stage, inputs, self.out, self.hashes, measured, predicted)

@@ -202,7 +202,6 @@ class _Joined:
             model = f"{OUT}{QUANTIZE}"
         self._default("evaluate", {"model": model or "", **self.render})
         self._default(EXPORT, {"model": model} if model else {})
-        self.last = model
 
     def _calibration(self) -> dict[str, Any]:
         """The distillation's traces, where the recipe names no text."""

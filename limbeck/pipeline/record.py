@@ -9,7 +9,7 @@ the hashes that were written there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def why(stage: Stage, record: Record | None, inputs: Mapping[str, str], out: Pat
     if record is None:
         return "not done yet"
     if record.key != key_of(stage, inputs):
-        fields = [] if stage.follows else _fields(record.config, to_dict(stage.config))
+        fields: Iterable[str] = () if stage.follows else _fields(record.config, to_dict(stage.config))
         return ", ".join(_short([*fields, *_inputs(record.inputs, inputs)])) or "the recipe changed"
     return _damage(record, stage.directory(out), hashes)
 
