@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +67,9 @@ OPTIONS = {
     "--help": "this text",
 }
 
+
+HELP_COLUMN = 26
+"""Where the texts of `--help` begin."""
 
 LIMITED = ("--out", "--overwrite", "--resume", "--dry-run", "--on")
 """Options that not every command takes."""
@@ -330,6 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argv = [argument for argument in argv if argument != "--debug"]
     try:
         code = _dispatch(argv)
+    except BrokenPipeError:  # whoever read our output has enough; nothing more may be written, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except (LimbeckError, OSError) as error:
         if is_debug:
             traceback.print_exc()
@@ -354,7 +362,7 @@ def _dispatch(argv: list[str]) -> int:
     name, rest = _command_name(argv)
     command = COMMANDS[name]
     if "--help" in rest or "-h" in rest:
-        _print_help(name, command)
+        _print_help(name, command, [word for word in rest if word not in ("--help", "-h")])
         return 0
     options, rest = _take_options(name, command.takes, rest)
     if command.config is None:
@@ -432,25 +440,47 @@ def _print_overview() -> None:
     out.print("\nlimbeck COMMAND --help shows every field of a command.")
 
 
-def _print_help(name: str, command: Command) -> None:
+def _print_help(name: str, command: Command, groups: Sequence[str]) -> None:
     out = Console()
+    fields = describe(command.config) if command.config else ()
+    if groups:
+        chosen = [info for info in fields if any(_is_of(info.path, group) for group in groups)]
+        if not chosen:
+            raise ConfigError(
+                f"limbeck {name} --help: no fields in {', '.join(groups)}; limbeck {name} --help has all."
+            )
+        _print_fields(chosen, out.width)
+        return
     takes = "[RECIPE.yaml] [--FIELD value ...]" if command.config else "DIRECTORY ..."
     takes = f"{command.subject.upper()} | {takes}" if command.subject else takes
     out.print(f"limbeck {name} {takes}\n\n{command.help}\n", markup=False, highlight=False)
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(ratio=1, overflow="fold")
     for flag, text in OPTIONS.items():
         if flag in command.takes or flag not in LIMITED:
-            table.add_row(flag, text)
-    for info in describe(command.config) if command.config else ():
-        table.add_row("--" + info.path.replace("_", "-"), _field_text(info))
-    out.print(table, markup=False, highlight=False)
+            print(_help_line(flag, text, out.width))
+    _print_fields(fields, out.width)
     if command.config:
         out.print(
-            "\nA flag may leave out the groups in front of a name that occurs once: --lead-fraction 0.5",
+            "\nA flag may leave out the groups in front of a name that occurs once: --lead-fraction 0.5\n"
+            f"limbeck {name} --help GROUP shows the fields of one group.",
             markup=False,
         )
+
+
+def _is_of(path: str, group: str) -> bool:
+    wanted = group.lstrip("-").replace("-", "_")
+    return path == wanted or path.startswith(wanted + ".")
+
+
+def _print_fields(fields: Sequence[FieldInfo], width: int) -> None:
+    for info in fields:
+        print(_help_line("--" + info.path.replace("_", "-"), _field_text(info), width))
+
+
+def _help_line(flag: str, text: str, width: int) -> str:
+    """A long flag has a line of its own, so that names of nested fields leave room for their text."""
+    indent = " " * HELP_COLUMN
+    body = textwrap.fill(text, max(width, 60), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return f"{flag:<{HELP_COLUMN}}{body.lstrip()}" if len(flag) < HELP_COLUMN - 1 else f"{flag}\n{body}"
 
 
 def _field_text(info: FieldInfo) -> str:

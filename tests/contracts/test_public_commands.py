@@ -106,3 +106,13 @@ def test_an_option_that_means_nothing_to_a_command_is_refused(capfd):
         main(["sweep", "r.yaml", "--resume"])
     assert stop.value.code == 2
     assert "--resume means nothing to limbeck sweep" in capfd.readouterr().err
+
+
+def test_help_of_one_group_and_of_none(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["pipeline", "--help", "--quantize"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "--quantize.group-size" in shown and "--distill" not in shown
+    with pytest.raises(SystemExit) as ended:
+        main(["pipeline", "--help", "quantise"])
+    assert ended.value.code == 2 and "no fields in quantise" in capsys.readouterr().err
