@@ -113,7 +113,7 @@ def test_on_ray_nothing_listens_beyond_this_machine_and_nothing_is_reported(on_r
     assert any(process.name() == "raylet" for process in processes)
     listening = [c for process in processes for c in connections(process) if c.status == psutil.CONN_LISTEN]
     assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
-    usage = importlib.import_module("ray._private.usage.usage_lib")
+    usage = importlib.import_module("ray._common.usage.usage_lib")
     assert not usage.usage_stats_enabled()
 
 
@@ -129,19 +129,7 @@ def test_without_ray_the_error_names_the_command(monkeypatch):
         (["sweep", "--on", "moon"], "--on needs local or ray; found 'moon'"),
         (["sweep", "--on"], "--on needs local or ray; found ''"),
         (["distill", "--on", "ray"], "--on means nothing to limbeck distill"),
-        (
-            [
-                "traces",
-                "generate",
-                "--prompts.source",
-                "builtin:chain",
-                "--server",
-                "http://127.0.0.1:1",
-                "--on",
-                "ray",
-            ],
-            "a server does its own work",
-        ),
+        (["traces", "generate", *SERVED, "--on", "ray"], "a server does its own work"),
     ],
 )
 def test_the_place_is_checked(arguments, message, capsys):
