@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step distill_optimizers \
-	solvers perplexity recovery ranking scoring generate
+	solvers perplexity recovery ranking scoring generate distributed
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .PHONY: setup docs demo test test-slow check format bench bench-quick bench-peers bench-peers-compress bench-clients bench-vllm smollm2 clean
