@@ -91,7 +91,7 @@ class Pipeline:
 
     def _advance(self, predict: Predict) -> list[str]:
         expected = {planned.stage.name: self._seconds(planned, predict) for planned in self.plan()}
-        ran = []
+        ran: list[str] = []
         for number, stage in enumerate(self.stages, start=1):
             reason = self._reason(stage)
             head = f"[{number}/{len(self.stages)}] {stage.name}"
