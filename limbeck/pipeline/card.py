@@ -111,7 +111,7 @@ def _metadata(name: str, config: CardConfig, settings: Tree, models: Sequence[Al
     tags += ["quantized", "compressed-tensors"] if settings.get(QUANTIZE) is not None else []
     results = _results(settings, models)
     return ModelCardData(
-        base_model=[name for model in (base, teacher) if model and (name := _hub_name(model))] or None,
+        base_model=[known for model in (base, teacher) if model and (known := _hub_name(model))] or None,
         datasets=[source for source in _sources(settings) if is_hub_id(source)] or None,
         language=list(config.language) or None,
         license=config.license,
