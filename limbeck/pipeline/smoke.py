@@ -26,7 +26,8 @@ from limbeck.serve.engine.prefix_cache import PrefixCache
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig, read_traces
 
-RESULT = "smoke.json"
+TEXTS = "texts.json"
+"""What the engine wrote, in the order of the prompts."""
 _CACHE_BYTES, _BLOCK_TOKENS = 1 << 26, 16
 
 
@@ -61,7 +62,7 @@ class Written(NamedTuple):
 
 
 def run(config: SmokeConfig, out: Path) -> dict[str, Any]:
-    """Write `smoke.json` and a manifest; returns the metrics.
+    """Write `texts.json` and a manifest; returns the metrics.
 
     Raises: LimbeckError when the engine says something else than transformers, ModelError when it cannot load.
     """
@@ -92,7 +93,7 @@ def run(config: SmokeConfig, out: Path) -> dict[str, Any]:
         )
     texts = [tokenizer.decode([drawn.token for drawn in answer.tokens]) for answer in answers]
     with output_directory(out, overwrite=True) as working:
-        write_json(working / RESULT, metrics | {"texts": texts})
+        write_json(working / TEXTS, texts)
         inputs = {"model": model_hash(config.model)}
         ledger_tree = ledger.as_dict()
         write_manifest(working, stage="smoke", config=config, inputs=inputs, ledger=ledger_tree, metrics=metrics)

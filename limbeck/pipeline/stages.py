@@ -130,7 +130,7 @@ def _handing_over(config: PipelineConfig) -> Iterator[Stage]:
     if config.export is not None:
         yield Stage(EXPORT, config.export, call_export, EXPORT)
     if config.smoke is not None:
-        yield Stage(SMOKE, config.smoke, call_smoke, SMOKE, gives=(MANIFEST,))
+        yield Stage(SMOKE, config.smoke, call_smoke, SMOKE, gives=(smoke.TEXTS,))
 
 
 def _score(config: PipelineConfig, role: str, model: str, place: str) -> Iterator[Stage]:
