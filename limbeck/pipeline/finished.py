@@ -85,5 +85,5 @@ def _asked(arguments: Sequence[str]) -> tuple[str, Path] | None:
         recipe = Path(rest[0]).read_bytes().decode("utf-8", "replace")
     except OSError:
         return None
-    told = json.dumps([__version__, str(Path.cwd()), recipe, rest[1:]])
+    told = json.dumps([__version__, str(Path.cwd()), str(out.absolute()), recipe, rest[1:]])
     return hashlib.sha256(told.encode()).hexdigest(), out

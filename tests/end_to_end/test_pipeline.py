@@ -294,9 +294,8 @@ def test_a_sweep_chooses_the_cut_and_its_run_is_taken_over(tmp_path, capfd):
         assert rows[name]["predicted"]["flops"] == pytest.approx(rows[name]["measured"]["flops"], rel=0.02), name
     assert rows["distill"]["measured"]["taken_from"] == f"sweep/{choice['run']}"
     # A student of other steps is no run of the sweep: it is trained.
-    result, err = call(
-        capfd, recipe, "--out", out, "--distill.training.max-steps", "5", "--sweep.distill.training.max-steps", "4"
-    )
+    flags = ["--distill.training.max-steps", "5", "--sweep.distill.training.max-steps", "4"]
+    result, _ = call(capfd, recipe, "--out", out, *flags)
     assert {"distill", "recover", "quantize"} <= set(result["ran"]) and "sweep" not in result["ran"]
     assert json.loads((out / "distill/limbeck.json").read_text())["ledger"]["steps"] == 5
 
