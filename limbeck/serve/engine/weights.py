@@ -6,6 +6,7 @@ Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma 3 (text). Int8 layers of a W8A8 ch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,8 @@ Linear = Callable[[Tensor], Tensor]
 """[U I] -> [U O]."""
 
 
-class DenseLinear(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseLinear:
     """y = x weight^T + bias, a BLAS product."""
 
     weight: Tensor
