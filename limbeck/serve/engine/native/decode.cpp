@@ -69,43 +69,46 @@ static void gated(float* gate, const float* up, Part part, bool is_gelu) {
     }
 }
 
-static float dot(const float* a, const float* b, int size) {
-    Floats sums{};
-    int i = 0;
-    for (; i + LANES <= size; i += LANES) sums = fused(load(a + i), load(b + i), sums);
-    float sum = total(sums);
-    for (; i < size; ++i) sum += a[i] * b[i];
-    return sum;
+// out = factor weights V for W vectors of columns at a time, from column j on. Returns the first column that is left.
+template <int W>
+static int mix(const float* weights, const float* values, int count, int size, float factor, int j, float* out) {
+    for (; j + W * LANES <= size; j += W * LANES) {
+        Floats found[W] = {};
+        for (int i = 0; i < count; ++i)
+            for (int w = 0; w < W; ++w)
+                found[w] = fused(splat(weights[i]), load(values + size_t(i) * size + j + w * LANES), found[w]);
+        for (int w = 0; w < W; ++w) store(out + j + w * LANES, found[w] * splat(factor));
+    }
+    return j;
 }
 
 // softmax(scale q K^T) V of one head
 static void attend(const float* query, const float* keys, const float* values, int count, int size, float scale,
                    std::vector<float>& weights, float* out) {
-    weights.resize(multiple(count, LANES));
-    float peak = -INFINITY;
-    for (int i = 0; i < count; ++i) {
-        weights[i] = scale * dot(query, keys + size_t(i) * size, size);
-        peak = std::fmax(peak, weights[i]);
+    weights.assign(multiple(count, LANES), -INFINITY);
+    int i = 0;
+    for (; i + COLUMNS <= count; i += COLUMNS)
+        float_sums<1, COLUMNS>(query, keys + size_t(i) * size, size, &weights[i]);
+    for (; i < count; ++i) float_sums<1, 1>(query, keys + size_t(i) * size, size, &weights[i]);
+    Floats peaks = splat(-INFINITY);
+    for (i = 0; i < int(weights.size()); i += LANES) {
+        const Floats scaled = load(&weights[i]) * splat(scale);
+        store(&weights[i], scaled);
+        peaks = larger(peaks, scaled);
     }
-    for (size_t i = count; i < weights.size(); ++i) weights[i] = -INFINITY;
+    const float peak = largest(peaks);
     Floats sums{};
-    for (size_t i = 0; i < weights.size(); i += LANES) {
+    for (i = 0; i < int(weights.size()); i += LANES) {
         const Floats share = exponential(load(&weights[i]) - splat(peak));  // beyond `count` 1e-38, which adds nothing
         store(&weights[i], share);
         sums += share;
     }
     const float factor = 1.0f / total(sums);
-    int j = 0;
-    for (; j + 4 * LANES <= size; j += 4 * LANES) {
-        Floats found[4] = {};
-        for (int i = 0; i < count; ++i)
-            for (int lane = 0; lane < 4; ++lane)
-                found[lane] = fused(splat(weights[i]), load(values + size_t(i) * size + j + lane * LANES), found[lane]);
-        for (int lane = 0; lane < 4; ++lane) store(out + j + lane * LANES, found[lane] * splat(factor));
-    }
+    int j = mix<4>(weights.data(), values, count, size, factor, 0, out);
+    j = mix<1>(weights.data(), values, count, size, factor, j, out);
     for (; j < size; ++j) {
         float sum = 0;
-        for (int i = 0; i < count; ++i) sum += weights[i] * values[size_t(i) * size + j];
+        for (i = 0; i < count; ++i) sum += weights[i] * values[size_t(i) * size + j];
         out[j] = sum * factor;
     }
 }
@@ -206,7 +209,8 @@ struct Step {
 
     void look(const Layer& layer, int number, std::vector<float>& weights, int thread, int threads) {
         const int size = model.head_size, groups = model.heads / model.key_heads;
-        for (int item = thread; item < count * model.heads; item += threads) {
+        const Part part = part_of(count * model.heads, thread, threads);  // heads of one group read the same keys
+        for (int item = part.first; item < part.last; ++item) {
             const Row& row = rows[item / model.heads];
             const int head = item % model.heads, all = model.heads + 2 * model.key_heads;
             const int64_t seen = row.position + 1;
