@@ -77,7 +77,10 @@ class Predictor:
     def _student(self, config: StudentConfig) -> Prediction:
         if self.config.sweep is not None and self.config.distill == self.config.sweep.distill:
             return Prediction(DISTILL, notes=("the chosen run of the sweep is taken over, not trained again",))
-        return predict_distill(self._chosen(config.distill, config.choice), hardware=self.hardware)
+        found = predict_distill(self._chosen(config.distill, config.choice), hardware=self.hardware)
+        if config.choice is None or (Path(config.choice) / CHOICE).is_file():
+            return found
+        return replace(found, notes=(*found.notes, "the cut is not chosen yet: the student as the recipe has it"))
 
     def _smaller(self, named: SmallerConfig, config: SmallerConfig) -> Prediction:
         recovery = config.recover
