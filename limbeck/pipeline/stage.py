@@ -6,11 +6,11 @@ works; `resolved` puts the directory there when the stage runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from limbeck.checkpoint import RECORDS
+from limbeck.checkpoint import RECORDS, STATE_PREFIX
 from limbeck.config import build, to_dict
 
 OUT = "OUT/"
@@ -51,15 +51,18 @@ class Stage(NamedTuple):
 
     def written(self, out: Path) -> list[Path]:
         """All files at its place, sorted; right after it ran, those are its own."""
-        base = self.directory(out)
-        return sorted({path for pattern in self.files for path in base.glob(pattern) if path.is_file()})
+        return self._files(out, self.files)
 
     def given(self, out: Path) -> list[Path]:
         """The files that later stages depend on, sorted."""
-        base = self.directory(out)
         if self.gives:
-            return sorted({path for pattern in self.gives for path in base.glob(pattern) if path.is_file()})
-        return sorted(path for path in base.iterdir() if path.is_file() and path.name not in RECORDS)
+            return self._files(out, self.gives)
+        return [path for path in self._files(out, ("*",)) if path.name not in RECORDS]
+
+    def _files(self, out: Path, patterns: Sequence[str]) -> list[Path]:
+        """Files by pattern, without the states that a kill in the last moment of a stage can leave behind."""
+        found = {path for pattern in patterns for path in self.directory(out).glob(pattern)}
+        return sorted(path for path in found if path.is_file() and not path.name.startswith(STATE_PREFIX))
 
 
 def named(config: Any) -> Iterator[str]:

@@ -232,9 +232,10 @@ def test_a_killed_pipeline_goes_on_to_the_same_files(copied, made, capfd):
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage_it_ends_with_the_same_files(made, tmp_path):
+@pytest.mark.timeout(900)
+def test_killed_again_and_again_it_ends_with_the_same_files(made, tmp_path):
     recipe, out = made
-    for stage in STAGES:
+    for stage in sorted(random.sample(STAGES, 6), key=STAGES.index):
         kill_in(start(recipe, "--out", tmp_path / "out"), tmp_path / "out", stage, random.random() * 0.3)
     finish(start(recipe, "--out", tmp_path / "out"))
     assert identities(tmp_path / "out") == identities(out)
