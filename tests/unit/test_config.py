@@ -289,7 +289,7 @@ def test_the_shipped_recipes_are_valid(recipe):
     tree = read_recipe(recipe)
     if "rank" in tree:
         pytest.skip("its data are those of the run that it names")
-    marks = {"cut": "rank pipeline", "prune": "recover", "data": "rank train", "distill": "sweep"}
+    marks = {"cut": "rank pipeline", "export": "pipeline", "prune": "recover", "data": "rank train", "distill": "sweep"}
     command = next((command for key, command in marks.items() if key in tree), "distill")
     assert build(COMMANDS[command].config, tree, str(recipe))
 
