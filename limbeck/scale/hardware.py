@@ -117,11 +117,10 @@ def total_memory_bytes() -> int:
 
 
 def _calls_a_second(call: Callable[[], object]) -> float:
-    """Calls a second, by the fastest of several: what others do on the machine only makes a call slower."""
+    """Calls a second on this machine as busy as it is, after one that warms up."""
     call()
-    best, until = float("inf"), time.perf_counter() + _PROBE_SECONDS
-    while time.perf_counter() < until:
-        start = time.perf_counter()
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < _PROBE_SECONDS:
         call()
-        best = min(best, time.perf_counter() - start)
-    return 1.0 / best
+        count += 1
+    return count / (time.perf_counter() - start)

@@ -33,6 +33,8 @@ from limbeck.scale.shapes import Dims
 PROGRAM_BYTES = 36 * 2**20
 """Resident bytes of code and tables that are loaded between the ledger's baseline and the end of the first step, in a
 process that has done nothing before."""
+COMPILER_BYTES = 72 * 2**20
+"""The same of torch's compiler, which recomputation and adapters import when they first run."""
 ALLOCATOR_FRACTION = 0.25
 """Of the bytes that come and go within a step on a CPU: what the allocator holds beside them at the highest moment."""
 BLOCK_TEMPORARIES = 6
@@ -159,6 +161,7 @@ def training_memory(
     steps: int,
     validation: Pass | None = None,
     threads: int = 1,
+    is_adapted: bool = False,
 ) -> dict[str, int]:
     """Bytes by term at the highest moment of a run on one device.
 
@@ -170,6 +173,7 @@ def training_memory(
       steps: of the run; in the first there is no optimizer state before the update.
       validation: the largest group of held-out sequences.
       threads: of the CPU.
+      is_adapted: whether adapters train.
     """
     way, dims = student.way, student.dims
     trainable = 4 * student.trainable_parameters
@@ -204,7 +208,7 @@ def training_memory(
         working = forward_bytes(dims, way, validation.computed)
         moments.append({"optimizer": states, "loss": tried, "workspace": working + casts})
     highest = resident | max(moments, key=lambda moment: sum(moment.values()))
-    return with_program(highest) if way.is_cpu else highest
+    return with_program(highest, is_adapted or way.is_recomputed) if way.is_cpu else highest
 
 
 def without_program(memory: Mapping[str, int]) -> dict[str, int]:
@@ -212,10 +216,11 @@ def without_program(memory: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in memory.items() if name != "program"}
 
 
-def with_program(memory: Mapping[str, int]) -> dict[str, int]:
+def with_program(memory: Mapping[str, int], has_compiler: bool = False) -> dict[str, int]:
     """The terms as a CPU's resident set shows them: with libraries, and with what the allocator holds back."""
+    program = PROGRAM_BYTES + (COMPILER_BYTES if has_compiler else 0)
     passing = sum(memory.get(name, 0) for name in ("activations", "loss", "workspace"))
-    return {**memory, "program": PROGRAM_BYTES, "allocator": int(ALLOCATOR_FRACTION * passing)}
+    return {**memory, "program": program, "allocator": int(ALLOCATOR_FRACTION * passing)}
 
 
 def states_of(optimizer: str) -> int:

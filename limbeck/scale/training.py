@@ -211,6 +211,7 @@ def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Se
         steps=len(steps),
         validation=_validation(setup),
         threads=training.num_threads or torch.get_num_threads(),
+        is_adapted=setup.config.lora is not None,
     )
     found = list(notes)
     if sampling:
