@@ -54,6 +54,12 @@ def test_every_block_says_what_it_is():
     assert {block.language for block in blocks} <= LANGUAGES, [b.name for b in blocks if b.language not in LANGUAGES]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_ends(page):
+    fences = [line for line in page.read_text().splitlines() if line.lstrip().startswith("```")]
+    assert [fence.strip() == "```" for fence in fences] == [False, True] * (len(fences) // 2)
+
+
 @pytest.mark.parametrize("block", named(all_blocks("yaml")))
 def test_yaml_becomes_a_config(block):
     kind, _, command = block.mark.partition(": ")
