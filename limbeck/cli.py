@@ -398,7 +398,8 @@ def _read_config(config_class: type, arguments: list[str], subject: str | None) 
 
 def _take_options(name: str, takes: Sequence[str], arguments: list[str]) -> tuple[Options, list[str]]:
     rest: list[str] = []
-    found: dict[str, Any] = {"out": Path("runs") / name.replace(" ", "-")}
+    found: dict[str, Any] = {"out": Path("runs") / name.replace(" ", "-"), "on": "local"}
+    found |= dict.fromkeys(("overwrite", "resume", "dry_run", "json"), False)
     index = 0
     while index < len(arguments):
         flag, equals, value = arguments[index].partition("=")
@@ -414,8 +415,7 @@ def _take_options(name: str, takes: Sequence[str], arguments: list[str]) -> tupl
         else:
             rest.append(arguments[index])
         index += 1
-    switches = (found.get(name, False) for name in ("overwrite", "resume", "dry_run", "json"))
-    return Options(found["out"], *switches, on=found.get("on", "local")), rest
+    return Options(**found), rest
 
 
 def _read_out(value: str) -> Path:

@@ -56,7 +56,8 @@ def ray_map(
     key = hashlib.sha256(ray.cloudpickle.dumps(prepare)).digest()
     submit = partial(work.remote, os.getcwd(), torch.get_num_threads(), key, prepare, function)
     most = IN_FLIGHT_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    waiting, running = iter(items), {}
+    waiting = iter(items)
+    running: dict[Any, Any] = {}
     try:
         while True:
             for item in itertools.islice(waiting, most - len(running)):
