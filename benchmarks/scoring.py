@@ -217,7 +217,7 @@ def _products_seconds(ours: Ours, rows: int, last_rows: int, size: int, repeats:
 
 
 def _width(layer: Any) -> int:
-    return layer.inputs if isinstance(layer, Int8Linear) else layer.keywords["weight"].shape[1]
+    return layer.inputs if isinstance(layer, Int8Linear) else layer.weight.shape[1]
 
 
 def _product(layer: Any, x: Tensor) -> Tensor:
