@@ -15,7 +15,6 @@ import torch
 
 from limbeck.compress.blocks import Group
 from limbeck.compress.calibrate import CalibrationConfig, split_rows
-from limbeck.compress.moments import MomentsConfig
 from limbeck.compress.plan import count_work
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig, sizes_after
 from limbeck.compress.quantize.stage import QuantizeConfig
@@ -260,14 +259,6 @@ def predict_quantize(
     return _compression("quantize", shape, config, lambda group: True, config.method, walks, tokenizer, hardware)
 
 
-def predict_moments(
-    config: MomentsConfig, *, model: Any = None, tokenizer: Any = None, hardware: Hardware | None = None
-) -> Prediction:
-    """Cost of `limbeck moments`; arguments as for the other stages."""
-    shape = model if model is not None else config_of(config.model)
-    return _compression("moments", shape, config, lambda group: True, "depth", True, tokenizer, hardware)
-
-
 def predict_recover(
     config: RecoverConfig,
     *,
@@ -305,7 +296,7 @@ def predict_recover(
 def _compression(
     stage: str,
     shape: Any,
-    config: PruneConfig | QuantizeConfig | MomentsConfig,
+    config: PruneConfig | QuantizeConfig,
     wants: Callable[[Group], bool],
     solver: str,
     walks: bool,
@@ -313,9 +304,9 @@ def _compression(
     hardware: Hardware | None,
 ) -> Prediction:
     hardware = hardware or measure()
-    held_out = 0 if isinstance(config, MomentsConfig) else config.gate.sequences
+    held_out = config.gate.sequences
     padded, tokens, apart = _calibration(config.calibration, config.model, tokenizer, held_out) if walks else (0, 0, 0)
-    dense = not isinstance(config, MomentsConfig) and config.dense_targets
+    dense = config.dense_targets
     model = on_meta(shape)
     layers = backbone_of(model).layers
     work = count_work(layers, shape, padded, tokens, wants, solver, dense_targets=dense, walks=walks)  # type: ignore[arg-type]

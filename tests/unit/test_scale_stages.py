@@ -5,7 +5,6 @@ from test_scale_training import HERE
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.compress import recover
-from limbeck.compress.moments import MomentsConfig
 from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.prune.stage import run as prune
 from limbeck.compress.quantize.stage import QuantizeConfig
@@ -21,7 +20,6 @@ from limbeck.scale.stages import (
     predict_cache,
     predict_evaluate,
     predict_generate,
-    predict_moments,
     predict_prune,
     predict_quantize,
     predict_recover,
@@ -92,10 +90,9 @@ def test_a_budget_is_met_by_the_assumed_shape():
 def test_compression_counts_calibration_and_solver():
     tree = {"model": "tiny-student", "calibration": CALIBRATION}
     pruned = predict_prune(build(PruneConfig, tree), hardware=HERE)
-    moments = predict_moments(build(MomentsConfig, tree), hardware=HERE)
     quick = predict_quantize(build(QuantizeConfig, {**tree, "method": "rtn", "group_size": 32}), hardware=HERE)
     slow = predict_quantize(build(QuantizeConfig, {**tree, "group_size": 32}), hardware=HERE)
-    assert slow.solver_flops > moments.solver_flops > 0 and slow.solver_flops > quick.solver_flops
+    assert slow.solver_flops > quick.solver_flops
     assert pruned.total_flops == 0 < pruned.solver_flops and pruned.peak_bytes > 0
 
 
