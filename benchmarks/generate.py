@@ -6,7 +6,7 @@ All sides have the same token ids and threads, warmed up, in turns; no prompt is
     prefill   prompts up to the first token of every text      batch * prompt tokens / seconds
     decode    what the further tokens take beyond that          batch * (tokens - 1) / (seconds - seconds of the first)
 
-Ours: `limbeck.serve.engine.generation`, float32, and int8 (linear layers and head rounded at load), without a draft, by
+Ours: `limbeck.engine.generation`, float32, and int8 (linear layers and head rounded at load), without a draft, by
 the compiled kernels where there is a compiler. `--kernels torch` measures what is left without one.
 
 Peers:
@@ -37,12 +37,12 @@ from _process import MODEL, conditions, markdown, publish
 from scoring import LlamaServer
 
 from limbeck.compress.export.gguf import write_gguf
+from limbeck.engine.decoder import load_decoder
+from limbeck.engine.generation import GenerationConfig, Generator
+from limbeck.engine.jobs import Job, Sampling
+from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.steps import Kernels
 from limbeck.models.load import load_model
-from limbeck.serve.engine.decoder import load_decoder
-from limbeck.serve.engine.generation import GenerationConfig, Generator
-from limbeck.serve.engine.jobs import Job, Sampling
-from limbeck.serve.engine.prefix_cache import PrefixCache
-from limbeck.serve.engine.steps import Kernels
 
 Prompts = list[list[int]]
 Write = Callable[[Prompts, int], None]

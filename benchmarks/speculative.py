@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from _process import MODEL, conditions, markdown, publish
 
+from limbeck.engine.decoder import Decoder, load_decoder
+from limbeck.engine.drafter import make_drafter
+from limbeck.engine.generation import Generator
+from limbeck.engine.jobs import Job, Sampling
+from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.speculative import SpeculativeConfig
 from limbeck.models.load import load_tokenizer
-from limbeck.serve.engine.decoder import Decoder, load_decoder
-from limbeck.serve.engine.drafter import make_drafter
-from limbeck.serve.engine.generation import Generator
-from limbeck.serve.engine.jobs import Job, Sampling
-from limbeck.serve.engine.prefix_cache import PrefixCache
-from limbeck.serve.engine.speculative import SpeculativeConfig
 
 PROMPTS = (
     "The history of the printing press begins in the fifteenth century, when",

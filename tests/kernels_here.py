@@ -1,6 +1,6 @@
 """Which kernels of decoding this machine has: compiled ones need a C++ compiler and AVX2."""
 
-from limbeck.serve.engine.native import build
+from limbeck.engine.native import build
 
 
 def kernels_here() -> list[str]:

@@ -33,6 +33,9 @@ from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
+from limbeck.engine.decoder import load_decoder
+from limbeck.engine.requests import Request
+from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.optim.build import OptimizerConfig
@@ -44,9 +47,6 @@ from limbeck.ranking.evaluate import SCORES, RankEvaluateConfig, compare, read_s
 from limbeck.ranking.featurize import EncodedRequest, Labels, encode_requests
 from limbeck.ranking.recover import CALIBRATION, RankRecoverConfig
 from limbeck.ranking.train import RankTrainConfig
-from limbeck.serve.engine.decoder import load_decoder
-from limbeck.serve.engine.requests import Request
-from limbeck.serve.engine.scoring import Scorer, ScoringConfig
 
 SFT, KD = "sft", "kd_labels"
 KINDS = (SFT, KD, "kd_vocabulary", "kd_listwise")

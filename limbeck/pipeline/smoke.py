@@ -16,13 +16,13 @@ import torch
 
 from limbeck.checkpoint import output_directory, write_json, write_manifest
 from limbeck.compress.export.stage import BUILT_IN_TEXT
+from limbeck.engine.decoder import load_decoder
+from limbeck.engine.generation import Generator
+from limbeck.engine.jobs import Drawn, Job, Sampling
+from limbeck.engine.prefix_cache import PrefixCache
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, model_hash
-from limbeck.serve.engine.decoder import load_decoder
-from limbeck.serve.engine.generation import Generator
-from limbeck.serve.engine.jobs import Drawn, Job, Sampling
-from limbeck.serve.engine.prefix_cache import PrefixCache
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig, read_traces
 

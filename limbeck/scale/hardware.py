@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from limbeck.engine.int8 import Int8Linear
 from limbeck.errors import ConfigError, nearest
-from limbeck.serve.engine.int8 import Int8Linear
 
 MEASURED = "measured"
 GIGA, TERA = 1e9, 1e12

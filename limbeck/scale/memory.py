@@ -16,7 +16,7 @@ neurons, N heads), for the three ways in which a layer is computed:
     transformers, bf16 autocast 26 D + 6 Q + 4 K + 8 F + 4 N + 8, and 2 bytes a weight for autocast's copies
     with recomputation          4 D a layer, and one layer as above
 
-`tests/unit/test_scale_memory.py` counts what autograd keeps and compares. On an accelerator the sum is what its
+`tests/scale/test_scale_memory.py` counts what autograd keeps and compares. On an accelerator the sum is what its
 allocator reports. On a CPU the resident set also holds what libraries load with the first step (`PROGRAM_BYTES`) and
 what the allocator does not hand back (`ALLOCATOR_FRACTION` of all that comes and goes).
 """

@@ -41,7 +41,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _shape(_LLAMA3, 4096, 32, 32, 14336, head_dim=128, tie_word_embeddings=False),
     "llama-3.3-70b": _shape(_LLAMA3, 8192, 80, 64, 28672, head_dim=128, tie_word_embeddings=False),
 }
-"""Published shapes, from the models' own config.json; `tests/unit/test_scale_shapes.py` holds them to their
+"""Published shapes, from the models' own config.json; `tests/scale/test_scale_shapes.py` holds them to their
 parameter counts. A base or instruct model has the shape of its family's size."""
 
 

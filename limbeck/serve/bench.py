@@ -19,10 +19,10 @@ import numpy as np
 
 from limbeck.checkpoint import versions, write_json
 from limbeck.config import to_dict
+from limbeck.engine.weights import Precision
 from limbeck.errors import ConfigError
 from limbeck.progress import console
 from limbeck.serve.bench_report import write_page, write_plot
-from limbeck.serve.engine.weights import Precision
 from limbeck.serve.load import Outcome, Shot, arrivals, fire, summarise
 
 Prefixes = Literal["cold", "hot"]

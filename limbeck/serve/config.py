@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from limbeck.engine.generation import GenerationConfig
+from limbeck.engine.scoring import ScoringConfig
+from limbeck.engine.speculative import SpeculativeConfig
+from limbeck.engine.weights import Precision
 from limbeck.errors import ConfigError
-from limbeck.serve.engine.generation import GenerationConfig
-from limbeck.serve.engine.scoring import ScoringConfig
-from limbeck.serve.engine.speculative import SpeculativeConfig
-from limbeck.serve.engine.weights import Precision
 
 Engine = Literal["limbeck", "llamacpp", "vllm", "sglang"]
 Policy = Literal["fcfs", "lpm", "k-lpm"]

@@ -15,17 +15,17 @@ import torch
 
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.config import build
+from limbeck.engine.constraints import Grammars
+from limbeck.engine.decoder import load_decoder
+from limbeck.engine.drafter import make_drafter
+from limbeck.engine.generation import Generator
+from limbeck.engine.requests import label_ids
+from limbeck.engine.scoring import Scorer
 from limbeck.errors import ModelError
 from limbeck.models.load import load_tokenizer, locate, model_hash
 from limbeck.ranking.featurize import FeaturizeConfig
 from limbeck.serve.config import ServeConfig
 from limbeck.serve.dispatch import Dispatcher
-from limbeck.serve.engine.constraints import Grammars
-from limbeck.serve.engine.decoder import load_decoder
-from limbeck.serve.engine.drafter import make_drafter
-from limbeck.serve.engine.generation import Generator
-from limbeck.serve.engine.requests import label_ids
-from limbeck.serve.engine.scoring import Scorer
 from limbeck.serve.metrics import Metrics
 from limbeck.serve.ranking import GENERAL, trained
 from limbeck.serve.ticket import Ticket, Work

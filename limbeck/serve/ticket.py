@@ -7,8 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
-from limbeck.serve.engine.jobs import Job, Progress
-from limbeck.serve.engine.requests import Request, Scores
+from limbeck.engine.jobs import Job, Progress
+from limbeck.engine.requests import Request, Scores
 
 
 class Prefill(NamedTuple):

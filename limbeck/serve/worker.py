@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from limbeck.engine.generation import Generator
+from limbeck.engine.jobs import Job
+from limbeck.engine.requests import Request
+from limbeck.engine.scoring import Pin, Scorer
 from limbeck.errors import ConfigError
 from limbeck.serve.config import ServeConfig
-from limbeck.serve.engine.generation import Generator
-from limbeck.serve.engine.jobs import Job
-from limbeck.serve.engine.requests import Request
-from limbeck.serve.engine.scoring import Pin, Scorer
 from limbeck.serve.line import Line, Part
 from limbeck.serve.ticket import Outcome, Prefill, Refusal, Ticket, Work
 

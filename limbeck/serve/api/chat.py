@@ -11,12 +11,12 @@ import jinja2
 from fastapi import APIRouter
 from pydantic import Field
 
+from limbeck.engine.jobs import Drawn, Job
 from limbeck.serve.api.logprobs import chat_log_probs
 from limbeck.serve.api.sampling import MAX_LOG_PROBS, LogProbs, SamplingBody, make_jobs, refuse_unsupported
 from limbeck.serve.api.shapes import Seconds, check_model, new_id, now
 from limbeck.serve.api.streaming import stream
 from limbeck.serve.api.texts import Tally, write
-from limbeck.serve.engine.jobs import Drawn, Job
 from limbeck.serve.errors import Invalid
 from limbeck.serve.reasoning import Split, ThoughtSplitter
 from limbeck.serve.service import Service

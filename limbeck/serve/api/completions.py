@@ -9,12 +9,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 
+from limbeck.engine.jobs import Job
 from limbeck.serve.api.logprobs import CompletionLogProbs
 from limbeck.serve.api.sampling import MAX_LOG_PROBS, LogProbs, SamplingBody, make_jobs, refuse_unsupported
 from limbeck.serve.api.shapes import Ids, Seconds, TextOrIds, check_model, ids_of, new_id, now
 from limbeck.serve.api.streaming import stream
 from limbeck.serve.api.texts import Piece, Tally, write
-from limbeck.serve.engine.jobs import Job
 from limbeck.serve.errors import Invalid
 from limbeck.serve.service import Service
 

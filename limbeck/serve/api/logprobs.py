@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from limbeck.serve.engine.jobs import Drawn
+from limbeck.engine.jobs import Drawn
 from limbeck.serve.text import HALF
 
 TokenText = Callable[[int], str]

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
+from limbeck.engine.requests import Request, Scores, label_ids
 from limbeck.serve.api.shapes import Body, Seconds, TextOrIds, TokenId, Usage, check_model, ids_of, new_id, now
-from limbeck.serve.engine.requests import Request, Scores, label_ids
 from limbeck.serve.errors import Invalid
 from limbeck.serve.service import Service
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+from limbeck.engine.jobs import Drawn, Job, Progress
 from limbeck.serve.api.shapes import Usage
-from limbeck.serve.engine.jobs import Drawn, Job, Progress
 from limbeck.serve.service import Service
 from limbeck.serve.text import Detokenizer, StopStrings
 

@@ -1,0 +1,288 @@
+"""The lean decoder: prefill passes over segments of tokens, each behind keys that other passes have left.
+
+A pass takes any number of segments in one row of tokens. A segment attends to the keys before it and to itself, never
+to another one, so positions restart at will and masked blocks are not computed. Segments that grow a prefix leave their
+keys and values there, for later segments of the same pass as well.
+
+Bits: with int8 linear layers, a segment's result depends on its tokens and on the keys before it only, not on what
+else is in the pass. Each step holds that: int8 products are exact in integers, attention is a product a segment, and
+all else goes row by row or element by element. In float32 the linear layers are BLAS products, which differ in their
+last bits with the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from limbeck.engine.attention import attend, attend_last
+from limbeck.engine.int8 import Int8Linear
+from limbeck.engine.weights import Block, Linear, Precision, Weights, read_weights
+from limbeck.errors import ModelError
+
+SERIAL_ELEMENTS = 32767
+"""torch splits larger element-wise work among threads, at places that are no multiple of its vectors; what is left
+there goes through scalar code, whose exp differs in the last bit."""
+
+
+class KeyValues:
+    """Keys and values of a prefix, [L N_kv P H] each, filled from the front."""
+
+    def __init__(self, decoder: Decoder, tokens: int) -> None:
+        shape = (len(decoder.weights.blocks), decoder.key_heads, tokens, decoder.head_size)
+        self.keys, self.values = torch.empty(shape), torch.empty(shape)
+
+    def past(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` keys and values [N_kv length H] of a layer."""
+        return self.keys[layer, :, :length], self.values[layer, :, :length]
+
+
+class Segment(NamedTuple):
+    """Tokens that follow the first `start` tokens of a prefix."""
+
+    tokens: Sequence[int]
+    """At least one."""
+    prefix: KeyValues | None = None
+    start: int = 0
+    """Position of the first token, and how many keys of the prefix it sees."""
+    grows: bool = False
+    """Whether its keys and values are written into the prefix, from `start` on."""
+
+
+class _Group(NamedTuple):
+    """Segments of one length behind the same keys; their rows stand behind one another."""
+
+    first: int
+    """Row of the first token."""
+    segments: int
+    length: int
+    like: Segment
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.segments * self.length)
+
+
+class _Steps(NamedTuple):
+    """Single tokens that grow a prefix each, as decoding has them: views of their keys and values, made once a pass.
+
+    Each is a product of its own, over what it sees and no more; with small models the calls around it are what costs.
+    """
+
+    places: list[list[Tensor]]
+    """For each layer where the tokens' keys go, [N_kv H] each, then where their values go."""
+    seen: list[list[tuple[Tensor, Tensor]]]
+    """For each layer keys and values [1 N_kv S H] up to each token's own."""
+
+    def write(self, key: Tensor, value: Tensor, number: int) -> None:
+        """Keep keys and values [n N_kv H] of a layer."""
+        if self.seen[number]:
+            torch._foreach_copy_(self.places[number], [*key.unbind(0), *value.unbind(0)])
+
+
+class _Layout(NamedTuple):
+    """Where the segments stand in the row of tokens."""
+
+    tokens: Tensor
+    positions: Tensor
+    steps: _Steps
+    """Its tokens are the first rows."""
+    groups: list[_Group]
+    rows: Tensor
+    """int64: rows to return, in the order of the segments."""
+
+
+class Decoder:
+    """A causal language model for prefill."""
+
+    def __init__(self, weights: Weights) -> None:
+        config = weights.config
+        self.weights = weights
+        self.heads: int = config.num_attention_heads
+        self.key_heads: int = config.num_key_value_heads
+        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.epsilon: float = config.rms_norm_eps
+        self.max_tokens = len(weights.ropes[0][0])
+        self.vocab_size = len(weights.head)
+        self.embeddings: int = weights.embed.num_embeddings
+        """Token ids that may stand in a prompt."""
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the linear layers are."""
+        return isinstance(self.weights.blocks[0].qkv, Int8Linear)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values, all layers."""
+        return 2 * 4 * len(self.weights.blocks) * self.key_heads * self.head_size
+
+    @torch.inference_mode()
+    def run(self, segments: Sequence[Segment], every_row: bool = False) -> Tensor:
+        """One forward pass.
+
+        Args:
+          segments: in any order, but that a grown prefix is whole up to `start` by this pass or before.
+          every_row: return every token's state, not the last one's of each segment.
+        Returns: [S D] hidden states behind the final norm, in the order of the segments; [sum of lengths, D].
+        Raises: ModelError for prompts beyond `max_tokens`, ids beyond the vocabulary, and empty segments.
+        """
+        layout = self._layout(segments, every_row)
+        x = self.weights.embed(layout.tokens)
+        turns = [(cos[layout.positions], sin[layout.positions]) for cos, sin in self.weights.ropes]
+        last = len(self.weights.blocks) - 1
+        for number, block in enumerate(self.weights.blocks):
+            attended = self._attention(self._normed(x, block.attention_norm), block, number, turns[block.rope], layout)
+            if number == last:  # behind its attention, only what is returned
+                x, attended = x[layout.rows], attended[layout.rows]
+            x = self._feed_forward(self._added(x, block.output(attended), block.attention_out_norm), block)
+        return self._normed(x, self.weights.norm)
+
+    def _layout(self, segments: Sequence[Segment], every_row: bool) -> _Layout:
+        for segment in segments:
+            if not len(segment.tokens):
+                raise ModelError("a segment without tokens; there is nothing to compute.")
+            if segment.start + len(segment.tokens) > self.max_tokens:
+                raise ModelError(
+                    f"a prompt of {segment.start + len(segment.tokens)} tokens; the limit is {self.max_tokens}."
+                )
+        order = sorted(range(len(segments)), key=lambda i: (not _is_step(segments[i]), *_kind(segments[i])))
+        groups: list[_Group] = []
+        firsts = [0] * len(segments)
+        end = 0
+        steps = _steps_of([segments[i] for i in order if _is_step(segments[i])], len(self.weights.blocks))
+        for index in order:
+            segment = segments[index]
+            firsts[index] = end
+            if _is_step(segment):
+                pass  # in `steps`
+            elif groups and _kind(groups[-1].like) == _kind(segment):
+                groups[-1] = groups[-1]._replace(segments=groups[-1].segments + 1)
+            else:
+                groups.append(_Group(end, 1, len(segment.tokens), segment))
+            end += len(segment.tokens)
+        tokens = torch.tensor([token for index in order for token in segments[index].tokens])
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.embeddings:
+            raise ModelError(f"token ids {low} to {high}; the model has 0 to {self.embeddings - 1}.")
+        spans = [(first, first + len(s.tokens)) for first, s in zip(firsts, segments, strict=True)]
+        rows = [row for first, stop in spans for row in range(first if every_row else stop - 1, stop)]
+        positions = [p for i in order for p in range(segments[i].start, segments[i].start + len(segments[i].tokens))]
+        return _Layout(tokens, torch.tensor(positions), steps, groups, torch.tensor(rows))
+
+    def _attention(
+        self, normed: Tensor, block: Block, number: int, turns: tuple[Tensor, Tensor], layout: _Layout
+    ) -> Tensor:
+        """[U D] -> [U N H flat], before the output product."""
+        joint = block.qkv(normed).unflatten(1, (-1, self.head_size))
+        query, key, value = joint.split([self.heads, self.key_heads, self.key_heads], 1)
+        if block.query_norm is not None and block.key_norm is not None:
+            query, key = self._normed(query, block.query_norm), self._normed(key, block.key_norm)
+            _rotate_(query, *turns)
+            _rotate_(key, *turns)
+        else:
+            _rotate_(joint[:, : self.heads + self.key_heads], *turns)
+        seen = layout.steps.seen[number]
+        first = slice(len(seen))
+        # All keys of the pass are in place before anyone looks.
+        layout.steps.write(key[first], value[first], number)
+        for group in layout.groups:
+            self._grow(group, key, value, number)
+        attended = torch.empty(len(normed), self.heads, self.head_size)
+        if seen:
+            attended[first] = attend_last(query[first], seen, block.scale, block.window)
+        for group in layout.groups:
+            parts = [part[group.rows].unflatten(0, (group.segments, group.length)) for part in (query, key, value)]
+            prefix, start = group.like.prefix, group.like.start
+            past = None if prefix is None or start == 0 else prefix.past(number, start)
+            found = attend(parts[0], parts[1], parts[2], past, block.scale, block.window)
+            attended[group.rows] = found.flatten(0, 1)
+        return attended.flatten(1)
+
+    @staticmethod
+    def _grow(group: _Group, key: Tensor, value: Tensor, number: int) -> None:
+        prefix, start = group.like.prefix, group.like.start
+        if group.like.grows and prefix is not None:
+            prefix.keys[number, :, start : start + group.length] = key[group.rows].transpose(0, 1)
+            prefix.values[number, :, start : start + group.length] = value[group.rows].transpose(0, 1)
+
+    def _feed_forward(self, x: Tensor, block: Block) -> Tensor:
+        gate, up = block.gate_up(self._normed(x, block.mlp_norm)).chunk(2, 1)
+        for rows in gate.split(max(1, SERIAL_ELEMENTS // gate.shape[1])):
+            rows.copy_(self.weights.activation(rows))
+        return self._added(x, block.down(gate.mul_(up)), block.mlp_out_norm)
+
+    def _added(self, x: Tensor, result: Tensor, norm: Tensor | None) -> Tensor:
+        return x + (result if norm is None else self._normed(result, norm))
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """weight * x / sqrt(mean(x^2) + epsilon)."""
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return x.mul(squares.div_(x.shape[-1]).add_(self.epsilon).rsqrt_()).mul_(weight)
+
+    def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Logits [S C] of C tokens. Sums go row by row, so a row's bits depend on that row alone.
+
+        Args:
+          hidden: [S D], from `run`; labels: int64 [C].
+        """
+        logits = torch.stack([(hidden * row).sum(1) for row in self.weights.head[labels]], 1)
+        return self._finished(logits, labels)
+
+    def log_normalizers(self, hidden: Tensor) -> Tensor:
+        """Log-sum-exp [S] of all V logits."""
+        return self.logits(hidden).logsumexp(1)
+
+    def logits(self, hidden: Tensor, head: Linear | None = None) -> Tensor:
+        """All logits [S V], by another product for the head where one is given."""
+        product = torch.mm(hidden, self.weights.head.T) if head is None else head(hidden)
+        return self._finished(product, slice(None))
+
+    def _finished(self, logits: Tensor, labels: Tensor | slice) -> Tensor:
+        bias, cap = self.weights.head_bias, self.weights.softcap
+        if bias is not None:
+            logits = logits + bias[labels]
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def load_decoder(name: str, precision: Precision = "auto", max_tokens: int = 32768) -> Decoder:
+    """A decoder from a Hugging Face directory, alias or hub id; see `read_weights`."""
+    return Decoder(read_weights(name, precision, max_tokens))
+
+
+def _kind(segment: Segment) -> tuple[int, int, int, bool]:
+    """Segments of the same kind are computed together; those that grow a prefix are alone, each at its own start."""
+    return len(segment.tokens), id(segment.prefix), segment.start, segment.grows
+
+
+def _is_step(segment: Segment) -> bool:
+    return segment.grows and segment.prefix is not None and len(segment.tokens) == 1
+
+
+def _steps_of(segments: Sequence[Segment], layers: int) -> _Steps:
+    keys, values, seen = [], [], []
+    for prefix, start in ((segment.prefix, segment.start) for segment in segments):
+        assert prefix is not None
+        keys.append(prefix.keys[:, :, start].unbind(0))
+        values.append(prefix.values[:, :, start].unbind(0))
+        both = (states[:, None, :, : start + 1].unbind(0) for states in (prefix.keys, prefix.values))
+        seen.append(list(zip(*both, strict=True)))
+    numbers = range(layers)
+    return _Steps(
+        [[row[number] for row in (*keys, *values)] for number in numbers],
+        [[row[number] for row in seen] for number in numbers],
+    )
+
+
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding of [U N H] in place: halves (a, b) become (a cos - b sin, b cos + a sin).
+
+    Products and sums apart: a fused form rounds once where it is vectorised and twice where it is not.
+    """
+    first, second = x.chunk(2, dim=-1)
+    by_second, by_first = second * sin, first * sin
+    first.mul_(cos).sub_(by_second)
+    second.mul_(cos).add_(by_first)

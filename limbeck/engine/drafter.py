@@ -1,0 +1,155 @@
+"""The model that proposes tokens, with a context of its own for every text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limbeck.engine.context import Context, Span, plan_reading
+from limbeck.engine.decoder import Decoder, Segment
+from limbeck.engine.drawing import distribution_of
+from limbeck.engine.jobs import Job
+from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.run import Run
+from limbeck.engine.speculative import Proposal, SpeculationStats, SpeculativeConfig
+from limbeck.engine.steps import Kernels, Steps
+from limbeck.engine.weights import read_weights
+from limbeck.errors import ConfigError, ModelError
+from limbeck.models.load import load_tokenizer
+from limbeck.models.sampling import invert_cumulative
+
+SELF = "self"
+
+
+class _Text(Context):
+    """A job's text in the draft."""
+
+    def __init__(self, job: Job, decoder: Decoder, cache: PrefixCache) -> None:
+        super().__init__(job.prompt, job.max_tokens, decoder, cache)
+        self.sampling = job.sampling
+        # Numbers of its own: a proposal must not depend on the number that settles it.
+        seed = job.sampling.seed
+        self.random = np.random.Generator(np.random.PCG64(None if seed is None else [seed, 1]))
+
+    def propose(self, logits: Tensor) -> Proposal:
+        """Draw a token and write it."""
+        if self.sampling.temperature == 0:
+            proposal = Proposal(int(logits.argmax()), None)
+        else:
+            distribution = distribution_of(logits, self.sampling)
+            cumulative = distribution.cumsum(0, dtype=torch.float64)
+            token = int(invert_cumulative(cumulative[None], cumulative[-1:] * self.random.random()))
+            proposal = Proposal(token, distribution)
+        self.tokens.append(proposal.token)
+        return proposal
+
+
+class Drafter:
+    """Texts under way in the draft. They follow those of the generator, by its numbers."""
+
+    def __init__(
+        self, decoder: Decoder, config: SpeculativeConfig, block_tokens: int = 64, kernels: Kernels = "auto"
+    ) -> None:
+        self.decoder, self.config = decoder, config
+        self.cache = PrefixCache(config.cache_bytes, block_tokens, "draft")
+        self.stats = SpeculationStats()
+        self._steps = Steps(decoder, kernels=kernels)
+        self._texts: dict[int, _Text] = {}
+
+    def helps(self, job: Job, running: int) -> bool:
+        """Whether a job is written with drafts beside so many others."""
+        is_short = len(job.prompt) + job.max_tokens <= self.decoder.max_tokens
+        depends_on_draft = job.sampling.temperature > 0 and job.sampling.seed is not None
+        return is_short and job.max_tokens > 1 and (running <= self.config.max_running or depends_on_draft)
+
+    def read(self, jobs: Mapping[int, Job], most_tokens: int) -> None:
+        """Go on with the prompts of these jobs."""
+        for number in jobs.keys() - self._texts.keys():
+            self._texts[number] = _Text(jobs[number], self.decoder, self.cache)
+        texts = {number: self._texts[number] for number in jobs}
+        blocks = plan_reading(texts, most_tokens, self.cache)
+        pieces = [(texts[number], span) for number, count in blocks.items() for span in texts[number].next_spans(count)]
+        self._compute(self.decoder.run, pieces)
+
+    def is_ready(self, number: int) -> bool:
+        """Whether the job's prompt is read."""
+        return not self._texts[number].is_reading
+
+    def propose(self, runs: Mapping[int, Run]) -> dict[int, list[Proposal]]:
+        """What may come next in the texts: `num_tokens` tokens, or as many as have room before the last one."""
+        for number, run in runs.items():
+            known = len(self._texts[number].tokens)
+            self._texts[number].tokens += run.tokens[known:]
+        found: dict[int, list[Proposal]] = {number: [] for number in runs}
+        for place in range(self.config.num_tokens):
+            texts = {number: self._texts[number] for number, run in runs.items() if place < run.left_tokens - 1}
+            if not texts:
+                break
+            self._compute(self._steps.run, [(text, span) for text in texts.values() for span in text.next_spans(0)])
+            logits = self._steps.logits(torch.stack([text.state for text in texts.values()]))
+            for (number, text), row in zip(texts.items(), logits, strict=True):
+                found[number].append(text.propose(row))
+        return {number: proposals for number, proposals in found.items() if proposals}
+
+    def settle(self, number: int, text_tokens: int, proposed: int, accepted: int) -> None:
+        """Proposals have been looked at. `text_tokens`: length of the text now, the token behind them included."""
+        self._texts[number].take_back(text_tokens - 1)
+        self.stats.count(proposed, accepted)
+
+    def abort(self, number: int) -> None:
+        """Forget a text."""
+        text = self._texts.pop(number, None)
+        if text is not None:
+            text.release()
+
+    @staticmethod
+    def _compute(run: Callable[[Sequence[Segment]], Tensor], pieces: Sequence[tuple[Context, Span]]) -> None:
+        if pieces:
+            states = run([context.segment(span) for context, span in pieces])
+            for (context, span), state in zip(pieces, states, strict=True):
+                context.advance(span, state)
+
+
+def make_drafter(
+    config: SpeculativeConfig, model: str, target: Decoder, block_tokens: int = 64, kernels: Kernels = "auto"
+) -> Drafter | None:
+    """The draft for a served model; None where the config names none.
+
+    Args:
+      model: what `target` was loaded from.
+    Raises: ConfigError for a draft that is the target itself; ModelError for one with another vocabulary.
+    """
+    if config.draft is None:
+        return None
+    if config.draft == SELF:
+        is_same = target.is_int8 == (config.precision == "int8")
+        if is_same and config.layers is None:
+            raise ConfigError("speculative: the draft is the served model itself; set layers, or another precision.")
+        weights = target.weights if is_same else read_weights(model, config.precision, target.max_tokens)
+    else:
+        _check_vocabulary(config.draft, model)
+        weights = read_weights(config.draft, config.precision, target.max_tokens)
+    if config.layers is not None:
+        if config.layers > len(weights.blocks):
+            raise ConfigError(f"speculative: {config.layers} layers; the draft has {len(weights.blocks)}.")
+        weights = weights._replace(blocks=weights.blocks[: config.layers])
+    drafter = Drafter(Decoder(weights), config, block_tokens, kernels)
+    if drafter.decoder.vocab_size != target.vocab_size:
+        raise ModelError(
+            f"{config.draft}: a vocabulary of {drafter.decoder.vocab_size} tokens, {model} has {target.vocab_size}; a "
+            "draft must share it. Distil one from the same tokenizer."
+        )
+    return drafter
+
+
+def _check_vocabulary(draft: str, model: str) -> None:
+    own, others = (load_tokenizer(name).get_vocab() for name in (draft, model))
+    different = [token for token in own.keys() | others.keys() if own.get(token) != others.get(token)]
+    if different:
+        raise ModelError(
+            f"{draft}: another vocabulary than that of {model}, {len(different)} tokens differ, say "
+            f"{min(different)!r}. A draft must have the same ids; distil one from the same tokenizer."
+        )

@@ -1,0 +1,165 @@
+"""What `decode.cpp` takes: weights and rows as its structures, and its two functions on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from limbeck.engine.int8 import Int8Linear
+from limbeck.engine.native.build import Missing, library
+from limbeck.engine.weights import Block, DenseLinear, Linear, Weights
+
+ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
+"""Of transformers, by their class; the value is `is_gelu`."""
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_Linear = _structure(
+    "Linear",
+    **dict.fromkeys(("weight", "scales", "zeros", "bias"), ctypes.c_void_p),
+    **dict.fromkeys(("outputs", "inputs"), ctypes.c_int32),
+)
+NORMS = ("attention_norm", "query_norm", "key_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+_Layer = _structure(
+    "Layer",
+    **dict.fromkeys(NORMS, ctypes.c_void_p),
+    **dict.fromkeys(("qkv", "output", "gate", "up", "down"), _Linear),
+    **dict.fromkeys(("cosines", "sines"), ctypes.c_void_p),
+    scale=ctypes.c_float,
+    window=ctypes.c_int32,
+)
+_Model = _structure(
+    "Model",
+    layers=ctypes.c_void_p,
+    norm=ctypes.c_void_p,
+    epsilon=ctypes.c_float,
+    **dict.fromkeys(("depth", "size", "heads", "key_heads", "head_size", "inner", "is_gelu"), ctypes.c_int32),
+)
+_Row = _structure(
+    "Row",
+    **dict.fromkeys(("keys", "values"), ctypes.c_void_p),
+    **dict.fromkeys(("room", "position"), ctypes.c_int64),
+)
+
+
+class Row(NamedTuple):
+    """A token and where its text's keys are."""
+
+    keys: Tensor
+    """[L N_kv P H], and `values`."""
+    values: Tensor
+    position: int
+
+
+class _Keeper:
+    """Tensors that structures point into."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def at(self, tensor: Tensor | None) -> int | None:
+        """Address of a float32 tensor."""
+        if tensor is None:
+            return None
+        self.tensors.append(tensor.float().contiguous())
+        return self.tensors[-1].data_ptr()
+
+    def linear(self, linear: Linear, rows: slice = slice(None)) -> Any:
+        """Some outputs of a layer. Raises: Missing for one of another kind."""
+        if isinstance(linear, DenseLinear):
+            weight = linear.weight[rows]
+            bias = None if linear.bias is None else linear.bias[rows]
+            return _Linear(self.at(weight), None, None, self.at(bias), *weight.shape)
+        if not isinstance(linear, Int8Linear):
+            raise Missing("some layers are neither float32 nor int8")
+        codes, scales = (part[rows] for part in linear.unpacked())
+        bias = None if linear.bias is None else linear.bias[rows]
+        outputs, inputs = codes.shape
+        block = library().limbeck_block()
+        padded = torch.nn.functional.pad(codes, (0, -inputs % 4, 0, -outputs % block))
+        packed = padded.unflatten(0, (-1, block)).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
+        zeros = (128 * padded.sum(1, dtype=torch.int64)).to(torch.int32)
+        self.tensors += [packed, zeros]
+        scales = torch.nn.functional.pad(scales, (0, -outputs % block))
+        return _Linear(packed.data_ptr(), self.at(scales), zeros.data_ptr(), self.at(bias), outputs, inputs)
+
+
+class NativeDecoder:
+    """All layers of a model for single tokens. int8 codes are held a second time, in the order they are read in."""
+
+    def __init__(self, weights: Weights, heads: int, key_heads: int, head_size: int) -> None:
+        """Raises: Missing where there is no library, or the model has parts that it does not know."""
+        self._library, self._keeper = library(), _Keeper()
+        activation = type(weights.activation).__name__
+        if activation not in ACTIVATIONS:
+            raise Missing(f"the activation {activation} is not known to the kernels")
+        layers = [_layer(self._keeper, block, weights) for block in weights.blocks]
+        self._layers = (_Layer * len(layers))(*layers)
+        self._model = _Model(
+            ctypes.addressof(self._layers),
+            self._keeper.at(weights.norm),
+            weights.config.rms_norm_eps,
+            len(layers),
+            len(weights.norm),
+            heads,
+            key_heads,
+            head_size,
+            layers[0].gate.outputs,
+            ACTIVATIONS[activation],
+        )
+
+    def step(self, x: Tensor, rows: Sequence[Row]) -> Tensor:
+        """States [n D] behind the final norm of tokens with the embeddings x [n D]; their keys and values are kept."""
+        states = x.clone(memory_format=torch.contiguous_format)
+        array = (_Row * len(rows))(
+            *(_Row(row.keys.data_ptr(), row.values.data_ptr(), row.keys.shape[2], row.position) for row in rows)
+        )
+        pointer = ctypes.c_void_p(states.data_ptr())
+        self._library.limbeck_step(ctypes.byref(self._model), array, len(rows), pointer, torch.get_num_threads())
+        return states
+
+
+class NativeLinear:
+    """A layer [U I] -> [U O] whose rows do not depend on each other, in float32 too."""
+
+    def __init__(self, linear: Linear) -> None:
+        """Raises: Missing."""
+        self._library, self._keeper = library(), _Keeper()
+        self._linear = self._keeper.linear(linear)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x.new_empty(len(x), self._linear.outputs)
+        x = x.contiguous()
+        pointers = ctypes.c_void_p(x.data_ptr()), len(x), ctypes.c_void_p(y.data_ptr())
+        self._library.limbeck_product(ctypes.byref(self._linear), *pointers, torch.get_num_threads())
+        return y
+
+
+def _layer(keeper: _Keeper, block: Block, weights: Weights) -> Any:
+    inner = _outputs(block.gate_up) // 2
+    cosines, sines = weights.ropes[block.rope]
+    return _Layer(
+        *(keeper.at(getattr(block, name)) for name in NORMS),
+        keeper.linear(block.qkv),
+        keeper.linear(block.output),
+        keeper.linear(block.gate_up, slice(inner)),
+        keeper.linear(block.gate_up, slice(inner, None)),
+        keeper.linear(block.down),
+        keeper.at(cosines),
+        keeper.at(sines),
+        block.scale,
+        block.window or 0,
+    )
+
+
+def _outputs(linear: Linear) -> int:
+    if isinstance(linear, DenseLinear):
+        return len(linear.weight)
+    return linear.outputs if isinstance(linear, Int8Linear) else 0

@@ -1,0 +1,53 @@
+"""A job under way: its text, and by which rules and random numbers it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from limbeck.engine.context import Context
+from limbeck.engine.decoder import Decoder
+from limbeck.engine.jobs import Drawn, FinishReason, Job
+from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.rules import Rules
+
+
+class Run(Context):
+    """One job. It reads its prompt, then writes."""
+
+    def __init__(self, job: Job, decoder: Decoder, cache: PrefixCache, keeps_text: bool) -> None:
+        # Log-probs of a prompt need every state of it, and the cache has a block's last one only.
+        self.is_echoed = job.prompt_log_probs is not None
+        super().__init__(job.prompt, job.max_tokens, decoder, cache, keeps_text, not self.is_echoed)
+        self.job, self.rules = job, Rules(job)
+        self.finish: FinishReason | None = None if job.max_tokens else "length"
+        """Why the text is over, once it is."""
+        self._random = np.random.Generator(np.random.PCG64(job.sampling.seed))
+        self._echo: list[Drawn] = [Drawn(job.prompt[0], None, ())] if self.is_echoed else []
+
+    @property
+    def left_tokens(self) -> int:
+        """That may still be written."""
+        return len(self.job.prompt) + self.job.max_tokens - len(self.tokens)
+
+    def uniform(self) -> float:
+        """The next random number in [0, 1); one a token, so that it depends on seed and place alone."""
+        return float(self._random.random())
+
+    def accept(self, token: int) -> None:
+        """Write a token."""
+        self.tokens.append(token)
+        if self.rules.accept(token):
+            self.finish = "stop"
+        elif not self.left_tokens:
+            self.finish = "length"
+
+    def echo(self, drawn: Sequence[Drawn]) -> None:
+        """Log-probs of further tokens of the prompt."""
+        self._echo += drawn
+
+    def take_echo(self) -> Sequence[Drawn]:
+        """Log-probs of the prompt, the first time only."""
+        echo, self._echo = self._echo, []
+        return echo

@@ -1,0 +1,261 @@
+"""Scores by prefill alone: how likely each label token is behind a prefix and each of many items.
+
+    score(prefix, item) = log softmax over labels of the logits behind prefix + item
+
+Nothing is sampled, and only the head's rows of the labels are multiplied. The passes come from `plan`; whatever way is
+taken, an item sees its prefix and itself, at the positions it would have alone.
+
+Equality: every way gives the same number to float32's rounding. With int8 layers it gives the same bits, for one item
+or many, in any slot, with any state of the cache; what the bits do depend on is where the prefix ends, since attention
+over prefix and item is merged from both parts, and the length of a block. The normaliser over the whole vocabulary is
+one BLAS product and equal to rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from limbeck.engine.decoder import Decoder, KeyValues, Segment
+from limbeck.engine.plan import Costs, Piece, Plan, Work, make_plan, measure_costs
+from limbeck.engine.prefix_cache import Block, CacheStats, PrefixCache
+from limbeck.engine.requests import Request, Scores
+from limbeck.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringConfig:
+    """How prefixes are kept and passes are made."""
+
+    cache_bytes: int = 1 << 30
+    """Most bytes of keys and values that are kept between calls; 0 keeps nothing."""
+    block_tokens: int = 64
+    """Tokens of a block, the unit in which prefixes are shared."""
+    path: str = "auto"
+    """single, cached, shared, packed, or auto: the cheapest of the last three by the cost model."""
+    pass_tokens: int | None = None
+    """Most tokens of a pass; null: the best of the measured sizes."""
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes < 0 or self.block_tokens < 1 or (self.pass_tokens or 1) < 1:
+            raise ConfigError("scoring: cache_bytes must be 0 or more, block_tokens and pass_tokens 1 or more.")
+
+
+class Usage(NamedTuple):
+    """What a call of `score` went through."""
+
+    path: str
+    passes: int
+    computed_tokens: int
+    cached_tokens: int
+
+
+class Pin:
+    """A prefix that stays in the cache until `release`; a context manager."""
+
+    def __init__(self, cache: PrefixCache, chain: list[Block]) -> None:
+        self._cache, self._chain = cache, chain
+
+    @property
+    def tokens(self) -> int:
+        return sum(block.length for block in self._chain)
+
+    def release(self) -> None:
+        """Let it go; more than once does no harm."""
+        chain, self._chain = self._chain, []
+        self._cache.release(chain)
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class _Prefix:
+    """A prefix under way: its blocks, and its keys and values in one piece."""
+
+    def __init__(self, cache: PrefixCache, tokens: tuple[int, ...]) -> None:
+        self.tokens = tokens
+        self.items: list[tuple[int, ...]] = []
+        self.keys = cache.keys_of(tokens)
+        self.spans = cache.spans(len(tokens))
+        self.chain = cache.acquire(tokens)
+        """Blocks that are held by the cache and in use here."""
+        self.states: KeyValues | None = None
+        self.last_hidden: Tensor | None = self.chain[-1].last_hidden if len(self.chain) == len(self.spans) > 0 else None
+
+        self.hidden: dict[int, Tensor] = {}
+        """State [D] at the last token of each item that has tokens."""
+
+    def state(self, item: int) -> Tensor:
+        """State [D] that an item is scored by."""
+        found = self.hidden[item] if self.items[item] else self.last_hidden
+        assert found is not None, "the plan left an item out"
+        return found
+
+    def work(self) -> Work:
+        return Work(self.spans, len(self.chain), [len(item) for item in self.items])
+
+    def load(self, decoder: Decoder) -> None:
+        """Room for the whole prefix, filled with the blocks that are there."""
+        self.states = KeyValues(decoder, len(self.tokens))
+        for block, (start, stop) in zip(self.chain, self.spans, strict=False):
+            self.states.keys[:, :, start:stop] = block.keys
+            self.states.values[:, :, start:stop] = block.values
+
+
+class Scorer:
+    """A decoder with a prefix cache. One thread at a time."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: ScoringConfig | None = None,
+        model_key: str = "",
+        costs: Costs | None = None,
+    ) -> None:
+        """Set up.
+
+        Args:
+          decoder: the model.
+          config: see there.
+          model_key: what tells the model from others, should caches ever be shared (`models.load.model_hash`).
+          costs: of passes; measured now when None.
+        """
+        self.decoder, self.config = decoder, config or ScoringConfig()
+        self.cache = PrefixCache(self.config.cache_bytes, self.config.block_tokens, model_key)
+        self.costs = costs or measure_costs(decoder)
+        self.usage: Usage | None = None
+        """Of the last call of `score`."""
+
+    def score(self, requests: Sequence[Request]) -> list[Scores]:
+        """Scores of all items of all requests, in their order.
+
+        Equal prefixes are computed once; keys and values of all prefixes of a call are in memory at the same time,
+        `decoder.bytes_per_token` each token.
+
+        Raises: ModelError for ids or lengths that the model does not have, and for an empty item without a prefix.
+        """
+        for request in requests:
+            self._check(request)
+        prefixes: dict[tuple[int, ...], _Prefix] = {}
+        places = []
+        try:
+            for request in requests:
+                tokens = tuple(request.prefix)
+                if tokens not in prefixes:
+                    prefixes[tokens] = _Prefix(self.cache, tokens)
+                prefix = prefixes[tokens]
+                places.append((prefix, len(prefix.items)))
+                prefix.items.extend(tuple(item) for item in request.items)
+            self._compute(list(prefixes.values()), self.config.path)
+            return [self._scores(request, *place) for request, place in zip(requests, places, strict=True)]
+        finally:
+            for prefix in prefixes.values():
+                self.cache.release(prefix.chain)
+
+    def prefill(self, tokens: Sequence[int]) -> Pin:
+        """Compute a prefix before its items are known and keep it until the pin is released.
+
+        Raises: ConfigError when it finds no room in the cache beside what is in use.
+        """
+        self._check(Request(tokens, [()], [0]))
+        prefix = _Prefix(self.cache, tuple(tokens))
+        try:
+            self._compute([prefix], "shared")
+            if len(prefix.chain) < len(prefix.spans):
+                needed, used = len(tokens) * self.decoder.bytes_per_token, self.cache.stats().used_bytes
+                raise ConfigError(
+                    f"prefill: {len(tokens)} tokens take {needed} bytes; of {self.config.cache_bytes} in the cache, "
+                    f"{used} are taken. Release pins or raise cache_bytes."
+                )
+        except BaseException:
+            self.cache.release(prefix.chain)
+            raise
+        return Pin(self.cache, prefix.chain)
+
+    def cache_stats(self) -> CacheStats:
+        """The cache's counters."""
+        return self.cache.stats()
+
+    def _check(self, request: Request) -> None:
+        vocabulary = self.decoder.vocab_size
+        if not request.labels or any(not 0 <= label < vocabulary for label in request.labels):
+            raise ModelError(f"labels {list(request.labels)}: give one token id or more, each in 0..{vocabulary - 1}.")
+        if not request.prefix and any(not item for item in request.items):
+            raise ModelError("an empty item behind an empty prefix; there is nothing to score.")
+        longest = len(request.prefix) + max((len(item) for item in request.items), default=0)
+        if longest > self.decoder.max_tokens:
+            raise ModelError(f"a prompt of {longest} tokens; the limit is {self.decoder.max_tokens}.")
+        for tokens in (request.prefix, *request.items):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self.decoder.embeddings:
+                known = self.decoder.embeddings - 1
+                raise ModelError(f"token ids {min(tokens)} to {max(tokens)}; the model has 0 to {known}.")
+
+    def _compute(self, prefixes: Sequence[_Prefix], path: str) -> None:
+        """The states of all items, and what the cache has room for of the prefixes' blocks."""
+        works = [prefix.work() for prefix in prefixes]
+        plan = make_plan(works, self.costs, path, self.config.pass_tokens)
+        self.usage = _usage(plan, works)
+        for prefix in prefixes if plan.path != "single" else ():
+            prefix.load(self.decoder)
+        for pieces in plan.passes:
+            if plan.path == "single":
+                prefixes[pieces[0].work].load(self.decoder)
+            states = self.decoder.run([_segment(prefixes[piece.work], piece) for piece in pieces])
+            for piece, state in zip(pieces, states, strict=True):
+                prefix = prefixes[piece.work]
+                if piece.item is not None:
+                    prefix.hidden[piece.item] = state
+                    continue
+                if piece.span == prefix.spans[-1]:
+                    prefix.last_hidden = state
+                if plan.path != "single":
+                    self._keep(prefix, piece.span, state)
+        for prefix in prefixes:
+            prefix.states = None
+
+    def _keep(self, prefix: _Prefix, span: tuple[int, int], state: Tensor) -> None:
+        """Put a block into the cache, unless one before it found no room."""
+        number = span[0] // self.config.block_tokens
+        if len(prefix.chain) != number or self.config.cache_bytes == 0:
+            return
+        assert prefix.states is not None
+        block = self.cache.insert(
+            Block(
+                key=prefix.keys[number],
+                parent=prefix.chain[-1] if prefix.chain else None,
+                keys=prefix.states.keys[:, :, span[0] : span[1]].clone(),
+                values=prefix.states.values[:, :, span[0] : span[1]].clone(),
+                last_hidden=state.clone(),
+            )
+        )
+        if block is not None:
+            prefix.chain.append(block)
+
+    @torch.inference_mode()
+    def _scores(self, request: Request, prefix: _Prefix, first: int) -> Scores:
+        if not request.items:
+            empty = torch.empty(0, len(request.labels))
+            return Scores(empty, empty.new_empty(0) if request.full else None)
+        rows = torch.stack([prefix.state(first + number) for number in range(len(request.items))])
+        logits = self.decoder.label_logits(rows, torch.tensor(request.labels))
+        return Scores(logits, self.decoder.log_normalizers(rows) if request.full else None)
+
+
+def _segment(prefix: _Prefix, piece: Piece) -> Segment:
+    start, stop = piece.span
+    if piece.item is None:
+        return Segment(prefix.tokens[start:stop], prefix.states, start, grows=True)
+    return Segment(prefix.items[piece.item], prefix.states, start)
+
+
+def _usage(plan: Plan, works: Sequence[Work]) -> Usage:
+    computed = sum(piece.span[1] - piece.span[0] for pieces in plan.passes for piece in pieces)
+    cached = 0 if plan.path == "single" else sum(w.spans[w.cached - 1][1] for w in works if w.cached)
+    return Usage(plan.path, len(plan.passes), computed, cached)
