@@ -34,10 +34,19 @@ class Verdict(enum.Enum):
     """Not decided: no reference, or the check failed, hung or crashed."""
 
 
-def after_marker(text: str, end_marker: str) -> str | None:
-    """What stands after the first end marker; None when the thought is never closed."""
-    _, found, rest = text.partition(end_marker)
-    return rest if found else None
+def answer_part(output: str, start_marker: str, end_marker: str, is_open: bool = False) -> str | None:
+    """What a model wrote as its answer: the text after its thought, or all of it where there is no thought.
+
+    Args:
+      output: what the model wrote.
+      start_marker, end_marker: around a thought.
+      is_open: whether the prompt has opened the thought already.
+    Returns: None when the thought is opened and never closed.
+    """
+    _, closes, rest = output.partition(end_marker)
+    if closes:
+        return rest
+    return None if is_open or start_marker in output else output
 
 
 def extract_answer(text: str, style: AnswerStyle = "auto") -> str | None:

@@ -1,7 +1,8 @@
 """A model on a task: generate, find the answers, check them, count with intervals.
 
 1. Every prompt is completed `num_samples` times.
-2. The answer is looked for after the first end marker only. An output that never closes its thought has none.
+2. The answer is looked for after the first end marker. An output that opens a thought and never closes it has none;
+   one that opens none is an answer as a whole.
 3. Answers are checked in killable processes: right, wrong or unknown. A share counts unknown as not right;
    `unknown_fraction` says how much that can be.
 """
@@ -19,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from limbeck.errors import ConfigError
-from limbeck.evaluate.answers import AnswerStyle, Verdict, after_marker, extract_answer
+from limbeck.evaluate.answers import AnswerStyle, Verdict, answer_part, extract_answer
 from limbeck.evaluate.metrics import (
     Interval,
     accuracy,
@@ -31,7 +32,7 @@ from limbeck.evaluate.metrics import (
 )
 from limbeck.evaluate.tasks import Task
 from limbeck.evaluate.workers import AnswerChecker, CheckName
-from limbeck.models.generate import Completion, SamplingConfig, generate
+from limbeck.models.generate import SamplingConfig, generate
 
 RESULTS_FILE = "results.jsonl"
 
@@ -89,9 +90,13 @@ class ProblemResult:
     """What happened on one problem; every list has one entry a sample."""
 
     key: str
+    prompt: str
+    """The text that the model was given, template included."""
     reference: str | None
     verdicts: list[str]
     """right, wrong or unknown."""
+    outputs: list[str]
+    """What the model wrote, special tokens included, without the one that ended it."""
     answers: list[str | None]
     """The extracted answer; None when the thought is never closed or no answer follows it."""
     output_tokens: list[int]
@@ -117,7 +122,7 @@ class EvaluationResult:
         partial = directory / (RESULTS_FILE + ".partial")
         with partial.open("w", encoding="utf-8") as file:
             for row in self.rows:
-                file.write(json.dumps(asdict(row)) + "\n")
+                file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
         partial.replace(directory / RESULTS_FILE)
 
 
@@ -129,6 +134,7 @@ def evaluate(
     *,
     render_prompt: Callable[[Sequence[Mapping[str, str]]], Sequence[int]],
     stop_ids: Sequence[int],
+    start_marker: str = "<think>",
     end_marker: str = "</think>",
     advance: Callable[[int], Any] | None = None,
 ) -> EvaluationResult:
@@ -140,8 +146,9 @@ def evaluate(
       task: the problems.
       config: sampling and checking.
       render_prompt: from chat messages to prompt token ids, the generation prompt included. The template may already
-        open the thought there: only the end marker is looked for in the output.
+        open the thought there.
       stop_ids: tokens that end an output.
+      start_marker: opens the thought, in the prompt or in the output; may be several tokens.
       end_marker: closes the thought; may be several tokens.
       advance: called with the number of outputs that have just ended.
     """
@@ -151,18 +158,26 @@ def evaluate(
     completions = generate(model, prompts, config.sampling(), stop_ids, pad_id, advance)
     generated = time.perf_counter()
     style = config.answer_style or task.answer_style
-    outputs = [[_read(tokenizer, sample, end_marker) for sample in samples] for samples in completions]
-    answers = [[None if text is None else extract_answer(text, style) for text in texts] for texts in outputs]
+    texts = [_decoded(tokenizer, prompt) for prompt in prompts]
+    outputs = [[_decoded(tokenizer, sample.text_ids) for sample in samples] for samples in completions]
+    is_open = [text.rstrip().endswith(start_marker) for text in texts]
+    parts = [
+        [answer_part(output, start_marker, end_marker, opened) for output in samples]
+        for opened, samples in zip(is_open, outputs, strict=True)
+    ]
+    answers = [[None if part is None else extract_answer(part, style) for part in samples] for samples in parts]
     verdicts = _check(task, answers, config)
     rows = [
         ProblemResult(
             key=problem.key,
+            prompt=texts[index],
             reference=problem.reference,
             verdicts=[verdict.value for verdict in verdicts[index]],
+            outputs=outputs[index],
             answers=answers[index],
             output_tokens=[len(sample.token_ids) for sample in completions[index]],
             stopped=[sample.stopped for sample in completions[index]],
-            has_end_marker=[text is not None for text in outputs[index]],
+            has_end_marker=[end_marker in output for output in outputs[index]],
         )
         for index, problem in enumerate(task.problems)
     ]
@@ -191,10 +206,9 @@ def summarise(rows: Sequence[ProblemResult], config: EvaluateConfig) -> dict[str
     return summary | {"unknown_fraction": float(unknown.mean()), "generated_tokens": int(output_tokens.sum())}
 
 
-def _read(tokenizer: Any, completion: Completion, end_marker: str) -> str | None:
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     # Special tokens stay: the end marker may be one.
-    text = tokenizer.decode(completion.text_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return after_marker(text, end_marker)
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _check(task: Task, answers: list[list[str | None]], config: EvaluateConfig) -> list[list[Verdict]]:

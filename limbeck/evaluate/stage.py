@@ -80,6 +80,7 @@ def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, 
             config.evaluate,
             render_prompt=lambda messages: render_prompt(tokenizer, messages, config.render),
             stop_ids=stop_ids(tokenizer, config.render),
+            start_marker=config.render.start_marker,
             end_marker=config.render.end_marker,
             advance=progress.advance,
         )

@@ -14,24 +14,30 @@ import pytest
 
 from limbeck.errors import LimbeckError
 from limbeck.evaluate import workers
-from limbeck.evaluate.answers import Verdict, after_marker, check_exact, extract_answer
+from limbeck.evaluate.answers import Verdict, answer_part, check_exact, extract_answer
 from limbeck.evaluate.workers import AnswerChecker
 
 RIGHT, WRONG, UNKNOWN = Verdict.RIGHT, Verdict.WRONG, Verdict.UNKNOWN
 
 
 @pytest.mark.parametrize(
-    ("text", "marker", "expected"),
+    ("output", "markers", "is_open", "expected"),
     [
-        ("so 4\n</think>\n\n4", "</think>", "\n\n4"),
-        ("so 4", "</think>", None),
-        ("a</think>b</think>c", "</think>", "b</think>c"),
-        ("x<|end_of_thought|>y", "<|end_of_thought|>", "y"),
-        ("</think>", "</think>", ""),
+        ("so 4\n</think>\n\n4", ("<think>", "</think>"), True, "\n\n4"),
+        ("<think>so 4</think>4", ("<think>", "</think>"), False, "4"),
+        ("<think>so 4", ("<think>", "</think>"), False, None),
+        ("so 4", ("<think>", "</think>"), True, None),
+        ("so 4", ("<think>", "</think>"), False, "so 4"),
+        ("a</think>b</think>c", ("<think>", "</think>"), False, "b</think>c"),
+        ("x<|end_of_thought|>y", ("<|begin_of_thought|>", "<|end_of_thought|>"), False, "y"),
+        ("</think>", ("<think>", "</think>"), False, ""),
+        ("", ("<think>", "</think>"), False, ""),
     ],
 )
-def test_answer_follows_the_first_end_marker(text: str, marker: str, expected: str | None) -> None:
-    assert after_marker(text, marker) == expected
+def test_answer_stands_behind_the_thought_or_is_everything(
+    output: str, markers: tuple[str, str], is_open: bool, expected: str | None
+) -> None:
+    assert answer_part(output, *markers, is_open) == expected
 
 
 @pytest.mark.parametrize(

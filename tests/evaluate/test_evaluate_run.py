@@ -69,6 +69,8 @@ CASES = {
     "6+3": ("9", "\n</think>\n\n9", True, "right", "9", True),
     "7+1": ("8", "<think>\n8\n</think>", True, "wrong", None, True),
     "8+1 </think> 9": ("9", "<think>\n", True, "wrong", None, False),
+    "9+0": ("9", "9", True, "right", "9", False),
+    "9+1": ("1", "0", True, "wrong", "0", False),
 }
 
 
@@ -93,6 +95,8 @@ def test_rows_say_what_happened(scripted: tuple[Scripted, Task], tmp_path: Path)
         reference, output, stops, verdict, answer, has_end_marker = case
         length = len(TOKENIZER.encode(output, add_special_tokens=False)) + 1
         assert row.key == text
+        assert row.prompt == TOKENIZER.decode(prompt_of([{"role": "user", "content": text}]))
+        assert row.outputs == [output if stops else TOKENIZER.decode(TOKENIZER.encode(output)[:20])]
         assert row.reference == reference
         assert row.verdicts == [verdict]
         assert row.answers == [answer]
@@ -100,20 +104,21 @@ def test_rows_say_what_happened(scripted: tuple[Scripted, Task], tmp_path: Path)
         assert row.has_end_marker == [has_end_marker]
         assert row.output_tokens == [length if stops else 20]
     summary = result.summary
-    assert summary["accuracy"] == summary["avg_at_n"] == summary["pass_at_k"] == 2 / 8
-    assert summary["stop_rate"] == 7 / 8
-    assert summary["end_marker_rate"] == 5 / 8
-    assert summary["unknown_fraction"] == 1 / 8
+    assert summary["accuracy"] == summary["avg_at_n"] == summary["pass_at_k"] == 3 / 10
+    assert summary["stop_rate"] == 9 / 10
+    assert summary["end_marker_rate"] == 5 / 10
+    assert summary["unknown_fraction"] == 1 / 10
     assert summary["generated_tokens"] == sum(row.output_tokens[0] for row in result.rows)
-    assert summary["output_tokens"] == pytest.approx(summary["generated_tokens"] / 8)
+    assert summary["output_tokens"] == pytest.approx(summary["generated_tokens"] / 10)
     for name in ("accuracy", "avg_at_n", "pass_at_k", "stop_rate", "end_marker_rate", "output_tokens"):
         assert summary[f"{name}_low"] <= summary[name] <= summary[f"{name}_high"]
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    np.testing.assert_array_equal(result.scores, [1, 0, 0, 0, 0, 1, 0, 0])
+    np.testing.assert_array_equal(result.scores, [1, 0, 0, 0, 0, 1, 0, 0, 1, 0])
 
     result.write(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["verdicts"] for line in lines] == [row.verdicts for row in result.rows]
+    assert [line["outputs"] for line in lines] == [row.outputs for row in result.rows]
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
@@ -131,7 +136,8 @@ def test_end_marker_may_be_several_tokens(scripted: tuple[Scripted, Task]) -> No
     result = evaluate(
         model, TOKENIZER, task, config, render_prompt=prompt_of, stop_ids=STOPS, end_marker="\n</think>\n\n"
     )
-    assert [row.has_end_marker[0] for row in result.rows] == [True, True, False, False, True, True, False, False]
+    expected = [True, True, False, False, True, True, False, False, False, False]
+    assert [row.has_end_marker[0] for row in result.rows] == expected
     assert [row.verdicts[0] for row in result.rows] == [case[3] for case in CASES.values()]
 
 
