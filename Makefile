@@ -20,13 +20,13 @@ test-slow: $(VENV)/.ready $(VENV)/.smollm2
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 check: $(VENV)/.ready
-	$(BIN)/ruff check limbeck tests benchmarks
-	$(BIN)/ruff format --check limbeck tests benchmarks
+	$(BIN)/ruff check limbeck studies tests benchmarks
+	$(BIN)/ruff format --check limbeck studies tests benchmarks
 	$(BIN)/mypy
 
 format: $(VENV)/.ready
-	$(BIN)/ruff check --fix limbeck tests benchmarks
-	$(BIN)/ruff format limbeck tests benchmarks
+	$(BIN)/ruff check --fix limbeck studies tests benchmarks
+	$(BIN)/ruff format limbeck studies tests benchmarks
 
 # The site, in build/site.
 docs: $(VENV)/.ready

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import versions
-from limbeck.optim.study.page import Table, markdown_table
+
+# Studies are no part of the installed package: a script finds them beside its own folder.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from studies.page import Table, markdown_table
 
 Outcome = tuple[dict[str, Any], dict[str, Table], list[str]]
 """Keys and values, tables for people, notes."""

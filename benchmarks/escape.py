@@ -19,7 +19,7 @@ from pathlib import Path
 
 from _study import Outcome, main
 
-from limbeck.optim.study.escape import EscapeConfig, fit_table, measure, median_table
+from studies.escape import EscapeConfig, fit_table, measure, median_table
 
 KEYS = (
     "slope_over_predicted",

@@ -31,11 +31,11 @@ from _study import Outcome, main
 from torch import Tensor
 
 from limbeck.optim import AGLD
-from limbeck.optim.problems import Octopus
-from limbeck.optim.study.cells import measure_cells
-from limbeck.optim.study.fit import lower_median, median_interval
-from limbeck.optim.study.methods import METHODS, Method, Settings
-from limbeck.optim.study.swarm import Swarm, run_until
+from studies.cells import measure_cells
+from studies.fit import lower_median, median_interval
+from studies.methods import METHODS, Method, Settings
+from studies.problems import Octopus
+from studies.swarm import Swarm, run_until
 
 Cell = tuple[Any, ...]
 """Method, d, start, first seed, number of seeds, and the fields of a `Setting`."""

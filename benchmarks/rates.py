@@ -23,20 +23,18 @@ from typing import Any
 
 from _study import Outcome, main
 
-from limbeck.optim.study.converge import ConvergeConfig, exponent_table, measure, median_table
+from studies.rates import RatesConfig, exponent_table, measure, median_table
 
 
 def run(quick: bool, scratch: Path) -> Outcome:
     """Measure both problems on the full or the quick grid."""
     if quick:
         small = {"num_seeds": 4, "seeds_per_cell": 4, "num_dims": 100}
-        quartic = ConvergeConfig(epsilons=(0.1, 0.05), **small)
-        valley = ConvergeConfig(problem="valley_saddle", epsilons=(0.2, 0.1), **small)
+        quartic = RatesConfig(epsilons=(0.1, 0.05), **small)
+        valley = RatesConfig(problem="valley_saddle", epsilons=(0.2, 0.1), **small)
     else:
-        quartic = ConvergeConfig(num_seeds=12, seeds_per_cell=6)
-        valley = ConvergeConfig(
-            problem="valley_saddle", epsilons=(0.2, 0.1, 0.05, 0.035), num_seeds=12, seeds_per_cell=6
-        )
+        quartic = RatesConfig(num_seeds=12, seeds_per_cell=6)
+        valley = RatesConfig(problem="valley_saddle", epsilons=(0.2, 0.1, 0.05, 0.035), num_seeds=12, seeds_per_cell=6)
     keys: dict[str, Any] = {}
     tables = {}
     for name, config in {"quartic": quartic, "valley": valley}.items():

@@ -32,7 +32,6 @@ from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError, LimbeckError, nearest
 from limbeck.evaluate import stage as evaluate
 from limbeck.evaluate import verify
-from limbeck.optim.study import converge, escape, race
 from limbeck.pipeline import command as pipeline
 from limbeck.pipeline import ranking as rank_pipeline
 from limbeck.pipeline.config import PipelineConfig
@@ -271,16 +270,6 @@ COMMANDS: dict[str, Command] = {
         "round weights to few bits, for transformers, vLLM and SGLang",
         (*ALL, "--dry-run"),
     ),
-    "optim escape": Command(
-        escape.EscapeConfig, _resumable(escape.run), "measure how the time to leave a saddle grows with dimension", ALL
-    ),
-    "optim converge": Command(
-        converge.ConvergeConfig,
-        _resumable(converge.run),
-        "measure iterations and samples against the accuracy asked for",
-        ALL,
-    ),
-    "optim race": Command(race.RaceConfig, _resumable(race.run), "race optimizers on a test problem", ALL),
     "rank train": Command(
         rank_train.RankTrainConfig,
         _resumable(rank_train.run),
@@ -346,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _say(
             "limbeck: interrupted. demo, pipeline, sweep, teacher cache and traces generate go on when called again; "
-            "distill, recover, rank train and optim go on with --resume."
+            "distill, recover and rank train go on with --resume."
         )
         code = 130
     sys.exit(code)

@@ -166,7 +166,7 @@ def test_every_sweep_has_runs(recipe):
 
 def test_readme_names_real_commands_and_files():
     readme = (ROOT / "README.md").read_text()
-    for command in re.findall(r"`limbeck ((?:(?:traces|teacher|rank|optim) )?[a-z]+)", readme):
+    for command in re.findall(r"`limbeck ((?:(?:traces|teacher|rank) )?[a-z]+)", readme):
         assert command in COMMANDS
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / target).exists(), f"README links to {target}"

@@ -7,7 +7,7 @@ import torch
 
 from limbeck.errors import CheckpointError
 from limbeck.optim import diagnostics, theory
-from limbeck.optim.problems import QuadraticSaddle, QuarticSaddle, make
+from studies.problems import QuadraticSaddle, QuarticSaddle, make
 
 
 def symmetric(num_matrices: int, size: int, seed: int = 0) -> torch.Tensor:

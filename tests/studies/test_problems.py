@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from limbeck.errors import ConfigError
-from limbeck.optim import problems
 from limbeck.optim.diagnostics import curvature_at
-from limbeck.optim.problems import PROBLEMS, Octopus, Problem, QuarticSaddle, SmallNet, ValleySaddle
+from studies import problems
+from studies.problems import PROBLEMS, Octopus, Problem, QuarticSaddle, SmallNet, ValleySaddle
 
 SIZE = 6
 NAMES = sorted(PROBLEMS)

@@ -2,20 +2,26 @@
 
 import json
 import math
+import re
+import runpy
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import limbeck
+import studies
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.optim import AGLD, ASGLD
-from limbeck.optim.problems import QuarticSaddle
-from limbeck.optim.study import cells, converge, escape, race
-from limbeck.optim.study.fit import fit_line, lower_median, median_interval, slope_interval
-from limbeck.optim.study.methods import METHODS, Settings
-from limbeck.optim.study.page import cell_text, markdown_table
-from limbeck.optim.study.swarm import Swarm, run_until
 from limbeck.optim.theory import escape_slope, predicted_escape_steps
+from studies import cells, escape, race, rates
+from studies.fit import fit_line, lower_median, median_interval, slope_interval
+from studies.methods import METHODS, Settings
+from studies.page import cell_text, markdown_table
+from studies.problems import QuarticSaddle
+from studies.swarm import Swarm, run_until
 
 SETTINGS = Settings(lr=0.2)
 
@@ -171,10 +177,10 @@ def _fail(config, cell):
 
 @pytest.mark.parametrize(("problem", "epsilons"), [("quartic_saddle", (0.1, 0.07)), ("valley_saddle", (0.25, 0.18))])
 def test_converge_finds_exponents_within_the_claims_and_second_order_points(tmp_path, problem, epsilons):
-    config = converge.ConvergeConfig(
+    config = rates.RatesConfig(
         problem=problem, epsilons=epsilons, num_dims=30, num_seeds=3, seeds_per_cell=3, num_workers=1
     )
-    result = converge.run(config, tmp_path / "out")
+    result = rates.run(config, tmp_path / "out")
     for schedule, claim in {"constant": 4, "growing": 2, "full": 2}.items():
         found = result[schedule]
         assert found["arrived_fraction"] == 1
@@ -188,9 +194,9 @@ def test_converge_finds_exponents_within_the_claims_and_second_order_points(tmp_
 
 
 def test_a_point_with_a_small_gradient_at_a_saddle_has_not_arrived():
-    config = converge.ConvergeConfig(num_dims=30)
-    problem = converge.make_problem(config)
-    test = converge._arrival_test(problem, 0.1, 0.5, 20)
+    config = rates.RatesConfig(num_dims=30)
+    problem = rates.make_problem(config)
+    test = rates._arrival_test(problem, 0.1, 0.5, 20)
     (minimum, _) = problem.facts().minima
     points = torch.stack([torch.zeros(30), minimum, torch.full((30,), 0.5)])
     assert test(points, 0).tolist() == [False, True, False]
@@ -215,13 +221,47 @@ def test_configs_refuse_what_cannot_work():
     with pytest.raises(ValueError, match="dims"):
         escape.EscapeConfig(dims=(10,))
     with pytest.raises(ValueError, match=r"gamma\^2"):
-        converge.ConvergeConfig(epsilons=(0.5, 0.1))
+        rates.RatesConfig(epsilons=(0.5, 0.1))
     with pytest.raises(ConfigError, match="target_loss"):
         race.RaceConfig(problem="monkey_saddle")
     with pytest.raises(ConfigError, match="random"):
         race.RaceConfig(problem="dictionary_learning", target_loss=0.1)
     with pytest.raises(ConfigError, match="octopus"):
         race.RaceConfig(problem="octopusy")
+
+
+@pytest.mark.parametrize("study", [escape, race, rates], ids=lambda study: study.__name__)
+def test_every_study_is_a_command_whose_flags_are_the_fields_of_its_config(study, tmp_path, monkeypatch, capsys):
+    name = study.__name__.removeprefix("studies.")
+    monkeypatch.setattr("sys.argv", [name, "--num-sedes", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(study.__file__, run_name="__main__")
+    assert stopped.value.code == 2
+    assert "did you mean 'num_seeds'?" in capsys.readouterr().err
+
+
+def test_a_study_writes_where_it_is_told_and_prints_its_table(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "race"
+    words = (
+        "--problem quartic_saddle --size 4 --methods [agld] --lrs [0.5] --tune-seeds 1 --num-seeds 3 --num-workers 1"
+    )
+    monkeypatch.setattr("sys.argv", ["race", *words.split(), "--out", str(out)])
+    runpy.run_path(race.__file__, run_name="__main__")
+    assert capsys.readouterr().out.strip() == (out / "table.md").read_text().strip()
+    monkeypatch.setattr("sys.argv", ["race", *words.split(), "--out", str(out)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(race.__file__, run_name="__main__")
+    assert "exists" in capsys.readouterr().err
+
+
+def test_the_package_does_not_need_the_studies():
+    package = Path(limbeck.__file__).parent
+    assert not [
+        path for path in package.rglob("*.py") if re.search(r"^\s*(from|import) studies", path.read_text(), re.M)
+    ]
+    root = Path(studies.__file__).parent.parent
+    found = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    assert found["include"] == ["limbeck*"]
 
 
 def test_asgld_without_noise_leaves_an_axis_aligned_saddle_never():

@@ -22,17 +22,18 @@ import numpy as np
 from torch import Tensor
 
 from limbeck.checkpoint import output_directory
-from limbeck.optim.problems import PhaseRetrieval, QuadraticSaddle, QuarticSaddle
-from limbeck.optim.study import draw
-from limbeck.optim.study.cells import measure_cells
-from limbeck.optim.study.fit import fit_line, lower_median, slope_interval
-from limbeck.optim.study.methods import Settings, method_named
-from limbeck.optim.study.page import Table, write_study
-from limbeck.optim.study.swarm import Swarm, run_until
+from limbeck.errors import ConfigError
 from limbeck.optim.theory import escape_slope
+from studies import draw
+from studies.cells import measure_cells
+from studies.command import main
+from studies.fit import fit_line, lower_median, slope_interval
+from studies.methods import Settings, method_named
+from studies.page import Table, write_study
+from studies.problems import PhaseRetrieval, QuadraticSaddle, QuarticSaddle
+from studies.swarm import Swarm, run_until
 
 SaddleProblem = QuadraticSaddle | QuarticSaddle | PhaseRetrieval
-Noise = Literal["energy", "coordinate"]
 Cell = tuple[str, str, int, int, int]
 """Method, noise, d, first seed, number of seeds."""
 
@@ -89,13 +90,13 @@ class EscapeConfig:
         for name in self.methods:
             method_named(name)
         if len(set(self.dims)) < 2 or min(self.dims) < 2:
-            raise ValueError(f"dims must be two or more different numbers of 2 or more; found {list(self.dims)}.")
+            raise ConfigError(f"dims must be two or more different numbers of 2 or more; found {list(self.dims)}.")
         for name in ("num_seeds", "num_seeds_large", "batch_size", "max_steps", "num_workers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; found {getattr(self, name)}.")
+                raise ConfigError(f"{name} must be 1 or more; found {getattr(self, name)}.")
         for name in ("lr", "negative_curvature", "noise_radius", "grad_threshold", "distance"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0; found {getattr(self, name)}.")
+                raise ConfigError(f"{name} must be above 0; found {getattr(self, name)}.")
 
 
 def run(config: EscapeConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def run(config: EscapeConfig, out: Path, *, overwrite: bool = False, resume: boo
         draw.escape_times(result, directory / "escape.png")
         write_study(
             directory,
-            stage="optim escape",
+            stage="studies.escape",
             title="Escape time against dimension",
             notes=_notes(config, result),
             config=config,
@@ -275,3 +276,7 @@ def _quartiles(times: Sequence[float]) -> list[float | None]:
 
 def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    main(EscapeConfig, run, "escape")

@@ -28,26 +28,34 @@ import torch
 from torch import Tensor
 
 from limbeck.checkpoint import output_directory
+from limbeck.errors import ConfigError
 from limbeck.optim.diagnostics import curvature_at, products_needed, second_order
 from limbeck.optim.growing_batch import BatchGrowth
-from limbeck.optim.problems import QuarticSaddle, TiltedProblem, ValleySaddle
-from limbeck.optim.study import draw
-from limbeck.optim.study.cells import measure_cells
-from limbeck.optim.study.fit import fit_line, lower_median, slope_interval
-from limbeck.optim.study.methods import Settings, method_named
-from limbeck.optim.study.page import Table, write_study
-from limbeck.optim.study.swarm import Swarm, run_until
+from studies import draw
+from studies.cells import measure_cells
+from studies.command import main
+from studies.fit import fit_line, lower_median, slope_interval
+from studies.methods import Settings, method_named
+from studies.page import Table, write_study
+from studies.problems import QuarticSaddle, TiltedProblem, ValleySaddle
+from studies.swarm import Swarm, run_until
 
 Schedule = Literal["constant", "growing", "full"]
 Cell = tuple[str, float, int, int]
 """Schedule, eps, first seed, number of seeds."""
 
+PROTOCOL = (
+    "Runs start exactly at a strict saddle. A run has arrived when the full gradient has norm <= eps and Lanczos finds "
+    "no Hessian eigenvalue below -sqrt(rho eps). The log of the median is fitted against ln(1/eps); the slope is the "
+    "exponent."
+)
+"""What the page says of the measurement."""
 _RETEST = 1.02
 _SCREEN_PRODUCTS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConvergeConfig:
+class RatesConfig:
     """One problem, three ways to feed gradients, a grid of accuracies."""
 
     problem: Literal["quartic_saddle", "valley_saddle"] = "quartic_saddle"
@@ -83,42 +91,42 @@ class ConvergeConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.epsilons)) < 2 or not min(self.epsilons) > 0:
-            raise ValueError(f"epsilons must be two or more different positive numbers; found {list(self.epsilons)}.")
+            raise ConfigError(f"epsilons must be two or more different positive numbers; found {list(self.epsilons)}.")
         if not 0 < self.constant_lr < 2:
-            raise ValueError(f"constant_lr must lie in (0, 2); found {self.constant_lr}.")
+            raise ConfigError(f"constant_lr must lie in (0, 2); found {self.constant_lr}.")
         for name in ("num_dims", "num_seeds", "seeds_per_cell", "batch_size", "max_steps", "num_workers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; found {getattr(self, name)}.")
+                raise ConfigError(f"{name} must be 1 or more; found {getattr(self, name)}.")
         rho = make_problem(self).facts().hessian_lipschitz or 0.0
         if self.negative_curvature <= math.sqrt(rho * max(self.epsilons)):
             limit = self.negative_curvature**2 / rho
-            raise ValueError(
+            raise ConfigError(
                 f"epsilons must stay below gamma^2 / rho = {limit:.3g}, or the saddle itself passes the test."
             )
 
 
-def run(config: ConvergeConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(config: RatesConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Measure, fit, and write result.json, table.md, plots and page.html into `out`; the result comes back."""
     with output_directory(out, overwrite=overwrite, resume=resume) as directory:
         result = measure(config, directory / "cells.jsonl")
-        draw.convergence(result, directory / "converge.png")
+        draw.convergence(result, directory / "rates.png")
         write_study(
             directory,
-            stage="optim converge",
+            stage="studies.rates",
             title="Steps and samples to a second-order point",
             notes=[
-                (__doc__ or "").split("\n\n")[1],
+                PROTOCOL,
                 "The claim is an upper bound: exponents at or below it agree with it.",
             ],
             config=config,
             result=result,
             tables={"Exponents of 1/eps": exponent_table(result), "Medians": median_table(result)},
-            plots={"Steps and samples against 1/eps": directory / "converge.png"},
+            plots={"Steps and samples against 1/eps": directory / "rates.png"},
         )
     return result
 
 
-def measure(config: ConvergeConfig, cells_path: Path) -> dict[str, Any]:
+def measure(config: RatesConfig, cells_path: Path) -> dict[str, Any]:
     """Steps and samples of every schedule and eps, and the exponents; `cells_path` lets an interrupted study go on."""
     chunks = range(0, config.num_seeds, config.seeds_per_cell)
     cells: list[Cell] = [
@@ -127,11 +135,11 @@ def measure(config: ConvergeConfig, cells_path: Path) -> dict[str, Any]:
         for schedule in config.schedules
         for start in chunks
     ]
-    measured = measure_cells(measure_cell, config, cells, cells_path, "converge", config.num_workers)
+    measured = measure_cells(measure_cell, config, cells, cells_path, "rates", config.num_workers)
     return {schedule: _summary(config, schedule, measured) for schedule in config.schedules}
 
 
-def measure_cell(config: ConvergeConfig, cell: Cell) -> dict[str, Any]:
+def measure_cell(config: RatesConfig, cell: Cell) -> dict[str, Any]:
     """Steps and samples of some seeds at one eps, and whether each end point passes a fresh second-order test."""
     schedule, eps, first_seed, num_seeds = cell
     problem = make_problem(config)
@@ -158,7 +166,7 @@ def measure_cell(config: ConvergeConfig, cell: Cell) -> dict[str, Any]:
     }
 
 
-def make_problem(config: ConvergeConfig) -> TiltedProblem:
+def make_problem(config: RatesConfig) -> TiltedProblem:
     """The problem of `config`."""
     gamma, sigma = config.negative_curvature, config.gradient_noise
     if config.problem == "valley_saddle":
@@ -225,14 +233,14 @@ def _arrival_test(
     return has_arrived
 
 
-def _batch_sizes(config: ConvergeConfig, schedule: str) -> Callable[[int], int | None]:
+def _batch_sizes(config: RatesConfig, schedule: str) -> Callable[[int], int | None]:
     if schedule == "full":
         return lambda step: None
     growth = config.batch_growth if schedule == "growing" else 0.0
     return BatchGrowth(config.batch_size, growth).size_at
 
 
-def _summary(config: ConvergeConfig, schedule: str, measured: Mapping[Cell, Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(config: RatesConfig, schedule: str, measured: Mapping[Cell, Mapping[str, Any]]) -> dict[str, Any]:
     epsilons = sorted(config.epsilons, reverse=True)
     cells = {eps: [found for cell, found in measured.items() if cell[:2] == (schedule, eps)] for eps in epsilons}
     steps = [[_number(value) for found in cells[eps] for value in found["steps"]] for eps in epsilons]
@@ -281,3 +289,7 @@ def _number(value: float | None) -> float:
 
 def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    main(RatesConfig, run, "rates")

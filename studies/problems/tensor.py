@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.optim.problems.problem import Facts, Problem
+from studies.problems.problem import Facts, Problem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,17 +20,24 @@ from torch import Tensor
 
 from limbeck.checkpoint import output_directory
 from limbeck.errors import ConfigError
-from limbeck.optim.problems import Problem, make
-from limbeck.optim.study import draw
-from limbeck.optim.study.cells import measure_cells
-from limbeck.optim.study.fit import lower_median, median_interval
-from limbeck.optim.study.methods import Settings, method_named
-from limbeck.optim.study.page import Table, write_study
-from limbeck.optim.study.swarm import Swarm, run_until
+from studies import draw
+from studies.cells import measure_cells
+from studies.command import main
+from studies.fit import lower_median, median_interval
+from studies.methods import Settings, method_named
+from studies.page import Table, write_study
+from studies.problems import Problem, make
+from studies.swarm import Swarm, run_until
 
 Cell = tuple[str, float, int, int]
 """Method, step size, first seed, number of seeds."""
 
+PROTOCOL = (
+    "Every method is tried with every step size of the grid on some seeds; the lowest median number of steps wins and "
+    "is measured on other seeds. A run has arrived when its exact loss is at most "
+    "minimum + tolerance * (loss at the start - minimum)."
+)
+"""What the page says of the measurement."""
 _CURVE_SEEDS = 5
 
 
@@ -39,7 +46,7 @@ class RaceConfig:
     """One problem, some optimizers, a grid of step sizes."""
 
     problem: str = "phase_retrieval"
-    """Name of a test problem: any key of limbeck.optim.problems.PROBLEMS."""
+    """Name of a test problem: any key of studies.problems.PROBLEMS."""
     size: int = 2
     """The problem's own size: coordinates, rows, inputs or width. 2 draws paths where a point is a 2-vector."""
     methods: tuple[str, ...] = ("gd", "heavy_ball", "perturbed_gd", "agld", "agld_momentum", "adam", "adamw")
@@ -81,12 +88,12 @@ class RaceConfig:
         for name in self.methods:
             method_named(name)
         if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must lie in (0, 1); found {self.tolerance}.")
+            raise ConfigError(f"tolerance must lie in (0, 1); found {self.tolerance}.")
         if not self.lrs or not min(self.lrs) > 0:
-            raise ValueError(f"lrs must be one or more positive step sizes; found {list(self.lrs)}.")
+            raise ConfigError(f"lrs must be one or more positive step sizes; found {list(self.lrs)}.")
         for name in ("size", "max_steps", "tune_seeds", "num_seeds", "batch_size", "num_workers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; found {getattr(self, name)}.")
+                raise ConfigError(f"{name} must be 1 or more; found {getattr(self, name)}.")
         facts = make(self.problem, self.size).facts()
         if facts.minimum_loss is None and self.target_loss is None:
             raise ConfigError(f"race: the lowest loss of {self.problem} is unknown or unbounded. Set target_loss.")
@@ -107,10 +114,10 @@ def run(config: RaceConfig, out: Path, *, overwrite: bool = False, resume: bool 
             draw.paths(problem, {name: points for name, (_, points) in curves.items()}, plots["Paths of three seeds"])
         write_study(
             directory,
-            stage="optim race",
+            stage="studies.race",
             title=f"Race on {config.problem}, size {config.size}",
             notes=[
-                (__doc__ or "").split("\n\n")[1],
+                PROTOCOL,
                 f"Start: {config.start}. Target loss: {result['target_loss']:.6g}.",
             ],
             config=config,
@@ -228,3 +235,7 @@ def _curve(config: RaceConfig, name: str, lr: float) -> tuple[list[float], Tenso
 
 def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    main(RaceConfig, run, "race")

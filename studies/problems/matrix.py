@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.optim.problems.problem import Facts, Problem, TiltedProblem
+from studies.problems.problem import Facts, Problem, TiltedProblem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limbeck.errors import ConfigError, nearest
-from limbeck.optim.problems.degenerate import DeepLinear, MonkeySaddle
-from limbeck.optim.problems.dictionary import DictionaryLearning
-from limbeck.optim.problems.matrix import (
+from studies.problems.degenerate import DeepLinear, MonkeySaddle
+from studies.problems.dictionary import DictionaryLearning
+from studies.problems.matrix import (
     AsymmetricFactorisation,
     MatrixCompletion,
     MatrixFactorisation,
     MatrixSensing,
 )
-from limbeck.optim.problems.nets import SmallNet
-from limbeck.optim.problems.octopus import Octopus
-from limbeck.optim.problems.pca import OnlinePCA
-from limbeck.optim.problems.phase_retrieval import PhaseRetrieval, SampledPhaseRetrieval
-from limbeck.optim.problems.problem import Facts, Problem, TiltedProblem
-from limbeck.optim.problems.saddles import QuadraticSaddle, QuarticSaddle, ValleySaddle
-from limbeck.optim.problems.tensor import TensorDecomposition
+from studies.problems.nets import SmallNet
+from studies.problems.octopus import Octopus
+from studies.problems.pca import OnlinePCA
+from studies.problems.phase_retrieval import PhaseRetrieval, SampledPhaseRetrieval
+from studies.problems.problem import Facts, Problem, TiltedProblem
+from studies.problems.saddles import QuadraticSaddle, QuarticSaddle, ValleySaddle
+from studies.problems.tensor import TensorDecomposition
 
 __all__ = [
     "PROBLEMS",

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from limbeck.optim.problems import Problem
-from limbeck.optim.study.methods import Method, Settings
+from studies.methods import Method, Settings
+from studies.problems import Problem
 
 BatchSize = Callable[[int], int | None]
 """Step to the number of samples in its mini-batch; None asks for the exact gradient."""

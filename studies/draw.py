@@ -12,8 +12,8 @@ from matplotlib import pyplot
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from limbeck.optim.problems import Problem
-from limbeck.optim.study.page import save_figure
+from studies.page import save_figure
+from studies.problems import Problem
 
 _PATHS = 3
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.optim.problems.problem import Facts, Problem
+from studies.problems.problem import Facts, Problem
 
 Kind = Literal["linear", "tanh", "autoencoder", "bottleneck"]
 

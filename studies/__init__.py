@@ -1,0 +1,1 @@
+"""Measurements behind the claims of `limbeck.optim`, one command each: `python -m studies.NAME`."""
