@@ -22,7 +22,8 @@ geometric mean as `..._mean`; `..._worst` is the largest ratio.
 
     python benchmarks/solvers.py [--quick] [--threads 2] [--clock wall] [--work DIR] [--out benchmarks/results]
 
-Peers: `make bench-peers-compress` makes .venv-compress and .venv-fmchisel.
+Peers: `make bench-peers-compress` makes .venv-compress and .venv-fmchisel. Without them ours is measured alone, and
+what is relative to them is null; without smollm2-135m only the made problems are.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from limbeck.compress.prune import alps, magnitude, osscar, sparsegpt, wanda
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.quantize import awq, gptq, quantease, rtn
 from limbeck.compress.quantize.grid import Grid
+from limbeck.errors import ModelError
 from limbeck.traces.sources import TraceConfig
 
 LAYERS = {
@@ -99,8 +101,6 @@ class Peer:
 
     def __init__(self, venv: str, threads: int) -> None:
         python = Path(venv) / "bin" / "python"
-        if not python.exists():
-            raise SystemExit(f"{python} is missing: make bench-peers-compress")
         script = Path(__file__).with_name("_peer_solvers.py")
         self._process = subprocess.Popen(
             [str(python), str(script), str(threads)],
@@ -252,7 +252,8 @@ def measure_job(job: Job, peers: dict[str, Peer], scratch: Path, repeats: int, c
     save_file({"weight": job.problem.weight.contiguous(), "gram": job.problem.moments.gram.contiguous()}, path)
     rows = []
     for case in cases(job):
-        seconds: dict[str, list[float]] = {name: [] for name in (*case.ours, *case.peers)}
+        asked = {name: options for name, options in case.peers.items() if name.split()[0] in peers}
+        seconds: dict[str, list[float]] = {name: [] for name in (*case.ours, *asked)}
         errors: dict[str, float] = {}
         start = time.perf_counter()
         for repeat in range(repeats):
@@ -262,7 +263,7 @@ def measure_job(job: Job, peers: dict[str, Peer], scratch: Path, repeats: int, c
                 answer, spent = timed(solve, job.problem, clock)
                 errors[name] = layer_error(job.problem, answer)
                 seconds[name].append(spent)
-            for name, options in case.peers.items():
+            for name, options in asked.items():
                 answer, spent = peers[name.split()[0]].solve(name, path, options, clock)
                 errors[name] = layer_error(job.problem, answer)
                 seconds[name].append(spent)
@@ -280,11 +281,17 @@ def measure(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     wanted = tuple(options.problems or [""])
     jobs = [made_job(256)] if options.quick else [made_job(1024), made_job(2048)]
     if "layers".startswith(wanted) or any(name.startswith("layers") for name in wanted):
-        jobs = real_jobs(work, {4: LAYERS[4]} if options.quick else LAYERS, 8 if options.quick else 32) + jobs
+        try:
+            jobs = real_jobs(work, {4: LAYERS[4]} if options.quick else LAYERS, 8 if options.quick else 32) + jobs
+        except ModelError as error:
+            print(f"without the layers of {MODEL}: {error}", flush=True)
     jobs = [job for job in jobs if job.problem.name.startswith(wanted)]
     repeats = 1 if options.quick else options.repeats
     with ExitStack() as stack:
-        peers = {name: stack.enter_context(Peer(venv, options.threads)) for name, venv in PEERS.items()}
+        there = {name: venv for name, venv in PEERS.items() if (Path(venv) / "bin" / "python").exists()}
+        for name in PEERS.keys() - there.keys():
+            print(f"{name}: {PEERS[name]} is missing, so it is not compared (make bench-peers-compress)", flush=True)
+        peers = {name: stack.enter_context(Peer(venv, options.threads)) for name, venv in there.items()}
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for job in jobs:
             path = work / f"{job.problem.name}.json"
@@ -312,13 +319,19 @@ RATIOS = {
 """Key -> what is compared, whose, over whose."""
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Every key over all problems: geometric mean of errors or ratio of the seconds in all, and the largest ratio."""
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Every key over all problems: geometric mean of errors or ratio of the seconds in all, and the largest ratio.
+
+    None without the peer.
+    """
     found = {(row["problem"], row["setting"], row["solver"]): row for row in rows}
-    keys = {}
+    keys: dict[str, float | None] = {}
     for key, (field, ours, theirs) in RATIOS.items():
         pairs = [(row, found.get((row["problem"], row["setting"], theirs))) for row in rows if row["solver"] == ours]
         values = [(row[field], other[field]) for row, other in pairs if other]
+        if not values:
+            keys |= dict.fromkeys([key, f"{key}_worst", *([f"{key}_mean"] if field == "seconds" else [])])
+            continue
         ratios = [mine / other for mine, other in values]
         mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
         if field == "seconds":
@@ -327,7 +340,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         else:
             keys[key] = mean
         keys[f"{key}_worst"] = max(ratios)
-    return {key: float(f"{value:.4g}") for key, value in keys.items()}
+    return {key: None if value is None else float(f"{value:.4g}") for key, value in keys.items()}
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:

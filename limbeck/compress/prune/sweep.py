@@ -100,7 +100,10 @@ class Sweep:
         """tr(P^-1 G_gg) of every group, [n]."""
         if self._size == 1:
             return (self._energies / self._pivots)[:, 0, 0]
-        return torch.linalg.solve(self._pivots, self._energies).diagonal(dim1=1, dim2=2).sum(1)
+        # Not `solve`: torch hands the LUs of a batch to several threads, and MKL's LU is not safe there (pytorch issue
+        # 142815: wrong from 160 rows on, or an error). The blocks are positive definite, so Cholesky does.
+        factors = torch.linalg.cholesky(self._pivots)
+        return torch.cholesky_solve(self._energies, factors).diagonal(dim1=1, dim2=2).sum(1)
 
     def _sweep(self, group: int, sign: float) -> None:
         if self._waiting + self._size > len(self._left):
