@@ -16,6 +16,9 @@ from torch import Tensor
 
 HIDDEN = torch.finfo(torch.float32).min
 """Added to a masked product; finite, so that a row without any visible key stays finite and gets weight 0."""
+TILE_TOKENS = 1024
+SMALL_TOKENS = 64
+"""Masks of segments up to this length are all kept, less than 1 MB for each head of a group."""
 
 
 def attend(
@@ -39,7 +42,7 @@ def attend(
     groups = heads // key.shape[2]
     stacked = query.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).reshape(count, -1, groups * length, size)
     own = (key.transpose(1, 2), value.transpose(1, 2))
-    out, log_sums = _flash(stacked, *own, scale, _own_mask(length, groups, window))
+    out, log_sums = _own_attention(stacked, *own, groups, scale, window)
     if past is not None:
         start = past[0].shape[1]
         low = 0 if window is None else max(0, start - window + 1)
@@ -81,15 +84,41 @@ def _merged(out_a: Tensor, log_sums_a: Tensor, out_b: Tensor, log_sums_b: Tensor
     return (out_a * weight[..., :1]).add_(out_b * weight[..., 1:])
 
 
-@functools.lru_cache(maxsize=256)
-def _own_mask(length: int, groups: int, window: int | None) -> Tensor | None:
-    """[groups * length, length], 0 where a token may look; None for single tokens."""
-    if length == 1:
+def _own_attention(
+    query: Tensor, key: Tensor, value: Tensor, groups: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """`_flash` of segments to themselves; long ones a tile of queries at a time, so that no mask is length squared."""
+    length = key.shape[2]
+    if length <= TILE_TOKENS:
+        return _flash(query, key, value, scale, _own_mask(0, length, groups, window))
+    rows = query.unflatten(2, (groups, length))
+    outs, sums = [], []
+    for start in range(0, length, TILE_TOKENS):
+        stop = min(start + TILE_TOKENS, length)
+        tile = rows[:, :, :, start:stop].flatten(2, 3)
+        mask = _own_mask(start, stop, groups, window)
+        out, log_sums = _flash(tile, key[:, :, :stop], value[:, :, :stop], scale, mask)
+        outs.append(out.unflatten(2, (groups, -1)))
+        sums.append(log_sums.unflatten(2, (groups, -1)))
+    return torch.cat(outs, 3).flatten(2, 3), torch.cat(sums, 3).flatten(2, 3)
+
+
+def _own_mask(start: int, stop: int, groups: int, window: int | None) -> Tensor | None:
+    """[groups * (stop - start), stop], 0 where tokens from `start` on may look; None for a single one."""
+    if stop == 1:
         return None
-    place = torch.arange(length)
-    distance = place[:, None] - place
+    return (_small_mask if stop <= SMALL_TOKENS else _large_mask)(start, stop, groups, window)
+
+
+def _made_mask(start: int, stop: int, groups: int, window: int | None) -> Tensor:
+    distance = torch.arange(start, stop)[:, None] - torch.arange(stop)
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     return torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN).repeat(groups, 1)
+
+
+_small_mask = functools.lru_cache(maxsize=SMALL_TOKENS)(_made_mask)
+_large_mask = functools.lru_cache(maxsize=2)(_made_mask)
+"""For the layers of a pass; more would be memory that grows with the lengths that are asked for."""
 
 
 def _past_mask(length: int, groups: int, start: int, low: int, window: int | None) -> Tensor | None:

@@ -36,7 +36,7 @@ class _Text(Context):
 
     def propose(self, logits: Tensor) -> Proposal:
         """Draw a token and write it."""
-        if self.sampling.temperature == 0:
+        if self.sampling.is_greedy:
             proposal = Proposal(int(logits.argmax()), None)
         else:
             distribution = distribution_of(logits, self.sampling)
@@ -62,7 +62,7 @@ class Drafter:
     def helps(self, job: Job, running: int) -> bool:
         """Whether a job is written with drafts beside so many others."""
         is_short = len(job.prompt) + job.max_tokens <= self.decoder.max_tokens
-        depends_on_draft = job.sampling.temperature > 0 and job.sampling.seed is not None
+        depends_on_draft = not job.sampling.is_greedy and job.sampling.seed is not None
         return is_short and job.max_tokens > 1 and (running <= self.config.max_running or depends_on_draft)
 
     def read(self, jobs: Mapping[int, Job], most_tokens: int) -> None:

@@ -17,12 +17,12 @@ def draw_tokens(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequenc
     Args:
       logits: [R V]; -inf where a token may not come.
       samplings: one a row.
-      uniforms: in [0, 1), one a row; unused at temperature 0.
+      uniforms: in [0, 1), one a row; unused where the sampling is greedy.
     Source: top-p is nucleus sampling (Holtzman et al. 2020), min-p that of Nguyen et al. 2024; filters come in the
     order of transformers: temperature, top-k, top-p over what is left, min-p.
     """
     tokens = logits.argmax(-1)
-    sampled = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    sampled = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
     if sampled:
         targets = torch.tensor([uniforms[row] for row in sampled], dtype=torch.float64)
         tokens[sampled] = _sample(logits[sampled], [samplings[row] for row in sampled], targets)
@@ -30,7 +30,7 @@ def draw_tokens(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequenc
 
 
 def distribution_of(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [V] that `draw_tokens` draws a row from by its logits [V], at a temperature above 0."""
+    """The distribution [V] that `draw_tokens` draws a row from by its logits [V], unless it is greedy."""
     probabilities = torch.softmax(logits / sampling.temperature, -1)
     if not _is_filtered(sampling):
         return probabilities

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from limbeck.errors import ConfigError, ModelError
 
+GREEDY_BELOW = 1e-5
+"""Temperatures whose limit, the most likely token, is taken: divided by less, logits leave float32's range."""
 FinishReason = Literal["stop", "length"]
 """stop: an end token, or a constraint that is complete; length: the limit of tokens."""
 
@@ -19,7 +21,7 @@ class Sampling:
     """How a token is drawn from the logits."""
 
     temperature: float = 1.0
-    """0 takes the most likely token."""
+    """0, or less than GREEDY_BELOW, takes the most likely token."""
     top_k: int = 0
     """Only the k most likely tokens; 0 for all."""
     top_p: float = 1.0
@@ -28,6 +30,11 @@ class Sampling:
     """Only tokens that have this share of the most likely one's probability."""
     seed: int | None = None
     """Same seed and prompt, same text, whatever else is in the batch; null: another one each time."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature < GREEDY_BELOW
 
 
 class Constraint(Protocol):

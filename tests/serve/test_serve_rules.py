@@ -155,3 +155,10 @@ def test_log_probs_and_alternatives():
     assert first.log_prob == pytest.approx(float(expected[0, 0])) and [token for token, _ in first.top] == [1, 2]
     assert second.top[0] == (0, pytest.approx(float(expected[1, 0])))
     assert drawn_of([1], logits[:1], 0)[0].top == [] and len(drawn_of([1], logits[:1], 9)[0].top) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-38, 1e-9])
+@pytest.mark.parametrize("extra", [{}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_a_temperature_that_goes_to_zero_takes_the_most_likely(temperature, extra):
+    logits = torch.tensor([[3.0, 90.0, -torch.inf, 89.0]])
+    assert draw_tokens(logits, [Sampling(temperature=temperature, **extra)], [0.999]) == [1]

@@ -34,13 +34,21 @@ def library() -> ctypes.CDLL:
     key = hashlib.blake2b(digest_size=8)
     for part in (*(source.read_bytes() for source in SOURCES), *map(str.encode, (compiler, *FLAGS, _machine()))):
         key.update(part)
-    path = _directory() / f"decode-{key.hexdigest()}.so"
+    stem = f"decode-{key.hexdigest()}"
     try:
-        if not path.is_file():
-            _compile(compiler, path)
+        path = next(filter(_is_whole, _directory().glob(f"{stem}-*.so")), None) or _compile(compiler, stem)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise Missing(f"the compiled kernels cannot be loaded ({error})") from error
+        raise Missing(f"the compiled kernels cannot be loaded ({error}); delete {_directory()}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has the bytes that its name promises: loading one that was cut short ends the process."""
+    return path.stem.rpartition("-")[2] == _digest(path)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def _compiler() -> str:
@@ -51,17 +59,19 @@ def _compiler() -> str:
     raise Missing("there is no C++ compiler (CXX, c++, g++, clang++)")
 
 
-def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # several processes may be at it
-        made = Path(scratch) / path.name
+def _compile(compiler: str, stem: str) -> Path:
+    """Where the library lies, under a name with the digest of its bytes."""
+    directory = _directory()
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:  # several processes may be at it
+        made = Path(scratch) / "decode.so"
         command = [compiler, *FLAGS, "-w", str(SOURCES[0]), "-o", str(made)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
         except subprocess.SubprocessError as error:
             told = str(getattr(error, "stderr", None) or error).strip().splitlines()
             raise Missing(f"{compiler} does not compile {SOURCES[0].name} here ({told[0][:200]})") from error
-        made.replace(path)
+        return made.replace(directory / f"{stem}-{_digest(made)}.so")
 
 
 def _directory() -> Path:
