@@ -29,12 +29,13 @@ from typing import Any
 from _study import Outcome, main
 
 from limbeck.checkpoint import Checkpoint
-from limbeck.config import build, config_hash, set_field, to_dict
+from limbeck.config import build, config_hash, to_dict
 from limbeck.demo import DemoConfig, sample_traces, sweep_config
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from studies.page import Table
+from limbeck.flags import set_field
 
 T_QUANTILES = {1: 12.706, 4: 2.776}
 """Degrees of freedom -> Student's t at 0.975."""

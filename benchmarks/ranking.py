@@ -33,7 +33,7 @@ from _process import conditions, markdown, publish
 from reasoning_recipes import interval
 from torch import Tensor, nn
 
-from limbeck.config import build, read_recipe
+from limbeck.config import build
 from limbeck.pipeline import ranking as pipeline
 from limbeck.pipeline.ranking import KD, SFT, RankPipelineConfig
 from limbeck.ranking.auc import auc
@@ -44,6 +44,7 @@ from limbeck.ranking.request import Request, Split
 from limbeck.report.drawing import render
 from limbeck.report.ranked import Step
 from limbeck.report.ranking import ranking_plots, ranking_table
+from limbeck.yaml_values import read_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "movielens_ranking.yaml"
 FACTORS, EPOCHS = 16, 8

@@ -32,11 +32,12 @@ from _process import conditions, markdown, publish
 
 from limbeck import demo
 from limbeck.checkpoint import Checkpoint
-from limbeck.config import build, set_field, to_dict
+from limbeck.config import build, to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score
+from limbeck.flags import set_field
 from limbeck.traces import probe
 from limbeck.traces.sources import TraceConfig
 

@@ -35,11 +35,12 @@ from limbeck.checkpoint import Checkpoint
 from limbeck.compress import recover
 from limbeck.compress.prune import stage as prune
 from limbeck.compress.recover import RecoverConfig
-from limbeck.config import build, read_recipe
+from limbeck.config import build
 from limbeck.distill import train
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.traces.sources import TraceConfig
+from limbeck.yaml_values import read_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_recover.yaml"
 ARMS: dict[str, tuple[int, float]] = {

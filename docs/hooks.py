@@ -13,7 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from limbeck.cli import COMMANDS, LIMITED, OPTIONS, Command
-from limbeck.config import FieldInfo, describe
+from limbeck.flags import FieldInfo, describe
 
 ROOT = Path(__file__).parent.parent
 LINKED = ("benchmarks/results/*.md", "benchmarks/results/*.png", "recipes/*.yaml", "CHANGELOG.md")

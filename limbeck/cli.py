@@ -25,13 +25,14 @@ from limbeck.compress import moments, recover
 from limbeck.compress.export import stage as export
 from limbeck.compress.prune import stage as prune
 from limbeck.compress.quantize import stage as quantize
-from limbeck.config import FieldInfo, apply_flags, build, describe, read_recipe
+from limbeck.config import build
 from limbeck.distill import caching
 from limbeck.distill import train as distill
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError, LimbeckError, nearest
 from limbeck.evaluate import stage as evaluate
 from limbeck.evaluate import verify
+from limbeck.flags import FieldInfo, apply_flags, describe
 from limbeck.pipeline import command as pipeline
 from limbeck.pipeline import ranking as rank_pipeline
 from limbeck.pipeline.config import PipelineConfig
@@ -54,6 +55,7 @@ from limbeck.sweep.plan import SweepConfig
 from limbeck.sweep.predict import predict_sweep
 from limbeck.teacher import build as cache
 from limbeck.traces import generation, importing, probe, show, stats
+from limbeck.yaml_values import read_recipe
 
 OPTIONS = {
     "--out": "directory to write; default runs/COMMAND",

@@ -12,7 +12,7 @@ of them and is then made smaller still, and one page shows what each step saves 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.compress.recover import RecoverConfig
-from limbeck.config import build, config_hash
+from limbeck.config import build, checked, config_hash
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, StudentConfig
 from limbeck.errors import CheckpointError, ConfigError, LimbeckError
@@ -50,7 +50,7 @@ from limbeck.traces.trace import Trace, write_jsonl
 TEACHER, STUDENT = "tiny-teacher", "tiny-student"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class DemoConfig:
     """Size of the demonstration."""
 

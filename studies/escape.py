@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from limbeck.checkpoint import output_directory
 from limbeck.errors import ConfigError
+from limbeck.config import checked
 from limbeck.optim.theory import escape_slope
 from studies import draw
 from studies.cells import measure_cells
@@ -41,7 +41,7 @@ _CHUNK_SCALARS = 4_000_000
 _LARGE = 1_000_000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class EscapeConfig:
     """One saddle, some methods, many dimensions."""
 

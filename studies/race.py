@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from limbeck.checkpoint import output_directory
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from studies import draw
 from studies.cells import measure_cells
@@ -41,7 +41,7 @@ PROTOCOL = (
 _CURVE_SEEDS = 5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class RaceConfig:
     """One problem, some optimizers, a grid of step sizes."""
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from limbeck.checkpoint import output_directory
 from limbeck.errors import ConfigError
+from limbeck.config import checked
 from limbeck.optim.diagnostics import curvature_at, products_needed, second_order
 from limbeck.optim.growing_batch import BatchGrowth
 from studies import draw

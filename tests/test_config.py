@@ -12,19 +12,11 @@ import pytest
 from tiny_runs import run_config
 
 from limbeck.cli import COMMANDS
-from limbeck.config import (
-    apply_flags,
-    build,
-    config_hash,
-    describe,
-    field_docs,
-    get_field,
-    groups_of,
-    read_recipe,
-    to_dict,
-)
+from limbeck.config import build, config_hash, get_field, to_dict
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError
+from limbeck.flags import apply_flags, describe, field_docs, groups_of
+from limbeck.yaml_values import read_recipe
 
 CONFIGS = [command.config for command in COMMANDS.values() if command.config is not None]
 
@@ -121,7 +113,7 @@ def test_a_short_name_is_enough_where_it_is_the_only_one():
         (["--limit", "0"], r"flags: limit must be at least 1; found 0\.$"),
         (["--left.name", "c"], r"left.name: Input should be 'a' or 'b'; found 'c'\."),
         (["--left.depth", "null"], r"left.depth: .*; found None\."),
-        (["--left", "3"], r"left: .*; found 3\."),
+        (["--left", "3"], r"left: expected a group of fields \(depth, name\); found '3'\."),
         (["--sizes", "[1, x]"], r"sizes\.1: .*; found 'x'\."),
         (["--sizes", "7"], r"sizes: .*valid list; found 7\."),
         (["--is-loud", "perhaps"], r"is_loud: .*; found 'perhaps'\."),

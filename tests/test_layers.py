@@ -10,7 +10,9 @@ import limbeck
 ROOT = Path(limbeck.__file__).parent
 LAYERS = [
     ["errors"],
-    ["config", "progress", "client"],
+    ["yaml_values"],
+    ["config"],
+    ["flags", "progress", "client"],
     ["runner"],
     ["checkpoint"],
     ["models"],

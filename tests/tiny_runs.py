@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from limbeck.config import build, set_field, to_dict
+from limbeck.config import build, to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.objective import microbatch_loss, step_totals
 from limbeck.distill.pair import load_student, load_teacher
 from limbeck.distill.parallel import Ranks
+from limbeck.flags import set_field
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import sizes_of
 from limbeck.models.load import vocabulary_size

@@ -7,7 +7,7 @@ it saves, until the target is met. The search knows nothing of models: what a sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 from limbeck.compress.calibrate import Rows
@@ -18,13 +18,14 @@ from limbeck.compress.prune.osscar import OsscarConfig
 from limbeck.compress.shape_cost import Shape, ShapeCost
 from limbeck.compress.shape_loss import ShapeLoss
 from limbeck.compress.shrink import kv_group_choices, round_size
+from limbeck.config import checked
 from limbeck.errors import CompressionError, ConfigError
 
 Kind = Literal["neurons", "kv_groups", "layers"]
 KINDS: tuple[Kind, ...] = ("neurons", "kv_groups", "layers")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class BudgetConfig:
     """How small or how fast the model has to become, and what may be cut for it."""
 

@@ -5,7 +5,7 @@ Reasoning models lose least when they are calibrated on their own kind of text, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from limbeck.checkpoint import MANIFEST, Checkpoint
-from limbeck.config import build
+from limbeck.config import build, checked
 from limbeck.errors import ConfigError
 from limbeck.models.load import BUILT_IN
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sources import BUILTIN_CHAIN, TraceConfig, read_traces
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class CalibrationConfig:
     """Which text, and how much of it."""
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.compress.calibrate import Rows
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.anatomy import head_of, hidden_states
 
 _ROWS_AT_ONCE = 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class GateConfig:
     """What a compressed model may lose against the model it was made of, on held-out tokens; null does not matter."""
 

@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from limbeck.compress.calibrate import CalibrationConfig, calibration_rows
 from limbeck.compress.problem import LayerProblem, Moments
 from limbeck.compress.walk import Solution, WalkOptions, walk
 from limbeck.compress.weights import SafetensorSource, ShardWriter
-from limbeck.config import config_hash
+from limbeck.config import checked, config_hash
 from limbeck.errors import CheckpointError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_tokenizer, model_hash
@@ -30,7 +30,7 @@ from limbeck.models.load import load_tokenizer, model_hash
 _PARTS = ("gram", "absolute_mean", "absolute_max")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class MomentsConfig:
     """Collect the second moments of a model's layers."""
 

@@ -16,7 +16,7 @@ Source: 2502.14305, section on pruning with distillation: cutting in stages won 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from limbeck.compress.prune import stage as prune
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig
 from limbeck.compress.rounds import Round, claim, once, plan_rounds, round_patterns
 from limbeck.compress.weights import INDEX, ShardWriter
+from limbeck.config import completed_by
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, LossConfig, StudentConfig, TeacherConfig
 from limbeck.distill.parallel import join
@@ -40,7 +41,26 @@ _STAYS = (MANIFEST, "metrics.jsonl")
 """What the last round's directory keeps when its model becomes the output."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe with what it need not say: student, teacher and calibration text."""
+    cut, distill = tree.get("prune"), tree.get("distill")
+    if not isinstance(cut, Mapping) or not isinstance(distill, Mapping):
+        return tree
+    named = {"model": cut.get("model")}
+    student, teacher = distill.get("student") or {}, distill.get("teacher") or {}
+    calibration = cut.get("calibration") or {}
+    if not any(teacher.get(key) for key in ("model", "cache", "server")):
+        teacher = {**teacher, **named}
+    if not calibration.get("traces") and not calibration.get("text"):
+        calibration = {"render": distill.get("render") or {}, **calibration, "traces": distill.get("traces")}
+    return {
+        **tree,
+        "prune": {**cut, "calibration": calibration},
+        "distill": {**distill, "student": {**named, **student}, "teacher": teacher},
+    }
+
+
+@completed_by(completed)
 class RecoverConfig:
     """Prune a model and train it back, at once or in turns.
 
@@ -73,25 +93,6 @@ class RecoverConfig:
     def is_sparse(self) -> bool:
         """Whether single weights are pruned, whose zeros are then held."""
         return self.prune.method in SOLVERS
-
-    @staticmethod
-    def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A recipe with what it need not say: student, teacher and calibration text."""
-        cut, distill = tree.get("prune"), tree.get("distill")
-        if not isinstance(cut, Mapping) or not isinstance(distill, Mapping):
-            return tree
-        named = {"model": cut.get("model")}
-        student, teacher = distill.get("student") or {}, distill.get("teacher") or {}
-        calibration = cut.get("calibration") or {}
-        if not any(teacher.get(key) for key in ("model", "cache", "server")):
-            teacher = {**teacher, **named}
-        if not calibration.get("traces") and not calibration.get("text"):
-            calibration = {"render": distill.get("render") or {}, **calibration, "traces": distill.get("traces")}
-        return {
-            **tree,
-            "prune": {**cut, "calibration": calibration},
-            "distill": {**distill, "student": {**named, **student}, "teacher": teacher},
-        }
 
 
 def run(config: RecoverConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:

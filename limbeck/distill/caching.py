@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from limbeck.config import checked
 from limbeck.distill.data import UNCUT, render_all
 from limbeck.models.load import load_tokenizer
 from limbeck.runner.place import Place
@@ -20,7 +21,7 @@ from limbeck.traces.supervise import Preset, SupervisionConfig
 from limbeck.traces.truncate import TruncationConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class CacheStageConfig:
     """Whose words on which tokens are stored, and in which form."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
 from limbeck.client import ClientConfig, server_root
+from limbeck.config import checked
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.fused import CHUNK_BYTES
 from limbeck.distill.parallel import ParallelConfig
@@ -26,7 +27,7 @@ from limbeck.traces.supervise import SupervisionConfig
 from limbeck.traces.truncate import TruncationConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class StudentConfig:
     """The model that is trained: an existing one, or a small one from scratch."""
 
@@ -42,7 +43,7 @@ class StudentConfig:
             raise ConfigError("student needs exactly one of model and scratch")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class TeacherConfig:
     """Who gives the targets of the KD term. With none the run is supervised fine-tuning on the text."""
 
@@ -85,7 +86,7 @@ class TeacherConfig:
         return self.model is not None or self.cache is not None or self.server is not None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class LoraConfig:
     """Low-rank adapters instead of full training (Hu et al., arXiv 2106.09685), through peft."""
 
@@ -107,7 +108,7 @@ class LoraConfig:
             raise ConfigError(f"alpha must be finite; found {self.alpha}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class LossConfig:
     """(1 - kd_ratio) CE + kd_ratio T^2 D(teacher, student)."""
 
@@ -131,7 +132,7 @@ class LossConfig:
             raise ConfigError(f"chunk_bytes must be at least 1; found {self.chunk_bytes}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class BatchGrowthConfig:
     """Batches that grow linearly, b_t = min(largest, b_0 + floor(per_step t)), from batch_size or batch_tokens on."""
 
@@ -147,7 +148,7 @@ class BatchGrowthConfig:
             raise ConfigError(f"batch_growth.per_step must be finite and at least 0; found {self.per_step}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class TrainingConfig:
     """The loop."""
 
@@ -234,7 +235,7 @@ class TrainingConfig:
         return BatchGrowth(start, self.batch_growth.per_step, self.batch_growth.largest)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class DistillConfig:
     """One student: which traces, how much of them, from whom, with which loss."""
 

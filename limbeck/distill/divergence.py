@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 
 LOG_FLOOR = -1000.0
@@ -48,7 +48,7 @@ DivergenceName = Literal[
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class DivergenceConfig:
     """Which divergence, and its parameters."""
 

@@ -7,7 +7,6 @@ by hand where every process holds the model (replicate), by FSDP2 where each hol
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.ledger import COUNTS, Ledger
 from limbeck.optim.sharding import local, sum_over_shards
@@ -24,7 +24,7 @@ Strategy = Literal["replicate", "shard"]
 """Of a model on several processes: a copy on each, or a part on each."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ParallelConfig:
     """How student and live teachers lie on the processes that torchrun starts; one process alone holds all of them."""
 

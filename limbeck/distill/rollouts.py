@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch.distributed as dist
 
+from limbeck.config import checked
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import Step
@@ -38,7 +39,7 @@ from limbeck.traces.render import RenderConfig, stop_ids
 from limbeck.traces.sample import COT, PROMPT, Sample
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class OnPolicyConfig:
     """Training on what the student writes itself. One recipe holds both stages: given traces first, then rollouts."""
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from limbeck.config import checked
 from limbeck.engine.context import Span, plan_reading
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.drafter import Drafter
@@ -35,7 +35,7 @@ Computed = tuple[Span, Tensor]
 """A token's span and its state [D]."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class GenerationConfig:
     """How many jobs run at once and what a step does."""
 

@@ -14,12 +14,12 @@ one BLAS product and equal to rounding only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from limbeck.config import checked
 from limbeck.engine.decoder import Decoder, KeyValues, Segment
 from limbeck.engine.plan import Costs, Piece, Plan, Work, make_plan, measure_costs
 from limbeck.engine.prefix_cache import Block, CacheStats, PrefixCache
@@ -27,7 +27,7 @@ from limbeck.engine.requests import Request, Scores
 from limbeck.errors import ConfigError, ModelError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ScoringConfig:
     """How prefixes are kept and passes are made."""
 

@@ -21,11 +21,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.sampling import invert_cumulative
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SpeculativeConfig:
     """Who proposes tokens, and how many."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.evaluate.metrics import ratio_interval
 from limbeck.models.anatomy import head_of, hidden_states
@@ -24,7 +24,7 @@ _HEAD_ROWS = 256
 """Rows of [n V] logits that exist at once."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class PerplexityConfig:
     """Which text, cut how, against which reference."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.evaluate.answers import AnswerStyle, Verdict, answer_part, extract_answer
 from limbeck.evaluate.metrics import (
@@ -37,7 +38,7 @@ from limbeck.models.generate import SamplingConfig, generate
 RESULTS_FILE = "results.jsonl"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class EvaluateConfig:
     """How a model is sampled and its answers are checked."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.evaluate.perplexity import PerplexityConfig, token_windows, window_sums
 from limbeck.evaluate.run import EvaluateConfig, evaluate
@@ -18,7 +19,7 @@ from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class EvaluateStageConfig:
     """Which model, on which problems."""
 

@@ -14,12 +14,13 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.checkpoint import hash_path, output_directory, write_json, write_manifest
+from limbeck.config import checked
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.evaluate.answers import AnswerStyle, Verdict, extract_answer
 from limbeck.evaluate.workers import AnswerChecker, CheckName
@@ -36,7 +37,7 @@ ANSWERS_A_TASK = 1000
 """On Ray: checkers take some seconds to start, and start for each task."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class VerifyConfig:
     """Which traces, how their answers are checked, and which of them stay."""
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, ModelError
 from limbeck.models.anatomy import SOFTCAP_FIELDS, causal_lm_of
 from limbeck.models.attention import PACKED_ATTENTION
@@ -39,7 +40,7 @@ PREFILL_TOKENS = 8192
 """Most padded prompt tokens in one forward pass: bounds the activations, not the speed."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SamplingConfig:
     """How completions are drawn."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -20,7 +19,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ScratchConfig:
     """A Llama-type model with random weights and the built-in symbol tokenizer, for training from scratch."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.optim.langevin import AGLD, ASG, ASGLD
 from limbeck.optim.perturb import Perturb
@@ -21,7 +22,7 @@ OptimizerName = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class NoiseConfig:
     """When noise is added and how much, for all but adamw and sgd. Only samplers move norms, biases and embeddings."""
 
@@ -49,7 +50,7 @@ class NoiseConfig:
             raise ConfigError(f"quiet_fraction must be in [0, 1]; found {self.quiet_fraction}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class OptimizerConfig:
     """Which optimizer, with which settings."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ScheduleConfig:
     """How the learning rate moves over a run."""
 

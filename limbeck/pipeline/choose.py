@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.checkpoint import hash_path, output_directory, write_json, write_manifest
-from limbeck.config import build, set_field, to_dict
+from limbeck.config import build, checked, to_dict
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import CheckpointError, ConfigError
+from limbeck.flags import set_field
 from limbeck.sweep.frontier import on_frontier
 
 CHOICE = "choice.json"
 SUMMARY = "summary.json"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ChooseConfig:
     """Which run of a sweep the pipeline goes on with."""
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from limbeck.compress.export.stage import ExportConfig
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.compress.recover import RecoverConfig
+from limbeck.compress.recover import completed as complete_recovery
+from limbeck.config import checked, completed_by
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError
 from limbeck.evaluate.stage import EvaluateStageConfig
@@ -32,7 +34,7 @@ TRACES, VERIFY, CACHE, SWEEP, CHOOSE = "traces", "verify", "cache", "sweep", "ch
 DISTILL, RECOVER, QUANTIZE, EXPORT, SMOKE = "distill", "recover", "quantize", "export", "smoke"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class CardConfig:
     """What the model card says that no stage knows."""
 
@@ -48,7 +50,7 @@ class CardConfig:
     """What the model is not for; added to what the pipeline knows."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class HubConfig:
     """Where the export goes with its card. Nothing is sent unless this is in the recipe or given as a flag."""
 
@@ -64,7 +66,12 @@ class HubConfig:
             raise ConfigError(f"push_to_hub.repository: expected OWNER/NAME; found {self.repository!r}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe with what joins its stages."""
+    return _Joined(tree).tree
+
+
+@completed_by(completed)
 class PipelineConfig:
     """Traces to a served model. Stages that are not in the recipe are left out."""
 
@@ -114,11 +121,6 @@ class PipelineConfig:
             raise ConfigError("push_to_hub sends an export; set export")
         if not any((self.distill, self.recover, self.quantize, self.export, self.generate, self.traces)):
             raise ConfigError("the recipe has no stage; set distill, recover, quantize or export, or generate traces")
-
-    @staticmethod
-    def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A recipe with what joins its stages."""
-        return _Joined(tree).tree
 
 
 def told(config: Any) -> dict[str, Any]:
@@ -195,7 +197,7 @@ class _Joined:
         if self.tree.get(RECOVER) is not None:
             training = {name: value for name, value in self.distill.items() if name != "student"}
             self._default(RECOVER, {"distill": training} | ({"prune": {"model": model}} if model else {}))
-            self.tree[RECOVER] = RecoverConfig.filled(self.tree[RECOVER])
+            self.tree[RECOVER] = complete_recovery(self.tree[RECOVER])
             model = f"{OUT}{RECOVER}"
         if self.tree.get(QUANTIZE) is not None:
             self._default(QUANTIZE, ({"model": model} if model else {}) | self._calibration())

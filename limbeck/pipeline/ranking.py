@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from limbeck.compress.fidelity import GateConfig
 from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.quantize.stage import QuantizeConfig
+from limbeck.config import checked, completed_by
 from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.engine.decoder import load_decoder
 from limbeck.engine.requests import Request
@@ -57,7 +58,7 @@ TABLE = "table.json"
 _WARM_UP_REQUESTS = 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class CutConfig:
     """How the student is pruned and trained back."""
 
@@ -73,7 +74,16 @@ class CutConfig:
     """Of every round."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe with the teacher's features for the student's, and its data but for what the student's says."""
+    teacher, student = tree.get("teacher"), tree.get("student")
+    if not isinstance(teacher, Mapping) or not isinstance(student, Mapping):
+        return tree
+    data = {**teacher.get("data", {}), **student.get("data", {})}
+    return {**tree, "student": {**student, "data": data, "features": teacher.get("features", {})}}
+
+
+@completed_by(completed)
 class RankPipelineConfig:
     """A teacher, a student that learns from it in four ways, and what the best known way is compressed to."""
 
@@ -104,15 +114,6 @@ class RankPipelineConfig:
             raise ConfigError("student.teacher: the pipeline's own teacher teaches; leave it out")
         if self.teacher.data.split.test_fraction == 0:
             raise ConfigError("teacher.data.split.test_fraction is 0; every step is measured on the test part")
-
-    @staticmethod
-    def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A recipe with the teacher's features for the student's, and its data but for what the student's says."""
-        teacher, student = tree.get("teacher"), tree.get("student")
-        if not isinstance(teacher, Mapping) or not isinstance(student, Mapping):
-            return tree
-        data = {**teacher.get("data", {}), **student.get("data", {})}
-        return {**tree, "student": {**student, "data": data, "features": teacher.get("features", {})}}
 
 
 class Model(NamedTuple):

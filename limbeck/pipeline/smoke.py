@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 
 from limbeck.checkpoint import output_directory, write_json, write_manifest
 from limbeck.compress.export.stage import BUILT_IN_TEXT
+from limbeck.config import checked
 from limbeck.engine.decoder import load_decoder
 from limbeck.engine.generation import Generator
 from limbeck.engine.jobs import Drawn, Job, Sampling
@@ -31,7 +32,7 @@ TEXTS = "texts.json"
 _CACHE_BYTES, _BLOCK_TOKENS = 1 << 26, 16
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SmokeConfig:
     """What the engine is asked, and how far it may be from transformers."""
 

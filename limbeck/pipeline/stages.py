@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from limbeck.compress import recover
 from limbeck.compress.export import stage as export
 from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.recover import RecoverConfig
+from limbeck.config import checked
 from limbeck.distill import caching, train
 from limbeck.distill.caching import CacheStageConfig
 from limbeck.distill.config import DistillConfig
@@ -52,7 +52,7 @@ _FROM_THE_FRONT = ("lead", "budget", "first_derivation", "probed")
 """Policies that keep the beginning of a trace, so that the uncut one holds all that a teacher says of the cut one."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class CachePartsConfig:
     """All that the runs of a pipeline ask a teacher about."""
 
@@ -60,7 +60,7 @@ class CachePartsConfig:
     """One for each kind of cut whose sequences begin no other part's."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class StudentConfig:
     """One student, by a choice where there was a sweep."""
 
@@ -72,7 +72,7 @@ class StudentConfig:
     """The sweep it was chosen from: where its run is the one asked for, it is taken over and not trained again."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SmallerConfig:
     """One recovery, by the choice that the student was trained by."""
 

@@ -15,7 +15,7 @@ import yaml
 
 from limbeck.checkpoint import MANIFEST, output_directory, write_json, write_manifest
 from limbeck.compress.weights import stored_size
-from limbeck.config import to_dict
+from limbeck.config import checked, to_dict
 from limbeck.errors import CheckpointError
 from limbeck.models.load import locate
 from limbeck.pipeline import card, hub
@@ -40,7 +40,7 @@ REPORT, CARD, PUSH = "report", "card", "push"
 _WRITTEN = ("report.html", "report.md", "report.csv", MANIFEST, "plots/*.png")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ReportConfig:
     """What the report tells of."""
 
@@ -54,7 +54,7 @@ class ReportConfig:
     """Name of every scored model, and the directory of its score."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class CardStageConfig:
     """What the model card tells of."""
 
@@ -68,7 +68,7 @@ class CardStageConfig:
     """Those that the recipe has, as YAML."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class PushConfig:
     """What is sent where."""
 

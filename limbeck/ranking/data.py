@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from limbeck.checkpoint import hash_path
+from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.ranking.auc import expected_auc
 from limbeck.ranking.movielens import read_movielens
@@ -19,7 +20,7 @@ from limbeck.ranking.tables import FieldsConfig, read_table
 Source = Literal["synthetic", "movielens", "table"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class RankingDataConfig:
     """Requests to rank."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
+from limbeck.config import completed_by
 from limbeck.errors import ConfigError
 from limbeck.evaluate.metrics import Interval
 from limbeck.ledger import Ledger
@@ -33,7 +34,18 @@ K = 5
 """Ranks of NDCG and of the churn."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe with the data and features of the training it names."""
+    like = tree.get("like") or tree.get("model")
+    if tree.get("data") or not isinstance(like, str) or not Checkpoint(Path(like)).is_finished:
+        return tree
+    manifest = Checkpoint(Path(like)).manifest
+    if manifest["stage"] != "rank train":
+        return tree
+    return {"features": manifest["config"]["features"], **tree, "data": manifest["config"]["data"]}
+
+
+@completed_by(completed)
 class RankEvaluateConfig:
     """Which scorer, on which requests."""
 
@@ -61,17 +73,6 @@ class RankEvaluateConfig:
             raise ConfigError(f"k must be at least 1; found {self.k}")
         if self.data is None:
             raise ConfigError("rank evaluate: name data, or as `like` the output of rank train to take it from")
-
-    @staticmethod
-    def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A recipe with the data and features of the training it names."""
-        like = tree.get("like") or tree.get("model")
-        if tree.get("data") or not isinstance(like, str) or not Checkpoint(Path(like)).is_finished:
-            return tree
-        manifest = Checkpoint(Path(like)).manifest
-        if manifest["stage"] != "rank train":
-            return tree
-        return {"features": manifest["config"]["features"], **tree, "data": manifest["config"]["data"]}
 
 
 class Scored(NamedTuple):

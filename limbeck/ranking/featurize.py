@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, TemplateError
 from limbeck.ranking.request import Features, Interaction, Request
 
@@ -30,7 +31,7 @@ CANDIDATE_FIELDS = {"item"}
 EVENT_FIELDS = {"label", "item"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class FeaturizeConfig:
     """How a request is written; the braces of a template are filled in."""
 

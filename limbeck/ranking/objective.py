@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from limbeck.config import checked
 from limbeck.distill.config import LossConfig
 from limbeck.distill.ensemble import weighted_fused_loss
 from limbeck.distill.fused import FusedLoss
@@ -29,7 +30,7 @@ from limbeck.traces.batch import Batch, Example
 from limbeck.traces.supervise import TokenSelection
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class RankingLossConfig:
     """What the answer position is trained on, beside the loss that all distillation has."""
 

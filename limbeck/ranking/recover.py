@@ -15,7 +15,7 @@ Source: 2502.14305, section on pruning with distillation: cutting in stages won 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from limbeck.compress.calibrate import CalibrationConfig
 from limbeck.compress.prune import stage as prune
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig
 from limbeck.compress.rounds import claim, once, plan_cuts
+from limbeck.config import completed_by
 from limbeck.distill.config import StudentConfig, TrainingConfig
 from limbeck.distill.parallel import join
 from limbeck.errors import ConfigError
@@ -46,7 +47,21 @@ _SEED_STRIDE = 1_000_003
 """Between the seeds of two rounds, so that each sees the requests in another order."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe with what it need not say: student, teacher, data and features."""
+    cut, rank = tree.get("prune"), tree.get("rank")
+    if not isinstance(cut, Mapping) or not isinstance(rank, Mapping):
+        return tree
+    named = {"model": cut.get("model")}
+    student, teacher = rank.get("student") or {}, rank.get("teacher") or {}
+    teacher = teacher if teacher.get("model") else {**teacher, **named}
+    return {
+        **tree,
+        "rank": {**_own_data(cut.get("model")), **rank, "student": {**named, **student}, "teacher": teacher},
+    }
+
+
+@completed_by(completed)
 class RankRecoverConfig:
     """Prune a scorer and train it back, at once or in turns.
 
@@ -70,20 +85,6 @@ class RankRecoverConfig:
             raise ConfigError("prune.moments are those of the unpruned model; with more than one round, leave them out")
         if self.prune.method in SOLVERS and self.rank.lora is not None:
             raise ConfigError("rank.lora: merging adapters fills the zeros of a sparse model; leave it out")
-
-    @staticmethod
-    def filled(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A recipe with what it need not say: student, teacher, data and features."""
-        cut, rank = tree.get("prune"), tree.get("rank")
-        if not isinstance(cut, Mapping) or not isinstance(rank, Mapping):
-            return tree
-        named = {"model": cut.get("model")}
-        student, teacher = rank.get("student") or {}, rank.get("teacher") or {}
-        teacher = teacher if teacher.get("model") else {**teacher, **named}
-        return {
-            **tree,
-            "rank": {**_own_data(cut.get("model")), **rank, "student": {**named, **student}, "teacher": teacher},
-        }
 
 
 def run(config: RankRecoverConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:

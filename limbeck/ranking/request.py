@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, DataError
 
 Features = Mapping[str, str]
@@ -60,7 +61,7 @@ class Request:
         return max(candidate.time for candidate in self.candidates)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@checked
 class GroupingConfig:
     """How a log of interactions becomes requests."""
 
@@ -138,7 +139,7 @@ def _groups(rows: list[LogRow], size: int) -> list[list[LogRow]]:
     return list(groups.values())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@checked
 class SplitConfig:
     """Which requests train and which measure: the first in time train, the last test."""
 

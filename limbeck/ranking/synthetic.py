@@ -13,10 +13,10 @@ With `show_member` off the profile is left out, and only the history tells of it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.ranking.request import Features, Interaction, Request
 
@@ -25,7 +25,7 @@ _TASTES = {-1: "hates", 1: "loves"}
 _QUALITIES = {-1: "poor", 0: "fair", 1: "great"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SyntheticConfig:
     """The generator."""
 

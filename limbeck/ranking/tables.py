@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, DataError, nearest
 from limbeck.ranking.request import Features, Interaction, LogRow
 
@@ -20,7 +21,7 @@ SUFFIXES = (".parquet", ".csv", ".tsv")
 _YES, _NO = {"true", "yes", "1", "1.0"}, {"false", "no", "0", "0.0"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class FieldsConfig:
     """Which column of a table is what."""
 

@@ -12,12 +12,12 @@ guard, ledger and manifest are those of `limbeck distill`. What is its own:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from limbeck.checkpoint import Checkpoint, write_manifest
-from limbeck.config import to_dict
+from limbeck.config import checked, to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, LoraConfig, LossConfig, StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.distill.data import Data
@@ -43,7 +43,7 @@ from limbeck.traces.batch import Example
 from limbeck.traces.sources import TraceConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class RankTrainConfig:
     """One scorer: which requests, from whom, with which loss."""
 

@@ -9,10 +9,10 @@ quality no roofline knows: `limbeck recover` measures it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from limbeck.compress.shrink import shrunk_config
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.scale.hardware import MEASURED, Hardware, hardware_of
 from limbeck.scale.roofline import Format, Model, Requests, Times, formats_of, times_of, weight_bytes
@@ -36,7 +36,7 @@ BATCH = 256
 """Sequences that offline generation decodes together where nothing else is said."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class AdviseConfig:
     """A model, a machine and what it is asked."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from limbeck.config import checked
 from limbeck.distill.config import DistillConfig, ParallelConfig, TeacherConfig
 from limbeck.distill.data import prepare
 from limbeck.distill.pair import student_tokenizer_name
@@ -50,7 +51,7 @@ class AssumedTraces:
         return Load.of(data_of(config, samples).train, self.count)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class PlanConfig:
     """A recipe and machines."""
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import httpx
 import numpy as np
 
 from limbeck.checkpoint import versions, write_json
-from limbeck.config import to_dict
+from limbeck.config import checked, to_dict
 from limbeck.engine.weights import Precision
 from limbeck.errors import ConfigError
 from limbeck.progress import console
@@ -33,7 +32,7 @@ WORDS = (
 START_SECONDS = 300.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class BenchServeConfig:
     """What is asked of which server, and how fast."""
 

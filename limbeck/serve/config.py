@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
+from limbeck.config import checked
 from limbeck.engine.generation import GenerationConfig
 from limbeck.engine.scoring import ScoringConfig
 from limbeck.engine.speculative import SpeculativeConfig
@@ -15,7 +16,7 @@ Engine = Literal["limbeck", "llamacpp", "vllm", "sglang"]
 Policy = Literal["fcfs", "lpm", "k-lpm"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class LimitsConfig:
     """What a client may ask for, and how much may be under way."""
 
@@ -42,12 +43,12 @@ class LimitsConfig:
     """Most prefixes pinned at the same time."""
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in LimitsConfig.__dataclass_fields__:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"limits.{name} must be more than 0.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ServeConfig:
     """The server, its engine and its limits."""
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
-from limbeck.config import build, get_field, resolve_path, set_field, to_dict
+from limbeck.config import build, checked, get_field, to_dict
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError
 from limbeck.evaluate.run import EvaluateConfig
+from limbeck.flags import resolve_path, set_field
 from limbeck.teacher.codec import MOST_ENTRIES
 from limbeck.traces.sources import TraceConfig
 from limbeck.traces.truncate import WITHOUT_FRACTION, exact_fraction
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SweepConfig:
     """Many students over a grid, one report."""
 

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.config import config_hash
+from limbeck.config import checked, config_hash
 from limbeck.errors import CheckpointError, ConfigError, PairError, nearest
 from limbeck.ledger import Ledger
 from limbeck.models.anatomy import Head
@@ -38,7 +37,7 @@ Mode = Literal["top_k", "sampled", "hidden"]
 MODES = ("top_k", "sampled", "hidden")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class CacheConfig:
     """What is kept of the teacher at a position."""
 

@@ -12,13 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.checkpoint import STATE_PREFIX, Checkpoint, output_directory, write_json, write_manifest
 from limbeck.client import Client, ClientConfig, api_key, server_root
-from limbeck.config import config_hash, to_dict
+from limbeck.config import checked, config_hash, to_dict
 from limbeck.errors import ConfigError, LimbeckError, TraceFormatError
 from limbeck.models.generate import SamplingConfig
 from limbeck.progress import bar
@@ -36,7 +36,7 @@ JOURNAL_FILE = STATE_PREFIX + "journal.jsonl"
 """Named as a state, so that a failed run leaves it behind."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class GenerateConfig:
     """Which prompts, and who answers them."""
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import hash_path, output_directory, write_manifest
+from limbeck.config import checked
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.trace import write_jsonl
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ImportConfig:
     """Which traces, and which of them are kept."""
 

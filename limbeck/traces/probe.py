@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from limbeck.checkpoint import hash_path, output_directory, write_manifest
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
 from limbeck.models.anatomy import Computed, Sizes, backbone_of, head_of, sizes_of
@@ -38,7 +39,7 @@ from limbeck.traces.trace import Trace, write_jsonl
 MARKS = {"lines": r"\n", "sentences": r"[.!?](?=\s|$)|\n"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ProbeConfig:
     """Which traces are probed, by whom, and when the teacher counts as sure."""
 

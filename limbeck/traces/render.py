@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, TemplateError
 from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample
 from limbeck.traces.trace import Trace
@@ -39,7 +39,7 @@ _SPACES = (" ", "▁", "Ġ")
 """How tokenizers write the space in front of a word."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class RenderConfig:
     """How text becomes tokens."""
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.traces.trace import Trace
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@checked
 class SelectConfig:
     """Which traces are used; length in tokens is limited later, where there is a tokenizer."""
 

@@ -7,7 +7,7 @@ in the text as well, because a pipe has no colours.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
 from limbeck.traces.render import RenderConfig, render
@@ -33,7 +34,7 @@ STATE_STYLES = ("", "dim italic", "dim strike")
 CUT_MARKS = ("| loss and text go on here |", "| loss cut here, text stays |", "| cut here |")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ShowConfig:
     """Which traces are shown, and how they are rendered, cut and weighed."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, TraceFormatError, nearest
 from limbeck.traces.files import Located, read_file, trace_files
 from limbeck.traces.gym import read_gym
@@ -25,7 +26,7 @@ GYM_PREFIX = "reasoning-gym:"
 BUILTIN_CHAIN = "builtin:chain"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@checked
 class TraceConfig:
     """Where traces are read from, and how."""
 

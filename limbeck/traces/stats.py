@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from limbeck.config import checked
 from limbeck.models.load import load_tokenizer
 from limbeck.progress import track
 from limbeck.traces.render import RenderConfig, render
@@ -29,7 +30,7 @@ LOSSES = {
 """Key of a loss and its name in the table."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class StatsConfig:
     """Which traces are counted, and the cut whose losses are reported."""
 

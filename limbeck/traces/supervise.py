@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.sample import Sample
 
@@ -52,7 +53,7 @@ class TokenSelection:
             raise ConfigError(f"select.fraction must be in (0, 1]; found {self.fraction}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SupervisionConfig:
     """Which segments are supervised. The six presets are the paper's conditions; weights override them."""
 

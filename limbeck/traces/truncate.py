@@ -21,12 +21,12 @@ Source: arXiv 2512.21002, lead-span proportion. Differs: the fraction is exact (
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.sample import ANSWER, PROMPT, Sample
 
@@ -36,7 +36,7 @@ WITHOUT_FRACTION = ("budget", "first_derivation", "probed")
 Unit = Literal["sequence", "response", "cot"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class TruncationConfig:
     """Which part of every trace is kept."""
 

@@ -23,6 +23,7 @@ from docs_blocks import PAGES, PROSE, ROOT, SHELL, TUTORIALS, Block, all_blocks,
 from limbeck.cli import COMMANDS, _command_name, _read_config, _take_options
 from limbeck.config import apply_flags, build, describe, read_recipe
 from studies.command import read as read_study
+from limbeck.flags import apply_flags, describe
 
 CHAIN = {"source": "builtin:chain", "num_traces": 9}
 LEFT_OUT = {

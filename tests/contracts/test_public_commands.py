@@ -9,7 +9,7 @@ from tiny_runs import SHAPE
 
 from limbeck import __version__
 from limbeck.cli import COMMANDS, LIMITED, OPTIONS, main
-from limbeck.config import describe
+from limbeck.flags import describe
 
 WIDTH = 80
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from limbeck.cli import COMMANDS
-from limbeck.config import build, read_recipe
+from limbeck.config import build
 from limbeck.sweep.plan import SweepConfig, plan_runs
+from limbeck.yaml_values import read_recipe
 
 ROOT = Path(__file__).parents[2]
 RUN_KEYS = {

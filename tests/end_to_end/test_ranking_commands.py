@@ -8,8 +8,9 @@ import yaml
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.cli import main
-from limbeck.config import build, read_recipe
+from limbeck.config import build
 from limbeck.ranking.train import RankTrainConfig
+from limbeck.yaml_values import read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {

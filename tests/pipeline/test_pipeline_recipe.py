@@ -2,12 +2,13 @@
 
 import pytest
 
-from limbeck.config import build, read_recipe, to_dict
+from limbeck.config import build, to_dict
 from limbeck.errors import ConfigError
 from limbeck.pipeline.choose import ChooseConfig, choose
 from limbeck.pipeline.config import PipelineConfig, merged, told
 from limbeck.pipeline.stages import stages_of
 from limbeck.pipeline.telling import telling_stages
+from limbeck.yaml_values import read_recipe
 
 TRACES = {"source": "builtin:chain", "num_traces": 40}
 PAIR = {"student": {"model": "tiny-student"}, "teacher": {"model": "tiny-teacher"}}

@@ -11,12 +11,13 @@ from made_models import made_model
 from tiny_runs import SHAPE, assert_same_bits
 
 from limbeck.checkpoint import Checkpoint
-from limbeck.config import build, set_field
+from limbeck.config import build
 from limbeck.distill import train as loop
 from limbeck.distill.config import TrainingConfig
 from limbeck.distill.objective import step_totals
 from limbeck.distill.parallel import Ranks
 from limbeck.errors import CheckpointError, ConfigError
+from limbeck.flags import set_field
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import causal_lm_of, head_of
 from limbeck.models.load import load_tokenizer

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from limbeck.cli import main
-from limbeck.config import apply_flags, build, to_dict
+from limbeck.config import build, to_dict
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError
+from limbeck.flags import apply_flags
 from limbeck.scale.cluster import Models, estimate, trace_flops
 from limbeck.scale.hardware import DEVICES, hardware_of
 from limbeck.scale.planner import AssumedTraces, PlanConfig, changes, flags_of, models_of, plan, run

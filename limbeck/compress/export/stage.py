@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from limbeck.compress.export.dense import write_dense
 from limbeck.compress.export.gguf import TYPES, write_gguf
 from limbeck.compress.export.shards import copy_beside, write_index
 from limbeck.compress.masks import MASK_FILE
+from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, locate, model_hash
@@ -34,7 +35,7 @@ BUILT_IN_TEXT = (
 """Prose, numbers, code, and other scripts: what tokenizers and engines disagree about."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ProbeConfig:
     """What the certificate compares log-probabilities on."""
 
@@ -56,7 +57,7 @@ class ProbeConfig:
             raise ConfigError("probe: sequences must be 1 or more, sequence_length_tokens 2 or more")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class ExportConfig:
     """Write a model for another engine, and load it there."""
 

@@ -10,21 +10,20 @@ Source: ALPS (2406.07831); Boyd et al., Distributed optimization via ADMM (2011)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from limbeck.compress.problem import DAMPING, LayerProblem
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.refit import solve_on_support
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 _FLOOR = 0.01
 """Added to the eigenvalues before their mean is taken: where inputs are few, most eigenvalues are next to nothing."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class AlpsConfig:
     """ADMM over the support, then conjugate gradients on it."""
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from limbeck.compress.problem import LayerProblem
 from limbeck.compress.prune.pattern import Pattern
+from limbeck.config import checked
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class MagnitudeConfig:
     """Nothing to choose."""
 

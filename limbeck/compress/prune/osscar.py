@@ -11,7 +11,6 @@ Source: OSSCAR (2403.12983), greedy removal and local search; Goodnight (1979) f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from limbeck.compress.problem import DAMPING, LayerProblem
 from limbeck.compress.prune.sweep import Sweep
+from limbeck.config import checked
 from limbeck.errors import CompressionError, ConfigError
 
 _LEAST_GAIN = 1e-3
 """Share by which an exchange must win more than it loses; above the drift of float32."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class OsscarConfig:
     """Structured pruning of a layer's inputs."""
 

@@ -7,19 +7,18 @@ preconditioner.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from limbeck.compress.problem import DAMPING, LayerProblem
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 _TINY = 1e-30
 """Keeps rows without anything left to solve from dividing 0 by 0."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class RefitConfig:
     """Least squares on a support."""
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from limbeck.compress.problem import DAMPING, LayerProblem
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.refit import RefitConfig, refit
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SparseGptConfig:
     """Elimination of columns, left to right."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from limbeck.compress.shrink import kv_group_choices, round_size, shrunk_config
 from limbeck.compress.stage import Finish, Job, compress, parameters_of
 from limbeck.compress.walk import Method, Record, WalkOptions
 from limbeck.compress.weights import SafetensorSource
+from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.models.load import load_model, load_tokenizer
 
@@ -42,7 +43,7 @@ SOLVERS: dict[str, Callable[..., torch.Tensor]] = {
 METHODS = (*SOLVERS, "osscar", "depth")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class PruneConfig:
     """Prune a model: whole layers, neurons and KV groups (osscar, depth), or single weights (the other methods)."""
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from limbeck.compress.problem import DAMPING, LayerProblem
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.refit import RefitConfig, refit
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class WandaConfig:
     """Scores of weights and inputs, without interaction between weights."""
 

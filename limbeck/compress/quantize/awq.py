@@ -7,7 +7,7 @@ clipping is the rounding solver's `clip`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from limbeck.compress.problem import LayerProblem, layer_error
 from limbeck.compress.quantize import rtn
 from limbeck.compress.quantize.grid import Grid
 from limbeck.compress.quantize.rtn import RtnConfig
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 _SMALLEST = 1e-4
 """Factors stay between this and its inverse, so that a dead input has no factor of 0."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class AwqConfig:
     """Factors by a search for one exponent."""
 

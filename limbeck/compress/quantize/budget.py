@@ -6,7 +6,6 @@ Layers that share an input get one scheme: engines fuse them into one layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -16,12 +15,13 @@ from limbeck.compress.quantize import mixed, rtn
 from limbeck.compress.quantize.methods import grid_of
 from limbeck.compress.quantize.mixed import Option, quantized_bytes
 from limbeck.compress.quantize.rtn import RtnConfig
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.schemes import Scheme, scheme_of
 from limbeck.progress import bar
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class MixedConfig:
     """Several widths in one model."""
 

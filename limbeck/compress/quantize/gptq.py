@@ -7,18 +7,17 @@ so a group's inputs stay next to each other in the file and no g_idx is written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from limbeck.compress.problem import DAMPING, LayerProblem
 from limbeck.compress.quantize.columns import round_in_turn
 from limbeck.compress.quantize.grid import Grid, Quantized, encode, spread
 from limbeck.compress.quantize.scales import check_clip, fit_scales
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class GptqConfig:
     """GPTQ."""
 

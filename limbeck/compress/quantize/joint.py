@@ -5,7 +5,7 @@ One after the other, rounding aims at the pruned weights and repeats their error
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from torch import Tensor
 
@@ -18,10 +18,11 @@ from limbeck.compress.quantize import gptq
 from limbeck.compress.quantize.gptq import GptqConfig
 from limbeck.compress.quantize.grid import Grid, Quantized
 from limbeck.compress.quantize.quantease import QuantEaseConfig, descend
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class JointConfig:
     """Support and codes in turn."""
 

@@ -8,7 +8,6 @@ every output keeps the best weights that it met, so that unrounded sweeps cannot
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,13 +19,14 @@ from limbeck.compress.quantize.gptq import GptqConfig
 from limbeck.compress.quantize.grid import Grid, Quantized
 from limbeck.compress.quantize.rtn import RtnConfig
 from limbeck.compress.quantize.scales import check_clip
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 _FITTING_SWEEPS = 5
 """Of coordinate descent on a few outliers, which hardly depend on each other."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class QuantEaseConfig:
     """Coordinate descent."""
 
@@ -61,7 +61,7 @@ class QuantEaseConfig:
             raise ConfigError("unrounded_every must be 0 or at least 2: with 1 no sweep would round.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class OutlierConfig:
     """Weights of full precision beside the quantised ones."""
 

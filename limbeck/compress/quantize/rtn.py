@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from limbeck.compress.problem import LayerProblem
 from limbeck.compress.quantize.grid import Grid, Quantized, encode
 from limbeck.compress.quantize.scales import check_clip, fit_scales
+from limbeck.config import checked
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class RtnConfig:
     """Rounding to nearest."""
 

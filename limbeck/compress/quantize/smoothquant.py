@@ -6,19 +6,19 @@ Source: 2211.10438.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from limbeck.compress.problem import LayerProblem
 from limbeck.compress.quantize.grid import Grid
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 
 _SMALLEST = 1e-5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class SmoothQuantConfig:
     """Factors by the largest values."""
 

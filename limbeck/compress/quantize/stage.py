@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from limbeck.compress.quantize.rtn import RtnConfig
 from limbeck.compress.quantize.smoothquant import SmoothQuantConfig
 from limbeck.compress.stage import Job, compress
 from limbeck.compress.walk import Record, WalkOptions
+from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.models.schemes import Scheme, config_of, scheme_of
 
@@ -34,7 +35,7 @@ SOLVERS: dict[str, Callable[..., Quantized]] = {"rtn": rtn.solve, "gptq": gptq.s
 EQUALIZERS: dict[str, Callable[..., Any]] = {"awq": awq.factors, "smoothquant": smoothquant.factors}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class QuantizeConfig:
     """Quantise a model's linear layers; embeddings and head stay as they are."""
 

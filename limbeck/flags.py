@@ -1,0 +1,215 @@
+"""Fields by name: what flags, Python's keywords and the axes of a sweep set, and what `--help` lists.
+
+A name is a dotted path (`optimizer.name`) or the end of one path only (`lead_fraction`). Text for a group sets its
+first field (`student` is `student.model`).
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import functools
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from limbeck.config import chosen_class, classes_of, first_field, hints_of, takes_only_text
+from limbeck.errors import ConfigError, nearest
+from limbeck.yaml_values import read_value
+
+
+class FieldInfo(NamedTuple):
+    """One leaf of a config class."""
+
+    path: str
+    type_name: str
+    default: Any
+    """`dataclasses.MISSING` when the field is required."""
+    doc: str
+    hint: Any
+    """Its type."""
+
+
+def apply_flags(config_class: type, tree: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+    """A copy of `tree` with `--path value` pairs set; a bare flag is true, a field of text takes any value as it is."""
+    given: list[tuple[str, str, str]] = []
+    index = 0
+    while index < len(flags):
+        if not flags[index].startswith("--"):
+            raise ConfigError(f"unexpected argument {flags[index]!r}; a field is set by --name value.")
+        name, equals, value = flags[index][2:].partition("=")
+        index += 1
+        if not equals:
+            value = "true"
+            if index < len(flags) and not flags[index].startswith("--"):
+                value, index = flags[index], index + 1
+        given.append((name.replace("-", "_"), value, f"--{name}"))
+    return apply_fields(config_class, tree, given, is_text=True)
+
+
+def apply_fields(
+    config_class: type, tree: Mapping[str, Any], given: Sequence[tuple[str, Any, str]], *, is_text: bool = False
+) -> dict[str, Any]:
+    """A copy of `tree` with fields set in order, choices first, since they decide which other fields there are.
+
+    Args:
+      given: name, value, and how the name is called in messages.
+      is_text: values are text that is read by the type of its field.
+    """
+    result = copy.deepcopy(dict(tree))
+    choices = {path for path, hint in _groups(config_class, {}) if len(classes_of(hint)) > 1}
+    for name, value, shown in sorted(given, key=lambda entry: entry[0] not in choices):
+        set_field(config_class, result, name, value, shown, is_text=is_text)
+    return result
+
+
+def set_field(
+    config_class: type, tree: dict[str, Any], name: str, value: Any, flag: str, *, is_text: bool = False
+) -> None:
+    """Set the field `name` in `tree`, in place."""
+    path = resolve_path(config_class, name, flag, tree)
+    *groups, leaf = path.split(".")
+    place, hint = tree, None
+    for depth, group in enumerate(groups):
+        classes = classes_of(_hint_at(config_class, tree, ".".join(groups[: depth + 1])))
+        entry = place.get(group)
+        if not isinstance(entry, dict):
+            place[group] = {} if entry is None else {first_field(classes[0]): entry}
+        place = place[group]
+    hint = _hint_at(config_class, tree, path)
+    value = _read(hint, value) if is_text else value
+    both = isinstance(value, Mapping) and isinstance(place.get(leaf), Mapping) and classes_of(hint)
+    place[leaf] = {**place[leaf], **value} if both else value
+
+
+def _read(hint: Any, text: str) -> Any:
+    """The value of a flag. Its type is known, so text is never taken for something else."""
+    is_group = bool(classes_of(hint))
+    if takes_only_text(hint) or (is_group and not text.startswith("{")):
+        is_optional = type(None) in typing.get_args(hint)
+        return None if text == "null" and (is_optional or is_group) else text
+    if typing.get_origin(hint) in (list, tuple) and takes_only_text(typing.get_args(hint)[0]):
+        return read_value(text) if text.startswith("[") else text
+    return read_value(text)
+
+
+def resolve_path(config_class: type, name: str, flag: str, tree: Mapping[str, Any] | None = None) -> str:
+    """The full dotted path that `name` stands for.
+
+    Args:
+      tree: what is set already; it says which class of a choice is meant, the default's where it says nothing.
+    Raises: ConfigError when no field, or more than one, ends in `name`.
+    """
+    paths = _paths(config_class, tree or {})
+    if name in paths:
+        return name
+    matches = [path for path in paths if path.endswith("." + name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"{flag}: {name!r} stands for {' and '.join(matches)}; give the full path.")
+    for path, tag, fields in _other_choices(config_class, tree or {}):
+        if name.rsplit(".", 1)[-1] in fields:
+            raise ConfigError(f"{flag}: a setting of {path} {tag}; this is another one. Set --{path} {tag} with it.")
+    leaves = {path.rsplit(".", 1)[-1] for path in paths} | set(paths)
+    raise ConfigError(f"{flag}: no such field; {nearest(name, leaves)}")
+
+
+def describe(config_class: type, tree: Mapping[str, Any] | None = None) -> tuple[FieldInfo, ...]:
+    """Every leaf of `config_class`, depth first, in the order of its definition; of a choice, the chosen class's."""
+    return tuple(_describe(config_class, tree or {}, ""))
+
+
+def groups_of(config_class: type) -> Iterator[tuple[str, type]]:
+    """Every nested config of `config_class`: its dotted path and its class; of a choice, the default's."""
+    for path, hint in _groups(config_class, {}):
+        yield path, _class_at(hint, None, path)
+
+
+def _paths(config_class: type, tree: Mapping[str, Any]) -> list[str]:
+    return [info.path for info in describe(config_class, tree)] + [path for path, _ in _groups(config_class, tree)]
+
+
+def _groups(config_class: type, tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, hint in hints_of(config_class).items():
+        if classes_of(hint):
+            yield prefix + name, hint
+            nested = _class_at(hint, tree.get(name), prefix + name)
+            yield from _groups(nested, _tree(tree.get(name)), f"{prefix}{name}.")
+
+
+def _class_at(hint: Any, value: Any, path: str) -> type:
+    """The class of a group: what its value says, or the first, which is the default's."""
+    classes = classes_of(hint)
+    is_told = value is not None and (not isinstance(value, Mapping) or first_field(classes[0]) in value)
+    return chosen_class(classes, value, path) if is_told else classes[0]
+
+
+def _other_choices(config_class: type, tree: Mapping[str, Any]) -> Iterator[tuple[str, str, set[str]]]:
+    for path, hint in _groups(config_class, tree):
+        for option in classes_of(hint) if len(classes_of(hint)) > 1 else ():
+            tag = typing.get_args(hints_of(option)[first_field(option)])[0]
+            yield path, tag, {info.path.rsplit(".", 1)[-1] for info in describe(option)}
+
+
+def _hint_at(config_class: type, tree: Mapping[str, Any], path: str) -> Any:
+    hint: Any = None
+    current, place = config_class, tree
+    for part in path.split("."):
+        hint = hints_of(current)[part]
+        value = place.get(part)
+        if classes_of(hint):
+            current, place = _class_at(hint, value, path), _tree(value)
+    return hint
+
+
+def _tree(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _describe(config_class: type, tree: Mapping[str, Any], prefix: str) -> Iterator[FieldInfo]:
+    hints, docs = hints_of(config_class), field_docs(config_class)
+    for field in dataclasses.fields(cast(Any, config_class)):
+        hint = hints[field.name]
+        if classes_of(hint):
+            value = tree.get(field.name)
+            nested = _class_at(hint, value, prefix + field.name)
+            yield from _describe(nested, _tree(value), f"{prefix}{field.name}.")
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        yield FieldInfo(prefix + field.name, _type_name(hint), default, docs.get(field.name, ""), hint)
+
+
+@functools.cache
+def field_docs(config_class: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for field, note in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
+            docs[ast.unparse(field.target)] = " ".join(str(note.value.value).split())
+    return docs
+
+
+def _type_name(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " | ".join(str(option) for option in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(option) for option in parts)
+    if hint is type(None):
+        return "null"
+    if origin is list:
+        return f"list of {_type_name(parts[0])}"
+    if origin is tuple:
+        return f"list of {len(parts)} {_type_name(parts[0])}"
+    if origin is not None:
+        return "mapping"
+    return "any" if hint is Any else hint.__name__
