@@ -34,8 +34,8 @@ from limbeck.demo import DemoConfig, sample_traces, sweep_config
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score
-from studies.page import Table
 from limbeck.flags import set_field
+from studies.page import Table
 
 T_QUANTILES = {1: 12.706, 4: 2.776}
 """Degrees of freedom -> Student's t at 0.975."""

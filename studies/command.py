@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.config import apply_flags, build, describe
+from limbeck.config import build
 from limbeck.errors import LimbeckError
+from limbeck.flags import apply_flags, describe
 
 
 def main(config_class: type, run: Callable[..., Any], name: str) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from limbeck.checkpoint import output_directory
-from limbeck.errors import ConfigError
 from limbeck.config import checked
+from limbeck.errors import ConfigError
 from limbeck.optim.theory import escape_slope
 from studies import draw
 from studies.cells import measure_cells

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from limbeck.checkpoint import output_directory
-from limbeck.errors import ConfigError
 from limbeck.config import checked
+from limbeck.errors import ConfigError
 from limbeck.optim.diagnostics import curvature_at, products_needed, second_order
 from limbeck.optim.growing_batch import BatchGrowth
 from studies import draw
@@ -54,7 +54,7 @@ _RETEST = 1.02
 _SCREEN_PRODUCTS = 6
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@checked
 class RatesConfig:
     """One problem, three ways to feed gradients, a grid of accuracies."""
 

@@ -21,9 +21,10 @@ import yaml
 from docs_blocks import PAGES, PROSE, ROOT, SHELL, TUTORIALS, Block, all_blocks, blocks_of, commands_of
 
 from limbeck.cli import COMMANDS, _command_name, _read_config, _take_options
-from limbeck.config import apply_flags, build, describe, read_recipe
-from studies.command import read as read_study
+from limbeck.config import build
 from limbeck.flags import apply_flags, describe
+from limbeck.yaml_values import read_recipe
+from studies.command import read as read_study
 
 CHAIN = {"source": "builtin:chain", "num_traces": 9}
 LEFT_OUT = {

@@ -213,8 +213,7 @@ def test_training_lowers_the_loss_and_writes_a_checkpoint(tmp_path):
     assert manifest["ledger"]["supervised_tokens"] == manifest["ledger"]["sequences"] == (6 * 14 + 4) * 3
     audit = manifest["ledger"]["flops_audit"]
     assert audit["formula_flops"] == pytest.approx(audit["counted_flops"], rel=0.002)
-    filled = RankEvaluateConfig.filled({"model": str(out)})
-    assert build(RankEvaluateConfig, {"model": str(out)}).data == config().data and filled["features"]
+    assert build(RankEvaluateConfig, {"model": str(out)}).data == config().data
 
 
 class PulledPlug(BaseException):
