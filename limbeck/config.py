@@ -122,9 +122,13 @@ def first_field(config_class: type) -> str:
     return dataclasses.fields(cast(Any, config_class))[0].name
 
 
+def _first_hint(config_class: type) -> Any:
+    return hints_of(config_class)[first_field(config_class)]
+
+
 def tags_of(config_class: type) -> tuple[str, ...]:
     """The names under which a class of a choice is known."""
-    return typing.get_args(hints_of(config_class)[first_field(config_class)])
+    return typing.get_args(_first_hint(config_class))
 
 
 def chosen_class(classes: list[type], value: Any, where: str) -> type:
@@ -201,9 +205,8 @@ def _nested(classes: list[type], value: Any, where: str, path: str) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     config_class = chosen_class(classes, value, f"{where}: {path}")
-    first = first_field(config_class)
-    if isinstance(value, str | Number) and takes_text(hints_of(config_class)[first]):
-        value = {first: value}
+    if isinstance(value, str | Number) and hints_of(config_class) and takes_text(_first_hint(config_class)):
+        value = {first_field(config_class): value}
     if isinstance(value, Mapping):
         return _group(config_class, value, where, f"{path}.")
     raise ConfigError(
