@@ -87,9 +87,8 @@ static void attend(const float* query, const float* keys, const float* values, i
                    std::vector<float>& weights, float* out) {
     weights.assign(multiple(count, LANES), -INFINITY);
     int i = 0;
-    for (; i + COLUMNS <= count; i += COLUMNS)
-        float_sums<1, COLUMNS>(query, keys + size_t(i) * size, size, &weights[i]);
-    for (; i < count; ++i) float_sums<1, 1>(query, keys + size_t(i) * size, size, &weights[i]);
+    for (; i + KEYS <= count; i += KEYS) key_sums<KEYS>(query, keys + size_t(i) * size, size, &weights[i]);
+    for (; i < count; ++i) key_sums<1>(query, keys + size_t(i) * size, size, &weights[i]);
     Floats peaks = splat(-INFINITY);
     for (i = 0; i < int(weights.size()); i += LANES) {
         const Floats scaled = load(&weights[i]) * splat(scale);
@@ -140,7 +139,7 @@ struct Step {
 #pragma omp barrier
             look(layer, number, weights, thread, threads);
 #pragma omp barrier
-            take(inputs, attended.data(), layer.output);
+            prepare(layer.output, inputs, attended.data(), count);
             add(layer.output, layer.attention_out_norm, inputs, thread, threads);
             take_normed(inputs, normed, layer.mlp_norm, layer.gate);
             const Part part = multiply(layer.gate, inputs, count, gate.data(), model.inner, false, thread, threads);
@@ -148,7 +147,7 @@ struct Step {
             for (int row = 0; row < count; ++row)
                 gated(&gate[size_t(row) * model.inner], &up[size_t(row) * model.inner], part, model.is_gelu);
 #pragma omp barrier
-            take(inputs, gate.data(), layer.down);
+            prepare(layer.down, inputs, gate.data(), count);
             add(layer.down, layer.mlp_out_norm, inputs, thread, threads);
         }
         for (int row = thread; row < count; row += threads)
@@ -157,16 +156,11 @@ struct Step {
 
     float* state(int row) const { return x + size_t(row) * model.size; }
 
-    void take(Inputs& inputs, const float* floats, const Linear& linear) const {
-        inputs.floats = floats;
-        if (linear.scales) quantise(inputs, count, linear.inputs);
-    }
-
     // Every thread makes its own: that takes less than waiting for another's.
     void take_normed(Inputs& inputs, std::vector<float>& normed, const float* weight, const Linear& linear) const {
         for (int row = 0; row < count; ++row)
             normalise(state(row), weight, model.epsilon, model.size, &normed[size_t(row) * model.size]);
-        take(inputs, normed.data(), linear);
+        prepare(linear, inputs, normed.data(), count);
     }
 
     // x += the product, behind a norm of its own where there is one; all threads are through when it returns.
@@ -235,8 +229,7 @@ extern "C" void limbeck_step(const Model* model, const Row* rows, int count, flo
 // y [rows O] of x [rows I].
 extern "C" void limbeck_product(const Linear* linear, const float* x, int rows, float* y, int threads) {
     Inputs inputs;
-    inputs.floats = x;
-    if (linear->scales) quantise(inputs, rows, linear->inputs);
+    prepare(*linear, inputs, x, rows);
 #pragma omp parallel num_threads(threads)
     multiply(*linear, inputs, rows, y, linear->outputs, false, omp_get_thread_num(), omp_get_num_threads());
 }

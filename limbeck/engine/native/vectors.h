@@ -12,12 +12,17 @@ constexpr int LANES = 8;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float Half __attribute__((vector_size(2 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef Floats FloatsAt __attribute__((aligned(4), may_alias));
 typedef Ints IntsAt __attribute__((aligned(1), may_alias));
 
 inline Floats load(const float* at) { return *reinterpret_cast<const FloatsAt*>(at); }
+template <class Vector> inline Vector load_as(const float* at) {
+    typedef Vector At __attribute__((aligned(4), may_alias));
+    return *reinterpret_cast<const At*>(at);
+}
 inline void store(float* at, Floats values) { *reinterpret_cast<FloatsAt*>(at) = values; }
 inline Ints load_bytes(const void* at) { return *reinterpret_cast<const IntsAt*>(at); }
 inline Floats splat(float value) { return value - Floats{}; }
@@ -30,6 +35,7 @@ inline Floats magnitude(Floats a) { return (Floats)((Ints)a & splat(0x7fffffff))
 inline Floats fused(Floats a, Floats b, Floats sum) {
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
 }
+inline Half fused(Half a, Half b, Half sum) { return (Half)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum); }
 inline float total(Floats a) { return _mm512_reduce_add_ps((__m512)a); }
 inline float largest(Floats a) { return _mm512_reduce_max_ps((__m512)a); }
 // sum + four products of unsigned and signed bytes a lane; signed ones within -63..63, so that pairs fit into 16 bits
@@ -45,6 +51,7 @@ inline Ints dots(Ints sum, Ints bytes, Ints codes) {
 inline Floats fused(Floats a, Floats b, Floats sum) {
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
 }
+inline Half fused(Half a, Half b, Half sum) { return (Half)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)sum); }
 template <class Join> inline float joined(Floats a, Join join) {
     __m128 half = join(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
     half = join(half, _mm_movehl_ps(half, half));
