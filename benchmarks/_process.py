@@ -21,14 +21,14 @@ from torch import Tensor
 from limbeck import ledger
 from limbeck.distill.config import DistillConfig, LossConfig, StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.distill.data import Data
-from limbeck.distill.objective import Teacher
+from limbeck.distill.microbatch import Student
 from limbeck.distill.parallel import Ranks
-from limbeck.distill.plan import Step, plan_steps
+from limbeck.distill.plan import PlannedStep, plan_steps
 from limbeck.distill.setup import Run
-from limbeck.models.anatomy import sizes_of
-from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
+from limbeck.models.load import load_model, load_tokenizer
 from limbeck.optim.build import OptimizerConfig, build_optimizer
 from limbeck.optim.schedules import ScheduleConfig
+from limbeck.teacher.several import Teacher
 from limbeck.traces.batch import Example, make_example
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sample import Sample
@@ -114,24 +114,20 @@ def set_up(
     cut = TruncationConfig(policy="budget", budget_tokens=WARM_UP_TOKENS)
     everything = SupervisionConfig(preset="prompt+cot+answer")
     groups = [[make_example(sample, cut, everything) for sample in warm_up], *batches]
-    vocab_size = vocabulary_size(tokenizer)
     run = Run(
         config=config,
-        model=model.train(),
-        tokenizer=tokenizer,
-        sizes=sizes_of(model, vocab_size),
+        student=Student.of(model.train(), tokenizer),
         teacher=teacher,
         data=Data([example for group in groups for example in group], [], {}),
         steps=_one_step_each(groups, config.training),
         optimizer=build_optimizer(model, config.optimizer, len(groups)),
         ledger=ledger.Ledger(),
         ranks=Ranks(0, 1, torch.device("cpu")),
-        vocab_size=vocab_size,
     )
     return run
 
 
-def _one_step_each(groups: Sequence[Sequence[Example]], training: TrainingConfig) -> list[Step]:
+def _one_step_each(groups: Sequence[Sequence[Example]], training: TrainingConfig) -> list[PlannedStep]:
     """The planner's step for each group, its indices moved to where the group stands among all examples."""
     steps, start = [], 0
     for group in groups:
@@ -146,17 +142,17 @@ def _one_step_each(groups: Sequence[Sequence[Example]], training: TrainingConfig
             seed=training.seed,
         )
         moved = tuple(tuple(tuple(i + start for i in part) for part in rank) for rank in step.microbatches)
-        steps.append(Step(moved))
+        steps.append(PlannedStep(moved))
         start += len(group)
     return steps
 
 
 def product_flops_per_second(run: Run, tokens: int, rows: int, repeats: int) -> float:
     """Speed of torch's plain float32 products: those of one layer over `tokens` and of the head over `rows`."""
-    layer = run.model.model.layers[0]
+    layer = run.student.model.model.layers[0]
     shapes = [(tokens, *module.weight.shape) for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-    shapes = [shape for shape in shapes for _ in range(len(run.model.model.layers))]
-    shapes.append((rows, *run.model.lm_head.weight.shape))
+    shapes = [shape for shape in shapes for _ in range(len(run.student.model.model.layers))]
+    shapes.append((rows, *run.student.model.lm_head.weight.shape))
     flops = seconds = 0.0
     timed: dict[tuple[int, ...], float] = {}
     for shape in shapes:

@@ -47,7 +47,8 @@ from torch import Tensor
 
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.fused import fused_loss
-from limbeck.teacher.targets import DenseTargets, TopKTargets
+from limbeck.teacher.dense import DenseTargets
+from limbeck.teacher.topk import TopKTargets
 
 warnings.simplefilter("ignore")
 try:

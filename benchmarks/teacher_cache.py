@@ -36,16 +36,19 @@ from torch import Tensor
 from limbeck.checkpoint import write_manifest
 from limbeck.distill import train
 from limbeck.distill.config import LossConfig
-from limbeck.distill.objective import Teacher, microbatch_loss, step_totals
+from limbeck.distill.microbatch import MicroBatch, StepLoss, Student, step_totals
+from limbeck.distill.objective import Distillation
 from limbeck.ledger import Ledger
-from limbeck.models.anatomy import Head, head_of, sizes_of
+from limbeck.models.anatomy import Head, head_of
 from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
 from limbeck.teacher.build import build_cache, spec_of, stats
 from limbeck.teacher.cache import MODES, CacheConfig, TeacherCache, seal
+from limbeck.teacher.dense import DenseTargets
 from limbeck.teacher.live import LiveTeacher
 from limbeck.teacher.score import reconstruction_kl
+from limbeck.teacher.several import Teacher
 from limbeck.teacher.shard import Stored
-from limbeck.teacher.targets import DenseTargets, TopKTargets
+from limbeck.teacher.topk import TopKTargets
 from limbeck.traces.batch import Batch, Example, collate, make_example
 from limbeck.traces.sample import Sample
 from limbeck.traces.supervise import SupervisionConfig
@@ -181,11 +184,12 @@ def step(models: Path, samples: Sequence[Sample], teacher: Teacher) -> tuple[flo
     """Loss and gradient of all parameters."""
     student = load_model(str(models / "student"), layout="packed").train()
     examples = [make_example(sample, UNCUT, RESPONSE) for sample in samples]
-    totals, sizes, value = step_totals(examples, "token_mean"), sizes_of(student), 0.0
+    given = Student.of(student, load_tokenizer(str(models / "student")))
+    wanted, value = StepLoss(LossConfig(), 1.0, step_totals(examples, "token_mean")), 0.0
     for start in range(0, len(examples), BATCH):
         group = examples[start : start + BATCH]
         batch = collate(group, "packed", 0)
-        loss = microbatch_loss(student, sizes, teacher, batch, group, totals, LossConfig(), 1.0, Ledger())
+        loss = Distillation()(MicroBatch(given, teacher, batch, group, wanted, Ledger()))
         assert loss is not None
         loss.total.backward()
         value += float(loss.kd_sum)

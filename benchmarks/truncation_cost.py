@@ -37,8 +37,8 @@ from torch import Tensor
 from limbeck.distill import objective, train
 from limbeck.distill.fused import FusedLoss
 from limbeck.models.load import load_model
+from limbeck.teacher.dense import DenseTargets
 from limbeck.teacher.live import LiveTeacher
-from limbeck.teacher.targets import DenseTargets
 from limbeck.traces.batch import make_example
 from limbeck.traces.sample import Sample
 from limbeck.traces.supervise import SupervisionConfig

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from limbeck.distill.divergence import DivergenceConfig
-from limbeck.teacher.targets import DenseTargets, TeacherTargets, TopKTargets
+from limbeck.teacher.dense import DenseTargets
+from limbeck.teacher.targets import TeacherTargets
+from limbeck.teacher.topk import TopKTargets
 
 
 def twin_loss(

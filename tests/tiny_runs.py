@@ -20,13 +20,12 @@ from limbeck.config import build, to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import Data, prepare
-from limbeck.distill.objective import microbatch_loss, step_totals
+from limbeck.distill.microbatch import MicroBatch, StepLoss, Student, step_totals
+from limbeck.distill.objective import Distillation
 from limbeck.distill.pair import load_student, load_teacher
 from limbeck.distill.parallel import Ranks
 from limbeck.flags import set_field
 from limbeck.ledger import Ledger, flop_counter
-from limbeck.models.anatomy import sizes_of
-from limbeck.models.load import vocabulary_size
 from limbeck.models.tiny import symbol_tokenizer
 from limbeck.traces.batch import Example, collate
 
@@ -113,27 +112,16 @@ def one_step(
     student.train()
     data = prepare(config, tokenizer)
     totals = step_totals(data.train, config.loss.normalization)
+    wanted = StepLoss(config.loss, config.kd_ratio, totals, config.supervision.select)
     ledger = Ledger()
     ce = kd = 0.0
     counter = flop_counter()
-    sizes = sizes_of(student, vocabulary_size(tokenizer))
     for group in groups or [range(len(data.train))]:
         examples = [data.train[i] for i in group]
         batch = collate(examples, config.training.layout, tokenizer.pad_token_id)
         with counter if is_counted else torch.enable_grad():
-            loss = microbatch_loss(
-                student,
-                sizes,
-                teacher,
-                batch,
-                examples,
-                totals,
-                config.loss,
-                config.kd_ratio,
-                ledger,
-                vocab_size=vocabulary_size(tokenizer),
-                select=config.supervision.select,
-            )
+            given = MicroBatch(Student.of(student, tokenizer), teacher, batch, examples, wanted, ledger)
+            loss = Distillation()(given)
             if loss is not None:
                 loss.total.backward()
                 ce, kd = ce + float(loss.ce_sum), kd + float(loss.kd_sum)

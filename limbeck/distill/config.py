@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from limbeck.client import ClientConfig, server_root
 from limbeck.config import checked
@@ -235,6 +235,57 @@ class TrainingConfig:
         return BatchGrowth(start, self.batch_growth.per_step, self.batch_growth.largest)
 
 
+class LoopConfig(Protocol):
+    """What the training loop reads of a config, whichever stage's it is."""
+
+    @property
+    def student(self) -> StudentConfig: ...
+    @property
+    def teacher(self) -> TeacherConfig: ...
+    @property
+    def loss(self) -> LossConfig: ...
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def schedule(self) -> ScheduleConfig: ...
+    @property
+    def lora(self) -> LoraConfig | None: ...
+
+    @property
+    def kd_ratio(self) -> float:
+        """The share of KD in force."""
+        ...
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a teacher is named, and the loss or the validation has a KD term."""
+        ...
+
+
+def kd_ratio_of(config: LoopConfig) -> float:
+    """The share of KD in force: what is set, or 0.5 with a teacher and 0 without."""
+    if config.loss.kd_ratio is not None:
+        return config.loss.kd_ratio
+    return 0.5 if config.teacher.is_named else 0.0
+
+
+def check_loop(config: LoopConfig) -> None:
+    """Refuse what no stage can train.
+
+    Raises: ConfigError.
+    """
+    if not config.teacher.is_named and config.loss.kd_ratio:
+        raise ConfigError(f"kd_ratio {config.loss.kd_ratio} needs teacher.model, teacher.cache or teacher.server")
+    if config.training.keep_best == "kd" and not config.teacher.is_named:
+        raise ConfigError("training.keep_best kd needs teacher.model, teacher.cache or teacher.server")
+    if config.lora is not None and config.student.keep_zeros:
+        raise ConfigError(
+            "student.keep_zeros needs all weights to train: merging lora's adapters fills the zeros; leave one out"
+        )
+
+
 @checked
 class DistillConfig:
     """One student: which traces, how much of them, from whom, with which loss."""
@@ -273,8 +324,7 @@ class DistillConfig:
     """Train adapters instead of all weights; the output holds the merged model."""
 
     def __post_init__(self) -> None:
-        if not self.has_teacher and self.loss.kd_ratio:
-            raise ConfigError(f"kd_ratio {self.loss.kd_ratio} needs teacher.model, teacher.cache or teacher.server")
+        check_loop(self)
         if self.on_policy is not None and not all(
             teacher.is_named and teacher.cache is None for teacher in (self.teacher, *self.teacher.others)
         ):
@@ -285,12 +335,6 @@ class DistillConfig:
         self._check_parallel()
         if self.training.keep_best is not None and not self.num_validation:
             raise ConfigError("training.keep_best needs held-out traces; set num_validation")
-        if self.training.keep_best == "kd" and not self.has_teacher:
-            raise ConfigError("training.keep_best kd needs teacher.model, teacher.cache or teacher.server")
-        if self.lora is not None and self.student.keep_zeros:
-            raise ConfigError(
-                "student.keep_zeros needs all weights to train: merging lora's adapters fills the zeros; leave one out"
-            )
         if self.num_validation < 0:
             raise ConfigError(f"num_validation must be at least 0; found {self.num_validation}")
         if self.max_trace_tokens is not None and self.max_trace_tokens < 1:
@@ -308,13 +352,12 @@ class DistillConfig:
             raise ConfigError("parallel.tensor_parallel_size above 1 splits plain linear layers; leave lora out")
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether any teacher is named."""
-        return self.teacher.is_named
-
-    @property
     def kd_ratio(self) -> float:
         """The share of KD in force."""
-        if self.loss.kd_ratio is not None:
-            return self.loss.kd_ratio
-        return 0.5 if self.has_teacher else 0.0
+        return kd_ratio_of(self)
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a teacher is named, and the loss, the rollouts or the validation have a KD term."""
+        is_used = self.kd_ratio > 0 or self.on_policy is not None or self.training.keep_best == "kd"
+        return self.teacher.is_named and is_used

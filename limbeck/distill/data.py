@@ -37,6 +37,8 @@ class Data(NamedTuple):
     """What was read, dropped and cut, for the manifest."""
     prompts: Prompts | None = None
     """Of the training examples, where the student is to write rollouts."""
+    validation_groups: list[list[Example]] | None = None
+    """The held-out examples as they are to be validated together; None: grouped by length."""
 
 
 def prepare(config: DistillConfig, tokenizer: Any) -> Data:

@@ -39,10 +39,8 @@ from torch import Tensor
 
 from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
+from limbeck.teacher.targets import LOG_FLOOR, Divergence
 
-LOG_FLOOR = -1000.0
-
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "combined_kl"
 ]  # fmt: skip

@@ -5,31 +5,32 @@
 1. Keep the rows whose CE or KD coefficient is not zero; no other row reaches the head.
 2. For each chunk of rows, as many as a byte budget holds, multiply by the head into one [C V] buffer that is
    allocated once; for a dense teacher, by the teacher's head into a second one.
-3. Turn the logits into their own gradient, in place, in blocks of rows that stay in cache (`rowloss`). Loss
-   and gradient are closed forms in float32 (float64 for float64 inputs).
+3. Turn the logits into their own gradient, in place, in blocks of rows that stay in cache: first D's, which the
+   targets give (`TargetReader.row_loss`), then CE's on top. Loss and gradient are closed forms in float32 (float64 for
+   float64 inputs).
 4. Multiply that gradient by the head and by the hidden states, for the gradients of both. All of this happens
    in the forward pass; the backward pass hands the gradients over, times what arrives from above.
 
-Sums over chunks are kept in float32; the products run in the type of the inputs or of autocast (`head`).
+Sums over chunks are kept in float32; the products run in the type of the inputs or of autocast (`models.logits`).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.distill.divergence import DivergenceConfig
-from limbeck.distill.head import Head
-from limbeck.distill.rowloss import row_loss
+from limbeck.distill.gathered import gather_rows
+from limbeck.distill.known_gradients import Gradients, KnownGradients
 from limbeck.distill.rows import Rows, check_shapes, make_rows
-from limbeck.distill.vocabulary import WHOLE, VocabularyPart, gather_rows, own_rows
-from limbeck.errors import ConfigError
-from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets
+from limbeck.errors import ConfigError, ShapeError
+from limbeck.models.anatomy import Head
+from limbeck.models.logits import ChunkedLogits
+from limbeck.models.sharded_softmax import WHOLE, ShardedSoftmax
+from limbeck.teacher.targets import Distance, OneTeacherTargets, TargetReader
 
 CHUNK_BYTES = 256 * 2**20
 # On a CPU more rows than this make the products no faster.
@@ -53,6 +54,13 @@ class FusedLoss:
     head_rows: int
     """Rows that were multiplied by the head."""
 
+    @staticmethod
+    def sum(losses: Sequence[FusedLoss]) -> FusedLoss:
+        """The loss of several passes: one a teacher."""
+        names = ("total", "ce_sum", "kd_sum")
+        total, ce_sum, kd_sum = (torch.stack([getattr(loss, name) for loss in losses]).sum() for name in names)
+        return FusedLoss(total, ce_sum, kd_sum, sum(loss.head_rows for loss in losses))
+
 
 def fused_loss(
     hidden: Tensor,
@@ -62,13 +70,13 @@ def fused_loss(
     head_bias: Tensor | None = None,
     ce_coef: Tensor,
     kd_coef: Tensor,
-    targets: TeacherTargets,
+    targets: OneTeacherTargets | None,
     divergence: DivergenceConfig,
     temperature: float = 1.0,
     scale_by_temperature_squared: bool = True,
     vocab_size: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-    part: VocabularyPart | None = None,
+    part: ShardedSoftmax | None = None,
 ) -> FusedLoss:
     """sum_i ce_coef_i CE_i + kd_coef_i T^2 D_i, differentiable by the student's hidden states and head.
 
@@ -109,149 +117,77 @@ def fused_loss(
         check_shapes(hidden, head_weight, labels, head_bias, ce_coef, kd_coef, targets, vocab)
     if not (temperature > 0 and chunk_bytes > 0):
         raise ConfigError(f"fused_loss: temperature {temperature} and chunk_bytes {chunk_bytes} must be above 0.")
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    inputs, num_entries = (hidden, head_weight, head_bias), vocab
+    inputs = (hidden, head_weight, head_bias)
     if part is not None:
-        assert not isinstance(targets, SeveralTargets), "weighted_fused_loss takes several teachers apart"
         hidden, labels, ce_coef, kd_coef, targets = gather_rows(part.group, hidden, labels, ce_coef, kd_coef, targets)
         hidden.requires_grad_(inputs[0].requires_grad)
-        num_entries = part.stop - part.start
-    gradients = _Gradients.zeros(compute, hidden, head_weight, head_bias)
-    student, teacher = Head(hidden, head_weight, head_bias, num_entries), None
-    if isinstance(targets, DenseTargets) and bool(kd_coef.any()):
-        teacher = Head(targets.hidden, targets.head_weight, targets.head_bias, num_entries)
-    loss = functools.partial(row_loss, divergence=divergence.bind(), temperature=temperature, vocabulary=part or WHOLE)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        kd_scale = temperature**2 if scale_by_temperature_squared else 1.0
-        rows = make_rows(labels, ce_coef.to(compute), kd_coef.to(compute) * kd_scale, targets, vocab)
-        ce_sum, kd_sum, head_rows = _accumulate(
-            student, teacher, rows, loss, chunk_bytes, gradients, None if part is None else part.largest
-        )
+    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    gradients = Gradients.zeros(compute, hidden, head_weight, head_bias)
+    softmax = part or WHOLE
+    with torch.no_grad():
+        kd_coef = kd_coef.to(compute) * (temperature**2 if scale_by_temperature_squared else 1.0)
+        rows = make_rows(labels, ce_coef.to(compute), kd_coef, vocab)
+        student = ChunkedLogits(hidden, Head(head_weight, head_bias), softmax.entries(vocab), softmax.largest)
+        teacher = _reader(targets, kd_coef, vocab, Distance(divergence.bind(), temperature, softmax))
+        sums, head_rows = kd_coef.new_zeros(2), 0
+        with torch.autocast(hidden.device.type, enabled=False):
+            for index, states, logits in _chunks(student, teacher, rows, chunk_bytes):
+                chunk, chunk_sums = rows[index], torch.zeros_like(sums)
+                for block in _blocks(logits, compute, part):
+                    own, by_logits = chunk[block], student.finish(logits[block], compute)
+                    log_probs = None if own.labels is None else softmax.log_softmax(by_logits)
+                    kd = teacher.row_loss(block, by_logits, log_probs, own.kd_coef)
+                    ce = own.add_cross_entropy_(by_logits, log_probs, softmax)
+                    chunk_sums += own.weighted(ce, kd)
+                    if by_logits.dtype != logits.dtype:
+                        logits[block] = by_logits
+                gradients.add(index, states, logits, student.weight)
+                sums, head_rows = sums + chunk_sums, head_rows + len(index)
         if part is not None:
-            ce_sum, kd_sum = ce_sum / part.group.size(), kd_sum / part.group.size()
-            gradients = gradients.of_rows(part, len(inputs[0]))
-    total = _KnownGradients.apply(ce_sum + kd_sum, gradients, *inputs)
-    return FusedLoss(total, ce_sum, kd_sum, head_rows)
+            sums, gradients = sums / part.group.size(), gradients.of_rows(part, len(inputs[0]))
+    total = KnownGradients.apply(sums[0] + sums[1], gradients, *inputs)
+    return FusedLoss(total, sums[0], sums[1], head_rows)
 
 
-class _KnownGradients(torch.autograd.Function):
-    """Gives `total` the gradients that are already there."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: _Gradients, *inputs: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return total.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, from_above: Tensor) -> tuple[Tensor | None, ...]:
-        # Mostly 1: then the head's gradient, the largest tensor of a step, is handed over and not copied.
-        one = bool(from_above == 1)
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, None, *(g if g is None else (g if one else g * from_above).to(t) for g, t in gradients)
+def _reader(targets: OneTeacherTargets | None, kd_coef: Tensor, vocab: int, distance: Distance) -> TargetReader:
+    if not bool((kd_coef != 0).any()):
+        return TargetReader()
+    if targets is None:
+        raise ShapeError("fused_loss: kd_coef is not 0 but targets is None; give targets, or kd_coef 0.")
+    return targets.reader(kd_coef, vocab, distance)
 
 
-@dataclass(frozen=True, slots=True)
-class _Gradients:
-    """Of the total, by each input that wants one."""
+def _chunks(
+    student: ChunkedLogits, teacher: TargetReader, rows: Rows, chunk_bytes: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows with a coefficient, as many as the budget holds: their index, hidden states [C D] and logits [C V].
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @staticmethod
-    def zeros(compute: torch.dtype, *inputs: Tensor | None) -> _Gradients:
-        def zeros(x: Tensor | None) -> Tensor | None:
-            if x is None or not (x.requires_grad and torch.is_grad_enabled()):
-                return None
-            return torch.zeros_like(x, dtype=compute)
-
-        hidden, weight, bias = (zeros(x) for x in inputs)
-        return _Gradients(hidden, weight, bias)
-
-    def of_rows(self, part: VocabularyPart, length: int) -> _Gradients:
-        """With the hidden gradient of this process's rows alone, from what all parts of the vocabulary add to it."""
-        own = None if self.hidden is None else own_rows(part.group, self.hidden, length)
-        return _Gradients(own, self.weight, self.bias)
-
-    def add(self, index: Tensor, states: Tensor, by_logits: Tensor, weight: Tensor) -> None:
-        """Add what the rows `index` contribute; `by_logits` [n V] is the gradient by their logits."""
-        if self.hidden is not None:
-            self.hidden.index_copy_(0, index, torch.mm(by_logits, weight).to(self.hidden.dtype))
-        if self.weight is not None and self.weight.dtype == by_logits.dtype:
-            self.weight[: len(weight)].addmm_(by_logits.T, states)
-        elif self.weight is not None:
-            self.weight[: len(weight)].add_(torch.mm(by_logits.T, states))
-        if self.bias is not None:
-            self.bias[: len(weight)].add_(by_logits.sum(0, dtype=self.bias.dtype))
-
-
-def _accumulate(
-    student: Head,
-    teacher: Head | None,
-    rows: Rows,
-    loss: Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor]],
-    chunk_bytes: int,
-    gradients: _Gradients,
-    part_entries: int | None,
-) -> tuple[Tensor, Tensor, int]:
-    """Sums of the weighted CE and KD terms and the number of their rows; fills `gradients` on the way.
-
-    Where heads are parts, `part_entries` is the size of the largest: all processes must cut the same chunks.
+    The teacher's reader stands at the same rows.
     """
     index = torch.nonzero((rows.ce_coef != 0) | (rows.kd_coef != 0))[:, 0]
-    heads = [student] if teacher is None else [student, teacher]
-    limit = chunk_bytes // sum(head.row_bytes(part_entries) for head in heads)
+    limit = chunk_bytes // (student.row_bytes + teacher.row_bytes)
     if student.buffer.device.type == "cpu":
         limit = min(limit, CPU_CHUNK_ROWS)
-    chunk_rows = _even_parts(len(index), limit)
-    for head in heads:
-        head.allocate(chunk_rows)
-    sums = rows.ce_coef.new_zeros(2)
-    for start in range(0, len(index), chunk_rows):
-        chunk = index[start : start + chunk_rows]
-        part = rows[chunk]
+    size = _even_parts(len(index), limit)
+    student.allocate(size)
+    teacher.allocate(size)
+    for chunk in (index[start : start + size] for start in range(0, len(index), size)):
         states = student.states(chunk)
         logits = student.logits(states)
-        teacher_logits = None
-        if teacher is not None:
-            teacher_logits = teacher.logits(teacher.states(chunk).masked_fill(part.kd_coef == 0, 0.0))
-        block_rows = len(chunk) if part_entries else _block_rows(logits.shape[1] * sums.itemsize, logits.device.type)
-        sums += _to_gradient(student, logits, teacher, teacher_logits, part, loss, block_rows)
-        gradients.add(chunk, states, logits, student.weight)
-    return sums[0], sums[1], len(index)
+        teacher.read(chunk)
+        yield chunk, states, logits
 
 
-def _to_gradient(
-    student: Head,
-    logits: Tensor,
-    teacher: Head | None,
-    teacher_logits: Tensor | None,
-    rows: Rows,
-    loss: Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor]],
-    block_rows: int,
-) -> Tensor:
-    """The two sums [2] of a chunk; `logits` becomes the gradient, block by block."""
-    compute = rows.ce_coef.dtype
-    sums = rows.ce_coef.new_zeros(2)
-    for start in range(0, len(logits), block_rows):
-        block = slice(start, start + block_rows)
-        student_block = student.finish(logits[block], compute)
-        teacher_block = None
-        if teacher is not None and teacher_logits is not None:
-            teacher_block = teacher.finish(teacher_logits[block], compute)
-        ce, kd = loss(student_block, teacher_block, rows[block])
-        sums += torch.stack([torch.dot(rows.ce_coef[block, 0], ce), torch.dot(rows.kd_coef[block, 0], kd)])
-        if student_block.dtype != logits.dtype:
-            logits[block] = student_block
-    return sums
-
-
-def _block_rows(row_bytes: int, device: str) -> int:
-    if device == "cpu":
-        return max(1, CPU_BLOCK_BYTES // row_bytes) * torch.get_num_threads()
-    return max(1, DEVICE_BLOCK_BYTES // row_bytes)
+def _blocks(logits: Tensor, compute: torch.dtype, part: ShardedSoftmax | None) -> Iterator[slice]:
+    """The rows of a chunk, as many at a time as stay in cache; all at once where processes must keep step."""
+    size = len(logits)
+    if part is None:
+        row_bytes = logits.shape[1] * compute.itemsize
+        on_cpu = logits.device.type == "cpu"
+        size = max(1, (CPU_BLOCK_BYTES if on_cpu else DEVICE_BLOCK_BYTES) // row_bytes)
+        size *= torch.get_num_threads() if on_cpu else 1
+    for start in range(0, len(logits), size):
+        yield slice(start, start + size)
 
 
 def _even_parts(length: int, limit: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import Checkpoint, hash_path
-from limbeck.distill.config import DistillConfig
+from limbeck.distill.config import DistillConfig, LoopConfig
 from limbeck.distill.setup import Run
 from limbeck.errors import CheckpointError
 from limbeck.models.anatomy import causal_lm_of
@@ -18,13 +18,13 @@ from limbeck.teacher.cache import Spec
 def write_model(setup: Run, directory: Path) -> None:
     """Write model and tokenizer as a Hugging Face directory, adapters merged."""
     with setup.ledger.phase("saving"), quiet():
-        is_adapted = setup.config.lora is not None
-        model = setup.model.merge_and_unload() if is_adapted else causal_lm_of(setup.model)
+        is_adapted, model = setup.config.lora is not None, setup.student.model
+        model = model.merge_and_unload() if is_adapted else causal_lm_of(model)
         model.save_pretrained(directory)
-        setup.tokenizer.save_pretrained(directory)
+        setup.student.tokenizer.save_pretrained(directory)
 
 
-def metrics_of(config: DistillConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
+def metrics_of(config: LoopConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest tells of the step whose weights were written."""
     metrics = {"loss": kept.get("loss"), "validation_ce": kept.get("validation_ce")}
     if config.training.keep_best is not None:

@@ -10,9 +10,7 @@ import torch
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.client import Client, api_key
-from limbeck.distill.config import DistillConfig, TeacherConfig
-from limbeck.distill.ensemble import SeveralTeachers
-from limbeck.distill.objective import Teacher
+from limbeck.distill.config import LoopConfig, TeacherConfig
 from limbeck.distill.parallel import Ranks, make_mesh
 from limbeck.errors import ConfigError, PairError
 from limbeck.models.anatomy import Head, head_of
@@ -29,9 +27,10 @@ from limbeck.models.tiny import symbol_tokenizer
 from limbeck.teacher.cache import Spec, TeacherCache
 from limbeck.teacher.live import LiveTeacher
 from limbeck.teacher.served import check_tokenizer, connect
+from limbeck.teacher.several import OneTeacher, SeveralTeachers, Teacher
 
 
-def load_student(config: DistillConfig, source: Checkpoint | None, tokenizer: Any = None) -> tuple[Any, Any]:
+def load_student(config: LoopConfig, source: Checkpoint | None, tokenizer: Any = None) -> tuple[Any, Any]:
     """The student, ready to train (adapters on, recomputation on where asked), and its tokenizer.
 
     A student from scratch has the tokenizer that is given, or else the built-in one.
@@ -40,7 +39,7 @@ def load_student(config: DistillConfig, source: Checkpoint | None, tokenizer: An
     return trainable(model, config), tokenizer
 
 
-def load_student_in_parts(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> tuple[Any, Any, Any]:
+def load_student_in_parts(config: LoopConfig, source: Checkpoint | None, ranks: Ranks) -> tuple[Any, Any, Any]:
     """The same with its parts on all processes, the student without storage (`load_in_parts`), and its tokenizer.
 
     Raises: ConfigError when it is quantised, or the processes cannot be grouped as the config says.
@@ -59,7 +58,7 @@ def load_student_in_parts(config: DistillConfig, source: Checkpoint | None, rank
     return model, empty, symbol_tokenizer() if name is None else load_tokenizer(name)
 
 
-def _start(config: DistillConfig, source: Checkpoint | None, tokenizer: Any) -> tuple[Any, Any]:
+def _start(config: LoopConfig, source: Checkpoint | None, tokenizer: Any) -> tuple[Any, Any]:
     """The weights that training starts from, and their tokenizer."""
     name = _start_name(config, source)
     if name is not None:
@@ -68,11 +67,11 @@ def _start(config: DistillConfig, source: Checkpoint | None, tokenizer: Any) -> 
     return load_scratch(config.student.scratch, config.training.layout, tokenizer)
 
 
-def _start_name(config: DistillConfig, source: Checkpoint | None) -> str | None:
+def _start_name(config: LoopConfig, source: Checkpoint | None) -> str | None:
     return str(source.path) if source is not None else config.student.model
 
 
-def _products(config: DistillConfig) -> torch.dtype:
+def _products(config: LoopConfig) -> torch.dtype:
     return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
 
 
@@ -81,7 +80,7 @@ def _refuse_quantized(name: str, field: str) -> None:
         raise ConfigError(f"{name}: a quantised model is not split into parts; set parallel.{field} replicate.")
 
 
-def trainable(model: Any, config: DistillConfig) -> Any:
+def trainable(model: Any, config: LoopConfig) -> Any:
     """A student as the run trains it: recomputation on where asked, adapters added where asked."""
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -102,13 +101,12 @@ def trainable(model: Any, config: DistillConfig) -> Any:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from error
 
 
-def load_teacher(config: DistillConfig, ranks: Ranks) -> Teacher | None:
+def load_teacher(config: LoopConfig, ranks: Ranks) -> Teacher | None:
     """The teacher that the config names; None when neither the loss nor the validation has a KD term.
 
     Raises: PairError when a live teacher cannot read the ids of its own tokenizer, or a cache is of another teacher.
     """
-    is_used = config.kd_ratio > 0 or config.on_policy is not None or config.training.keep_best == "kd"
-    if not is_used or not config.has_teacher:
+    if not config.asks_teacher:
         return None
     teachers = [config.teacher, *config.teacher.others]
     loaded = [_load(teacher, config, ranks) for teacher in teachers]
@@ -117,7 +115,7 @@ def load_teacher(config: DistillConfig, ranks: Ranks) -> Teacher | None:
     return SeveralTeachers(tuple(loaded), tuple(teacher.weight for teacher in teachers))
 
 
-def _load(teacher: TeacherConfig, config: DistillConfig, ranks: Ranks) -> Teacher:
+def _load(teacher: TeacherConfig, config: LoopConfig, ranks: Ranks) -> OneTeacher:
     if teacher.server is not None:
         tokenizer = load_tokenizer(student_tokenizer_name(config))
         client = Client(teacher.server, teacher.client, api_key(teacher.client))
@@ -133,7 +131,7 @@ def _load(teacher: TeacherConfig, config: DistillConfig, ranks: Ranks) -> Teache
     return LiveTeacher(model, vocabulary_size(tokenizer))
 
 
-def _live(name: str, config: DistillConfig, ranks: Ranks) -> Any:
+def _live(name: str, config: LoopConfig, ranks: Ranks) -> Any:
     """A teacher's model, frozen, on this process or in parts on all of them."""
     parallel = config.training.parallel
 
@@ -147,7 +145,7 @@ def _live(name: str, config: DistillConfig, ranks: Ranks) -> Any:
     return load_in_parts(load, lambda model: model.requires_grad_(False), mesh, ranks.device, _products(config))[0]
 
 
-def student_tokenizer_name(config: DistillConfig) -> str:
+def student_tokenizer_name(config: LoopConfig) -> str:
     """The model whose tokenizer the student has; a student from scratch has the built-in one."""
     return config.student.model or "tiny-student"
 
@@ -168,7 +166,7 @@ def _open_cache(teacher: TeacherConfig, directory: Path, device: torch.device) -
     return TeacherCache(directory, Head(weight.to(device), None if bias is None else bias.to(device)))
 
 
-def check_pair(config: DistillConfig, student: Any, tokenizer: Any) -> None:
+def check_pair(config: LoopConfig, student: Any, tokenizer: Any) -> None:
     """Refuse a student that cannot read the tokenizer's ids, and a live teacher that reads other ids.
 
     Raises: PairError.

@@ -21,7 +21,7 @@ from limbeck.optim.growing_batch import BatchGrowth
 from limbeck.traces.batch import Layout
 
 
-class Step(NamedTuple):
+class PlannedStep(NamedTuple):
     """One optimizer step."""
 
     microbatches: tuple[tuple[tuple[int, ...], ...], ...]
@@ -47,7 +47,7 @@ def plan_steps(
     max_tokens: int | None = None,
     world_size: int = 1,
     growth: BatchGrowth | None = None,
-) -> list[Step]:
+) -> list[PlannedStep]:
     """All steps of a run.
 
     Args:
@@ -66,7 +66,7 @@ def plan_steps(
         raise ConfigError("no trace is left to train on.")
     is_limited = max_steps is not None or max_tokens is not None
     sequences_left = max(1, round(epochs * len(lengths)))
-    steps: list[Step] = []
+    steps: list[PlannedStep] = []
     tokens = 0
     if growth is None:
         batches = _fixed_batches(lengths, batch_size, batch_tokens, bucket_batches, seed)
@@ -152,7 +152,7 @@ def _cut_batches(
 
 def split_step(
     batch: Sequence[int], lengths: Sequence[int], microbatch_tokens: int, layout: Layout, world_size: int
-) -> Step:
+) -> PlannedStep:
     """Deal the examples of one batch to the ranks and cut each share into micro-batches; arguments as above."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
@@ -160,7 +160,7 @@ def split_step(
         rank = loads.index(min(loads))
         shares[rank].append(index)
         loads[rank] += lengths[index]
-    return Step(tuple(tuple(_cut_microbatches(share, lengths, microbatch_tokens, layout)) for share in shares))
+    return PlannedStep(tuple(tuple(_cut_microbatches(share, lengths, microbatch_tokens, layout)) for share in shares))
 
 
 def _cut_microbatches(

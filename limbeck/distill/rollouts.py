@@ -28,7 +28,7 @@ import torch.distributed as dist
 from limbeck.config import checked
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.parallel import Ranks
-from limbeck.distill.plan import Step
+from limbeck.distill.plan import PlannedStep
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger, decoding_flops
 from limbeck.models.anatomy import Sizes
@@ -125,7 +125,7 @@ class Rollouts:
     """The rollouts in use, and what is needed to write the next ones."""
 
     config: OnPolicyConfig
-    steps: Sequence[Step]
+    steps: Sequence[PlannedStep]
     prompts: Prompts
     pad_id: int
     stop_ids: tuple[int, ...]
@@ -230,7 +230,7 @@ class Rollouts:
 
 def make_rollouts(
     config: OnPolicyConfig,
-    steps: Sequence[Step],
+    steps: Sequence[PlannedStep],
     prompts: Prompts,
     tokenizer: Any,
     render: RenderConfig,

@@ -1,14 +1,46 @@
-"""The supervised rows of a batch: labels, coefficients and top-k targets, checked once and cut together."""
+"""The supervised rows of a batch: what the loss takes a row of, checked once and cut together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from limbeck.errors import ShapeError
-from limbeck.teacher.targets import TeacherTargets, TopKTargets
+from limbeck.models.sharded_softmax import Softmax
+from limbeck.teacher.targets import OneTeacherTargets, TeacherTargets, check_ids
+
+
+class SupervisedRows(NamedTuple):
+    """The supervised positions of a micro-batch, all of length N."""
+
+    rows: Tensor
+    """int64, flat indices of the targets in the batch."""
+    ce_coef: Tensor
+    """float."""
+    kd_coef: Tensor
+    """float."""
+    targets: TeacherTargets | None
+    """None: the teacher gives text only, so there is no KD term."""
+
+    def used(self) -> tuple[SupervisedRows, Tensor]:
+        """The positions that still have a term, and which they are: bool [N]."""
+        keep = (self.ce_coef != 0) | (self.kd_coef != 0)
+        targets = None if self.targets is None else self.targets.take(keep)
+        return SupervisedRows(self.rows[keep], self.ce_coef[keep], self.kd_coef[keep], targets), keep
+
+    def by_teacher(self) -> Iterator[tuple[Tensor, Tensor, OneTeacherTargets | None]]:
+        """CE and KD coefficients and targets of each teacher's pass; the CE term is in the first one alone."""
+        if self.targets is None:
+            yield self.ce_coef, self.kd_coef, None
+            return
+        ce_coef = self.ce_coef
+        for targets, weight in self.targets.by_teacher():
+            yield ce_coef, self.kd_coef * weight, targets
+            ce_coef = torch.zeros_like(ce_coef)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,53 +53,35 @@ class Rows:
     """[n 1]."""
     kd_coef: Tensor
     """[n 1]."""
-    topk: TopKTargets | None
-    """[n K]; None when the teacher is dense or absent."""
 
     def __getitem__(self, rows: slice | Tensor) -> Rows:
-        topk = self.topk
-        return Rows(
-            None if self.labels is None else self.labels[rows],
-            self.ce_coef[rows],
-            self.kd_coef[rows],
-            None if topk is None else TopKTargets(topk.ids[rows], topk.log_probs[rows], topk.log_tail[rows]),
-        )
+        labels = None if self.labels is None else self.labels[rows]
+        return Rows(labels, self.ce_coef[rows], self.kd_coef[rows])
+
+    def add_cross_entropy_(self, gradient: Tensor, log_probs: Tensor | None, softmax: Softmax) -> Tensor:
+        """CE [n]; adds ce_coef * dCE / dlogits to `gradient` [n V], and overwrites `log_probs` [n V]."""
+        if log_probs is None or self.labels is None:
+            return gradient.new_zeros(len(gradient))
+        ce = -softmax.gather(log_probs, self.labels).squeeze(1)
+        gradient.addcmul_(log_probs.exp_(), self.ce_coef)
+        softmax.scatter_add_(gradient, self.labels, -self.ce_coef)
+        return ce
+
+    def weighted(self, ce: Tensor, kd: Tensor) -> Tensor:
+        """The two sums [2] of coefficient times value."""
+        return torch.stack([torch.dot(self.ce_coef[:, 0], ce), torch.dot(self.kd_coef[:, 0], kd)])
 
 
-def make_rows(labels: Tensor, ce_coef: Tensor, kd_coef: Tensor, targets: TeacherTargets, vocab: int) -> Rows:
-    """Labels, coefficients and top-k targets, checked; blanked where their coefficient is 0."""
-    with_ce, with_kd = ce_coef != 0, kd_coef != 0
-    if targets is None and bool(with_kd.any()):
-        raise ShapeError("fused_loss: kd_coef is not 0 but targets is None; give targets, or kd_coef 0.")
+def make_rows(labels: Tensor, ce_coef: Tensor, kd_coef: Tensor, vocab: int) -> Rows:
+    """Labels and coefficients of N rows, checked; labels blanked where their coefficient is 0."""
+    with_ce = ce_coef != 0
     labels = labels.long().masked_fill(~with_ce, 0)
-    _check_ids("label", labels, vocab)
-    topk = None
-    if isinstance(targets, TopKTargets) and bool(with_kd.any()):
-        some_ids = torch.arange(targets.ids.shape[1], device=labels.device)
-        topk = TopKTargets(
-            ids=torch.where(with_kd[:, None], targets.ids, some_ids),
-            log_probs=targets.log_probs.to(ce_coef.dtype).masked_fill(~with_kd[:, None], 0.0),
-            log_tail=targets.log_tail.to(ce_coef.dtype).masked_fill(~with_kd, 0.0),
-        )
-        # Padding repeats the row's first entry, so that it takes nothing out of the rest.
-        topk = replace(topk, ids=torch.where(topk.log_probs == -torch.inf, topk.ids[:, :1], topk.ids))
-        _check_ids("top-k id", topk.ids, vocab)
+    check_ids("label", labels, vocab)
     return Rows(
         labels=labels[:, None] if bool(with_ce.any()) else None,
         ce_coef=ce_coef.detach()[:, None],
         kd_coef=kd_coef.detach()[:, None],
-        topk=topk,
     )
-
-
-def _check_ids(name: str, ids: Tensor, vocab: int) -> None:
-    bad = (ids < 0) | (ids >= vocab)
-    if bool(bad.any()):
-        where = torch.nonzero(bad)[0].tolist()
-        raise ShapeError(
-            f"fused_loss: {name} {int(ids[tuple(where)])} at row {where[0]} is outside the vocabulary of "
-            f"{vocab}; give rows without a target a coefficient of 0."
-        )
 
 
 def check_shapes(
@@ -77,9 +91,13 @@ def check_shapes(
     head_bias: Tensor | None,
     ce_coef: Tensor,
     kd_coef: Tensor,
-    targets: TeacherTargets,
+    targets: OneTeacherTargets | None,
     vocab: int,
 ) -> None:
+    """Refuse what does not fit: arguments of `fused_loss`.
+
+    Raises: ShapeError.
+    """
     if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
         raise ShapeError(
             f"fused_loss: hidden {tuple(hidden.shape)} and head_weight {tuple(head_weight.shape)}; "

@@ -11,52 +11,57 @@ share is taken within each sequence and not over a batch, which no split of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.distill.divergence import LOG_FLOOR, DivergenceConfig
-from limbeck.distill.head import Head
-from limbeck.distill.rowloss import row_loss
-from limbeck.distill.rows import make_rows
-from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets, TopKTargets
+from limbeck.distill.config import LossConfig
+from limbeck.distill.microbatch import MicroBatch
+from limbeck.distill.rows import SupervisedRows
+from limbeck.ledger import head_forward_flops
+from limbeck.models.anatomy import Head
+from limbeck.models.logits import ChunkedLogits
+from limbeck.models.sharded_softmax import WHOLE
+from limbeck.teacher.targets import Distance, OneTeacherTargets, TeacherTargets, weighted_sum
 from limbeck.traces.truncate import share_of
 
 CHUNK_ROWS = 256
 """Most positions whose logits exist at a time."""
 
 
-class SupervisedRows(NamedTuple):
-    """The supervised positions of a micro-batch, all of length N."""
-
-    rows: Tensor
-    """int64, flat indices of the targets in the batch."""
-    ce_coef: Tensor
-    """float."""
-    kd_coef: Tensor
-    """float."""
-    targets: TeacherTargets
-
-    def used(self) -> tuple[SupervisedRows, Tensor]:
-        """The positions that still have a term, and which they are: bool [N]."""
-        keep = (self.ce_coef != 0) | (self.kd_coef != 0)
-        return SupervisedRows(self.rows[keep], self.ce_coef[keep], self.kd_coef[keep], take(self.targets, keep)), keep
+def select_by_entropy(given: MicroBatch, supervised: SupervisedRows) -> SupervisedRows:
+    """The positions left where the step selects by the teacher's entropy; else all of them."""
+    select, targets = given.loss.select, supervised.targets
+    if select is None or select.by != "teacher_entropy" or targets is None:
+        return supervised
+    with given.ledger.phase("teacher"):
+        return _keep(given, supervised, targets.entropy(given.student.vocab_size), select.fraction)[0]
 
 
-def take(targets: TeacherTargets, keep: Tensor) -> TeacherTargets:
-    """The targets of some positions, by index or by mask."""
-    if isinstance(targets, SeveralTargets):
-        return SeveralTargets(tuple(_take(part, keep) for part in targets.parts), targets.weights)
-    return None if targets is None else _take(targets, keep)
+def select_by_divergence(
+    given: MicroBatch, supervised: SupervisedRows, hidden: Tensor, head: Head
+) -> tuple[SupervisedRows, Tensor]:
+    """The positions left, and their hidden states, where the step selects by divergence; else all of them."""
+    select, targets, student = given.loss.select, supervised.targets, given.student
+    if select is None or select.by != "divergence" or targets is None:
+        return supervised, hidden
+    scores = divergences(hidden, head, targets, given.loss.config, student.vocab_size)
+    if torch.is_grad_enabled():
+        flops = head_forward_flops(student.sizes, len(hidden))
+        given.ledger.add_flops(head=len(targets.by_teacher()) * flops)
+    kept, used = _keep(given, supervised, scores, select.fraction)
+    return kept, hidden[used]
 
 
-def _take(targets: DenseTargets | TopKTargets, keep: Tensor) -> DenseTargets | TopKTargets:
-    if isinstance(targets, DenseTargets):
-        return DenseTargets(targets.hidden[keep], targets.head_weight, targets.head_bias)
-    return TopKTargets(targets.ids[keep], targets.log_probs[keep], targets.log_tail[keep])
+def _keep(
+    given: MicroBatch, supervised: SupervisedRows, scores: Tensor, fraction: float
+) -> tuple[SupervisedRows, Tensor]:
+    """The positions left and which they are; the loss takes the kept ones through the teacher's head a second time."""
+    kd_coef = keep_top(scores, given.owner()[supervised.rows], supervised.kd_coef, fraction)
+    kept, used = supervised._replace(kd_coef=kd_coef).used()
+    assert kept.targets is not None
+    given.ledger.add_flops(teacher=kept.targets.head_flops(given.student.vocab_size))
+    return kept, used
 
 
 def keep_top(scores: Tensor, owner: Tensor, coef: Tensor, fraction: float) -> Tensor:
@@ -84,68 +89,26 @@ def keep_top(scores: Tensor, owner: Tensor, coef: Tensor, fraction: float) -> Te
 
 
 @torch.no_grad()
-def teacher_entropies(targets: TeacherTargets, vocab: int) -> Tensor:
-    """Entropy in nats [N] of the teacher at temperature 1; over the K + 1 events of top-k targets.
-
-    Of several teachers it is sum_i w_i H(p_i).
-    """
-    if isinstance(targets, SeveralTargets):
-        return _weighted_sum(targets, [teacher_entropies(part, vocab) for part in targets.parts])
-    if isinstance(targets, TopKTargets):
-        return _entropy(torch.cat([targets.log_probs, targets.log_tail[:, None]], 1))
-    assert targets is not None
-    with torch.autocast(targets.hidden.device.type, enabled=False):
-        head = Head(targets.hidden, targets.head_weight, targets.head_bias, vocab)
-        head.allocate(min(CHUNK_ROWS, len(targets)))
-        return torch.cat(
-            [
-                _entropy(torch.log_softmax(head.finish(head.logits(head.states(index)), torch.float32), -1))
-                for index in torch.arange(len(targets), device=targets.hidden.device).split(CHUNK_ROWS)
-            ]
-        )
-
-
-@torch.no_grad()
-def divergences(
-    hidden: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    targets: TeacherTargets,
-    divergence: DivergenceConfig,
-    temperature: float,
-    vocab: int,
-) -> Tensor:
+def divergences(hidden: Tensor, head: Head, targets: TeacherTargets, config: LossConfig, vocab: int) -> Tensor:
     """D(teacher, student) [N], as the loss takes it, from a first pass through the student's head without gradients.
 
     Of several teachers it is sum_i w_i D(p_i, student), with a pass for each.
     """
-    if isinstance(targets, SeveralTargets):
-        rest = (divergence, temperature, vocab)
-        found = [divergences(hidden, head_weight, head_bias, part, *rest) for part in targets.parts]
-        return _weighted_sum(targets, found)
+    distance = Distance(config.divergence.bind(), config.temperature, WHOLE)
     with torch.autocast(hidden.device.type, enabled=False):
-        student = Head(hidden, head_weight, head_bias, vocab)
-        teacher = None
-        if isinstance(targets, DenseTargets):
-            teacher = Head(targets.hidden, targets.head_weight, targets.head_bias, vocab)
-        for head in (student, teacher):
-            if head is not None:
-                head.allocate(min(CHUNK_ROWS, len(hidden)))
-        values = []
-        for index in torch.arange(len(hidden), device=hidden.device).split(CHUNK_ROWS):
-            ones = torch.ones(len(index), device=hidden.device)
-            rows = make_rows(torch.zeros_like(index), 0 * ones, ones, take(targets, index), vocab)
-            logits = student.finish(student.logits(student.states(index)), torch.float32)
-            reference = None
-            if teacher is not None:
-                reference = teacher.finish(teacher.logits(teacher.states(index)), torch.float32)
-            values.append(row_loss(logits, reference, rows, divergence.bind(), temperature)[1])
-        return torch.cat(values)
+        return weighted_sum(
+            (weight, _divergences(hidden, head, part, distance, vocab)) for part, weight in targets.by_teacher()
+        )
 
 
-def _weighted_sum(targets: SeveralTargets, values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([weight * value for weight, value in zip(targets.weights, values, strict=True)]).sum(0)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs.clamp_min(LOG_FLOOR)).sum(-1)
+def _divergences(hidden: Tensor, head: Head, targets: OneTeacherTargets, distance: Distance, vocab: int) -> Tensor:
+    ones = torch.ones(len(hidden), device=hidden.device)
+    student, teacher = ChunkedLogits(hidden, head, vocab), targets.reader(ones, vocab, distance)
+    student.allocate(min(CHUNK_ROWS, len(hidden)))
+    teacher.allocate(min(CHUNK_ROWS, len(hidden)))
+    values = []
+    for index in torch.arange(len(hidden), device=hidden.device).split(CHUNK_ROWS):
+        teacher.read(index)
+        logits = student.finish(student.logits(student.states(index)), torch.float32)
+        values.append(teacher.row_loss(slice(None), logits, None, ones[index, None]))
+    return torch.cat(values)

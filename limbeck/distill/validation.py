@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 
 from limbeck.distill.config import DistillConfig, StudentConfig
-from limbeck.distill.objective import Totals, step_totals
+from limbeck.distill.microbatch import StepLoss, Totals, step_totals
 from limbeck.distill.parallel import join, sum_numbers
 from limbeck.distill.setup import Run, set_up
-from limbeck.distill.work import Work
 from limbeck.traces.batch import Example
 
 
@@ -32,20 +31,23 @@ def validate(setup: Run, *, with_kd: bool = False) -> dict[str, float | None]:
     where nothing is held out.
     """
     names = ("validation_ce", "validation_kd") if with_kd else ("validation_ce",)
-    loss = replace(setup.config.loss, normalization="token_mean")
     kd_ratio = 0.5 if with_kd else 0.0
+    # Sums, not means: where the vocabulary is shared out, rows of other processes are among these.
+    loss = StepLoss(replace(setup.config.loss, normalization="token_mean"), kd_ratio, Totals(1.0, 1.0))
     ce, kd, ce_weight, kd_weight = 0.0, 0.0, 0.0, 0.0
-    was_training, flops = setup.model.training, dict(setup.ledger.flops)
-    setup.model.eval()
+    model, flops = setup.student.model, dict(setup.ledger.flops)
+    was_training = model.training
+    model.eval()
     with setup.ledger.phase("validation"), torch.no_grad():
         for group in _groups(setup):
             totals = step_totals(group, "token_mean")
-            # Sums, not means: where the vocabulary is shared out, rows of other processes are among these.
-            found = setup.loss(group, Work([group], Totals(1.0, 1.0), loss, kd_ratio, {}), None)
+            given = setup.microbatch(group, loss)
+            with setup.autocast():
+                found = setup.objective(given)
             ce += 0.0 if found is None else found.ce_sum.item() / (1 - kd_ratio)
             kd += 0.0 if found is None or not with_kd else found.kd_sum.item() / kd_ratio
             ce_weight, kd_weight = ce_weight + totals.ce, kd_weight + totals.kd
-    setup.model.train(was_training)
+    model.train(was_training)
     setup.ledger.flops = flops  # a live teacher charges its own; validation is no part of the training's cost
     ce, kd, ce_weight, kd_weight = sum_numbers([ce, kd, ce_weight, kd_weight], setup.ranks)
     means = (ce / ce_weight if ce_weight else None, kd / kd_weight if kd_weight else None)
@@ -65,8 +67,8 @@ def _groups(setup: Run) -> list[list[Example]]:
 
 
 def _share(setup: Run, share: slice) -> list[list[Example]]:
-    if setup.validation_groups is not None:
-        return setup.validation_groups[share]
+    if setup.data.validation_groups is not None:
+        return setup.data.validation_groups[share]
     groups: list[list[Example]] = []
     longest = 0
     for example in sorted(setup.data.validation[share], key=len):

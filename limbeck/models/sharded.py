@@ -7,10 +7,10 @@
 
 Layers gather their weights in hooks of `nn.Module.__call__`, so a split model takes transformers' own forward, whose
 layers are called; the lean forward (models/lean.py) reads weights and calls no module, and leaves split models alone.
-The head is never called either: the loss reads its weight, whole (`whole_head`) or its own rows (`distill.vocabulary`),
+The head is never called either: the loss reads its weight, whole (`whole_head`) or its own rows (`sharded_softmax`),
 and so it is a plain DTensor outside FSDP's care. Tied embeddings are one parameter in both roles.
 
-Gradients are summed over the processes, not averaged: denominators are those of the whole step (distill.objective).
+Gradients are summed over the processes, not averaged: denominators are those of the whole step (distill.microbatch).
 """
 
 from __future__ import annotations

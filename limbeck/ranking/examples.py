@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from limbeck.distill.config import TrainingConfig
-from limbeck.distill.plan import Step, plan_steps
+from limbeck.distill.plan import PlannedStep, plan_steps
 from limbeck.ranking.featurize import EncodedRequest, Labels
 from limbeck.traces.batch import Example
 from limbeck.traces.sample import ANSWER, PROMPT, Sample
@@ -18,7 +18,9 @@ def pair_examples(request: EncodedRequest, labels: Labels) -> list[Example]:
     return [_example(request, index, labels) for index in range(len(request.candidates))]
 
 
-def plan_requests(requests: Sequence[EncodedRequest], training: TrainingConfig, world_size: int = 1) -> list[Step]:
+def plan_requests(
+    requests: Sequence[EncodedRequest], training: TrainingConfig, world_size: int = 1
+) -> list[PlannedStep]:
     """Steps over whole requests: batch sizes count requests, and no micro-batch or rank has part of one.
 
     Returns: steps of indices into all pairs, request after request.
@@ -43,7 +45,7 @@ def plan_requests(requests: Sequence[EncodedRequest], training: TrainingConfig, 
     def pairs(group: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(int(starts[i]) + n for i in group for n in range(sizes[i]))
 
-    return [Step(tuple(tuple(map(pairs, rank)) for rank in step.microbatches)) for step in steps]
+    return [PlannedStep(tuple(tuple(map(pairs, rank)) for rank in step.microbatches)) for step in steps]
 
 
 def _tokens(request: EncodedRequest) -> int:

@@ -4,7 +4,7 @@ At an answer position a model has logits over the vocabulary, of which two are t
 
     full-vocabulary terms   CE and D over all of it: `distill.fused_loss` as it is
     label terms             CE and D over {yes, no}, both sides renormalised: the same loss, with the two label rows of
-                            each head in place of the head (`label_head`, `label_targets`)
+                            each head in place of the head (`label_head`, `TeacherTargets.over`)
     listwise term           D between the softmaxes, over the candidates of one request, of teacher and student scores
                             z_yes - z_no (`listwise_divergence`)
 
@@ -20,11 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from limbeck.distill.divergence import Divergence
-from limbeck.errors import ConfigError
 from limbeck.models.anatomy import Head
 from limbeck.ranking.featurize import Labels
-from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets
+from limbeck.teacher.targets import Divergence
 
 YES, NO = 0, 1
 """Rows of a label head."""
@@ -36,29 +34,9 @@ def label_head(head: Head, labels: Labels) -> Head:
     return Head(head.weight[rows], None if head.bias is None else head.bias[rows])
 
 
-def label_targets(targets: TeacherTargets, labels: Labels) -> TeacherTargets:
-    """A teacher's word on yes and no alone, renormalised over the two by whoever takes the softmax.
-
-    Raises: ConfigError for targets that keep some entries only: the labels may not be among them.
-    """
-    if isinstance(targets, SeveralTargets):
-        return SeveralTargets(tuple(_dense(part, labels) for part in targets.parts), targets.weights)
-    return None if targets is None else _dense(targets, labels)
-
-
-def _dense(targets: TeacherTargets, labels: Labels) -> DenseTargets:
-    if not isinstance(targets, DenseTargets):
-        raise ConfigError("label terms need a live teacher (teacher.model), which knows the logits of both labels.")
-    head = label_head(Head(targets.head_weight, targets.head_bias), labels)
-    return DenseTargets(targets.hidden, head.weight, head.bias)
-
-
-def log_odds(hidden: Tensor, head: Head) -> Tensor:
-    """Score z_yes - z_no [N] of hidden states [N D] under a label head, in float32 (float64 for float64 states)."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), *head)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits[:, YES] - logits[:, NO]
+def log_odds(logits: Tensor) -> Tensor:
+    """Score z_yes - z_no [N] of the logits [N 2] of a label head."""
+    return logits[:, YES] - logits[:, NO]
 
 
 def listwise_divergence(

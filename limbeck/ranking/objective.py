@@ -10,24 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from limbeck.config import checked
 from limbeck.distill.config import LossConfig
-from limbeck.distill.ensemble import weighted_fused_loss
-from limbeck.distill.fused import FusedLoss
-from limbeck.distill.objective import Teacher, Totals, coefficients
+from limbeck.distill.fused import FusedLoss, fused_loss
+from limbeck.distill.microbatch import MicroBatch
+from limbeck.distill.rows import SupervisedRows
 from limbeck.errors import ConfigError
-from limbeck.ledger import Ledger, backbone_backward_flops, backbone_forward_flops, head_flops
-from limbeck.models.anatomy import Head, Sizes, head_of, hidden_rows
+from limbeck.ledger import head_flops
+from limbeck.models.anatomy import Head, Sizes, head_of
+from limbeck.models.logits import logits_of
 from limbeck.ranking.featurize import Labels
-from limbeck.ranking.loss import NO, YES, label_head, label_targets, listwise_divergence, log_odds
-from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets
-from limbeck.traces.batch import Batch, Example
-from limbeck.traces.supervise import TokenSelection
+from limbeck.ranking.loss import NO, YES, label_head, listwise_divergence, log_odds
+from limbeck.teacher.targets import TeacherTargets
+from limbeck.traces.batch import Example
 
 
 @checked
@@ -46,48 +46,30 @@ class RankingLossConfig:
 
 @dataclass(frozen=True, slots=True)
 class RankingObjective:
-    """Takes the place of `distill.objective.microbatch_loss`; its arguments and result are those."""
+    """The loss of a micro-batch of whole requests."""
 
     labels: Labels
     config: RankingLossConfig
 
-    def __call__(
-        self,
-        student: Any,
-        student_sizes: Sizes,
-        teacher: Teacher | None,
-        batch: Batch,
-        examples: Sequence[Example],
-        totals: Totals,
-        config: LossConfig,
-        kd_ratio: float,
-        ledger: Ledger,
-        vocab_size: int | None = None,
-        select: TokenSelection | None = None,
-    ) -> FusedLoss | None:
-        """Forward pass of a micro-batch of whole requests and its share of the step's loss."""
-        rows = batch.target_rows()
-        ce_coef, kd_coef = coefficients(batch, rows, totals, kd_ratio, config.normalization)
-        if torch.is_grad_enabled():
-            ledger.count(tokens=batch.num_tokens, sequences=len(batch.sequence_lengths), supervised_tokens=len(rows))
-        asks_teacher = teacher is not None and bool((kd_coef != 0).any())
-        targets = teacher.targets(batch, examples, rows, ledger) if teacher is not None and asks_teacher else None
-        with ledger.phase("student"):
-            packed = batch.sequence_lengths if batch.layout == "packed" else None
-            hidden, computed = hidden_rows(student, batch.input_ids, batch.positions, rows - 1, packed)
-        answers = batch.input_ids.flatten()[rows]
-        listwise = self.config.listwise_ratio
-        with ledger.phase("head"):
-            loss = self._pointwise(
-                hidden, head_of(student), answers, ce_coef, kd_coef * (1 - listwise), targets, config, vocab_size
-            )
-            if listwise and targets is not None:
-                loss = _added(loss, self._listwise(hidden, student, examples, kd_coef * listwise, targets, config))
-        if torch.is_grad_enabled():
-            flops = backbone_forward_flops(student_sizes, computed) + backbone_backward_flops(student_sizes, computed)
-            listwise_rows = len(rows) if listwise and targets is not None else 0
-            ledger.add_flops(student=flops, head=self._head_flops(student_sizes, loss.head_rows, listwise_rows))
-            ledger.add_flops(teacher=self._teacher_head_flops(targets, vocab_size))
+    def __call__(self, given: MicroBatch) -> FusedLoss:
+        """Forward pass of a micro-batch and its share of the step's loss."""
+        supervised, listwise = given.supervised(), self.config.listwise_ratio
+        given.count_tokens()
+        kd_coef = supervised.kd_coef
+        if given.teacher is not None and bool((kd_coef != 0).any()):
+            supervised = supervised._replace(targets=given.ask(supervised.rows))
+        hidden, computed = given.hidden_states(supervised.rows)
+        head, has_list = head_of(given.student.model), bool(listwise) and supervised.targets is not None
+        with given.ledger.phase("head"):
+            loss = self._pointwise(given, supervised._replace(kd_coef=kd_coef * (1 - listwise)), hidden, head)
+            if supervised.targets is not None and listwise:
+                coef, terms = kd_coef * listwise, given.loss.config
+                loss = _added(loss, self._listwise(hidden, head, given.examples, coef, supervised.targets, terms))
+        num_rows = len(supervised.rows)
+        flops = self._head_flops(given.student.sizes, loss.head_rows, num_rows if has_list else 0)
+        given.charge(computed, head=flops, supervised_tokens=num_rows)
+        if torch.is_grad_enabled() and supervised.targets is not None:
+            given.ledger.add_flops(teacher=self._teacher_head_flops(supervised.targets, given.student.vocab_size))
         return loss
 
     def _head_flops(self, sizes: Sizes, pointwise_rows: int, listwise_rows: int) -> int:
@@ -96,51 +78,40 @@ class RankingObjective:
         used = two if self.config.support == "labels" else sizes
         return head_flops(used, pointwise_rows) + head_flops(two, listwise_rows)
 
-    def _teacher_head_flops(self, targets: TeacherTargets, vocab_size: int | None) -> int:
+    def _teacher_head_flops(self, targets: TeacherTargets, vocab: int) -> int:
         """What the teachers' heads cost beside what a live teacher charges, which is the whole vocabulary once."""
-        if targets is None:
-            return 0
-        extra, listwise = 0, self.config.listwise_ratio
-        for part in map(_dense, targets.parts if isinstance(targets, SeveralTargets) else (targets,)):
-            rows, width = part.head_weight.shape
-            whole = min(vocab_size or rows, rows)
-            pointwise = 0 if listwise == 1 else 2 if self.config.support == "labels" else whole
-            extra += 2 * len(part) * width * (pointwise + (2 if listwise else 0) - whole)
-        return extra
+        listwise, whole, two = self.config.listwise_ratio, targets.head_flops(vocab), targets.head_flops(2)
+        pointwise = 0 if listwise == 1 else two if self.config.support == "labels" else whole
+        return pointwise + (two if listwise else 0) - whole
 
-    def _pointwise(
-        self,
-        hidden: Tensor,
-        head: Head,
-        answers: Tensor,
-        ce_coef: Tensor,
-        kd_coef: Tensor,
-        targets: TeacherTargets,
-        config: LossConfig,
-        vocab_size: int | None,
-    ) -> FusedLoss:
+    def _pointwise(self, given: MicroBatch, supervised: SupervisedRows, hidden: Tensor, head: Head) -> FusedLoss:
         """CE and D of each pair, over the two label rows of the heads or over all of them."""
+        answers, targets, vocab = given.labels(supervised.rows), supervised.targets, given.student.vocab_size
+        config, losses = given.loss.config, []
         if self.config.support == "labels":
-            head, targets, vocab_size = label_head(head, self.labels), label_targets(targets, self.labels), None
-            answers = torch.where(answers == self.labels.yes, YES, NO)
-        return weighted_fused_loss(
-            hidden,
-            head.weight,
-            answers,
-            head_bias=head.bias,
-            ce_coef=ce_coef,
-            kd_coef=kd_coef,
-            targets=targets,
-            divergence=config.divergence,
-            temperature=config.temperature,
-            vocab_size=vocab_size,
-            chunk_bytes=config.chunk_bytes,
-        )
+            head, vocab, answers = label_head(head, self.labels), 2, torch.where(answers == self.labels.yes, YES, NO)
+            targets = None if targets is None else targets.over(self._entries(hidden))
+        for ce_coef, kd_coef, of_one in supervised._replace(targets=targets).by_teacher():
+            loss = fused_loss(
+                hidden,
+                head.weight,
+                answers,
+                head_bias=head.bias,
+                ce_coef=ce_coef,
+                kd_coef=kd_coef,
+                targets=of_one,
+                divergence=config.divergence,
+                temperature=config.temperature,
+                vocab_size=vocab,
+                chunk_bytes=config.chunk_bytes,
+            )
+            losses.append(loss)
+        return FusedLoss.sum(losses)
 
     def _listwise(
         self,
         hidden: Tensor,
-        student: Any,
+        head: Head,
         examples: Sequence[Example],
         coef: Tensor,
         targets: TeacherTargets,
@@ -148,25 +119,16 @@ class RankingObjective:
     ) -> Tensor:
         """Weighted sum over requests, and over teachers, of T^2 D between their softmaxes over candidates."""
         owner = _owner(examples, hidden.device)
-        scores = log_odds(hidden, label_head(head_of(student), self.labels))
+        scores = log_odds(logits_of(hidden, label_head(head, self.labels)))
         weights = coef.new_zeros(int(owner.max()) + 1).index_add_(0, owner, coef).to(scores.dtype)
-        several = targets if isinstance(targets, SeveralTargets) else SeveralTargets((_dense(targets),), (1.0,))
-        values = [
-            weight * listwise_divergence(scores, theirs, owner, config.divergence.bind(), config.temperature)
-            for weight, theirs in zip(several.weights, self._teacher_scores(several), strict=True)
-        ]
+        divergence, values = config.divergence.bind(), []
+        for part, weight in targets.over(self._entries(hidden)).by_teacher():
+            theirs = log_odds(part.logits())
+            values.append(weight * listwise_divergence(scores, theirs, owner, divergence, config.temperature))
         return config.temperature**2 * (weights * torch.stack(values).sum(0)).sum()
 
-    def _teacher_scores(self, targets: SeveralTargets) -> list[Tensor]:
-        return [
-            log_odds(part.hidden, label_head(Head(part.head_weight, part.head_bias), self.labels))
-            for part in map(_dense, targets.parts)
-        ]
-
-
-def _dense(targets: TeacherTargets) -> DenseTargets:
-    assert isinstance(targets, DenseTargets), "ranking asks live teachers only (RankTrainConfig)"
-    return targets
+    def _entries(self, hidden: Tensor) -> Tensor:
+        return torch.tensor(self.labels, device=hidden.device)
 
 
 def _owner(examples: Sequence[Example], device: torch.device) -> Tensor:

@@ -5,22 +5,32 @@ guard, ledger and manifest are those of `limbeck distill`. What is its own:
 
 1. Requests are read, split in time and written as pairs of a shared prefix and a candidate.
 2. Steps and micro-batches hold whole requests, so that listwise terms see all candidates of one.
-3. The loss is at the label token alone (objective.RankingObjective).
+3. The loss is at the label token alone (`RankingObjective`).
 4. At the end the held-out requests are scored, and the manifest tells AUC and its kin with intervals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from limbeck.checkpoint import Checkpoint, write_manifest
-from limbeck.config import checked, to_dict
+from limbeck.config import checked
 from limbeck.distill import train
-from limbeck.distill.config import DistillConfig, LoraConfig, LossConfig, StudentConfig, TeacherConfig, TrainingConfig
+from limbeck.distill.config import (
+    LoraConfig,
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+    check_loop,
+    kd_ratio_of,
+)
 from limbeck.distill.data import Data
+from limbeck.distill.job import training_job
+from limbeck.distill.microbatch import Student
 from limbeck.distill.output import metrics_of, write_model
 from limbeck.distill.pair import check_pair, load_student, load_teacher
 from limbeck.distill.parallel import Ranks, total_cost
@@ -28,7 +38,7 @@ from limbeck.distill.setup import Run
 from limbeck.distill.zeros import KeptZeros
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
-from limbeck.models.anatomy import causal_lm_of, sizes_of
+from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
 from limbeck.optim.build import OptimizerConfig, build_optimizer
 from limbeck.optim.schedules import ScheduleConfig
@@ -40,7 +50,6 @@ from limbeck.ranking.objective import RankingLossConfig, RankingObjective
 from limbeck.ranking.request import Request, Split
 from limbeck.ranking.vocabulary import train_tokenizer
 from limbeck.traces.batch import Example
-from limbeck.traces.sources import TraceConfig
 
 
 @checked
@@ -88,20 +97,17 @@ class RankTrainConfig:
             raise ConfigError("training.keep_best needs held-out requests; set data.split.validation_fraction")
         if self.ranking.listwise_ratio and not self.teacher.is_named:
             raise ConfigError("ranking.listwise_ratio is a share of KD; name a teacher")
-        self.as_distillation()
+        check_loop(self)
 
-    def as_distillation(self) -> DistillConfig:
-        """The run as the distillation loop reads it; its traces are not read."""
-        return DistillConfig(
-            student=self.student,
-            traces=TraceConfig(source=str(self.data.path or self.data.source)),
-            teacher=self.teacher,
-            loss=self.loss,
-            training=self.training,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            lora=self.lora,
-        )
+    @property
+    def kd_ratio(self) -> float:
+        """The share of KD in force."""
+        return kd_ratio_of(self)
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a teacher is named, and the loss or the validation has a KD term."""
+        return self.teacher.is_named and (self.kd_ratio > 0 or self.training.keep_best == "kd")
 
 
 class HeldOut(NamedTuple):
@@ -113,27 +119,24 @@ class HeldOut(NamedTuple):
 
 def run(config: RankTrainConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Train one scorer; returns its metrics. Arguments as for `distill.train.run`."""
-    held_out: list[HeldOut] = []
-
-    def set_up(ranks: Ranks) -> Run:
-        setup, found = _set_up(config, ranks)
-        held_out.append(found)
-        return setup
-
-    def write(setup: Run, working: Path, kept: Mapping[str, Any]) -> None:
-        write_model(setup, working)
-        metrics = metrics_of(setup.config, kept) | _measure(setup, *held_out[0])
-        write_manifest(
-            working,
-            stage="rank train",
-            config=config,
-            inputs=inputs_of(config),
-            ledger=total_cost(setup.ledger, setup.ranks),
-            metrics=metrics,
-            counts=setup.data.counts,
-        )
-
-    train.run_loop(set_up, write, out, config.training, overwrite=overwrite, resume=resume)
+    with training_job(config.training, out, overwrite=overwrite, resume=resume) as (ranks, working):
+        setup, held_out = set_up(config, ranks)
+        kept = train.train(setup, working, resume)
+        metrics = metrics_of(config, kept)
+        if ranks.is_first:
+            write_model(setup, working)
+            metrics |= _measure(setup, *held_out)
+        cost = total_cost(setup.ledger, ranks)
+        if ranks.is_first:
+            write_manifest(
+                working,
+                stage="rank train",
+                config=config,
+                inputs=inputs_of(config),
+                ledger=cost,
+                metrics=metrics,
+                counts=setup.data.counts,
+            )
     checkpoint = Checkpoint(out)
     return {"out": str(out), **checkpoint.manifest["metrics"]} if checkpoint.is_finished else {"out": str(out)}
 
@@ -146,35 +149,36 @@ def inputs_of(config: RankTrainConfig) -> dict[str, str]:
     return {role: model_hash(name) for role, name in names.items() if name is not None} | config.data.input_hash
 
 
-def _set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[Run, HeldOut]:
-    ledger, distillation = Ledger(ranks.device), config.as_distillation()
+def set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[Run, HeldOut]:
+    """Load student, teacher and requests, and plan every step."""
+    ledger = Ledger(ranks.device)
     split, counts = read_requests(config.data)
-    student, tokenizer = load_student(distillation, None, _scratch_tokenizer(config, split.train))
-    student.to(ranks.device)
-    teacher = load_teacher(distillation, ranks)
-    check_pair(distillation, student, tokenizer)
+    model, tokenizer = load_student(config, None, _scratch_tokenizer(config, split.train))
+    model.to(ranks.device)
+    teacher = load_teacher(config, ranks)
+    check_pair(config, model, tokenizer)
     with ledger.phase("data"):
         training, held_out, labels = _encode(config, split, tokenizer)
-    data = Data(_examples(training, labels), _examples(held_out, labels), counts | _token_counts(training))
-    _refuse_long(data, causal_lm_of(student).config.max_position_embeddings)
+    groups = [pair_examples(request, labels) for request in held_out]
+    data = Data(
+        _examples(training, labels),
+        [example for group in groups for example in group],
+        counts | _token_counts(training),
+        validation_groups=groups,
+    )
+    _refuse_long(data, causal_lm_of(model).config.max_position_embeddings)
     steps = plan_requests(training, config.training, ranks.world_size)
-    vocab_size = vocabulary_size(tokenizer)
     setup = Run(
-        config=distillation,
-        model=student,
-        tokenizer=tokenizer,
-        sizes=sizes_of(student, vocab_size),
+        config=config,
+        student=Student.of(model, tokenizer),
         teacher=teacher,
         data=data,
         steps=steps,
-        optimizer=build_optimizer(student, config.optimizer, len(steps)),
+        optimizer=build_optimizer(model, config.optimizer, len(steps)),
         ledger=ledger,
         ranks=ranks,
-        vocab_size=vocab_size,
-        zeros=KeptZeros(student) if config.student.keep_zeros else None,
         objective=RankingObjective(labels, config.ranking),
-        validation_groups=[pair_examples(request, labels) for request in held_out],
-        identity={"rank": to_dict(config)},
+        zeros=KeptZeros(model) if config.student.keep_zeros else None,
     )
     return setup, HeldOut(held_out, labels)
 
@@ -224,9 +228,9 @@ def _measure(setup: Run, requests: Sequence[EncodedRequest], labels: Labels) -> 
     """Metrics of the validation requests under the weights that are written, as validation_NAME."""
     if not requests:
         return {}
-    setup.model.eval()
+    model = setup.student.model.eval()
     with setup.ledger.phase("validation"):
-        scored = score_all(setup.model, requests, labels, setup.vocab_size)
+        scored = score_all(model, requests, labels, setup.student.vocab_size)
     return {f"validation_{name}": value for name, value in measures(scored).items()}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from limbeck.distill.config import DistillConfig, TeacherConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.pair import student_tokenizer_name, trainable
-from limbeck.distill.plan import Step, split_step
+from limbeck.distill.plan import PlannedStep, split_step
 from limbeck.distill.rollouts import Prompts
 from limbeck.distill.setup import planned_steps
 from limbeck.ledger import (
@@ -129,7 +129,7 @@ def set_up(
         scratch = config.student.scratch
         student = scratch_shape(scratch) if scratch is not None else config_of(config.student.model or "")
     learner = student_of(config, student, vocab_size, is_accelerator)
-    named = [config.teacher, *config.teacher.others] if _uses_teacher(config) else []
+    named = [config.teacher, *config.teacher.others] if config.asks_teacher else []
     live = [given for given in named if given.server is None and given.cache is None]
     shapes = [teacher if n == 0 and teacher is not None else config_of(t.model or "") for n, t in enumerate(live)]
     teachers = tuple(teacher_of(config, shape, vocab_size, is_accelerator) for shape in shapes)
@@ -251,12 +251,6 @@ def data_of(config: DistillConfig, samples: Sequence[Sample]) -> Data:
     return Data([make_example(sample, config.truncation, config.supervision) for sample in samples], [], {}, prompts)
 
 
-def _uses_teacher(config: DistillConfig) -> bool:
-    return config.has_teacher and (
-        config.kd_ratio > 0 or config.on_policy is not None or config.training.keep_best == "kd"
-    )
-
-
 def _stored(teacher: TeacherConfig) -> tuple[int, int]:
     """Width of hidden states and entries of a row that a cache or a server gives; that of the default where it is not
     there yet."""
@@ -273,7 +267,7 @@ def _has_head_norms(shape: Any) -> bool:
     return shape.model_type.startswith(("qwen3", "olmo2", "gemma3"))
 
 
-def _charges(setup: Setup, steps: Sequence[Step], world_size: int) -> Iterator[list[Charge]]:
+def _charges(setup: Setup, steps: Sequence[PlannedStep], world_size: int) -> Iterator[list[Charge]]:
     """The micro-batches of every step, over all ranks."""
     policy, training = setup.config.on_policy, setup.config.training
     for number, step in enumerate(steps):
@@ -371,7 +365,7 @@ def _rollout_tokens(setup: Setup) -> int:
     return max(1, min(policy.max_new_tokens, round(prompts.mean_response_tokens)))
 
 
-def _sampling(setup: Setup, steps: Sequence[Step]) -> tuple[int, int]:
+def _sampling(setup: Setup, steps: Sequence[PlannedStep]) -> tuple[int, int]:
     """FLOPs and tokens of all rollouts: the prompts of a window are answered once."""
     policy, prompts = setup.config.on_policy, setup.data.prompts
     if policy is None or prompts is None:

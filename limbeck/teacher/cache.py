@@ -28,8 +28,9 @@ from limbeck.errors import CheckpointError, ConfigError, PairError, nearest
 from limbeck.ledger import Ledger
 from limbeck.models.anatomy import Head
 from limbeck.teacher.codec import MOST_ENTRIES, Entries, decode
+from limbeck.teacher.dense import DenseTargets
 from limbeck.teacher.shard import Shard, damaged
-from limbeck.teacher.targets import DenseTargets, TopKTargets
+from limbeck.teacher.topk import TopKTargets
 from limbeck.traces.batch import Batch, Example
 
 SPEC, CHECKSUMS, SHARDS = "cache.json", "checksums.txt", "shard-*.bin"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from limbeck.teacher.targets import TopKTargets
+from limbeck.teacher.topk import TopKTargets
 
 ENTRY_LEVELS = 2**10 - 1
 TAIL_LEVELS = 2**16 - 1

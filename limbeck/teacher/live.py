@@ -11,7 +11,7 @@ from torch import Tensor
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
 from limbeck.models.anatomy import head_of, hidden_rows, sizes_of
 from limbeck.models.sharded import is_sharded
-from limbeck.teacher.targets import DenseTargets
+from limbeck.teacher.dense import DenseTargets
 from limbeck.traces.batch import Batch, Example
 
 

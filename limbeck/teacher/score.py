@@ -16,7 +16,7 @@ from limbeck.models.anatomy import head_of, hidden_rows, sizes_of
 from limbeck.teacher.cache import CacheConfig, Spec
 from limbeck.teacher.codec import ENTRY_LEVELS, TAIL_LEVELS, Entries, encode, levels_of
 from limbeck.teacher.shard import Stored, write_shard
-from limbeck.teacher.targets import TopKTargets
+from limbeck.teacher.topk import TopKTargets
 
 _BATCH_TOKENS = 4096
 _HEAD_ROWS = 256

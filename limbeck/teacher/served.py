@@ -27,7 +27,7 @@ from torch import Tensor
 from limbeck.client import Client, ServerRefusal, map_concurrently
 from limbeck.errors import LimbeckError, PairError
 from limbeck.ledger import Ledger
-from limbeck.teacher.targets import TopKTargets
+from limbeck.teacher.topk import TopKTargets
 from limbeck.traces.batch import Batch, Example
 
 Dialect = Literal["auto", "vllm", "sglang", "llama_cpp"]

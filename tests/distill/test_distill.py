@@ -19,6 +19,8 @@ from tiny_runs import (
 from limbeck.distill import train
 from limbeck.distill.data import prepare
 from limbeck.distill.pair import load_student
+from limbeck.distill.parallel import Ranks
+from limbeck.distill.setup import set_up
 from limbeck.errors import ConfigError, LimbeckError, PairError
 from limbeck.models.load import load_model, load_tokenizer, vocabulary_size
 from limbeck.models.tiny import symbol_tokenizer
@@ -395,4 +397,4 @@ def test_a_diverging_run_stops_before_it_ruins_the_weights(tmp_path):
 def test_a_trace_beyond_the_positions_is_refused():
     config = run_config({"student.scratch.max_positions": 40})
     with pytest.raises(ConfigError, match="longer than the student's 40 positions"):
-        train.set_up(config, None, train.Ranks(0, 1, CPU))
+        set_up(config, None, Ranks(0, 1, CPU))

@@ -10,7 +10,8 @@ from dense_twin import twin_loss
 from limbeck.distill.divergence import DIVERGENCES, DivergenceConfig
 from limbeck.distill.fused import fused_loss
 from limbeck.errors import ConfigError, ShapeError
-from limbeck.teacher.targets import DenseTargets, TopKTargets
+from limbeck.teacher.dense import DenseTargets
+from limbeck.teacher.topk import TopKTargets
 
 N, D, V = 9, 5, 13
 FORWARD_KL = DivergenceConfig(name="forward_kl")

@@ -18,6 +18,8 @@ from limbeck.config import to_dict
 from limbeck.distill import train
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.rollouts import OnPolicyConfig
+from limbeck.distill.setup import set_up as make_run
+from limbeck.distill.step_work import work_of
 from limbeck.errors import ConfigError
 from limbeck.ledger import decoding_flops, flop_counter
 from limbeck.models.anatomy import sizes_of
@@ -89,39 +91,39 @@ def test_teachers_that_cannot_score_new_text_are_refused(teacher, tmp_path):
 
 
 def set_up(config):
-    setup = train.set_up(config, None, ALONE)
-    setup.model.train()
+    setup = make_run(config, None, ALONE)
+    setup.student.model.train()
     return setup
 
 
 def test_rollouts_are_what_the_student_writes(teacher):
     """Prompt as at inference, tokens of the sampler, weights on what was written; CE has no share in it."""
     setup = set_up(config(teacher, **{"on_policy.start_fraction": 0.0, "on_policy.num_samples": 2}))
-    work = train._work(setup, 0)
+    work = work_of(setup, 0)
     examples = sorted((e for group in work.microbatches for e in group), key=lambda e: e.sample.source)
     assert len(examples) == 2 * len(setup.steps[0].indices)
     for index in setup.steps[0].indices:
         prompt = setup.data.prompts.ids[index]
         sampling = SamplingConfig(max_new_tokens=12, temperature=0.9, num_samples=2, seed=5 * 1_000_003)
         ((one, two),) = generate(
-            setup.model, [prompt], sampling, setup.rollouts.stop_ids, setup.rollouts.pad_id, keys=[index]
+            setup.student.model, [prompt], sampling, setup.rollouts.stop_ids, setup.rollouts.pad_id, keys=[index]
         )
         mine = [e for e in examples if e.sample.source == f"rollout of {index}"]
         assert [e.sample.input_ids.tolist() for e in mine] == [prompt + c.token_ids for c in (one, two)]
         for example in mine:
             assert not example.ce_weight.any()
             assert not example.kd_weight[: len(prompt)].any()
-    assert work.kd_ratio == 1.0
-    assert work.totals.kd == sum(e.kd_weight.sum() for e in examples)
-    assert setup.model.training
+    assert work.loss.kd_ratio == 1.0
+    assert work.loss.totals.kd == sum(e.kd_weight.sum() for e in examples)
+    assert setup.student.model.training
 
 
 def test_special_tokens_carry_no_loss_but_those_that_must_be_learnt(teacher):
     setup = set_up(config(teacher))
-    rollouts, tokenizer = setup.rollouts, setup.tokenizer
+    rollouts, tokenizer = setup.rollouts, setup.student.tokenizer
     words = ["<|im_start|>", "<|endoftext|>", "<think>", "</think>", "<|im_end|>", "5"]
     ids = [tokenizer.convert_tokens_to_ids(word) for word in words]
-    completion = next(iter(generate(setup.model, [[7]], SamplingConfig(max_new_tokens=1), [], 0)))[0]
+    completion = next(iter(generate(setup.student.model, [[7]], SamplingConfig(max_new_tokens=1), [], 0)))[0]
     completion = dataclasses.replace(completion, token_ids=ids)
     weights = rollouts._example(0, completion).kd_weight[-len(ids) :]
     assert weights.tolist() == [0, 0, 1, 1, 1, 1]
@@ -177,22 +179,26 @@ def test_resumed_with_rollouts_in_use_is_the_same_run(teacher, tmp_path, monkeyp
     assert costs[0]["rollout_tokens"] == costs[1]["rollout_tokens"]
 
 
+def backward(setup, examples, loss):
+    setup.objective(setup.microbatch(examples, loss)).total.backward()
+
+
 def test_no_gradient_passes_through_the_sampling(teacher):
     """The step's gradient is that of the same tokens given as plain data."""
     setup = set_up(config(teacher, **{"on_policy.start_fraction": 0.0}))
-    work = train._work(setup, 0)
-    assert all(p.grad is None for p in setup.model.parameters())
+    work = work_of(setup, 0)
+    assert all(p.grad is None for p in setup.student.model.parameters())
     for examples in work.microbatches:
-        train._forward_backward(setup, examples, work)
-    gradients = {n: p.grad.clone() for n, p in setup.model.named_parameters()}
-    setup.model.zero_grad()
+        backward(setup, examples, work.loss)
+    gradients = {n: p.grad.clone() for n, p in setup.student.model.named_parameters()}
+    setup.student.model.zero_grad()
     frozen = [
         dataclasses.replace(e, sample=dataclasses.replace(e.sample, input_ids=np.array(e.sample.input_ids)))
         for group in work.microbatches
         for e in group
     ]
-    train._forward_backward(setup, frozen, work)
-    for name, p in setup.model.named_parameters():
+    backward(setup, frozen, work.loss)
+    for name, p in setup.student.model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-7)
     assert any(g.abs().max() > 1e-5 for g in gradients.values())
 
@@ -225,7 +231,7 @@ def test_length_inflation_is_said_once(teacher, tmp_path, capsys, monkeypatch):
 
 def test_own_divergence_on_rollouts(teacher):
     run = config(teacher, **{"on_policy.divergence": {"name": "reverse_kl"}, "on_policy.start_fraction": 0.0})
-    assert train._work(set_up(run), 0).loss.divergence.name == "reverse_kl"
+    assert work_of(set_up(run), 0).loss.config.divergence.name == "reverse_kl"
     assert run.loss.divergence.name == "forward_kl"
 
 

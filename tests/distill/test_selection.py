@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import assert_same_gradients, one_step, run_config, save_model
 
-from limbeck.distill.divergence import DivergenceConfig
-from limbeck.distill.selection import divergences, keep_top, teacher_entropies
+from limbeck.distill.config import LossConfig
+from limbeck.distill.selection import divergences, keep_top
 from limbeck.errors import ConfigError
-from limbeck.teacher.targets import DenseTargets, SeveralTargets, TopKTargets
+from limbeck.models.anatomy import Head
+from limbeck.teacher.dense import DenseTargets
+from limbeck.teacher.targets import SeveralTargets
+from limbeck.teacher.topk import TopKTargets
 from limbeck.traces.supervise import TokenSelection
 from limbeck.traces.truncate import share_of
 
@@ -83,20 +86,20 @@ def test_scores_are_those_of_the_formulas():
     dense = DenseTargets(hidden, weight)
     teacher = torch.log_softmax(hidden @ weight.T, -1)
     entropy = -(teacher.exp() * teacher).sum(-1)
-    torch.testing.assert_close(teacher_entropies(dense, 20), entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense.entropy(20), entropy, rtol=1e-5, atol=1e-5)
     log_student = torch.log_softmax(student @ head.T, -1)
     kl = (teacher.exp() * (teacher - log_student)).sum(-1)
-    found = divergences(student, head, None, dense, DivergenceConfig(), 1.0, 20)
+    found = divergences(student, Head(head, None), dense, LossConfig(), 20)
     torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-5)
     ids = torch.arange(20).expand(300, 20)
     topk = TopKTargets(ids, teacher, torch.full((300,), -torch.inf))
-    torch.testing.assert_close(teacher_entropies(topk, 20), entropy, rtol=1e-5, atol=1e-5)
-    found = divergences(student, head, None, topk, DivergenceConfig(), 1.0, 20)
+    torch.testing.assert_close(topk.entropy(20), entropy, rtol=1e-5, atol=1e-5)
+    found = divergences(student, Head(head, None), topk, LossConfig(), 20)
     torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-4)
 
     several = SeveralTargets((dense, topk), (0.25, 0.5))
-    torch.testing.assert_close(teacher_entropies(several, 20), 0.75 * entropy, rtol=1e-5, atol=1e-5)
-    found = divergences(student, head, None, several, DivergenceConfig(), 1.0, 20)
+    torch.testing.assert_close(several.entropy(20), 0.75 * entropy, rtol=1e-5, atol=1e-5)
+    found = divergences(student, Head(head, None), several, LossConfig(), 20)
     torch.testing.assert_close(found, 0.75 * kl, rtol=1e-4, atol=1e-4)
 
 

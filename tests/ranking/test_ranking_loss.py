@@ -7,9 +7,12 @@ from limbeck.distill.divergence import DIVERGENCES, DivergenceConfig
 from limbeck.distill.fused import fused_loss
 from limbeck.errors import ConfigError
 from limbeck.models.anatomy import Head
+from limbeck.models.logits import logits_of
 from limbeck.ranking.featurize import Labels
-from limbeck.ranking.loss import label_head, label_targets, listwise_divergence, log_odds
-from limbeck.teacher.targets import DenseTargets, SeveralTargets, TopKTargets
+from limbeck.ranking.loss import label_head, listwise_divergence, log_odds
+from limbeck.teacher.dense import DenseTargets
+from limbeck.teacher.targets import SeveralTargets
+from limbeck.teacher.topk import TopKTargets
 
 LABELS = Labels(yes=5, no=2)
 FORMULAS = {
@@ -48,7 +51,7 @@ def test_label_terms_are_those_over_two_renormalised_tokens(name, temperature, w
         head_bias=small.bias,
         ce_coef=ce_coef,
         kd_coef=kd_coef,
-        targets=label_targets(targets, LABELS),
+        targets=targets.over(torch.tensor(LABELS)),
         divergence=config,
         temperature=temperature,
     )
@@ -115,14 +118,16 @@ def test_listwise_sees_differences_only(name):
 def test_log_odds_are_the_difference_of_two_logits():
     hidden, (head, _) = float64(6, 4), heads(True)
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
-    torch.testing.assert_close(log_odds(hidden, label_head(head, LABELS)), logits[:, 5] - logits[:, 2])
+    torch.testing.assert_close(log_odds(logits_of(hidden, label_head(head, LABELS))), logits[:, 5] - logits[:, 2])
 
 
 def test_teachers_of_several_kinds():
     _, dense = heads(True)
-    several = label_targets(SeveralTargets((dense, dense), (0.5, 1.5)), LABELS)
+    entries = torch.tensor(LABELS)
+    several = SeveralTargets((dense, dense), (0.5, 1.5)).over(entries)
     assert several.weights == (0.5, 1.5) and several.parts[1].head_weight.shape == (2, 3)
-    assert label_targets(None, LABELS) is None
+    torch.testing.assert_close(log_odds(dense.over(entries).logits()), log_odds(dense.logits()[:, list(LABELS)]))
     some = TopKTargets(torch.zeros(6, 1, dtype=torch.long), torch.zeros(6, 1), torch.full((6,), -torch.inf))
-    with pytest.raises(ConfigError, match="live teacher"):
-        label_targets(some, LABELS)
+    for ask in (lambda: some.over(entries), some.logits):
+        with pytest.raises(ConfigError, match="live teacher"):
+            ask()

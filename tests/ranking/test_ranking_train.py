@@ -14,7 +14,7 @@ from limbeck.checkpoint import Checkpoint
 from limbeck.config import build
 from limbeck.distill import train as loop
 from limbeck.distill.config import TrainingConfig
-from limbeck.distill.objective import step_totals
+from limbeck.distill.microbatch import MicroBatch, StepLoss, step_totals
 from limbeck.distill.parallel import Ranks
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.flags import set_field
@@ -63,31 +63,20 @@ def with_teacher(teacher, **changes):
 
 def gradients(run, groups=None):
     """Loss, gradients and ledger of one step over the first six requests, in micro-batches of the given requests."""
-    setup, _ = train._set_up(run, ALONE)
+    setup, _ = train.set_up(run, ALONE)
     sizes = 3
     everything = setup.data.train[: 6 * sizes]
-    totals = step_totals(everything, run.loss.normalization)
-    value, ledger = 0.0, Ledger()
-    setup.model.train()
+    wanted = StepLoss(run.loss, run.kd_ratio, step_totals(everything, run.loss.normalization))
+    student, value, ledger = setup.student, 0.0, Ledger()
+    student.model.train()
     with flop_counter() as counter:
         for group in groups or [range(6)]:
             examples = [everything[i * sizes + n] for i in group for n in range(sizes)]
-            batch = collate(examples, run.training.layout, setup.tokenizer.pad_token_id)
-            loss = setup.objective(
-                setup.model,
-                setup.sizes,
-                setup.teacher,
-                batch,
-                examples,
-                totals,
-                run.loss,
-                setup.config.kd_ratio,
-                ledger,
-                vocab_size=setup.vocab_size,
-            )
+            batch = collate(examples, run.training.layout, student.tokenizer.pad_token_id)
+            loss = setup.objective(MicroBatch(student, setup.teacher, batch, examples, wanted, ledger))
             loss.total.backward()
             value += float(loss.ce_sum + loss.kd_sum)
-    found = {name: p.grad for name, p in setup.model.named_parameters()}
+    found = {name: p.grad for name, p in setup.student.model.named_parameters()}
     return value, found, ledger, counter.get_total_flops(), setup
 
 
@@ -118,11 +107,11 @@ def test_the_loss_is_what_the_formula_says(teacher, listwise):
             with torch.no_grad():
                 hidden = [
                     causal_lm_of(m).model(ids, sequence_lengths=(ids.shape[1],)).last_hidden_state[0, -1]
-                    for m in (setup.model.eval(), setup.teacher.model)
+                    for m in (setup.student.model.eval(), setup.teacher.model)
                 ]
                 both = [
                     h @ head_of(m).weight[list(labels)].T
-                    for h, m in zip(hidden, (setup.model, setup.teacher.model), strict=True)
+                    for h, m in zip(hidden, (setup.student.model, setup.teacher.model), strict=True)
                 ]
             logits.append(both)
             is_yes = example.sample.input_ids[-1] == labels.yes
@@ -150,7 +139,7 @@ def test_a_mixture_of_experts_teaches(teacher, support, tmp_path):
         ids = torch.from_numpy(example.sample.input_ids[:-1].astype(np.int64))[None]
         with torch.no_grad():
             theirs = mixture(ids).logits[0, -1, rows]
-            ours = causal_lm_of(setup.model.eval())(ids, sequence_lengths=(ids.shape[1],)).logits[0, -1, rows]
+            ours = causal_lm_of(setup.student.model.eval())(ids, sequence_lengths=(ids.shape[1],)).logits[0, -1, rows]
         expected.append(4 * kl(theirs / 2, ours / 2))
     assert value == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
     assert ledger.flops["teacher"] > 0 and found["model.embed_tokens.weight"].abs().sum() > 0

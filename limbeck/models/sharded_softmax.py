@@ -1,4 +1,4 @@
-"""What a row's loss asks of its logits, for a vocabulary that is all here or shared out over a group of processes.
+"""What a loss asks of rows of logits, for a vocabulary that is all here or shared out over a group of processes.
 
 A process with V / n rows of the head sees V / n of every row of logits. Everything that the loss needs of a whole row
 is a log-sum-exp, a sum, or the logits of a few entries; each is found in every part and added up:
@@ -8,31 +8,38 @@ is a log-sum-exp, a sum, or the logits of a few entries; each is found in every 
     chosen entries    from the part that has them
 
 so that the loss is that of whole rows, exact but for the order of sums. All processes of the group must see the same
-rows: `gather_rows` puts the rows of all behind one another, and `own_rows` gives each the hidden gradient of its own.
+rows (`distill.gathered`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from limbeck.models.anatomy import Head
-from limbeck.models.sharded import whole_head, whole_tensor
-from limbeck.teacher.targets import DenseTargets, SeveralTargets, TeacherTargets, TopKTargets
+from limbeck.models.sharded import whole_tensor
 
-# torch 2.13 gave both new names.
+# torch 2.13 gave it a new name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Vocabulary:
-    """All of it is here."""
+class Softmax:
+    """The whole vocabulary is here."""
+
+    def entries(self, vocab: int) -> int:
+        """Entries that are here, of a vocabulary of `vocab`."""
+        return vocab
+
+    @property
+    def largest(self) -> int | None:
+        """Entries of the largest part, from which all processes derive the same chunks; None where there is one."""
+        return None
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """[n V] of [n V]."""
@@ -59,11 +66,11 @@ class Vocabulary:
         logits.scatter_(1, ids, -torch.inf)
 
 
-WHOLE = Vocabulary()
+WHOLE = Softmax()
 
 
 @dataclass(frozen=True, slots=True)
-class VocabularyPart(Vocabulary):
+class ShardedSoftmax(Softmax):
     """The entries `start` to `stop` are here, the others with the other processes of `group`."""
 
     group: dist.ProcessGroup
@@ -72,9 +79,11 @@ class VocabularyPart(Vocabulary):
     head_rows: int
     """Rows of the whole head, padding included."""
 
+    def entries(self, vocab: int) -> int:
+        return self.stop - self.start
+
     @property
     def largest(self) -> int:
-        """Entries of the largest part, from which all processes derive the same chunks."""
         return -(-self.head_rows // self.group.size())
 
     def log_softmax(self, logits: Tensor) -> Tensor:
@@ -82,7 +91,7 @@ class VocabularyPart(Vocabulary):
 
     def log_sum_exp(self, logits: Tensor) -> Tensor:
         own = torch.logsumexp(logits, -1, keepdim=True)
-        return torch.logsumexp(_gather(own[None], self.group), 0)
+        return torch.logsumexp(gather_parts(own[None], self.group), 0)
 
     def sum(self, parts: Tensor) -> Tensor:
         total = parts.contiguous()
@@ -110,97 +119,29 @@ class VocabularyPart(Vocabulary):
         return (ids - self.start).clamp(0, max(0, self.stop - self.start - 1)), here
 
 
-def part_of(weight: Tensor, vocab: int) -> VocabularyPart | None:
+def part_of(weight: Tensor, vocab: int) -> ShardedSoftmax | None:
     """The part of a vocabulary of `vocab` entries whose head rows this process holds; None when it holds all."""
     if not isinstance(weight, DTensor):
         return None
     group = weight.device_mesh.get_group("shard")
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     start = min(offset[0], vocab)
-    return VocabularyPart(group, start, min(start + shape[0], vocab), len(weight))
+    return ShardedSoftmax(group, start, min(start + shape[0], vocab), len(weight))
 
 
-def head_rows(head: Head, part: VocabularyPart) -> Head:
+def head_rows(head: Head, part: ShardedSoftmax) -> Head:
     """The rows of a head that belong to `part`, with gradients for what trains."""
     return Head(_rows(head.weight, part), None if head.bias is None else _rows(head.bias, part))
 
 
-def with_heads(targets: TeacherTargets, part: VocabularyPart | None) -> TeacherTargets:
-    """Targets whose teachers' heads are plain tensors: those rows that belong to `part`, or all of them."""
-    if isinstance(targets, SeveralTargets):
-        return SeveralTargets(tuple(_with_head(each, part) for each in targets.parts), targets.weights)
-    return None if targets is None else _with_head(targets, part)
-
-
-class Gathered(NamedTuple):
-    """The rows of all processes of a group behind one another, each process's padded to the longest."""
-
-    hidden: Tensor
-    labels: Tensor
-    ce_coef: Tensor
-    kd_coef: Tensor
-    targets: DenseTargets | TopKTargets | None
-
-
-def gather_rows(
-    group: dist.ProcessGroup,
-    hidden: Tensor,
-    labels: Tensor,
-    ce_coef: Tensor,
-    kd_coef: Tensor,
-    targets: DenseTargets | TopKTargets | None,
-) -> Gathered:
-    """The rows of all processes; what pads them has coefficients of 0. Arguments as for `fused_loss`, detached."""
-    width = targets.ids.shape[1] if isinstance(targets, TopKTargets) else 0
-    length, width = _largest([len(hidden), width], hidden.device, group)
-
-    def all_rows(tensor: Tensor, value: float = 0.0) -> Tensor:
-        padded = tensor.new_full((length, *tensor.shape[1:]), value)
-        padded[: len(tensor)] = tensor
-        return _gather(padded, group)
-
-    if isinstance(targets, DenseTargets):
-        targets = DenseTargets(all_rows(targets.hidden), targets.head_weight, targets.head_bias)
-    elif isinstance(targets, TopKTargets):
-        wider = (0, width - targets.ids.shape[1])
-        targets = TopKTargets(
-            all_rows(nn.functional.pad(targets.ids, wider)),
-            all_rows(nn.functional.pad(targets.log_probs, wider, value=-torch.inf)),
-            all_rows(targets.log_tail),
-        )
-    hidden, labels, ce_coef, kd_coef = (all_rows(tensor.detach()) for tensor in (hidden, labels, ce_coef, kd_coef))
-    return Gathered(hidden, labels, ce_coef, kd_coef, targets)
-
-
-def own_rows(group: dist.ProcessGroup, parts: Tensor, length: int) -> Tensor:
-    """This process's `length` rows of a gradient by `gather_rows`'s hidden states, summed over the parts."""
-    own = parts.new_empty(len(parts) // group.size(), *parts.shape[1:])
-    _reduce_scatter(own, parts, group=group)
-    return own[:length]
-
-
-def _gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_parts(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The parts of all processes, equal in size, behind one another."""
     whole = part.new_empty(group.size() * len(part), *part.shape[1:])
     _all_gather(whole, part, group=group)
     return whole
 
 
-def _largest(numbers: list[int], device: torch.device, group: dist.ProcessGroup) -> list[int]:
-    tensor = torch.tensor(numbers, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
-    return tensor.tolist()
-
-
-def _with_head(targets: DenseTargets | TopKTargets, part: VocabularyPart | None) -> DenseTargets | TopKTargets:
-    if isinstance(targets, TopKTargets):
-        return targets
-    head = Head(targets.head_weight, targets.head_bias)
-    head = whole_head(head) if part is None else head_rows(head, part)
-    return DenseTargets(targets.hidden, head.weight, head.bias)
-
-
-def _rows(tensor: Tensor, part: VocabularyPart) -> Tensor:
+def _rows(tensor: Tensor, part: ShardedSoftmax) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor[part.start : part.stop]
     ranks, theirs = (dist.get_process_group_ranks(g) for g in (part.group, tensor.device_mesh.get_group("shard")))

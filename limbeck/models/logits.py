@@ -1,25 +1,28 @@
-"""The logits of some positions of a model from their last hidden states, a chunk at a time."""
+"""The logits of some positions of a model from their last hidden states: a chunk at a time, or few of them at once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from limbeck.models.anatomy import Head
 
-class Head:
+
+class ChunkedLogits:
     """A model's last hidden states and its output matrix, with one buffer for the logits of a chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int) -> None:
+    def __init__(self, hidden: Tensor, head: Head, entries: int, largest: int | None = None) -> None:
+        """Over the first `entries` rows of `head`; of a head in parts, `largest` is the most that a process has."""
+        weight, bias = head
         self.hidden = hidden.detach()
-        self.weight = weight.detach()[:vocab].to(_product_dtype(hidden, weight))
-        self.bias = None if bias is None else bias.detach()[:vocab]
+        self.weight = weight.detach()[:entries].to(_product_dtype(hidden, weight))
+        self.bias = None if bias is None else bias.detach()[:entries]
         self.buffer = self.weight.new_empty(0)
-
-    def row_bytes(self, entries: int | None = None) -> int:
-        """Bytes of a row of logits, of `entries` of them where that is not the head's number."""
-        return (len(self.weight) if entries is None else entries) * self.weight.element_size()
+        self.row_bytes = (len(self.weight) if largest is None else largest) * self.weight.element_size()
+        """Bytes of a row of logits."""
 
     def allocate(self, rows: int) -> None:
+        """Make room for the logits of so many positions."""
         self.buffer = self.weight.new_empty(rows, len(self.weight))
 
     def states(self, index: Tensor) -> Tensor:
@@ -34,6 +37,13 @@ class Head:
         """A block of `logits` with the bias added, in the compute type: in place where it has that type."""
         logits = logits.to(compute)
         return logits if self.bias is None else logits.add_(self.bias)
+
+
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """All logits [N V] of hidden states [N D] at once, in float32 (float64 for float64 states): for small heads."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), *head)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -9,9 +9,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from limbeck.distill.divergence import DIVERGENCES, DivergenceConfig
 from limbeck.distill.fused import fused_loss
-from limbeck.distill.vocabulary import head_rows, part_of, with_heads
 from limbeck.models.anatomy import Head
-from limbeck.teacher.targets import DenseTargets, TopKTargets
+from limbeck.models.sharded_softmax import head_rows, part_of
+from limbeck.teacher.dense import DenseTargets
+from limbeck.teacher.topk import TopKTargets
 
 ROWS, WIDTH, KEPT = (5, 2, 0, 3), 6, 4
 """Rows of each process; the third has none."""
@@ -42,10 +43,11 @@ def inputs(vocab, padded):
     }
 
 
-def cut(targets, rows):
-    if isinstance(targets, DenseTargets):
-        return DenseTargets(targets.hidden[rows], targets.head_weight, targets.head_bias)
-    return targets and TopKTargets(targets.ids[rows], targets.log_probs[rows], targets.log_tail[rows])
+def cut(targets, rows, part):
+    """The teacher's word on some rows, with the head rows of this process."""
+    if targets is None:
+        return None
+    return targets.take(rows).map_heads(lambda head: head if part is None else head_rows(head, part))
 
 
 def loss_of(given, targets, vocab, rows, divergence, temperature, mesh=None):
@@ -59,7 +61,7 @@ def loss_of(given, targets, vocab, rows, divergence, temperature, mesh=None):
     kd_coef = given["kd_coef"][rows] * (targets is not None)
     found = fused_loss(
         hidden, used.weight, given["labels"][rows], head_bias=used.bias, ce_coef=given["ce_coef"][rows],
-        kd_coef=kd_coef, targets=with_heads(cut(targets, rows), part) if part else cut(targets, rows),
+        kd_coef=kd_coef, targets=cut(targets, rows, part),
         divergence=DivergenceConfig(name=divergence), temperature=temperature, vocab_size=vocab,
         chunk_bytes=3 * vocab * 8, part=part,
     )  # fmt: skip

@@ -1,0 +1,38 @@
+"""The frame of all stages that train: the processes, their threads, and a directory that takes its name at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from limbeck.checkpoint import output_directory
+from limbeck.distill.config import TrainingConfig
+from limbeck.distill.guard import BEST_PREFIX
+from limbeck.distill.parallel import Ranks, join, wait
+from limbeck.runner.threads import threads
+
+
+@contextmanager
+def training_job(
+    training: TrainingConfig, out: Path, *, overwrite: bool = False, resume: bool = False
+) -> Iterator[tuple[Ranks, Path]]:
+    """This process among its peers, and the directory that all of them work in; the first one makes it `out`.
+
+    Args:
+      training: says how many threads there are and how processes work together.
+      out, overwrite, resume: as for `output_directory`.
+    """
+    ranks = join(training.parallel.tensor_parallel_size)
+    with threads(training.num_threads):
+        if ranks.is_first:
+            with output_directory(out, overwrite=overwrite, resume=resume) as working:
+                yield ranks, working
+                for state in working.glob("state*"):
+                    shutil.rmtree(state)
+                for best in working.glob(BEST_PREFIX + "*"):
+                    best.unlink()
+        else:
+            yield ranks, out.with_name(out.name + ".partial")
+        wait(ranks)

@@ -1,0 +1,96 @@
+"""What a run that is under way keeps beside its model: metrics.jsonl, states to resume from, the best weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import config_hash, to_dict
+from limbeck.distill.data import fingerprint
+from limbeck.distill.guard import Guard
+from limbeck.distill.output import keep_lines
+from limbeck.distill.parallel import ParallelConfig, total_cost, wait
+from limbeck.distill.setup import Run
+from limbeck.distill.state import load_state, save_state
+from limbeck.distill.validation import validate
+from limbeck.ledger import Ledger
+from limbeck.models.sharded import is_sharded
+
+
+class Records:
+    """Validates, logs, saves and guards a run, step by step; on every rank, of which the first one writes."""
+
+    def __init__(self, run: Run, directory: Path) -> None:
+        """Records of `run` in `directory`; the weights that it starts from are the first that the guard knows."""
+        self._run, self._directory, training = run, directory, run.config.training
+        self._metrics = directory / "metrics.jsonl"
+        self._identity = _identity(run)
+        self._with_kd = training.keep_best == "kd"
+        self._guard: Guard | None = None
+        if training.keep_best is not None:
+            column = f"validation_{training.keep_best}"
+            self._guard = Guard(directory, column, training.patience, run.ranks.is_first)
+            self._guard.begin({"step": 0, **validate(run, with_kd=self._with_kd)}, run.student.model)
+
+    def begin(self, resume: bool) -> int:
+        """Go on from the last state where asked; returns the number of steps that are done."""
+        run = self._run
+        # The saved cost is that of all ranks, so only one of them goes on from it.
+        ledger = run.ledger if run.ranks.is_first else Ledger(run.ranks.device)
+        model, optimizer = run.student.model, run.optimizer
+        resumed = load_state(self._directory, model, optimizer, ledger, self._identity) if resume else None
+        first = resumed.step if resumed else 0
+        if resumed and resumed.rollouts is not None and run.rollouts is not None:
+            run.rollouts.restore(resumed.rollouts)
+        if run.ranks.is_first:
+            keep_lines(self._metrics, first)
+        if self._guard is not None and first:
+            self._guard.replay(map(json.loads, self._metrics.read_text(encoding="utf-8").splitlines()[:first]))
+        return first
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Take in the metrics of a step, and validate and save where it is time; returns whether it was the last."""
+        run, training, step = self._run, self._run.config.training, row["step"]
+        is_last = step == len(run.steps)
+        if is_last or _is_due(step, training.validate_every_steps):
+            row |= validate(run, with_kd=self._with_kd)
+        if self._guard is not None:
+            self._guard.watch(row, run.student.model)
+            is_last = is_last or self._guard.is_over
+        if run.ranks.is_first:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if not is_last and _is_due(step, training.save_every_steps):
+            self._save(step)
+        return is_last
+
+    def end(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give the model the weights that are kept: those of the last step, `row`, or the best; returns its metrics."""
+        if self._guard is None:
+            return row
+        wait(self._run.ranks)
+        self._guard.load_best(self._run.student.model)
+        return row if self._guard.best is None else self._guard.best
+
+    def _save(self, step: int) -> None:
+        run, cost = self._run, total_cost(self._run.ledger, self._run.ranks)
+        if run.ranks.is_first or is_sharded(run.student.model):
+            with run.ledger.phase("saving"):
+                rollouts = None if run.rollouts is None else run.rollouts.state()
+                save_state(self._directory, step, run.student.model, run.optimizer, cost, self._identity, rollouts)
+        if self._guard is not None:
+            self._guard.saved()
+
+
+def _identity(run: Run) -> str:
+    """Of all that decides the result; how processes share the work does not, so a run may go on on others."""
+    config: Any = run.config
+    alone = replace(config, training=replace(config.training, parallel=ParallelConfig()))
+    return config_hash({"config": to_dict(alone), "traces": fingerprint(run.data.train), **run.identity})
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,50 @@
+"""What is asked for targets, and how several teachers answer as one: the KD term is sum_i w_i D(p_i, q)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from limbeck.ledger import Ledger
+from limbeck.teacher.targets import OneTeacherTargets, SeveralTargets, TeacherTargets
+from limbeck.traces.batch import Batch, Example
+
+
+class Teacher(Protocol):
+    """Gives targets at the supervised positions of a batch."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must ask together, because each holds a part of it."""
+        ...
+
+    def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> TeacherTargets:
+        """Targets for the tokens at flat indices `rows` of the batch, in that order; charges its cost to the ledger."""
+        ...
+
+
+class OneTeacher(Teacher, Protocol):
+    """A teacher that is not several."""
+
+    def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> OneTeacherTargets: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralTeachers:
+    """Asks every teacher in turn."""
+
+    teachers: tuple[OneTeacher, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all processes must ask together."""
+        return any(teacher.in_step for teacher in self.teachers)
+
+    def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> SeveralTargets:
+        """The targets of all teachers for the tokens at flat indices `rows` of the batch."""
+        parts = tuple(teacher.targets(batch, examples, rows, ledger) for teacher in self.teachers)
+        return SeveralTargets(parts, self.weights)
