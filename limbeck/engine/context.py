@@ -1,96 +1,171 @@
-"""A text in a decoder: its tokens, what of them is computed, and its place in the prefix cache."""
+"""A text in a decoder: its prompt, which others may share, the tokens behind it, and its place in the prefix cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from limbeck.engine.decoder import Decoder, KeyValues, Segment
+from limbeck.engine.decoder import Decoder
 from limbeck.engine.prefix_cache import Block, PrefixCache
+from limbeck.engine.states import KeyValues, Segment
 
 Span = tuple[int, int]
 """First token and the one behind the last, counted from the start of the prompt."""
+Behind = Callable[[KeyValues, int], KeyValues]
+"""From a prompt's states and a number of tokens to a place for those behind it."""
 
 
-class Context:
-    """The prompt is read block by block, what follows token by token.
+class Prompt:
+    """Tokens that are read block by block; what the cache holds of them is taken from there."""
 
-    Tokens at the end may be taken back: their keys stay where they are, seen by nobody, until others are written there.
-    """
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        room: int,
-        decoder: Decoder,
-        cache: PrefixCache,
-        keeps_text: bool = False,
-        is_cached: bool = True,
-    ) -> None:
-        """Set up, with what the cache holds of the prompt.
-
-        Args:
-          room: tokens that may follow the prompt.
-          keeps_text: whether full blocks of what follows go to the cache.
-          is_cached: whether the cache is looked up; it is filled in any case.
-        """
-        self.tokens = list(prompt)
-        """Of the prompt and the text."""
+    def __init__(self, tokens: Sequence[int], decoder: Decoder, cache: PrefixCache, is_cached: bool = True) -> None:
+        """`is_cached`: whether the cache is looked up; it is filled in any case."""
+        self.tokens = tokens
+        self.users = 0
         self.cached_tokens = 0
-        self._cache, self._keeps_text, self._is_cached = cache, keeps_text, is_cached
-        self._prompt_tokens = len(prompt)
-        self._spans, self._keys = cache.spans(len(prompt)), cache.keys_of(prompt)
-        self._states = KeyValues(decoder, len(prompt) + room)
-        self._computed = 0
-        self._state: Tensor | None = None
-        self._chain = cache.acquire(prompt) if is_cached else []
-        for block in self._chain:
+        self.computed = 0
+        self.state: Tensor | None = None
+        """[D] at the last token that is computed."""
+        self.states = decoder.states(len(tokens))
+        self._cache, self._is_cached = cache, is_cached
+        self._spans, self._keys = cache.spans(len(tokens)), cache.keys_of(tokens)
+        self.chain = cache.acquire(tokens) if is_cached else []
+        """Blocks that are held by the cache and in use here."""
+        for block in self.chain:
             self._load(block)
 
     @property
     def is_reading(self) -> bool:
-        """Whether some of the prompt is still to be computed."""
-        return self._computed < self._prompt_tokens
-
-    @property
-    def state(self) -> Tensor:
-        """[D] at the last token that is computed."""
-        assert self._state is not None
-        return self._state
+        """Whether some of it is still to be computed."""
+        return self.computed < len(self.tokens)
 
     def take_cached(self) -> None:
         """Blocks that others have put into the cache since."""
-        while self._is_cached and self.is_reading and len(self._chain) == self._block_at(self._computed):
-            block = self._cache.take(self._keys[len(self._chain)])
+        while self._is_cached and self.is_reading and len(self.chain) == self._next_block:
+            block = self._cache.take(self._keys[len(self.chain)])
             if block is None:
                 return
-            self._chain.append(block)
+            self.chain.append(block)
             self._load(block)
 
+    def release(self) -> None:
+        """Let the cache have its blocks back."""
+        self._cache.release(self.chain)
+        self.chain = []
+
     def missing_blocks(self) -> Iterator[tuple[bytes, int]]:
-        """Key and length of each block of the prompt that is not computed."""
-        first = self._block_at(self._computed)
+        """Key and length of each block that is not computed."""
+        first = self._next_block
         for key, (start, stop) in zip(self._keys[first:], self._spans[first:], strict=True):
             yield key, stop - start
 
     def next_spans(self, blocks: int) -> Sequence[Span]:
-        """What is computed next: so many blocks of the prompt, or each token behind it that is not computed."""
-        if self.is_reading:
-            first = self._block_at(self._computed)
-            return self._spans[first : first + blocks]
-        return [(token, token + 1) for token in range(self._computed, len(self.tokens))]
+        """The next blocks to compute."""
+        return self._spans[self._next_block : self._next_block + blocks]
+
+    @property
+    def full_blocks(self) -> list[Block]:
+        """Those of the chain, which text may be put behind."""
+        return [block for block in self.chain if block.length == self._cache.block_tokens]
 
     def segment(self, span: Span) -> Segment:
         """Tokens of a span, for a pass."""
-        return Segment(self.tokens[slice(*span)], self._states, span[0], grows=True)
+        return Segment(self.tokens[slice(*span)], self.states, span[0], grows=True)
 
     def advance(self, span: Span, state: Tensor) -> None:
-        """A span is computed; `state` [D] is that at its last token."""
+        """A block is computed; `state` [D] is that at its last token."""
+        self.computed, self.state = span[1], state
+        if span[1] - span[0] == self._cache.block_tokens:
+            keep(self._cache, self.chain, self.tokens[slice(*span)], span, self.states, state)
+
+    @property
+    def _next_block(self) -> int:
+        return self.computed // self._cache.block_tokens
+
+    def _load(self, block: Block) -> None:
+        self.states.put(self.computed, block.keys, block.values)
+        self.computed, self.state = self.computed + block.length, block.last_hidden
+        self.cached_tokens += block.length
+
+
+class Prompts:
+    """Those in use over one decoder; texts with the same prompt have it together, so that it is read once."""
+
+    def __init__(self, decoder: Decoder, cache: PrefixCache) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._shared: dict[tuple[int, ...], Prompt] = {}
+
+    def take(self, tokens: Sequence[int], is_cached: bool = True) -> Prompt:
+        """A prompt for a text, until `release`; one that is not looked up in the cache is not shared either."""
+        prompt = self._shared.get(tuple(tokens)) if is_cached else None
+        if prompt is None:
+            prompt = Prompt(tokens, self._decoder, self._cache, is_cached)
+            if is_cached:
+                self._shared[tuple(tokens)] = prompt
+        prompt.users += 1
+        return prompt
+
+    def release(self, prompt: Prompt) -> None:
+        """One text less has it."""
+        prompt.users -= 1
+        if not prompt.users:
+            prompt.release()
+            if self._shared.get(tuple(prompt.tokens)) is prompt:
+                del self._shared[tuple(prompt.tokens)]
+
+
+class Context:
+    """A prompt and what follows it, token by token.
+
+    Tokens at the end may be taken back: their keys stay where they are, seen by nobody, until others are written there.
+    """
+
+    def __init__(self, prompt: Prompt, room: int, behind: Behind, cache: PrefixCache, keeps_text: bool = False) -> None:
+        """Set up.
+
+        Args:
+          room: tokens that may follow the prompt.
+          behind: makes the place for them.
+          keeps_text: whether full blocks of what follows go to the cache.
+        """
+        self.prompt = prompt
+        self.tokens = list(prompt.tokens)
+        """Of the prompt and the text."""
+        self._room, self._behind, self._cache, self._keeps_text = room, behind, cache, keeps_text
+        self._states: KeyValues | None = None
+        self._computed = len(prompt.tokens)
+        self._state: Tensor | None = None
+        self._chain: list[Block] | None = None
+        """Full blocks of the prompt, and those that the text has put behind them."""
+
+    @property
+    def state(self) -> Tensor:
+        """[D] at the last token that is computed."""
+        state = self.prompt.state if self._state is None else self._state
+        assert state is not None
+        return state
+
+    def next_spans(self) -> Sequence[Span]:
+        """Each token behind the prompt that is not computed."""
+        return [(token, token + 1) for token in range(self._computed, len(self.tokens))]
+
+    def segment(self, span: Span) -> Segment:
+        """A token, for a pass."""
+        if self._states is None:
+            self._states = self._behind(self.prompt.states, self._room)
+        return Segment((self.tokens[span[0]],), self._states, span[0], True)
+
+    def advance(self, span: Span, state: Tensor) -> None:
+        """A token is computed; `state` [D] is that at it."""
         self._computed, self._state = span[1], state
-        last = self._block_at(span[1] - 1)
-        if span[1] % self._cache.block_tokens == 0 and (self._keeps_text or span[1] <= self._prompt_tokens):
-            self._keep(last, (last * self._cache.block_tokens, span[1]), state)
+        size = self._cache.block_tokens
+        if self._keeps_text and span[1] % size == 0:
+            if self._chain is None:
+                self._chain = self.prompt.full_blocks
+            assert self._states is not None
+            block = (span[1] - size, span[1])
+            keep(self._cache, self._chain, self.tokens[slice(*block)], block, self._states, state)
 
     def take_back(self, length: int) -> None:
         """Forget the tokens behind the first `length`, computed or not."""
@@ -98,58 +173,42 @@ class Context:
         self._computed = min(self._computed, length)
 
     def release(self) -> None:
-        """Let the cache have its blocks back."""
-        self._cache.release(self._chain)
-        self._chain = []
-
-    def _block_at(self, token: int) -> int:
-        return token // self._cache.block_tokens
-
-    def _load(self, block: Block) -> None:
-        start, stop = self._computed, self._computed + block.length
-        self._states.keys[:, :, start:stop] = block.keys
-        self._states.values[:, :, start:stop] = block.values
-        self._computed, self._state = stop, block.last_hidden
-        self.cached_tokens += block.length
-
-    def _keep(self, number: int, span: Span, state: Tensor) -> None:
-        """Put a block into the cache, unless one before it found no room."""
-        parents = [block for block in self._chain if block.length == self._cache.block_tokens]
-        if len(parents) != number or self._cache.budget_bytes == 0:
-            return
-        parent = parents[-1] if parents else None
-        block = self._cache.insert(
-            Block(
-                key=self._cache.key_after(None if parent is None else parent.key, self.tokens[slice(*span)]),
-                parent=parent,
-                keys=self._states.keys[:, :, slice(*span)].clone(),
-                values=self._states.values[:, :, slice(*span)].clone(),
-                last_hidden=state.clone(),
-            )
-        )
-        if block is not None:
-            self._chain.append(block)
+        """Let the cache have the text's blocks back."""
+        if self._chain is not None:
+            self._cache.release(self._chain[len(self.prompt.full_blocks) :])
+        self._chain = None
 
 
-def plan_reading(contexts: Mapping[int, Context], most_tokens: int, cache: PrefixCache) -> dict[int, int]:
-    """How many blocks of their prompts the contexts read in a pass, first come, first served; one at least.
+def keep(
+    cache: PrefixCache, chain: list[Block], tokens: Sequence[int], span: Span, states: KeyValues, state: Tensor
+) -> bool:
+    """Put a block behind a chain of full ones into the cache, unless one before it found no room there."""
+    if len(chain) != span[0] // cache.block_tokens or not cache.budget_bytes:
+        return False
+    parent = chain[-1] if chain else None
+    keys, values = states.cut(*span)
+    key = cache.key_after(None if parent is None else parent.key, tokens)
+    block = cache.insert(Block(key=key, parent=parent, keys=keys, values=values, last_hidden=state.clone()))
+    if block is not None:
+        chain.append(block)
+    return block is not None
 
-    A context waits where another one reads the block that it needs next, and finds it in the cache afterwards.
+
+def plan_reading(prompts: Iterable[Prompt], most_tokens: int, cache: PrefixCache) -> list[tuple[Prompt, Span]]:
+    """Which blocks of prompts are read in a pass, first come, first served; one at least.
+
+    A prompt waits where another one reads the block that it needs next, and finds it in the cache afterwards.
     """
     left = most_tokens
-    blocks: dict[int, int] = {}
+    found: list[tuple[Prompt, Span]] = []
     under_way: set[bytes] = set()
-    for number, context in contexts.items():
-        if not context.is_reading:
-            continue
-        context.take_cached()
+    for prompt in prompts:
+        prompt.take_cached()
         count = 0
-        for key, length in context.missing_blocks():
-            is_first = not blocks and count == 0
-            if (length > left and not is_first) or (key in under_way and cache.budget_bytes):
+        for key, length in prompt.missing_blocks():
+            if (length > left and (found or count)) or (key in under_way and cache.budget_bytes):
                 break
             under_way.add(key)
             left, count = left - length, count + 1
-        if count:
-            blocks[number] = count
-    return blocks
+        found += [(prompt, span) for span in prompt.next_spans(count)]
+    return found

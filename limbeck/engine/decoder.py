@@ -20,36 +20,13 @@ from torch import Tensor
 
 from limbeck.engine.attention import attend, attend_last
 from limbeck.engine.int8 import Int8Linear
+from limbeck.engine.states import KeyValues, Segment
 from limbeck.engine.weights import Block, Linear, Precision, Weights, read_weights
 from limbeck.errors import ModelError
 
 SERIAL_ELEMENTS = 32767
 """torch splits larger element-wise work among threads, at places that are no multiple of its vectors; what is left
 there goes through scalar code, whose exp differs in the last bit."""
-
-
-class KeyValues:
-    """Keys and values of a prefix, [L N_kv P H] each, filled from the front."""
-
-    def __init__(self, decoder: Decoder, tokens: int) -> None:
-        shape = (len(decoder.weights.blocks), decoder.key_heads, tokens, decoder.head_size)
-        self.keys, self.values = torch.empty(shape), torch.empty(shape)
-
-    def past(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` keys and values [N_kv length H] of a layer."""
-        return self.keys[layer, :, :length], self.values[layer, :, :length]
-
-
-class Segment(NamedTuple):
-    """Tokens that follow the first `start` tokens of a prefix."""
-
-    tokens: Sequence[int]
-    """At least one."""
-    prefix: KeyValues | None = None
-    start: int = 0
-    """Position of the first token, and how many keys of the prefix it sees."""
-    grows: bool = False
-    """Whether its keys and values are written into the prefix, from `start` on."""
 
 
 class _Group(NamedTuple):
@@ -101,6 +78,8 @@ class Decoder:
     def __init__(self, weights: Weights) -> None:
         config = weights.config
         self.weights = weights
+        self.layers = len(weights.blocks)
+        self.dtype, self.device = weights.head.dtype, weights.head.device
         self.heads: int = config.num_attention_heads
         self.key_heads: int = config.num_key_value_heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -118,7 +97,17 @@ class Decoder:
     @property
     def bytes_per_token(self) -> int:
         """Of keys and values, all layers."""
-        return 2 * 4 * len(self.weights.blocks) * self.key_heads * self.head_size
+        return 2 * self.dtype.itemsize * self.layers * self.key_heads * self.head_size
+
+    def states(self, tokens: int) -> KeyValues:
+        """Room for the keys and values of a text."""
+        return KeyValues(self, tokens)
+
+    def behind(self, states: KeyValues, room: int) -> KeyValues:
+        """Room for tokens behind a prompt, whose states are copied: a step reads what lies in one piece."""
+        found = KeyValues(self, states.room + room)
+        found.put(0, states.keys, states.values)
+        return found
 
     @torch.inference_mode()
     def run(self, segments: Sequence[Segment], every_row: bool = False) -> Tensor:

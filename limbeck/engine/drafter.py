@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.engine.context import Context, Span, plan_reading
-from limbeck.engine.decoder import Decoder, Segment
+from limbeck.engine.context import Behind, Context, Prompt, Prompts, Span, plan_reading
+from limbeck.engine.decoder import Decoder
 from limbeck.engine.drawing import distribution_of
 from limbeck.engine.jobs import Job
 from limbeck.engine.prefix_cache import PrefixCache
 from limbeck.engine.run import Run
 from limbeck.engine.speculative import Proposal, SpeculationStats, SpeculativeConfig
+from limbeck.engine.states import Segment
 from limbeck.engine.steps import Kernels, Steps
 from limbeck.engine.weights import read_weights
 from limbeck.errors import ConfigError, ModelError
@@ -27,8 +28,8 @@ SELF = "self"
 class _Text(Context):
     """A job's text in the draft."""
 
-    def __init__(self, job: Job, decoder: Decoder, cache: PrefixCache) -> None:
-        super().__init__(job.prompt, job.max_tokens, decoder, cache)
+    def __init__(self, job: Job, prompt: Prompt, behind: Behind, cache: PrefixCache) -> None:
+        super().__init__(prompt, job.max_tokens, behind, cache)
         self.sampling = job.sampling
         # Numbers of its own: a proposal must not depend on the number that settles it.
         seed = job.sampling.seed
@@ -57,6 +58,7 @@ class Drafter:
         self.cache = PrefixCache(config.cache_bytes, block_tokens, "draft")
         self.stats = SpeculationStats()
         self._steps = Steps(decoder, kernels=kernels)
+        self._prompts = Prompts(decoder, self.cache)
         self._texts: dict[int, _Text] = {}
 
     def helps(self, job: Job, running: int) -> bool:
@@ -68,15 +70,16 @@ class Drafter:
     def read(self, jobs: Mapping[int, Job], most_tokens: int) -> None:
         """Go on with the prompts of these jobs."""
         for number in jobs.keys() - self._texts.keys():
-            self._texts[number] = _Text(jobs[number], self.decoder, self.cache)
-        texts = {number: self._texts[number] for number in jobs}
-        blocks = plan_reading(texts, most_tokens, self.cache)
-        pieces = [(texts[number], span) for number, count in blocks.items() for span in texts[number].next_spans(count)]
-        self._compute(self.decoder.run, pieces)
+            prompt = self._prompts.take(jobs[number].prompt)
+            self._texts[number] = _Text(jobs[number], prompt, self._steps.behind, self.cache)
+        prompts = {
+            id(text.prompt): text.prompt for text in map(self._texts.__getitem__, jobs) if text.prompt.is_reading
+        }
+        self._compute(self.decoder.run, plan_reading(prompts.values(), most_tokens, self.cache))
 
     def is_ready(self, number: int) -> bool:
         """Whether the job's prompt is read."""
-        return not self._texts[number].is_reading
+        return not self._texts[number].prompt.is_reading
 
     def propose(self, runs: Mapping[int, Run]) -> dict[int, list[Proposal]]:
         """What may come next in the texts: `num_tokens` tokens, or as many as have room before the last one."""
@@ -88,7 +91,7 @@ class Drafter:
             texts = {number: self._texts[number] for number, run in runs.items() if place < run.left_tokens - 1}
             if not texts:
                 break
-            self._compute(self._steps.run, [(text, span) for text in texts.values() for span in text.next_spans(0)])
+            self._compute(self._steps.run, [(text, span) for text in texts.values() for span in text.next_spans()])
             logits = self._steps.logits(torch.stack([text.state for text in texts.values()]))
             for (number, text), row in zip(texts.items(), logits, strict=True):
                 found[number].append(text.propose(row))
@@ -104,13 +107,14 @@ class Drafter:
         text = self._texts.pop(number, None)
         if text is not None:
             text.release()
+            self._prompts.release(text.prompt)
 
     @staticmethod
-    def _compute(run: Callable[[Sequence[Segment]], Tensor], pieces: Sequence[tuple[Context, Span]]) -> None:
+    def _compute(run: Callable[[Sequence[Segment]], Tensor], pieces: Sequence[tuple[Prompt | Context, Span]]) -> None:
         if pieces:
-            states = run([context.segment(span) for context, span in pieces])
-            for (context, span), state in zip(pieces, states, strict=True):
-                context.advance(span, state)
+            states = run([text.segment(span) for text, span in pieces])
+            for (text, span), state in zip(pieces, states, strict=True):
+                text.advance(span, state)
 
 
 def make_drafter(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from limbeck.config import checked
-from limbeck.engine.context import Span, plan_reading
+from limbeck.engine.context import Prompts, Span, plan_reading
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.drafter import Drafter
 from limbeck.engine.drawing import drawn_of
@@ -78,6 +78,7 @@ class Generator:
         self.drafter = drafter
         self.speculation = SpeculationStats() if drafter is None else drafter.stats
         self.steps = Steps(decoder, self.config.head, self.config.kernels)
+        self._prompts = Prompts(decoder, cache)
         self._runs: dict[int, Run] = {}
         self._numbers = itertools.count()
 
@@ -114,7 +115,8 @@ class Generator:
                 f"the limits are {self.config.max_running} jobs and {self.config.kv_bytes} bytes. Ask `fits` before."
             )
         number = next(self._numbers)
-        self._runs[number] = Run(job, self.decoder, self.cache, self.config.keeps_text)
+        prompt = self._prompts.take(job.prompt, not job.is_echoed)
+        self._runs[number] = Run(job, prompt, self.steps.behind, self.cache, self.config.keeps_text)
         return number
 
     def abort(self, number: int) -> None:
@@ -122,6 +124,7 @@ class Generator:
         run = self._runs.pop(number, None)
         if run is not None:
             run.release()
+            self._prompts.release(run.prompt)
         if self.drafter is not None:
             self.drafter.abort(number)
 
@@ -132,7 +135,7 @@ class Generator:
         for number, proposals in drafts.items():
             self._runs[number].tokens += [proposal.token for proposal in proposals]
         self._read()
-        writing = [number for number, run in self._runs.items() if not run.is_reading and number not in waiting]
+        writing = [number for number, run in self._runs.items() if not run.prompt.is_reading and number not in waiting]
         states = self._computed(writing)
         plain = [number for number in writing if number not in drafts]
         for number in plain:
@@ -142,21 +145,22 @@ class Generator:
 
     def _read(self) -> None:
         """Go on with the prompts, in one pass."""
-        blocks = plan_reading(self._runs, self.config.prefill_tokens, self.cache)
-        pieces = [(self._runs[n], span) for n, count in blocks.items() for span in self._runs[n].next_spans(count)]
+        runs = {id(run.prompt): run for run in self._runs.values() if run.prompt.is_reading}
+        pieces = plan_reading((run.prompt for run in runs.values()), self.config.prefill_tokens, self.cache)
         if not pieces:
             return
-        every_row = any(run.is_echoed for run, _ in pieces)
-        segments = [run.segment(span) for run, span in pieces]
+        every_row = any(runs[id(prompt)].job.is_echoed for prompt, _ in pieces)
+        segments = [prompt.segment(span) for prompt, span in pieces]
         lengths = [len(segment.tokens) if every_row else 1 for segment in segments]
-        for (run, span), rows in zip(pieces, self.decoder.run(segments, every_row).split(lengths), strict=True):
-            if run.is_echoed:
+        for (prompt, span), rows in zip(pieces, self.decoder.run(segments, every_row).split(lengths), strict=True):
+            run = runs[id(prompt)]
+            if run.job.is_echoed:
                 run.echo(self._echoed(run, span, rows))
-            run.advance(span, rows[-1])
+            prompt.advance(span, rows[-1])
 
     def _computed(self, numbers: Sequence[int]) -> dict[int, list[Computed]]:
         """The states of these texts' last tokens that have none yet; none where a prompt has just ended."""
-        spans = {number: self._runs[number].next_spans(0) for number in numbers}
+        spans = {number: self._runs[number].next_spans() for number in numbers}
         segments = [self._runs[number].segment(span) for number in numbers for span in spans[number]]
         states = iter(self.steps.run(segments) if segments else ())
         return {number: [(span, next(states)) for span in spans[number]] for number in numbers}

@@ -82,6 +82,11 @@ class Job:
     """Starts behind the thought where there is a `thought`."""
     thought: ThoughtBudget | None = None
 
+    @property
+    def is_echoed(self) -> bool:
+        """Whether the prompt is read anew: its log-probs need every state of it, the cache has a block's last one."""
+        return self.prompt_log_probs is not None
+
 
 def check_job(job: Job, longest: int, embeddings: int, vocabulary: int) -> None:
     """Refuse a job that a model cannot do.

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from limbeck.engine.context import Context
-from limbeck.engine.decoder import Decoder
+from limbeck.engine.context import Behind, Context, Prompt
 from limbeck.engine.jobs import Drawn, FinishReason, Job
 from limbeck.engine.prefix_cache import PrefixCache
 from limbeck.engine.rules import Rules
@@ -16,20 +15,24 @@ from limbeck.engine.rules import Rules
 class Run(Context):
     """One job. It reads its prompt, then writes."""
 
-    def __init__(self, job: Job, decoder: Decoder, cache: PrefixCache, keeps_text: bool) -> None:
-        # Log-probs of a prompt need every state of it, and the cache has a block's last one only.
-        self.is_echoed = job.prompt_log_probs is not None
-        super().__init__(job.prompt, job.max_tokens, decoder, cache, keeps_text, not self.is_echoed)
+    def __init__(self, job: Job, prompt: Prompt, behind: Behind, cache: PrefixCache, keeps_text: bool) -> None:
+        super().__init__(prompt, job.max_tokens, behind, cache, keeps_text)
         self.job, self.rules = job, Rules(job)
         self.finish: FinishReason | None = None if job.max_tokens else "length"
         """Why the text is over, once it is."""
         self._random = np.random.Generator(np.random.PCG64(job.sampling.seed))
-        self._echo: list[Drawn] = [Drawn(job.prompt[0], None, ())] if self.is_echoed else []
+        self._reads = prompt.users == 1
+        self._echo: list[Drawn] = [Drawn(job.prompt[0], None, ())] if job.is_echoed else []
 
     @property
     def left_tokens(self) -> int:
         """That may still be written."""
         return len(self.job.prompt) + self.job.max_tokens - len(self.tokens)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, not computed for this job: all where another one has the same."""
+        return self.prompt.cached_tokens if self._reads else len(self.job.prompt)
 
     def uniform(self) -> float:
         """The next random number in [0, 1); one a token, so that it depends on seed and place alone."""

@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.engine.decoder import Decoder, Segment
+from limbeck.engine.decoder import Decoder
 from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.native.build import Missing
-from limbeck.engine.native.decode import NativeDecoder, NativeLinear, Row
+from limbeck.engine.native.decode import NativeDecoder, NativeLinear
+from limbeck.engine.states import KeyValues, Segment
 from limbeck.engine.weights import DenseLinear, Linear, Precision
 from limbeck.errors import ConfigError, ModelError
 
@@ -65,15 +66,16 @@ class Steps:
         """
         if self._native is None:
             return self.decoder.run(segments)
-        rows = []
         for segment in segments:
-            states = segment.prefix
-            assert states is not None and len(segment.tokens) == 1 and segment.grows
-            if segment.start >= min(self.decoder.max_tokens, states.keys.shape[2]):
+            assert segment.prefix is not None and len(segment.tokens) == 1 and segment.grows
+            if segment.start >= min(self.decoder.max_tokens, segment.prefix.room):
                 raise ModelError(f"a token at position {segment.start}, beyond the text's room or the model's.")
-            rows.append(Row(states.keys, states.values, segment.start))
         tokens = torch.tensor([segment.tokens[0] for segment in segments])
-        return self._native.step(self.decoder.weights.embed(tokens), rows)
+        return self._native.step(self.decoder.weights.embed(tokens), segments)
+
+    def behind(self, states: KeyValues, room: int) -> KeyValues:
+        """A place for tokens behind a prompt, whose states others may use as well."""
+        return self.decoder.behind(states, room) if self._native is None else KeyValues(self.decoder, room, states)
 
     def logits(self, states: Tensor) -> Tensor:
         """All logits [S V]."""

@@ -37,11 +37,11 @@ def prompts_of(decoder, lengths, room=40):
     return found
 
 
-def copies(texts):
+def copies(decoder, texts):
     found = []
     for states, length in texts:
-        copy = object.__new__(KeyValues)
-        copy.keys, copy.values = states.keys.clone(), states.values.clone()
+        copy = KeyValues(decoder, states.room)
+        copy.put(0, states.keys, states.values)
         found.append((copy, length))
     return found
 
@@ -56,7 +56,7 @@ def test_a_step_is_that_of_torch(family, precision):
     """States and logits; keys and values; over windows, norms, biases and activations."""
     decoder = Decoder(weights_of(made_model(family), precision))
     texts = prompts_of(decoder, (5, 30, 1, 17))
-    own = copies(texts)
+    own = copies(decoder, texts)
     compiled, plain = Steps(decoder, kernels="compiled"), Steps(decoder, kernels="torch")
     assert compiled.are_compiled and not plain.are_compiled
     # Where an input lies between two codes, either may come out.
@@ -80,14 +80,14 @@ def test_a_row_has_its_bits_in_any_company(family, precision, threads):
     steps = Steps(decoder, kernels="compiled")
     texts = prompts_of(decoder, (5, 30, 1, 17, 8, 9, 2, 33, 12, 6, 3))
     tokens = list(range(len(texts)))
-    together = copies(texts)
+    together = copies(decoder, texts)
     whole = steps.run(segments_of(together, tokens))
     for count in (1, 2, 3):
         threads(count)
-        assert torch.equal(steps.run(segments_of(copies(texts), tokens)), whole)
-        assert torch.equal(steps.run(segments_of(copies(texts)[::-1], tokens[::-1])), whole.flip(0))
+        assert torch.equal(steps.run(segments_of(copies(decoder, texts), tokens)), whole)
+        assert torch.equal(steps.run(segments_of(copies(decoder, texts)[::-1], tokens[::-1])), whole.flip(0))
         for number in (0, 3, 10):
-            alone = copies(texts[number : number + 1])
+            alone = copies(decoder, texts[number : number + 1])
             assert torch.equal(steps.run(segments_of(alone, tokens[number : number + 1])), whole[number : number + 1])
             assert torch.equal(alone[0][0].keys, together[number][0].keys)
         assert torch.equal(torch.cat([steps.logits(row[None]) for row in whole]), steps.logits(whole))
@@ -99,13 +99,31 @@ def test_tokens_of_one_text_in_one_call_are_those_one_by_one(precision):
     decoder = Decoder(weights_of(made_model("llama"), precision))
     steps = Steps(decoder, kernels="compiled")
     texts = prompts_of(decoder, (9,))
-    apart = copies(texts)
+    apart = copies(decoder, texts)
     (states, length), (other, _) = texts[0], apart[0]
     tokens = [5, 80, 3, 3, 41]
     together = steps.run([Segment([token], states, length + n, True) for n, token in enumerate(tokens)])
     one_by_one = [steps.run([Segment([token], other, length + n, True)]) for n, token in enumerate(tokens)]
     assert torch.equal(together, torch.cat(one_by_one))
     assert torch.equal(states.keys[:, :, : length + 5], other.keys[:, :, : length + 5])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_texts_behind_one_prompt_have_the_bits_of_texts_of_their_own(family):
+    """Windows begin in the prompt, at its end and behind it."""
+    decoder = Decoder(weights_of(made_model(family)))
+    steps = Steps(decoder, kernels="compiled")
+    ((prompt, length),) = prompts_of(decoder, (11,), room=0)
+    apart = [(decoder.behind(prompt, 20), length) for _ in range(3)]
+    shared = [(steps.behind(prompt, 20), length) for _ in range(3)]
+    assert shared[0][0].keys.shape[2] == 20 and apart[0][0].keys.shape[2] == 31
+    for step in range(20):
+        tokens = [(5 * step + 31 * number) % 96 for number in range(3)]
+        found = steps.run(segments_of(shared, tokens))
+        assert torch.equal(found, steps.run(segments_of(apart, tokens)))
+        apart, shared = ([(states, end + 1) for states, end in texts] for texts in (apart, shared))
+    for one, other in zip(shared[1][0].cut(3, 31), apart[1][0].cut(3, 31), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (33, 47), (1, 2), (100, 576), (7, 1)])

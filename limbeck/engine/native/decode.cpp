@@ -25,10 +25,23 @@ struct Model {
     int32_t depth, size, heads, key_heads, head_size, inner, is_gelu;
 };
 
+// Keys and values [L N_kv P H].
+struct States {
+    float *keys, *values;
+    int64_t room;  // P
+};
+
 struct Row {
-    float *keys, *values;  // [L N_kv P H]
-    int64_t room;          // P
-    int64_t position;      // of the token; it sees the keys before it and its own
+    States before;     // what is seen of the text up to `start`, which others may share
+    States own;        // from there on
+    int64_t start;
+    int64_t position;  // of the token; it sees the keys before it and its own
+};
+
+// Keys and values of one head that lie behind one another.
+struct Run {
+    const float *keys, *values;
+    int count;
 };
 
 // weight * x / sqrt(mean(x^2) + epsilon)
@@ -71,43 +84,51 @@ static void gated(float* gate, const float* up, Part part, bool is_gelu) {
 
 // out = factor weights V for W vectors of columns at a time, from column j on. Returns the first column that is left.
 template <int W>
-static int mix(const float* weights, const float* values, int count, int size, float factor, int j, float* out) {
+static int mix(const float* weights, const Run (&runs)[2], int size, float factor, int j, float* out) {
     for (; j + W * LANES <= size; j += W * LANES) {
         Floats found[W] = {};
-        for (int i = 0; i < count; ++i)
-            for (int w = 0; w < W; ++w)
-                found[w] = fused(splat(weights[i]), load(values + size_t(i) * size + j + w * LANES), found[w]);
+        const float* weight = weights;
+        for (const Run& run : runs)
+            for (int i = 0; i < run.count; ++i, ++weight)
+                for (int w = 0; w < W; ++w)
+                    found[w] = fused(splat(*weight), load(run.values + size_t(i) * size + j + w * LANES), found[w]);
         for (int w = 0; w < W; ++w) store(out + j + w * LANES, found[w] * splat(factor));
     }
     return j;
 }
 
 // softmax(scale q K^T) V of one head
-static void attend(const float* query, const float* keys, const float* values, int count, int size, float scale,
-                   std::vector<float>& weights, float* out) {
-    weights.assign(multiple(count, LANES), -INFINITY);
-    int i = 0;
-    for (; i + KEYS <= count; i += KEYS) key_sums<KEYS>(query, keys + size_t(i) * size, size, &weights[i]);
-    for (; i < count; ++i) key_sums<1>(query, keys + size_t(i) * size, size, &weights[i]);
+static void attend(const float* query, const Run (&runs)[2], int size, float scale, std::vector<float>& weights,
+                   float* out) {
+    weights.assign(multiple(runs[0].count + runs[1].count, LANES), -INFINITY);
+    float* product = weights.data();
+    for (const Run& run : runs) {
+        int i = 0;
+        for (; i + KEYS <= run.count; i += KEYS) key_sums<KEYS>(query, run.keys + size_t(i) * size, size, product + i);
+        for (; i < run.count; ++i) key_sums<1>(query, run.keys + size_t(i) * size, size, product + i);
+        product += run.count;
+    }
     Floats peaks = splat(-INFINITY);
-    for (i = 0; i < int(weights.size()); i += LANES) {
+    for (size_t i = 0; i < weights.size(); i += LANES) {
         const Floats scaled = load(&weights[i]) * splat(scale);
         store(&weights[i], scaled);
         peaks = larger(peaks, scaled);
     }
     const float peak = largest(peaks);
     Floats sums{};
-    for (i = 0; i < int(weights.size()); i += LANES) {
-        const Floats share = exponential(load(&weights[i]) - splat(peak));  // beyond `count` 1e-38, which adds nothing
+    for (size_t i = 0; i < weights.size(); i += LANES) {
+        const Floats share = exponential(load(&weights[i]) - splat(peak));  // behind the last 1e-38, which adds nothing
         store(&weights[i], share);
         sums += share;
     }
     const float factor = 1.0f / total(sums);
-    int j = mix<4>(weights.data(), values, count, size, factor, 0, out);
-    j = mix<1>(weights.data(), values, count, size, factor, j, out);
+    int j = mix<4>(weights.data(), runs, size, factor, 0, out);
+    j = mix<1>(weights.data(), runs, size, factor, j, out);
     for (; j < size; ++j) {
         float sum = 0;
-        for (i = 0; i < count; ++i) sum += weights[i] * values[size_t(i) * size + j];
+        const float* weight = weights.data();
+        for (const Run& run : runs)
+            for (int i = 0; i < run.count; ++i, ++weight) sum += *weight * run.values[size_t(i) * size + j];
         out[j] = sum * factor;
     }
 }
@@ -176,8 +197,9 @@ struct Step {
 #pragma omp barrier
     }
 
-    float* kept(float* states, const Row& row, int number, int head) const {
-        return states + (size_t(number) * model.key_heads + head) * row.room * model.head_size;
+    // Where the keys or values of a head begin.
+    size_t head_at(const States& states, int number, int head) const {
+        return (size_t(number) * model.key_heads + head) * states.room * model.head_size;
     }
 
     // Norm and rotation of queries and keys; keys and values go where they are kept.
@@ -195,25 +217,35 @@ struct Step {
                 rotate(states, layer.cosines + turn, layer.sines + turn, size / 2);
             }
             if (head < model.heads) continue;
-            float* place = head < turned ? kept(row.keys, row, number, head - model.heads)
-                                         : kept(row.values, row, number, head - turned);
-            std::memcpy(place + size_t(row.position) * size, states, 4 * size);
+            const size_t at = head_at(row.own, number, (head - model.heads) % model.key_heads);
+            float* place = (head < turned ? row.own.keys : row.own.values) + at;
+            std::memcpy(place + size_t(row.position - row.start) * size, states, 4 * size);
         }
     }
 
+    // Head by head, so that what several rows or the heads of a group see is in the processor's cache.
     void look(const Layer& layer, int number, std::vector<float>& weights, int thread, int threads) {
         const int size = model.head_size, groups = model.heads / model.key_heads;
-        const Part part = part_of(count * model.heads, thread, threads);  // heads of one group read the same keys
+        const int all = model.heads + 2 * model.key_heads;
+        const Part part = part_of(count * model.heads, thread, threads);
         for (int item = part.first; item < part.last; ++item) {
-            const Row& row = rows[item / model.heads];
-            const int head = item % model.heads, all = model.heads + 2 * model.key_heads;
+            const int index = item / groups % count, key_head = item / groups / count;
+            const int head = key_head * groups + item % groups;
+            const Row& row = rows[index];
             const int64_t seen = row.position + 1;
             const int64_t low = layer.window && seen > layer.window ? seen - layer.window : 0;
-            attend(&qkv[(size_t(item / model.heads) * all + head) * size],
-                   kept(row.keys, row, number, head / groups) + low * size,
-                   kept(row.values, row, number, head / groups) + low * size, int(seen - low), size, layer.scale,
-                   weights, &attended[size_t(item) * size]);
+            const Run runs[2] = {part_of_text(row.before, number, key_head, low, row.start),
+                                 part_of_text(row.own, number, key_head, std::max(low - row.start, int64_t(0)),
+                                              seen - row.start)};
+            attend(&qkv[(size_t(index) * all + head) * size], runs, size, layer.scale, weights,
+                   &attended[(size_t(index) * model.heads + head) * size]);
         }
+    }
+
+    Run part_of_text(const States& states, int number, int head, int64_t low, int64_t high) const {
+        if (low >= high) return {nullptr, nullptr, 0};
+        const size_t at = head_at(states, number, head) + size_t(low) * model.head_size;
+        return {states.keys + at, states.values + at, int(high - low)};
     }
 };
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.native.build import Missing, library
+from limbeck.engine.states import Segment
 from limbeck.engine.weights import Block, DenseLinear, Linear, Weights
 
 ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
@@ -42,20 +44,6 @@ _Model = _structure(
     epsilon=ctypes.c_float,
     **dict.fromkeys(("depth", "size", "heads", "key_heads", "head_size", "inner", "is_gelu"), ctypes.c_int32),
 )
-_Row = _structure(
-    "Row",
-    **dict.fromkeys(("keys", "values"), ctypes.c_void_p),
-    **dict.fromkeys(("room", "position"), ctypes.c_int64),
-)
-
-
-class Row(NamedTuple):
-    """A token and where its text's keys are."""
-
-    keys: Tensor
-    """[L N_kv P H], and `values`."""
-    values: Tensor
-    position: int
 
 
 class _Keeper:
@@ -115,14 +103,13 @@ class NativeDecoder:
             ACTIVATIONS[activation],
         )
 
-    def step(self, x: Tensor, rows: Sequence[Row]) -> Tensor:
+    def step(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
         """States [n D] behind the final norm of tokens with the embeddings x [n D]; their keys and values are kept."""
         states = x.clone(memory_format=torch.contiguous_format)
-        array = (_Row * len(rows))(
-            *(_Row(row.keys.data_ptr(), row.values.data_ptr(), row.keys.shape[2], row.position) for row in rows)
-        )
-        pointer = ctypes.c_void_p(states.data_ptr())
-        self._library.limbeck_step(ctypes.byref(self._model), array, len(rows), pointer, torch.get_num_threads())
+        # As `Row` of decode.cpp: eight numbers of eight bytes.
+        rows = np.array([(*s.prefix.place, s.start) for s in segments if s.prefix is not None], dtype=np.int64)
+        pointers = ctypes.c_void_p(rows.ctypes.data), len(rows), ctypes.c_void_p(states.data_ptr())
+        self._library.limbeck_step(ctypes.byref(self._model), *pointers, torch.get_num_threads())
         return states
 
 
