@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.config import checked
-from limbeck.distill.data import UNCUT, render_all
+from limbeck.distill.data import UNCUT
 from limbeck.models.load import load_tokenizer
 from limbeck.runner.place import Place
 from limbeck.teacher.build import stats, write_cache
 from limbeck.teacher.cache import CacheConfig
 from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import make_example
+from limbeck.traces.counts import tell
 from limbeck.traces.render import RenderConfig
+from limbeck.traces.rendering import render_traces
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.supervise import Preset, SupervisionConfig
@@ -49,9 +51,12 @@ def run(config: CacheStageConfig, out: Path, on: Place = "local") -> dict[str, A
 
     Raises: PairError when `out` is the cache of another teacher or form, and what reading and rendering raise.
     """
-    traces, _ = read_traces(config.traces)
-    traces, _ = select_traces(traces, config.select)
-    samples, _ = render_all(traces, load_tokenizer(config.teacher), config.render, config.max_trace_tokens)
+    traces, read = read_traces(config.traces)
+    traces, selected = select_traces(traces, config.select)
+    samples, _, notes = render_traces(
+        traces, load_tokenizer(config.teacher), config.render, config.max_trace_tokens, config.traces.on_bad
+    )
+    tell([*read.lines(), *selected.lines(), *notes])
     segments = SupervisionConfig(preset=config.segments)
     examples = [make_example(sample, config.truncation, segments) for sample in samples]
     asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]

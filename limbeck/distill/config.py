@@ -298,8 +298,9 @@ class DistillConfig:
     """Who gives soft targets."""
     select: SelectConfig = field(default_factory=SelectConfig)
     """Which traces are used."""
-    num_validation: int = 64
-    """Traces held out, by hash of the prompt and before any cut, for the validation loss. 0 for none."""
+    num_validation: int | None = None
+    """Traces held out, by hash of the prompt and before any cut, for the validation loss. 0 for none; null holds out a
+    tenth of them, at most 64."""
     split_seed: int = 0
     """Seed of the choice of held-out traces; apart from training.seed, so that runs with other seeds share them."""
     max_trace_tokens: int | None = None
@@ -333,9 +334,9 @@ class DistillConfig:
                 "teacher.cache, which knows given traces only"
             )
         self._check_parallel()
-        if self.training.keep_best is not None and not self.num_validation:
+        if self.training.keep_best is not None and self.num_validation == 0:
             raise ConfigError("training.keep_best needs held-out traces; set num_validation")
-        if self.num_validation < 0:
+        if self.num_validation is not None and self.num_validation < 0:
             raise ConfigError(f"num_validation must be at least 0; found {self.num_validation}")
         if self.max_trace_tokens is not None and self.max_trace_tokens < 1:
             raise ConfigError(f"max_trace_tokens must be at least 1; found {self.max_trace_tokens}")

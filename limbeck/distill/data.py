@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -12,11 +12,11 @@ import numpy as np
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.rollouts import Prompts
 from limbeck.errors import ConfigError
-from limbeck.progress import track
 from limbeck.traces.batch import Example, make_example
-from limbeck.traces.render import RenderConfig, render, render_prompt
+from limbeck.traces.render import RenderConfig, render_prompt
+from limbeck.traces.rendering import render_traces
 from limbeck.traces.sample import Sample
-from limbeck.traces.select import select_traces, split_traces
+from limbeck.traces.select import select_traces, split_traces, validation_size
 from limbeck.traces.sources import read_traces
 from limbeck.traces.stats import cut_losses
 from limbeck.traces.supervise import SupervisionConfig
@@ -25,6 +25,7 @@ from limbeck.traces.truncate import TruncationConfig
 
 UNCUT = TruncationConfig()
 RESPONSE = SupervisionConfig(preset="cot+answer")
+NOTED_SHARE = 0.05
 
 
 class Data(NamedTuple):
@@ -39,6 +40,8 @@ class Data(NamedTuple):
     """Of the training examples, where the student is to write rollouts."""
     validation_groups: list[list[Example]] | None = None
     """The held-out examples as they are to be validated together; None: grouped by length."""
+    notes: Sequence[str] = ()
+    """What was left out, put together or held out, for the console."""
 
 
 def prepare(config: DistillConfig, tokenizer: Any) -> Data:
@@ -48,9 +51,18 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
     """
     traces, read = read_traces(config.traces)
     traces, selected = select_traces(traces, config.select)
-    train_traces, validation_traces = split_traces(traces, config.split_seed, num_validation=config.num_validation)
-    train, too_long = render_all(train_traces, tokenizer, config.render, config.max_trace_tokens)
-    validation, _ = render_all(validation_traces, tokenizer, config.render, config.max_trace_tokens)
+    held_out = validation_size(len(traces), config.num_validation)
+    train_traces, validation_traces = split_traces(traces, config.split_seed, num_validation=held_out)
+    if config.training.keep_best is not None and not validation_traces:
+        raise ConfigError(
+            f"training.keep_best needs held-out traces, and of {len(traces)} none is; set num_validation."
+        )
+    train, dropped, notes = render_traces(
+        train_traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad
+    )
+    validation, _, _ = render_traces(
+        validation_traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad
+    )
     examples = [make_example(sample, config.truncation, config.supervision) for sample in train]
     ce, kd = config.kd_ratio < 1, config.kd_ratio > 0
     if not any((ce and e.ce_weight.any()) or (kd and e.kd_weight.any()) for e in examples):
@@ -61,14 +73,15 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
     counts = {
         "read": asdict(read),
         "selected": asdict(selected),
-        "too_long": too_long,
+        "left_out": dropped,
         "train_traces": len(train),
         "validation_traces": len(validation),
         **cut_counts(train, examples, config.truncation),
     }
     uncut = [make_example(sample, UNCUT, RESPONSE) for sample in validation]
     prompts = None if config.on_policy is None else _prompts(train_traces, train, tokenizer, config.render)
-    return Data(examples, uncut, counts, prompts)
+    told = [*read.lines(), *selected.lines(), *notes, *parts_left_out(counts, len(traces))]
+    return Data(examples, uncut, counts, prompts, notes=told)
 
 
 def _prompts(traces: Sequence[Trace], samples: Sequence[Sample], tokenizer: Any, config: RenderConfig) -> Prompts:
@@ -87,19 +100,20 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-def render_all(
-    traces: Sequence[Trace], tokenizer: Any, config: RenderConfig, max_tokens: int | None
-) -> tuple[list[Sample], int]:
-    """Samples of the traces that are not too long, and how many were.
-
-    Raises: ConfigError when all were too long.
-    """
-    samples = [render(trace, tokenizer, config) for trace in track(traces, "rendering")]
-    kept = [sample for sample in samples if max_tokens is None or len(sample) <= max_tokens]
-    if samples and not kept:
-        shortest = min(len(sample) for sample in samples)
-        raise ConfigError(f"max_trace_tokens {max_tokens} leaves out all traces; the shortest has {shortest} tokens.")
-    return kept, len(samples) - len(kept)
+def parts_left_out(counts: Mapping[str, Any], num_traces: int) -> list[str]:
+    """The parts above NOTED_SHARE that are held out, or that no loss is left of, one line each."""
+    notes = []
+    if counts["validation_traces"] > NOTED_SHARE * num_traces:
+        notes.append(
+            f"{counts['validation_traces']} of {num_traces} traces are held out for validation and not trained "
+            "(num_validation)"
+        )
+    if counts["without_any_supervision"] > NOTED_SHARE * counts["train_traces"]:
+        notes.append(
+            f"{counts['without_any_supervision']} of {counts['train_traces']} traces have no supervised token left "
+            "after the cut, so they give no loss; keep more, or cut another unit (truncation.unit)"
+        )
+    return notes
 
 
 def cut_counts(samples: Sequence[Sample], examples: Sequence[Example], truncation: TruncationConfig) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from limbeck.errors import LimbeckError
 from limbeck.ledger import flop_counter
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
+from limbeck.traces.counts import tell
 
 __all__ = ["inputs_of", "measure", "planned_steps", "run", "train"]
 
@@ -54,6 +55,7 @@ def run(
     with training_job(config.training, out, overwrite=overwrite, resume=resume) as (ranks, working):
         setup = set_up(config, source, ranks)
         if ranks.is_first:
+            tell(setup.data.notes)
             setup.data.counts["preflight"] = report(
                 config, setup.student.model, setup.student.tokenizer, setup.data.train
             )

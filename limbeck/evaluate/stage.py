@@ -14,9 +14,13 @@ from limbeck.evaluate.run import EvaluateConfig, evaluate
 from limbeck.evaluate.tasks import task_from_traces
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.progress import bar
+from limbeck.traces.counts import tell
+from limbeck.traces.record import REFERENCE_COLUMNS
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
+from limbeck.traces.rendering import fitting_prompts
 from limbeck.traces.select import SelectConfig, select_traces
-from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.sources import TraceConfig, read_problems
+from limbeck.traces.trace import Trace
 
 
 @checked
@@ -64,13 +68,7 @@ def run(
 def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, Any]:
     """Generate, check and write the rows and the summary of one model into an existing directory."""
     assert config.problems is not None
-    traces, _ = read_traces(config.problems)
-    traces, _ = select_traces(traces, SelectConfig())
-    without = sum(trace.reference is None for trace in traces)
-    if without:
-        raise ConfigError(
-            f"{config.problems.source}: {without} of {len(traces)} problems have no reference answer to check against."
-        )
+    traces = problems_of(name, config.problems, config.render)
     task = task_from_traces(config.problems.source, traces)
     tokenizer = load_tokenizer(name)
     with bar(f"evaluating {Path(name).name}", len(traces) * config.evaluate.num_samples) as progress:
@@ -89,6 +87,24 @@ def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, 
     summary = {"model": Path(name).name, "num_problems": len(traces), **result.summary}
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def problems_of(model: str, source: TraceConfig, rendering: RenderConfig) -> list[Trace]:
+    """The distinct problems of a source that a model has room for; what is left out is said.
+
+    Raises: ConfigError when one has no reference answer, or leaves no room for an answer.
+    """
+    traces, read = read_problems(source)
+    traces, selected = select_traces(traces, SelectConfig())
+    without = [trace for trace in traces if trace.reference is None]
+    if without:
+        raise ConfigError(
+            f"{source.source}: {len(without)} of {len(traces)} problems have no reference answer to check against, the "
+            f"first is {without[0].source}; a reference is read from {', '.join(REFERENCE_COLUMNS)}."
+        )
+    traces, notes = fitting_prompts(traces, model, rendering, source.on_bad)
+    tell([*read.lines(), *selected.lines(), *notes])
+    return traces
 
 
 def measure_perplexity(name: str, config: PerplexityConfig, rendering: RenderConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from limbeck.errors import ConfigError, LimbeckError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
-from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.sources import TraceConfig, read_problems
 
 TEXTS = "texts.json"
 """What the engine wrote, in the order of the prompts."""
@@ -106,7 +106,7 @@ def prompts_of(config: SmokeConfig, tokenizer: Any) -> list[list[int]]:
     if config.problems is None:
         found = [tokenizer.encode(text) for text in BUILT_IN_TEXT]
     else:
-        traces, _ = read_traces(config.problems)
+        traces, _ = read_problems(config.problems)
         found = [list(render_prompt(tokenizer, trace.messages, config.render)) for trace in traces[: config.prompts]]
     return [ids for ids in found if ids][: config.prompts]
 

@@ -23,7 +23,7 @@ from limbeck.compress.rounds import plan_rounds
 from limbeck.compress.shape_cost import whole_shape
 from limbeck.compress.shrink import shrunk_config
 from limbeck.distill.caching import CacheStageConfig
-from limbeck.distill.data import Data, prepare, render_all
+from limbeck.distill.data import Data, prepare
 from limbeck.evaluate.perplexity import token_windows
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.ledger import backbone_forward_flops, decoding_flops, head_forward_flops
@@ -42,9 +42,10 @@ from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import make_example
 from limbeck.traces.generation import GenerateConfig, read_prompts
 from limbeck.traces.render import RenderConfig, render, render_prompt
+from limbeck.traces.rendering import render_traces
 from limbeck.traces.sample import Sample
 from limbeck.traces.select import select_traces
-from limbeck.traces.sources import read_traces
+from limbeck.traces.sources import read_problems, read_traces
 from limbeck.traces.supervise import SupervisionConfig
 from limbeck.traces.trace import Trace
 
@@ -74,7 +75,7 @@ def predict_cache(
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.teacher)
     if samples is None:
         traces, _ = select_traces(read_traces(config.traces)[0], config.select)
-        samples, _ = render_all(traces, tokenizer, config.render, config.max_trace_tokens)
+        samples = render_traces(traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad).samples
     supervision = SupervisionConfig(preset=config.segments)
     examples = [make_example(sample, config.truncation, supervision) for sample in samples]
     asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
@@ -156,7 +157,7 @@ def predict_evaluate(
     shape = model if model is not None else config_of(config.model)
     hardware, parts = hardware or measure(), []
     if config.problems is not None:
-        asked = list(read_traces(config.problems)[0] if problems is None else problems)
+        asked = list(read_problems(config.problems)[0] if problems is None else problems)
         written = new_tokens or _response_tokens(asked, tokenizer, config.render, config.evaluate.max_new_tokens)
         lengths = [len(render_prompt(tokenizer, trace.messages, config.render)) for trace in asked]
         sampling, vocab = config.evaluate.sampling(), vocabulary_size(tokenizer)

@@ -33,7 +33,7 @@ from limbeck.teacher.build import write_cache
 from limbeck.teacher.cache import CacheConfig
 from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import Example
-from limbeck.traces.sources import read_traces
+from limbeck.traces.sources import read_problems, read_traces
 
 CACHE = "teacher_cache"
 
@@ -62,7 +62,7 @@ def _announced(
 
 
 def _refuse_leaks(sweep: SweepConfig) -> None:
-    problems, _ = read_traces(sweep.problems)
+    problems, _ = read_problems(sweep.problems)
     training, _ = read_traces(sweep.distill.traces)
     shared = {trace.prompt_key for trace in problems} & {trace.prompt_key for trace in training}
     if shared:

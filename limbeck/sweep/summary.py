@@ -12,10 +12,11 @@ import numpy as np
 
 from limbeck.checkpoint import Checkpoint, versions
 from limbeck.config import to_dict
-from limbeck.distill.data import UNCUT, render_all
+from limbeck.distill.data import UNCUT
 from limbeck.evaluate.metrics import paired_retention
 from limbeck.models.load import load_tokenizer
 from limbeck.sweep.plan import PlannedRun, SweepConfig, reference_of, tokenizer_name
+from limbeck.traces.rendering import render_traces
 from limbeck.traces.sample import Sample
 from limbeck.traces.sources import read_traces
 from limbeck.traces.stats import trace_stats
@@ -32,7 +33,7 @@ def summarise(
     first = runs[0].config
     tokenizer = load_tokenizer(tokenizer_name(first))
     traces, _ = read_traces(first.traces)
-    samples, _ = render_all(traces, tokenizer, first.render, first.max_trace_tokens)
+    samples = render_traces(traces, tokenizer, first.render, first.max_trace_tokens, first.traces.on_bad).samples
     teacher, base = models.get("teacher"), models.get("base")
     return {
         "title": sweep.title,

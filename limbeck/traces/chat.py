@@ -6,21 +6,37 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from limbeck.errors import TraceFormatError
+from limbeck.traces.content import Content, are_parts, as_list, content_of, present, text_of
 
 Message = dict[str, str]
 
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
 }
-"""Role names of the common formats and what limbeck calls them."""
+"""Role names of the common formats and what limbeck calls them; case is no matter."""
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning", "thought")
+"""Keys of a turn that hold its thought."""
+CONTENT_KEYS = ("content", "value", "parts", "text")
+
+JOINED = "consecutive assistant turns at the end are joined"
+EARLIER = "earlier assistant turns are read as prompt and not trained"
+UNTRAINED = "the last assistant turn is marked as not to train (weight 0 or train false); the one before it is taken"
+ALL_UNTRAINED = "all assistant turns are marked as not to train (weight 0 or train false), so it is left out"
 
 
 class Reply(NamedTuple):
-    """The last assistant turn."""
+    """The last assistant turn that is to be trained."""
 
     text: str | None
     """None when the turn has no content, as when a server cut the reply inside its thought."""
@@ -28,26 +44,50 @@ class Reply(NamedTuple):
     """The thought, where it has its own field; else None."""
 
 
-def split_chat(turns: Any, system: Any = None) -> tuple[tuple[Message, ...], Reply]:
+class Chat(NamedTuple):
+    """A chat split at its reply."""
+
+    messages: tuple[Message, ...]
+    reply: Reply | None
+    """None when no assistant turn is to be trained."""
+    notes: tuple[str, ...] = ()
+    """What was joined or passed over."""
+
+
+class _Turn(NamedTuple):
+    role: str
+    text: str | None
+    thought: str | None
+    is_trained: bool
+
+
+def split_chat(turns: Any, system: Any = None) -> Chat:
     """Prompt messages and the reply to them.
 
     Args:
-        turns: list of mappings with `role` and `content`, or `from` and `value`; the assistant's last.
+        turns: list of mappings with `role` and `content`, or `from` and `value`, or such a list as JSON text; the
+            assistant's last.
         system: a system prompt kept apart from the turns; None or blank when there is none.
 
     Raises: TraceFormatError for whatever is not such a chat.
     """
-    turns = _turn_list(turns)
-    if _role(turns[-1]) != "assistant":
-        if not any(_role(turn) == "assistant" for turn in turns):
+    read, notes = _with_one_reply([_read(turn) for turn in _turn_list(turns)])
+    if read[-1].role != "assistant":
+        if not any(turn.role == "assistant" for turn in read):
             raise TraceFormatError("no assistant turn")
-        raise TraceFormatError(f"last turn not from the assistant: it is from {_role(turns[-1])!r}")
-    prompt = prompt_messages(turns[:-1], system)
-    reasoning = _reasoning(turns[-1])
-    content = _content(turns[-1])
-    if content is None and reasoning is None:
+        raise TraceFormatError(f"last turn not from the assistant: it is from {read[-1].role!r}")
+    last = max((place for place, turn in enumerate(read) if turn.role == "assistant" and turn.is_trained), default=None)
+    if last is None:
+        return Chat((), None, (*notes, ALL_UNTRAINED))
+    if last < len(read) - 1:
+        notes.append(UNTRAINED)
+    reply = read[last]
+    messages = _prompt(read[:last], system)
+    if any(message["role"] == "assistant" for message in messages):
+        notes.append(EARLIER)
+    if reply.text is None and reply.thought is None:
         raise TraceFormatError("no content: the last assistant turn is null")
-    return prompt, Reply(None if content is None else text_of(content, "the last assistant turn"), reasoning)
+    return Chat(messages, Reply(reply.text, reply.thought), tuple(notes))
 
 
 def prompt_messages(turns: Any, system: Any = None) -> tuple[Message, ...]:
@@ -55,7 +95,36 @@ def prompt_messages(turns: Any, system: Any = None) -> tuple[Message, ...]:
 
     Raises: TraceFormatError when no turn, or not the last one, is from the user, or when it is blank.
     """
-    messages = [_message(turn) for turn in _turn_list(turns, allow_empty=True)]
+    return _prompt([_read(turn) for turn in _turn_list(turns, allow_empty=True)], system)
+
+
+def is_open(turns: Any) -> bool:
+    """Whether a list of turns ends with the user."""
+    turns = as_list(turns)
+    if not isinstance(turns, list) or not turns or not isinstance(turns[-1], Mapping):
+        return False
+    return ROLES.get(str(_role_name(turns[-1])).lower()) == "user"
+
+
+def without_reply(turns: Any) -> Any:
+    """The turns up to the last one from the user."""
+    turns = as_list(turns)
+    if not isinstance(turns, list):
+        return turns
+    ends = [place for place in range(1, len(turns) + 1) if is_open(turns[:place])]
+    return turns[: ends[-1]] if ends else turns
+
+
+def user_turns(prompt: Any) -> list[Any]:
+    """A prompt, a string, typed parts or a list of turns, as turns."""
+    found = as_list(prompt)
+    if isinstance(found, list | tuple) and not are_parts(found) and all(isinstance(turn, Mapping) for turn in found):
+        return list(found)
+    return [{"role": "user", "content": prompt}]
+
+
+def _prompt(turns: Sequence[_Turn], system: Any) -> tuple[Message, ...]:
+    messages = [_message(turn) for turn in turns]
     if not any(message["role"] == "user" for message in messages):
         raise TraceFormatError("no user turn")
     if messages[-1]["role"] != "user":
@@ -65,27 +134,8 @@ def prompt_messages(turns: Any, system: Any = None) -> tuple[Message, ...]:
     return (*_system_message(system, messages), *messages)
 
 
-def text_of(content: Any, place: str) -> str:
-    """Content as one string; a list of parts is joined. `place` says in errors where the content stands.
-
-    Raises: TraceFormatError for null, numbers, images and whatever else is not text.
-    """
-    if isinstance(content, str):
-        return content
-    if content is None:
-        raise TraceFormatError(f"no content: {place} is null")
-    if not isinstance(content, Sequence):
-        raise TraceFormatError(f"content is not text: {place} is {type(content).__name__}")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise TraceFormatError(f"content is not text: {place} holds a part of type {kind!r}")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 def _turn_list(turns: Any, allow_empty: bool = False) -> list[Mapping[str, Any]]:
+    turns = as_list(turns)
     if not isinstance(turns, list | tuple):
         raise TraceFormatError(f"turns are not a list: found {type(turns).__name__}")
     if not turns and not allow_empty:
@@ -96,43 +146,86 @@ def _turn_list(turns: Any, allow_empty: bool = False) -> list[Mapping[str, Any]]
     return list(turns)
 
 
-def _message(turn: Mapping[str, Any]) -> Message:
+def _read(turn: Mapping[str, Any]) -> _Turn:
+    turn = present(turn)
     role = _role(turn)
-    message = {"role": role, "content": text_of(_content(turn), f"a turn of the {role}")}
-    reasoning = _reasoning(turn)
-    if reasoning is not None:
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise TraceFormatError("tool calls: only text turns can be distilled")
+    value = next((turn[key] for key in CONTENT_KEYS if key in turn), None)
+    content = Content(None) if value is None else content_of(value, f"a turn of the {role}")
+    return _Turn(role, content.text, _thought(turn, content), _is_trained(turn))
+
+
+def _with_one_reply(turns: list[_Turn]) -> tuple[list[_Turn], list[str]]:
+    """The assistant turns at the end as one, and whether there were several. Others are left to the template."""
+    start = len(turns)
+    while start and turns[start - 1].role == "assistant":
+        start -= 1
+    replies = turns[start:]
+    if len(replies) < 2:
+        return turns, []
+    if len({turn.is_trained for turn in replies}) > 1:
+        raise TraceFormatError("consecutive turns: one of the assistant's is to be trained and another is not")
+    texts = [turn.text for turn in replies if turn.text is not None]
+    thoughts = [turn.thought for turn in replies if turn.thought is not None]
+    text, thought = "\n\n".join(texts) if texts else None, "\n\n".join(thoughts) or None
+    return [*turns[:start], replies[0]._replace(text=text, thought=thought)], [JOINED]
+
+
+def _message(turn: _Turn) -> Message:
+    if turn.text is None:
+        raise TraceFormatError(f"no content: a turn of the {turn.role} is null")
+    message = {"role": turn.role, "content": turn.text}
+    if turn.thought is not None:
         # Whether an earlier thought is shown again is the template's decision.
-        message["reasoning_content"] = reasoning
+        message["reasoning_content"] = turn.thought
     return message
 
 
+def _role_name(turn: Mapping[str, Any]) -> Any:
+    return next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
+
+
 def _role(turn: Mapping[str, Any]) -> str:
-    name = turn.get("role", turn.get("from"))
-    if not isinstance(name, str) or name not in ROLES:
-        raise TraceFormatError(f"unknown role: {str(name)[:40]!r}, accepted are {', '.join(ROLES)}")
-    return ROLES[name]
+    name = _role_name(turn)
+    if isinstance(name, str) and name.lower() in ROLES:
+        return ROLES[name.lower()]
+    if isinstance(name, str) and name.lower() in TOOL_ROLES:
+        raise TraceFormatError(f"tool turns: only text turns can be distilled, found {name[:40]!r}")
+    keys = ", ".join(map(str, turn))[:80] or "none"
+    found = f"{str(name)[:40]!r}" if name is not None else f"none among the keys of the turn ({keys})"
+    raise TraceFormatError(f"unknown role: {found}, accepted are {', '.join(ROLES)}")
 
 
-def _content(turn: Mapping[str, Any]) -> Any:
-    if turn.get("tool_calls"):
-        raise TraceFormatError("tool calls: only text turns can be distilled")
-    return turn["content"] if "content" in turn else turn.get("value")
+def _thought(turn: Mapping[str, Any], content: Content) -> str | None:
+    found = [] if content.thought is None else [content.thought]
+    for key in THOUGHT_KEYS:
+        if key in turn and not isinstance(turn[key], str):
+            raise TraceFormatError(f"{key} is not text: found {type(turn[key]).__name__}")
+        if key in turn and turn[key].strip() and turn[key] not in found:
+            found.append(turn[key])
+    if len(found) > 1:
+        raise TraceFormatError("two thoughts: a turn holds different ones under several keys")
+    return found[0] if found and found[0].strip() else None
 
 
-def _reasoning(turn: Mapping[str, Any]) -> str | None:
-    reasoning = turn.get("reasoning_content")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise TraceFormatError(f"reasoning_content is not text: found {type(reasoning).__name__}")
-    return reasoning if reasoning and reasoning.strip() else None
+def _is_trained(turn: Mapping[str, Any]) -> bool:
+    for key in ("weight", "train"):
+        if key in turn:
+            if turn[key] not in (0, 1):
+                raise TraceFormatError(f"{key} of a turn is {str(turn[key])[:40]!r}, accepted are 0 and 1")
+            if not turn[key]:
+                return False
+    return True
 
 
 def _system_message(system: Any, messages: list[Message]) -> list[Message]:
     if system is None or system == "":
         return []
     text = text_of(system, "the system prompt")
-    present = [message["content"] for message in messages if message["role"] == "system"]
-    if not text.strip() or text in present:
+    given = [message["content"] for message in messages if message["role"] == "system"]
+    if not text.strip() or text in given:
         return []
-    if present:
+    if given:
         raise TraceFormatError("two system prompts: one among the turns, another beside them")
     return [{"role": "system", "content": text}]

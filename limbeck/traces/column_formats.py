@@ -7,68 +7,76 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from limbeck.errors import TraceFormatError
-from limbeck.traces.chat import Message, text_of
+from limbeck.traces.chat import Message
+from limbeck.traces.content import as_list, text_of
 from limbeck.traces.record import (
+    REFERENCE_COLUMNS,
+    SYSTEM_COLUMNS,
+    VERDICT_COLUMNS,
     Parsed,
     Record,
     field,
     first_present,
     flags_in,
     parsed_trace,
+    prompt_columns,
+    prompt_in,
     reference_in,
+    system_in,
     user_prompt,
     verdict_in,
     with_metadata,
 )
+from limbeck.traces.templated import without_end
 from limbeck.traces.thought import THINK, Markers, Thought, join_thought, split_thought, unclosed_thought
 
 GSM8K_MARKER = "####"
-PROMPT_COLUMNS = ("prompt", "question", "problem")
-COT_COLUMNS = {
-    "cot": "answer",
-    "deepseek_thinking_trajectory": "deepseek_attempt",
-    "thinking_trajectories": "attempt",
-    "deepseek_reasoning": "deepseek_solution",
+_ANSWERS = ("completion", "response", "output", "final_answer", "answer", "solution", "attempt")
+COT_COLUMNS: dict[str, tuple[str, ...]] = {
+    "cot": ("answer", *_ANSWERS),
+    "deepseek_thinking_trajectory": ("deepseek_attempt",),
+    "thinking_trajectories": ("attempt",),
+    "deepseek_reasoning": ("deepseek_solution",),
+    **dict.fromkeys(
+        ("thinking", "reasoning", "reasoning_content", "thought", "rationale", "chain_of_thought", "complex_cot"),
+        _ANSWERS,
+    ),
 }
-"""Column of the thought: column of the answer to it. Of several pairs in a record the first is read."""
-REFERENCE_COLUMNS = ("reference", "ground_truth_solution", "solution")
-VERDICT_COLUMNS = ("correct", "deepseek_grade")
+"""Column of the thought: columns of the answer to it. Of several in a record the first is read."""
 
 
 def parse_columns(record: Record, markers: Markers | None) -> list[Parsed]:
     """Prompt, thought and answer in columns of their own (s1K), or several generations (OpenR1-Math)."""
-    messages = user_prompt(record[first_present(record, PROMPT_COLUMNS)], record.get("system"))
-    if "generations" in record:
+    messages = user_prompt(prompt_in(record), system_in(record))
+    if record.get("generations") is not None:
         return list(_parse_generations(record, messages, markers))
     cot_name = first_present(record, COT_COLUMNS)
-    answer_name = COT_COLUMNS[cot_name]
+    answer_name = first_present(record, COT_COLUMNS[cot_name])
     cots, answers = _as_list(record[cot_name]), _as_list(field(record, answer_name))
     if len(cots) != len(answers):
         raise TraceFormatError(f"unequal lists: {len(cots)} of {cot_name} and {len(answers)} of {answer_name}")
-    reference, correct = reference_in(record, REFERENCE_COLUMNS), verdict_in(record, VERDICT_COLUMNS)
-    used = (
-        *PROMPT_COLUMNS,
-        *COT_COLUMNS,
-        *COT_COLUMNS.values(),
-        *REFERENCE_COLUMNS,
-        *VERDICT_COLUMNS,
-        "system",
-    )
+    references = [name for name in REFERENCE_COLUMNS if name != answer_name]
+    reference, correct = reference_in(record, references), verdict_in(record, (*VERDICT_COLUMNS, "deepseek_grade"))
+    pairs = [name for cot, names in COT_COLUMNS.items() if cot in record for name in (cot, *names)]
+    used = (*prompt_columns(record), *SYSTEM_COLUMNS, *pairs, *REFERENCE_COLUMNS, *VERDICT_COLUMNS, "deepseek_grade")
     result = []
     for cot, answer in zip(cots, answers, strict=True):
-        thought = join_thought(text_of(cot, cot_name), text_of(answer, answer_name), markers or THINK)
+        text = without_end(text_of(answer, answer_name))
+        if text.lstrip().startswith((markers or THINK).start):
+            raise TraceFormatError(f"two thoughts: one in {cot_name}, another in {answer_name}")
+        thought = join_thought(text_of(cot, cot_name), text, markers or THINK)
         result.append(with_metadata(parsed_trace(messages, thought, reference, correct), record, used))
     return result
 
 
 def parse_gsm8k(record: Record, markers: Markers | None) -> list[Parsed]:
     """GSM8K: a worked solution, four hashes, the final value; the value without commas is the reference."""
-    messages = user_prompt(field(record, "question"), record.get("system"))
+    messages = user_prompt(field(record, "question"), system_in(record))
     solution = text_of(field(record, "answer"), "answer")
     if solution.count(GSM8K_MARKER) > 1:
         raise TraceFormatError(f"two thoughts: the answer holds {GSM8K_MARKER} more than once")
     cot, marker, answer = solution.partition(GSM8K_MARKER)
-    used = ("question", "answer", "system")
+    used = ("question", "answer", *SYSTEM_COLUMNS)
     if not marker:
         thought = unclosed_thought(cot, f"missing end marker: the answer holds no {GSM8K_MARKER}")
         return [with_metadata(parsed_trace(messages, thought), record, used)]
@@ -100,15 +108,16 @@ def parse_reasoning_gym(record: Record, markers: Markers | None) -> list[Parsed]
 
 def _parse_generations(record: Record, messages: tuple[Message, ...], markers: Markers | None) -> Iterator[Parsed]:
     """One trace a generation; a bad generation leaves the others of its row good."""
-    generations = record["generations"]
+    generations = as_list(record["generations"])
     if not isinstance(generations, list) or not generations:
         raise TraceFormatError("no generations: the field is not a list of replies")
     verdicts = [flags_in(record, name, len(generations)) for name in ("correctness_math_verify", "correctness_llama")]
-    reference = reference_in(record, ("answer", "reference"))
-    used = (*PROMPT_COLUMNS, "answer", "solution", "reference", "system")
+    reference = reference_in(record, ("answer", *REFERENCE_COLUMNS))
+    used = (*prompt_columns(record), *REFERENCE_COLUMNS, *SYSTEM_COLUMNS, "generations", "messages")
+    used = (*used, "correctness_math_verify", "correctness_llama")
     for index, generation in enumerate(generations):
         try:
-            thought = split_thought(text_of(generation, "a generation"), markers)
+            thought = split_thought(without_end(text_of(generation, "a generation")), markers)
         except TraceFormatError as error:
             yield Parsed(None, str(error))
             continue

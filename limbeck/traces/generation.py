@@ -23,10 +23,12 @@ from limbeck.errors import ConfigError, LimbeckError, TraceFormatError
 from limbeck.models.generate import SamplingConfig
 from limbeck.progress import bar
 from limbeck.runner.place import Place
+from limbeck.traces.counts import tell
 from limbeck.traces.journal import Journal
 from limbeck.traces.render import RenderConfig
+from limbeck.traces.rendering import fitting_prompts
 from limbeck.traces.select import deduplicate
-from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.sources import TraceConfig, read_problems
 from limbeck.traces.thought import Markers, Thought, join_thought, split_thought, unclosed_thought
 from limbeck.traces.trace import Trace, write_jsonl
 from limbeck.traces.writers import LocalWriter, Records, ServedWriter, Writer
@@ -79,6 +81,9 @@ def run(config: GenerateConfig, out: Path, *, overwrite: bool = False, on: Place
     if not overwrite and Checkpoint(out).is_finished and Checkpoint(out).manifest["config_hash"] == config_hash(config):
         return _result(out, Checkpoint(out).manifest["counts"])
     prompts, num_duplicates = read_prompts(config.prompts)
+    if config.model is not None:
+        prompts, notes = fitting_prompts(prompts, config.model, config.render, config.prompts.on_bad)
+        tell(notes)
     with output_directory(out, overwrite=overwrite, resume=True) as working:
         with _writer(config, on) as writer, Journal(working / JOURNAL_FILE, _job(config, writer, prompts)) as journal:
             _fill(writer, prompts, journal)
@@ -93,8 +98,9 @@ def run(config: GenerateConfig, out: Path, *, overwrite: bool = False, on: Place
 
 def read_prompts(config: TraceConfig) -> tuple[list[Trace], int]:
     """The distinct prompts of a source, and how many were repeated; records need no thought here."""
-    traces, _ = read_traces(replace(config, on_bad="keep") if config.on_bad == "error" else config)
-    unique, _ = deduplicate(traces)
+    traces, read = read_problems(config)
+    unique, counts = deduplicate(traces)
+    tell([*read.lines(), *counts.lines()])
     return unique, len(traces) - len(unique)
 
 

@@ -26,4 +26,4 @@ def read_gym(task: str, num_traces: int, seed: int) -> Iterator[Located]:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"reasoning-gym:{task}: cannot be made without settings: {reason}.") from error
     for number in range(num_traces):
-        yield Located(f"{where} number {number}", where, problems[number])
+        yield Located(f"{where} number {number}", problems[number])

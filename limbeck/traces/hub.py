@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import TraceFormatError
-from limbeck.traces.files import SUFFIXES, Located, choose_split
+from limbeck.traces.directory import choose_split
+from limbeck.traces.files import Located, kind_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -24,13 +25,15 @@ def is_saved_dataset(directory: Path) -> bool:
 
 def is_hub_id(source: str) -> bool:
     """Whether `source`, which is no path, is `owner/name`; with a folder as owner it is a mistyped path."""
-    if not _HUB_ID.fullmatch(source) or source.endswith(SUFFIXES):
+    if not _HUB_ID.fullmatch(source) or kind_of(Path(source)) is not None:
         return False
     return not Path(source).parent.is_dir()
 
 
-def read_saved(directory: Path, split: str | None) -> Iterator[Located]:
+def read_saved(directory: Path, split: str | None, subset: str | None) -> Iterator[Located]:
     """The rows of a saved data set."""
+    if subset is not None:
+        raise TraceFormatError(f"{directory}: there is no subset {subset!r}; a saved data set has none, leave it out.")
     # Imported here because it loads pandas and takes a second, which every other source is spared.
     import datasets
 
@@ -73,7 +76,7 @@ def _rows(dataset: Any, where: str) -> Iterator[Located]:
             row = dataset[number]
         except Exception as error:
             raise TraceFormatError(f"{where}:row {number + 1}: unreadable: {_one_line(error)}.") from error
-        yield Located(f"{where}:row {number + 1}", where, row)
+        yield Located(f"{where}:row {number + 1}", row)
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from limbeck.checkpoint import hash_path, output_directory, write_manifest
 from limbeck.config import checked
+from limbeck.traces.counts import tell
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.trace import write_jsonl
@@ -27,6 +28,7 @@ def run(config: ImportConfig, out: Path, *, overwrite: bool = False) -> dict[str
     """Write `traces.jsonl` and a manifest into `out`; returns the counts."""
     traces, read = read_traces(config.traces)
     selected, counts = select_traces(traces, config.select)
+    tell([*read.lines(), *counts.lines()])
     source = Path(config.traces.source)
     with output_directory(out, overwrite=overwrite) as working:
         write_jsonl(selected, working / "traces.jsonl")
@@ -37,4 +39,5 @@ def run(config: ImportConfig, out: Path, *, overwrite: bool = False) -> dict[str
             inputs={"traces": hash_path(source)} if source.exists() else {},
             counts={"read": asdict(read), "selected": asdict(counts)},
         )
-    return {"out": str(out / "traces.jsonl"), "read": read.read, "kept": counts.kept, "skipped": read.skipped}
+    found = {"read": read.read, "kept": counts.kept, "skipped": read.skipped, "dropped": sum(counts.dropped.values())}
+    return {"out": str(out / "traces.jsonl"), **found}

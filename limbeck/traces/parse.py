@@ -12,17 +12,26 @@ from typing import Any
 
 from limbeck.errors import TraceFormatError
 from limbeck.traces.chat import prompt_messages
-from limbeck.traces.chat_formats import parse_messages, parse_prompt_completion, parse_sharegpt
-from limbeck.traces.column_formats import (
-    COT_COLUMNS,
-    GSM8K_MARKER,
-    PROMPT_COLUMNS,
-    parse_columns,
-    parse_gsm8k,
-    parse_reasoning_gym,
+from limbeck.traces.chat_formats import (
+    parse_messages,
+    parse_prompt_completion,
+    parse_sharegpt,
+    parse_text,
+    reply_column,
 )
+from limbeck.traces.column_formats import COT_COLUMNS, GSM8K_MARKER, parse_columns, parse_gsm8k, parse_reasoning_gym
 from limbeck.traces.prompts import is_prompt, parse_prompts
-from limbeck.traces.record import Parsed, Record
+from limbeck.traces.record import (
+    PROMPT_COLUMNS,
+    REFERENCE_COLUMNS,
+    REPLY_COLUMNS,
+    SYSTEM_COLUMNS,
+    TURN_COLUMNS,
+    VERDICT_COLUMNS,
+    Parsed,
+    Record,
+)
+from limbeck.traces.templated import untemplated
 from limbeck.traces.thought import Markers, Thought, join_thought, unclosed_thought
 from limbeck.traces.trace import Trace, from_json
 
@@ -67,11 +76,20 @@ def detect(record: Any) -> str:
     for name, fits in _SIGNS.items():
         if fits(record):
             return name
-    keys = ", ".join(str(key) for key in record)[:200] or "none"
+    keys = ", ".join(f"{key}{' (null)' if value is None else ''}" for key, value in record.items())[:200] or "none"
     raise TraceFormatError(
         f"unknown format: the record's keys are {keys}; known formats are {', '.join(FORMATS)}: "
         "name one with format, or rename keys with fields"
     )
+
+
+def with_known_names(record: Record) -> Record:
+    """The record with the columns that are known but for their case (Question, Answer) under their known names."""
+    found = {}
+    for key, value in record.items():
+        lower = str(key).lower()
+        found[lower if lower in _KNOWN and lower not in record else key] = value
+    return found
 
 
 def parse_limbeck(record: Record, markers: Markers | None) -> list[Parsed]:
@@ -108,6 +126,7 @@ FORMATS: dict[str, Parser] = {
     "messages": parse_messages,
     "sharegpt": parse_sharegpt,
     "prompt_completion": parse_prompt_completion,
+    "text": parse_text,
     "columns": parse_columns,
     "gsm8k": parse_gsm8k,
     "reasoning_gym": parse_reasoning_gym,
@@ -115,9 +134,21 @@ FORMATS: dict[str, Parser] = {
 }
 
 
+_KNOWN = {*TURN_COLUMNS, *PROMPT_COLUMNS, *REPLY_COLUMNS, *SYSTEM_COLUMNS, *REFERENCE_COLUMNS, *VERDICT_COLUMNS}
+_KNOWN |= {"input", "text", "generations", *COT_COLUMNS}
+
+
+def _has(record: Record, *names: str) -> bool:
+    """Whether one of the columns is there; a null is none, since a row of a table has every column."""
+    return any(record.get(name) is not None for name in names)
+
+
 def _has_columns(record: Record) -> bool:
-    has_thought = any(record.get(name) is not None for name in ("generations", *COT_COLUMNS))
-    return has_thought and any(name in record for name in PROMPT_COLUMNS)
+    if not _has(record, *PROMPT_COLUMNS):
+        return False
+    return _has(record, "generations") or any(
+        _has(record, cot) and _has(record, *answers) for cot, answers in COT_COLUMNS.items()
+    )
 
 
 # In this order: OpenR1-Math rows hold `messages` too, but only those of the first generation; and prompts without a
@@ -125,14 +156,15 @@ def _has_columns(record: Record) -> bool:
 _SIGNS: dict[str, Callable[[Record], bool]] = {
     "limbeck": lambda record: "limbeck_trace" in record,
     "columns": _has_columns,
-    "prompts": is_prompt,
-    "messages": lambda record: "messages" in record,
-    "sharegpt": lambda record: "conversations" in record,
-    "prompt_completion": lambda record: "prompt" in record and "completion" in record,
     "reasoning_gym": lambda record: (
-        {"question", "answer"} <= record.keys() and isinstance(record.get("metadata"), Mapping)
+        _has(record, "question") and _has(record, "answer") and isinstance(record.get("metadata"), Mapping)
     ),
-    "gsm8k": lambda record: "question" in record and GSM8K_MARKER in str(record.get("answer")),
+    "gsm8k": lambda record: _has(record, "question") and GSM8K_MARKER in str(record.get("answer")),
+    "prompts": is_prompt,
+    "messages": lambda record: _has(record, "messages"),
+    "sharegpt": lambda record: _has(record, "conversations", "conversation"),
+    "prompt_completion": lambda record: _has(record, *PROMPT_COLUMNS) and reply_column(record) is not None,
+    "text": lambda record: isinstance(record.get("text"), str) and untemplated(record["text"]) is not None,
 }
 
 

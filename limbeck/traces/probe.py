@@ -31,6 +31,7 @@ from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
 from limbeck.models.anatomy import Computed, Sizes, backbone_of, head_of, sizes_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
 from limbeck.progress import bar
+from limbeck.traces.counts import tell
 from limbeck.traces.render import PROBED_CHARS, Located, RenderConfig, render_located, tokens_until
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
@@ -85,8 +86,9 @@ class Tail(NamedTuple):
 
 def run(config: ProbeConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Write the traces with their cut points, `traces.jsonl`, and a manifest into `out`; returns the counts."""
-    traces, _ = read_traces(config.traces)
-    traces, _ = select_traces(traces, config.select)
+    traces, read = read_traces(config.traces)
+    traces, selected = select_traces(traces, config.select)
+    tell([*read.lines(), *selected.lines()])
     model, tokenizer, ledger = load_model(config.teacher).eval(), load_tokenizer(config.teacher), Ledger()
     sizes = sizes_of(model, vocabulary_size(tokenizer))
     probed: list[Trace] = []

@@ -1,48 +1,71 @@
-"""Records that hold a prompt and no reply: what `traces generate` is given when nothing has been answered yet."""
+"""Records that hold a prompt and no reply: what `traces generate` and `evaluate` are given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from limbeck.errors import TraceFormatError
-from limbeck.traces.chat import ROLES
-from limbeck.traces.column_formats import COT_COLUMNS, PROMPT_COLUMNS
-from limbeck.traces.record import Parsed, Record, parsed_trace, reference_in, user_prompt, with_metadata
+from limbeck.traces.chat import is_open, without_reply
+from limbeck.traces.chat_formats import reply_column
+from limbeck.traces.column_formats import COT_COLUMNS
+from limbeck.traces.record import (
+    PROMPT_COLUMNS,
+    REFERENCE_COLUMNS,
+    REPLY_COLUMNS,
+    SYSTEM_COLUMNS,
+    TURN_COLUMNS,
+    Parsed,
+    Record,
+    parsed_trace,
+    prompt_columns,
+    prompt_in,
+    reference_in,
+    system_in,
+    user_prompt,
+    with_metadata,
+)
 from limbeck.traces.thought import Markers, Thought
 
-TURN_COLUMNS = ("messages", "conversations")
-REFERENCE_COLUMNS = ("reference", "ground_truth_solution", "answer", "solution")
-"""A reply could stand in the last two; they are references where the user names the format."""
-REPLY_COLUMNS = {"answer", "completion", "generations", "output", "response", "solution"}
-REPLY_COLUMNS |= {*COT_COLUMNS, *COT_COLUMNS.values()}
+NO_REPLY = "no reply"
 
 
 def parse_prompts(record: Record, markers: Markers | None) -> list[Parsed]:
-    """A prompt column or turns that end with the user, and perhaps a reference; there is no thought and no answer.
+    """A prompt column or turns, and perhaps a reference; there is no thought and no answer.
 
     The trace's problem is that there is no reply, so whatever trains on traces refuses it unless told to keep bad ones.
     """
-    prompt = next((name for name in (*TURN_COLUMNS, *PROMPT_COLUMNS) if record.get(name) is not None), None)
-    if prompt is None:
+    turns = next((name for name in TURN_COLUMNS if record.get(name) is not None), None)
+    if turns is None and not any(record.get(name) is not None for name in PROMPT_COLUMNS):
         keys = ", ".join(str(key) for key in record)[:200] or "none"
         raise TraceFormatError(f"missing field: one of {', '.join((*TURN_COLUMNS, *PROMPT_COLUMNS))}; found {keys}")
-    messages = user_prompt(record[prompt], record.get("system"))
-    thought = Thought(None, None, cot_closed=False, problem="no reply: the record holds a prompt only")
-    parsed = parsed_trace(messages, thought, reference_in(record, REFERENCE_COLUMNS))
-    return [with_metadata(parsed, record, (*TURN_COLUMNS, *PROMPT_COLUMNS, *REFERENCE_COLUMNS, "system"))]
+    prompt = prompt_in(record) if turns is None else record[turns]
+    messages = user_prompt(prompt, system_in(record))
+    problem = f"{NO_REPLY}: the record holds a prompt only"
+    references = [name for name in REFERENCE_COLUMNS if record.get(name) is not None]
+    if references:
+        problem += f" ({', '.join(references)}: read as its reference; fields can call one of them completion)"
+    parsed = parsed_trace(messages, Thought(None, None, cot_closed=False, problem=problem), _reference(record))
+    used = (*TURN_COLUMNS, *(prompt_columns(record) if turns is None else ()), *REFERENCE_COLUMNS, *SYSTEM_COLUMNS)
+    return [with_metadata(parsed, record, used)]
+
+
+def prompt_alone(record: Record) -> list[Parsed]:
+    """As `parse_prompts`, of a record whose reply is of no interest or cannot be read."""
+    turns = {name: without_reply(record[name]) for name in TURN_COLUMNS if record.get(name) is not None}
+    return parse_prompts({**record, **turns}, None)
 
 
 def is_prompt(record: Record) -> bool:
-    """Whether a record holds a prompt and nothing that could be a reply."""
-    if record.keys() & REPLY_COLUMNS or not record.keys() & {*TURN_COLUMNS, *PROMPT_COLUMNS}:
+    """Whether a record holds a prompt and nothing that could be a reply; an answer or solution is a reference."""
+    if reply_column(record) is not None or any(record.get(name) is not None for name in (*COT_COLUMNS, "generations")):
         return False
-    name = next((name for name in (*TURN_COLUMNS, "prompt") if name in record), None)
-    turns = record[name] if name is not None else None
-    if not isinstance(turns, list):
-        return turns is None or (isinstance(turns, str) and name not in TURN_COLUMNS)
-    return bool(turns) and isinstance(turns[-1], Mapping) and _role(turns[-1]) == "user"
+    turns = next((record[name] for name in TURN_COLUMNS if record.get(name) is not None), None)
+    if turns is not None:
+        return is_open(turns)
+    name = next((name for name in PROMPT_COLUMNS if record.get(name) is not None), None)
+    if name is None:
+        return False
+    return not isinstance(record[name], list) or is_open(record[name])
 
 
-def _role(turn: Mapping[str, Any]) -> str | None:
-    return ROLES.get(str(turn.get("role", turn.get("from"))))
+def _reference(record: Record) -> str | None:
+    replies = [name for name in REPLY_COLUMNS if record.get(name) is not None]
+    return reference_in(record, [name for name in REFERENCE_COLUMNS if name not in replies])

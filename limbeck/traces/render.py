@@ -63,6 +63,10 @@ class RenderConfig:
             raise ConfigError(f"derivation_pattern is no regular expression ({error})") from error
 
 
+class MessagesRefused(TemplateError):
+    """The chat template takes other chats, but not these messages."""
+
+
 class _Response(NamedTuple):
     """What follows the prompt, with landmarks in characters of `text`."""
 
@@ -102,7 +106,10 @@ def render(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
 
 def render_located(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Located:
     """As `render`, with the places of the tokens in the thought."""
-    header = prompt_text(trace.messages, tokenizer, config)
+    try:
+        header = prompt_text(trace.messages, tokenizer, config)
+    except MessagesRefused as error:
+        raise MessagesRefused(f"{trace.source}: {error}" if trace.source else str(error)) from error
     prefill = _prefill(header, tokenizer, config)
     response = _response(trace, prefill, turn_end(tokenizer, config), config)
     encoded, num_header = _encode_parts(header, response.text, tokenizer)
@@ -141,9 +148,24 @@ def prompt_text(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, con
     A thought that the template closes in there, before the model wrote a word, is taken out: the trace has the thought.
     """
     header = _apply(tokenizer, messages, config, generation_prompt=True)
+    if header == _apply(tokenizer, messages, config, generation_prompt=False):
+        header += lent_header(tokenizer, config)
     start, end = re.escape(config.start_marker), re.escape(config.end_marker)
     closed = re.search(rf"(?:{start}\s*)?{end}\s*$", _generation_prompt(header, tokenizer, config))
     return header[: closed.start() - closed.end()] if closed else header
+
+
+def lent_header(tokenizer: Tokenizer, config: RenderConfig) -> str:
+    """The assistant's header as the template writes it in a whole chat, where it has no generation prompt; else ""."""
+    asked = [{"role": "user", "content": _SENTINEL}]
+    open_chat = _apply(tokenizer, asked, config, generation_prompt=False)
+    if open_chat != _apply(tokenizer, asked, config, generation_prompt=True):
+        return ""
+    answered = [*asked, {"role": "assistant", "content": _SENTINEL + "2"}]
+    whole = _apply(tokenizer, answered, config, generation_prompt=False)
+    if not whole.startswith(open_chat) or _SENTINEL + "2" not in whole:
+        return ""
+    return whole[len(open_chat) : whole.index(_SENTINEL + "2")]
 
 
 def turn_end(tokenizer: Tokenizer, config: RenderConfig) -> str:
@@ -177,7 +199,10 @@ def stop_ids(tokenizer: Tokenizer, config: RenderConfig) -> tuple[int, ...]:
 
 def _response(trace: Trace, prefill: str, end_of_turn: str, config: RenderConfig) -> _Response:
     """The response after a header that ends in `prefill`, the start marker and what follows it, or nothing."""
-    ending = (trace.answer or "").strip("\n") + end_of_turn if trace.cot_closed else ""
+    answer = (trace.answer or "").strip("\n")
+    if end_of_turn.strip() and answer.rstrip().endswith(end_of_turn.strip()):
+        answer = answer.rstrip().removesuffix(end_of_turn.strip())
+    ending = answer + end_of_turn if trace.cot_closed else ""
     if trace.cot is None and not prefill:
         return _Response(ending, thought_start=0, cot_end=0, ending_start=0)
     lead_in = "" if prefill.endswith("\n") else "\n" if prefill else config.start_marker + "\n"
@@ -271,4 +296,4 @@ def _apply(
             **_WITH_THOUGHT,
         )
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        raise TemplateError(f"the chat template refuses the messages ({' '.join(str(error).split())}).") from error
+        raise MessagesRefused(f"the chat template refuses the messages ({' '.join(str(error).split())}).") from error

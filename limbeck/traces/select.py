@@ -41,6 +41,20 @@ class SelectCounts:
     dropped: Mapping[str, int]
     """Reason: number of traces left out for it, only reasons that occurred."""
 
+    def lines(self) -> list[str]:
+        """What a user should know of it, one line each."""
+        if not self.dropped:
+            return []
+        causes = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        hint = "; select.deduplicate false uses every trace of a prompt" if DUPLICATE in self.dropped else ""
+        total = sum(self.dropped.values())
+        return [f"{total} of {self.kept + total} traces are left out: {causes}{hint}"]
+
+
+DUPLICATE = "duplicate prompt"
+VALIDATION_SHARE, MOST_VALIDATION = 10, 64
+"""By default one trace in ten is held out, and no more than so many."""
+
 
 def select_traces(traces: Sequence[Trace], config: SelectConfig) -> tuple[list[Trace], SelectCounts]:
     """Filter, then deduplicate, so that a prompt is lost only when none of its traces passes.
@@ -72,8 +86,13 @@ def deduplicate(traces: Sequence[Trace]) -> tuple[list[Trace], SelectCounts]:
     for trace in traces:
         first.setdefault(trace.prompt_key, trace)
     num_dropped = len(traces) - len(first)
-    dropped = {"duplicate prompt": num_dropped} if num_dropped else {}
+    dropped = {DUPLICATE: num_dropped} if num_dropped else {}
     return list(first.values()), SelectCounts(kept=len(first), dropped=dropped)
+
+
+def validation_size(num_traces: int, asked: int | None) -> int:
+    """How many traces are held out: as many as asked for, else a tenth, at most MOST_VALIDATION."""
+    return min(MOST_VALIDATION, num_traces // VALIDATION_SHARE) if asked is None else asked
 
 
 def split_traces(
@@ -108,7 +127,9 @@ def split_traces(
     train = [trace for trace in traces if trace.prompt_key not in held_out]
     validation = [trace for trace in traces if trace.prompt_key in held_out]
     if validation and not train:
-        raise ConfigError(f"validation: all {len(traces)} traces would be held out; hold out fewer.")
+        raise ConfigError(
+            f"validation: all {len(traces)} traces would be held out; lower num_validation (0 holds out none)."
+        )
     return train, validation
 
 

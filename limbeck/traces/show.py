@@ -19,7 +19,9 @@ from rich.text import Text
 from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
+from limbeck.traces.counts import tell
 from limbeck.traces.render import RenderConfig, render
+from limbeck.traces.rendering import notes_on
 from limbeck.traces.sample import SEGMENT_NAMES, Sample
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.supervise import SupervisionConfig, token_weights
@@ -81,10 +83,11 @@ def run(config: ShowConfig) -> None:
     """
     limit = config.start + config.num
     number = min(limit, config.traces.num_traces or limit)
-    traces, _ = read_traces(replace(config.traces, num_traces=number))
+    traces, read = read_traces(replace(config.traces, num_traces=number))
     if config.start >= len(traces):
         raise ConfigError(f"start: {config.start}; {config.traces.source} has {len(traces)} traces, counted from 0.")
     tokenizer = load_tokenizer(config.tokenizer)
+    tell([*read.lines(), *notes_on(traces[config.start :], tokenizer, config.render)])
     console = Console()
     for index, trace in enumerate(traces[config.start :], start=config.start):
         view = view_cut(render(trace, tokenizer, config.render), config.truncation, config.supervision)

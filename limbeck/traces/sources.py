@@ -5,25 +5,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from limbeck.config import checked
 from limbeck.errors import ConfigError, TraceFormatError, nearest
-from limbeck.traces.files import Located, read_file, trace_files
+from limbeck.traces.containers import decode
+from limbeck.traces.counts import ReadCounts, Tally
+from limbeck.traces.directory import trace_files
+from limbeck.traces.files import Located, kind_of, read_file
 from limbeck.traces.gym import read_gym
 from limbeck.traces.hub import is_hub_id, is_saved_dataset, read_hub, read_saved
-from limbeck.traces.parse import FORMATS, detect, parse_record
+from limbeck.traces.parse import FORMATS, detect, parse_record, with_known_names
+from limbeck.traces.prompts import prompt_alone
 from limbeck.traces.record import Parsed
 from limbeck.traces.synthetic import OPERATORS, generate
 from limbeck.traces.thought import Markers
 from limbeck.traces.trace import Trace
+from limbeck.traces.unwrap import inner_records
 
 GYM_PREFIX = "reasoning-gym:"
 BUILTIN_CHAIN = "builtin:chain"
+NOTE = ""
+"""The place of what is said about files and not about a record."""
 
 
 @checked
@@ -31,20 +38,20 @@ class TraceConfig:
     """Where traces are read from, and how."""
 
     source: str
-    """A .jsonl, .json or .parquet file; a directory of .jsonl or .parquet files, or one that
+    """A file (.jsonl, .ndjson or .json, plain or compressed, or .parquet); a directory of such files, or one that
     datasets.save_to_disk wrote; reasoning-gym:TASK or builtin:chain, which make traces; else a hub id
     (owner/name), the only source that uses the network."""
     format: str = "auto"
-    """Format of the records: limbeck, messages, sharegpt, prompt_completion, columns, gsm8k, reasoning_gym, or prompts
-    without a reply; auto finds it."""
+    """Format of the records: limbeck, messages, sharegpt, prompt_completion, text, columns, gsm8k, reasoning_gym, or
+    prompts without a reply; auto finds it for each record."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Fields to rename before parsing, their name to ours, such as llm_response to completion."""
     markers: tuple[str, str] | None = None
     """The strings before and after the thought; null finds think tags and Sky-T1 tags."""
     subset: str | None = None
-    """Configuration of a hub data set, where it has several."""
+    """Configuration of a hub data set, or folder of a directory, where it has several."""
     split: str | None = None
-    """Split to read; null takes train, or the only one."""
+    """Split to read; null takes train, or the only one, and no file for tests beside others."""
     on_bad: Literal["error", "skip", "keep"] = "error"
     """What to do with a bad record: stop, skip it, or keep it if only thought or end marker is missing."""
     num_traces: int | None = None
@@ -80,61 +87,46 @@ class TraceConfig:
         return self.source == BUILTIN_CHAIN or self.source.startswith(GYM_PREFIX)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadCounts:
-    """What became of the records of a source; a record may hold several replies, and each counts."""
-
-    read: int
-    """Replies seen."""
-    kept: int
-    """Traces handed on, those with a problem among them."""
-    skipped: int
-    """Replies left out."""
-    kept_bad: int
-    """Traces kept in spite of a problem."""
-    reasons: Mapping[str, int]
-    """How many replies had each problem, skipped or kept."""
-
-
 def read_traces(config: TraceConfig) -> tuple[list[Trace], ReadCounts]:
     """All traces of a source, in its order, and what became of its records.
 
     Raises: TraceFormatError, naming file, line and reason, for a bad record when `on_bad` is error, for a
         source that cannot be read, and when nothing is left; ConfigError for a task that does not exist.
     """
+    return _collect(config, _parse_all(config, partial(_parse, config)))
+
+
+def read_problems(config: TraceConfig) -> tuple[list[Trace], ReadCounts]:
+    """The prompts of a source with their references; a reply is not needed, and one that is there is no matter.
+
+    Raises: as `read_traces`, of records that hold no prompt.
+    """
+    return _collect(config, _parse_all(config, partial(_parse_problem, config)))
+
+
+def _collect(config: TraceConfig, found: Iterable[tuple[str, Parsed]]) -> tuple[list[Trace], ReadCounts]:
+    tally = Tally()
     traces: list[Trace] = []
-    counts: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    first_problem = ""
-    for where, parsed in _parse_all(config):
-        counts["read"] += 1
-        if parsed.problem is not None:
-            first_problem = first_problem or f"{where}: {parsed.problem}"
-            if config.on_bad == "error":
-                raise TraceFormatError(f"{first_problem}. Mend it, or set on_bad to skip or keep.")
-            reasons[parsed.problem.partition(":")[0]] += 1
-        if parsed.trace is None or (parsed.problem is not None and config.on_bad == "skip"):
-            counts["skipped"] += 1
+    for where, parsed in found:
+        if where == NOTE:
+            tally.about_files.append(parsed.problem or "")
             continue
-        counts["kept_bad"] += parsed.problem is not None
-        traces.append(parsed.trace if parsed.trace.source else replace(parsed.trace, source=where))
+        is_used = tally.count(where, parsed, keep_bad=config.on_bad == "keep")
+        if parsed.problem is not None and config.on_bad == "error":
+            raise TraceFormatError(f"{tally.first_problem}. Mend it, or set on_bad to skip or keep.")
+        if is_used and parsed.trace is not None:
+            traces.append(parsed.trace if parsed.trace.source else replace(parsed.trace, source=where))
         if len(traces) == config.num_traces:
             break
     if not traces:
         raise TraceFormatError(
-            f"{config.source}: no trace is left of {counts['read']}; the first problem is {first_problem}."
+            f"{config.source}: no trace is left of {tally.read}; the first problem is {tally.first_problem}."
         )
-    return traces, ReadCounts(
-        read=counts["read"],
-        kept=len(traces),
-        skipped=counts["skipped"],
-        kept_bad=counts["kept_bad"],
-        reasons=dict(reasons),
-    )
+    return traces, tally.counts(len(traces))
 
 
-def _parse_all(config: TraceConfig) -> Iterator[tuple[str, Parsed]]:
-    """Every reply of the source; the first record of a file that fits a format settles it for that file."""
+def _parse_all(config: TraceConfig, parse: Callable[[Any], list[Parsed]]) -> Iterator[tuple[str, Parsed]]:
+    """Every reply of the source; each record is asked for its format."""
     if config.source == BUILTIN_CHAIN:
         _refuse_splits(config, "a task that makes its traces")
         made = generate(
@@ -147,20 +139,44 @@ def _parse_all(config: TraceConfig) -> Iterator[tuple[str, Parsed]]:
         )
         yield from ((trace.source, Parsed(trace)) for trace in made)
         return
-    markers = Markers(*config.markers) if config.markers else None
-    settled: dict[str, str] = {}
     for located in _locate(config):
-        try:
-            if located.problem is not None:
-                raise TraceFormatError(located.problem)
-            record = _rename(located.record, config.fields)
-            name = config.format if config.format != "auto" else settled.get(located.file) or detect(record)
-            settled[located.file] = name
-        except TraceFormatError as error:
-            yield located.where, Parsed(None, str(error))
+        if located.where == NOTE or located.problem is not None:
+            yield located.where, Parsed(None, located.problem)
             continue
-        for parsed in parse_record(record, name, markers):
-            yield located.where, parsed
+        yield from _unwrapped(located, parse)
+
+
+def _unwrapped(located: Located, parse: Callable[[Any], list[Parsed]]) -> Iterator[tuple[str, Parsed]]:
+    """The replies of a record, or of the records inside it where it is none itself."""
+    found = parse(located.record)
+    if all(parsed.trace is None and parsed.problem is not None for parsed in found):
+        for names, records in inner_records(located.record):
+            if any(parsed.trace is not None for record in records[:20] for parsed in parse(record)):
+                for name, record in zip(names, records, strict=True):
+                    yield from ((f"{located.where}, {name}", parsed) for parsed in parse(record))
+                return
+    yield from ((located.where, parsed) for parsed in found)
+
+
+def _parse(config: TraceConfig, record: Any) -> list[Parsed]:
+    try:
+        record = _rename(_read_text(record), config.fields)
+        name = config.format if config.format != "auto" else detect(record)
+    except TraceFormatError as error:
+        return [Parsed(None, str(error))]
+    return parse_record(record, name, Markers(*config.markers) if config.markers else None)
+
+
+def _parse_problem(config: TraceConfig, record: Any) -> list[Parsed]:
+    """The prompt of a record, once: what is wrong with its reply is no problem."""
+    found = _parse(config, record)
+    good = next((parsed for parsed in found if parsed.trace is not None), None)
+    if good is None:
+        try:
+            (good,) = prompt_alone(_rename(_read_text(record), config.fields))
+        except TraceFormatError:
+            return found[:1]
+    return [good._replace(problem=None, notes=())]
 
 
 def _locate(config: TraceConfig) -> Iterator[Located]:
@@ -173,8 +189,8 @@ def _locate(config: TraceConfig) -> Iterator[Located]:
         return read_file(path)
     if path.is_dir():
         if is_saved_dataset(path):
-            return read_saved(path, config.split)
-        return (located for file in trace_files(path, config.split) for located in read_file(file))
+            return read_saved(path, config.split, config.subset)
+        return _read_directory(path, config)
     if is_hub_id(config.source):
         return read_hub(config.source, config.subset, config.split)
     raise TraceFormatError(
@@ -183,22 +199,50 @@ def _locate(config: TraceConfig) -> Iterator[Located]:
     )
 
 
+def _read_directory(path: Path, config: TraceConfig) -> Iterator[Located]:
+    """The records of its files; a .json file in which there is none is a file of another purpose, and told."""
+    found = trace_files(path, config.split, config.subset)
+    yield from (Located(NOTE, None, note) for note in found.notes)
+    for file in found.files:
+        located = read_file(file)
+        if (kind_of(file) or ("", ""))[0] == ".json":
+            entries = list(located)
+            parse = partial(_parse, config)
+            if not any(p.trace for entry in entries[:20] for _, p in _unwrapped(entry, parse)):
+                yield Located(NOTE, None, f"{file}: not read: it holds no record of a known format")
+                continue
+            located = iter(entries)
+        yield from located
+
+
 def _refuse_splits(config: TraceConfig, kind: str) -> None:
     for name in ("split", "subset"):
         if getattr(config, name) is not None:
             raise ConfigError(f"{name}: {getattr(config, name)!r}, but {config.source} is {kind}; leave {name} out.")
 
 
+def _read_text(record: Any) -> Any:
+    """The object that a record holds as JSON text; other records as they are."""
+    if not isinstance(record, str) or not record.lstrip().startswith("{"):
+        return record
+    try:
+        return decode(record)
+    except ValueError:
+        return record
+
+
 def _rename(record: Any, fields: Mapping[str, str]) -> Any:
     """The record with its fields under our names; a renamed field replaces one that had the name."""
-    if not fields or not isinstance(record, Mapping):
+    if not isinstance(record, Mapping):
         return record
+    if not fields:
+        return with_known_names(record)
     for name in fields:
         if name not in record:
             keys = ", ".join(str(key) for key in record)[:200] or "none"
             raise TraceFormatError(f"missing field: {name!r} of fields; the record's keys are {keys}")
     rest = {key: value for key, value in record.items() if key not in fields}
-    return {**rest, **{ours: record[theirs] for theirs, ours in fields.items()}}
+    return with_known_names({**rest, **{ours: record[theirs] for theirs, ours in fields.items()}})
 
 
 def _are_markers(start: str, end: str) -> bool:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from limbeck.config import checked
 from limbeck.models.load import load_tokenizer
-from limbeck.progress import track
-from limbeck.traces.render import RenderConfig, render
+from limbeck.traces.counts import tell
+from limbeck.traces.render import RenderConfig
+from limbeck.traces.rendering import render_traces
 from limbeck.traces.sample import ANSWER, COT, SEGMENT_NAMES, Sample
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
@@ -54,7 +55,8 @@ def run(config: StatsConfig, *, quiet: bool = False) -> dict[str, Any]:
     traces, read = read_traces(config.traces)
     traces, selected = select_traces(traces, config.select)
     tokenizer = load_tokenizer(config.tokenizer)
-    samples = [render(trace, tokenizer, config.render) for trace in track(traces, "rendering")]
+    samples, _, notes = render_traces(traces, tokenizer, config.render, on_bad=config.traces.on_bad)
+    tell([*read.lines(), *selected.lines(), *notes])
     stats = {"read": asdict(read), "selected": asdict(selected), **trace_stats(samples, config.truncation)}
     if not quiet:
         print_stats(stats, Console())

@@ -23,6 +23,7 @@ SKY_T1 = Markers("<|begin_of_thought|>", "<|end_of_thought|>")
 """Sky-T1, OpenThoughts and Bespoke-Stratos; their answers stand between `SOLUTION`."""
 SOLUTION = Markers("<|begin_of_solution|>", "<|end_of_solution|>")
 KNOWN_MARKERS = (THINK, SKY_T1)
+QUOTED_END = "the first end marker closes the thought, and the answer holds another one"
 
 
 class Thought(NamedTuple):
@@ -35,6 +36,8 @@ class Thought(NamedTuple):
     cot_closed: bool = True
     problem: str | None = None
     """`reason` or `reason: detail` when the reply is usable only if the user asked to keep it; else None."""
+    notes: tuple[str, ...] = ()
+    """What was decided about the reply, to be counted."""
 
 
 def split_thought(reply: str, markers: Markers | None = None) -> Thought:
@@ -49,7 +52,7 @@ def split_thought(reply: str, markers: Markers | None = None) -> Thought:
     pair = markers or _find_pair(reply)
     if pair is None or (pair.start not in reply and pair.end not in reply):
         return _without_thought(reply, pair)
-    if reply.count(pair.start) > 1 or reply.count(pair.end) > 1:
+    if reply.count(pair.start) > 1 or (reply.count(pair.end) > 1 and pair.start not in reply.partition(pair.end)[0]):
         raise TraceFormatError(f"two thoughts: a reply holds {pair.start!r} and {pair.end!r} once each")
     before, start, rest = reply.rpartition(pair.start)
     if pair.end in before:
@@ -59,10 +62,10 @@ def split_thought(reply: str, markers: Markers | None = None) -> Thought:
     cot, end, answer = rest.partition(pair.end)
     if not end:
         return unclosed_thought(cot, f"missing end marker: {start!r} is never followed by {pair.end!r}")
-    if pair != SKY_T1:
-        return join_thought(cot, answer, pair)
-    answer, problem = _strip_solution(answer)
-    return join_thought(cot, answer, pair, problem)
+    problem = None
+    if pair == SKY_T1:
+        answer, problem = _strip_solution(answer)
+    return join_thought(cot, answer, pair, problem)._replace(notes=(QUOTED_END,) if pair.end in answer else ())
 
 
 def join_thought(cot: str, answer: str, markers: Markers = THINK, problem: str | None = None) -> Thought:

@@ -10,7 +10,7 @@ from limbeck.errors import TraceFormatError
 from limbeck.traces.chat import split_chat
 from limbeck.traces.parse import detect, parse_record
 from limbeck.traces.record import Parsed
-from limbeck.traces.thought import Markers, Thought, split_thought
+from limbeck.traces.thought import QUOTED_END, Markers, Thought, split_thought
 
 USER = {"role": "user", "content": "Q"}
 GOOD = "<think>c</think>a"
@@ -46,6 +46,7 @@ def only(record: Any, format_name: str, markers: Markers | None = None) -> Parse
             "<|begin_of_thought|>c<|end_of_thought|>close it with </think>",
             Thought("c", "close it with </think>"),
         ),
+        ("<think>c</think>It is `</think>`.", Thought("c", "It is `</think>`.", notes=(QUOTED_END,))),
         ("<think>c", Thought("c", None, False, "missing end marker")),
         ("a", Thought(None, "a", problem="no thought")),
         ("<|begin_of_solution|>\na\n<|end_of_solution|>", Thought(None, "a", problem="no thought")),
@@ -68,7 +69,7 @@ def test_split_thought(reply: str, expected: Thought) -> None:
         ("a</think>b<think>c", "markers exchanged"),
         ("<think>a</think>b<think>c</think>d", "two thoughts"),
         ("<think>a<think>b</think>c", "two thoughts"),
-        ("<think>a</think>b</think>c", "two thoughts"),
+        ("a</think>b</think>c", "two thoughts"),
         ("Well, <think>a</think>b", "text before the thought"),
         ("Well, <think>a", "text before the thought"),
         ("<think>a</think>", "empty answer"),
@@ -115,10 +116,10 @@ def test_custom_markers_replace_the_known_ones() -> None:
         ([{"role": "assistant", "content": GOOD}], "no user turn"),
         ([{"role": "system", "content": "s"}, {"role": "assistant", "content": GOOD}], "no user turn"),
         ([USER, {"role": "assistant", "content": GOOD}, USER], "last turn not from the assistant"),
-        ([USER, {"role": "tool", "content": "x"}, {"role": "assistant", "content": GOOD}], "unknown role"),
+        ([USER, {"role": "judge", "content": "x"}, {"role": "assistant", "content": GOOD}], "unknown role"),
+        ([USER, {"role": "tool", "content": "x"}, {"role": "assistant", "content": GOOD}], "tool turns"),
         ([USER, {"content": GOOD}], "unknown role"),
         ([USER, {"role": 3, "content": GOOD}], "unknown role"),
-        ([USER, *2 * [{"role": "assistant", "content": GOOD}]], "prompt does not end with the user"),
         ([{"role": "user", "content": " "}, {"role": "assistant", "content": GOOD}], "empty prompt"),
         ([{"role": "user", "content": None}, {"role": "assistant", "content": GOOD}], "no content"),
         ([USER, {"role": "assistant", "content": None}], "no content"),
@@ -236,10 +237,11 @@ def test_s1k_reads_reference_and_grade() -> None:
         ({"generations": []}, "no generations"),
         ({"generations": GOOD}, "no generations"),
         ({"correctness_math_verify": [True, False]}, "unequal lists"),
-        ({"correctness_math_verify": ["yes"]}, "flag is not true, false or null"),
+        ({"correctness_math_verify": ["perhaps"]}, "flag is not true, false or null"),
         ({"problem": None}, "missing field"),
         ({"problem": 4}, "content is not text"),
-        ({"answer": ["4"]}, "reference is not text"),
+        ({"answer": ["4", "5"]}, "several references"),
+        ({"answer": {"value": 4, "ground_truth": {}}}, "reference is not text"),
         ({"generations": [None]}, "no content"),
     ],
 )
@@ -353,16 +355,16 @@ def test_plain_columns_become_metadata() -> None:
 def test_prompts_without_a_reply(record: dict[str, Any], reference: str | None) -> None:
     assert detect(record) == "prompts"
     parsed = only(record, "prompts")
-    assert parsed.problem == "no reply: the record holds a prompt only"
+    assert parsed.problem and parsed.problem.startswith("no reply: the record holds a prompt only")
+    assert ("reference: read as its reference" in parsed.problem) == (reference is not None)
     assert parsed.trace and parsed.trace.messages[-1] == {"role": "user", "content": "Q"}
     assert (parsed.trace.cot, parsed.trace.answer, parsed.trace.reference) == (None, None, reference)
     assert parsed.trace.metadata == ({"level": 3} if "level" in record else {})
 
 
-def test_prompts_with_answers_are_named_by_the_user() -> None:
+def test_an_answer_without_a_thought_is_a_reference() -> None:
     record = {"problem": "Q", "answer": "4"}
-    with pytest.raises(TraceFormatError, match="unknown format"):
-        detect(record)
+    assert detect(record) == "prompts"
     trace = only(record, "prompts").trace
     assert trace and trace.reference == "4"
     reply = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
@@ -372,9 +374,9 @@ def test_prompts_with_answers_are_named_by_the_user() -> None:
 
 def test_detect_names_formats_and_keys() -> None:
     with pytest.raises(TraceFormatError) as caught:
-        detect({"instruction": "Q", "output": "A"})
+        detect({"ask": "Q", "say": "A", "messages": None})
     message = str(caught.value)
-    assert message.startswith("unknown format: the record's keys are instruction, output; known formats are limbeck,")
+    assert message.startswith("unknown format: the record's keys are ask, say, messages (null); known formats are lim")
     assert "sharegpt" in message and "fields" in message
     with pytest.raises(TraceFormatError, match="not an object: the record is list"):
         detect([1])

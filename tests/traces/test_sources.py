@@ -69,13 +69,14 @@ BROKEN_LINES: dict[str, tuple[Any, str]] = {
     "a string": ("text", "not an object: the record is str"),
     "a number": (3, "not an object: the record is int"),
     "null": (b"null", "not an object: the record is NoneType"),
-    "other fields": ({"text": "x"}, "missing field: 'messages'"),
-    "messages null": ({"messages": None}, "turns are not a list: found NoneType"),
+    "other fields": ({"text": "x"}, "unknown format: the record's keys are text"),
+    "messages null": ({"messages": None}, "unknown format: the record's keys are messages (null)"),
     "messages empty": ({"messages": []}, "no turns"),
-    "no assistant": ({"messages": record()["messages"][:1]}, "no assistant turn"),
+    "no assistant": ({"messages": record()["messages"][:1]}, "no reply"),
     "no user": ({"messages": record()["messages"][1:]}, "no user turn"),
-    "user last": ({"messages": record()["messages"][::-1]}, "last turn not from the assistant"),
-    "unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role: 'tool'"),
+    "user last": ({"messages": record()["messages"][::-1]}, "no reply"),
+    "unknown role": ({"messages": [{"role": "judge", "content": "x"}]}, "unknown role: 'judge'"),
+    "tool": ({"messages": [{"role": "tool", "content": "x"}]}, "tool turns: only text turns can be distilled"),
     "content null": (messages_with(content=None), "no content"),
     "content a number": (messages_with(content=1), "content is not text"),
     "image": (messages_with(content=[{"type": "image_url"}]), "content is not text"),
@@ -107,7 +108,7 @@ def test_broken_line(tmp_path: Path, line: Any, reason: str) -> None:
     assert sum(counts.reasons.values()) == 1 and reason.startswith(next(iter(counts.reasons)))
 
     traces, counts = read(path, on_bad="keep")
-    keepable = reason in ("no thought", "empty thought", "missing end marker")
+    keepable = reason in ("no thought", "empty thought", "missing end marker", "no reply")
     assert (counts.kept, counts.kept_bad, counts.skipped) == ((2, 1, 0) if keepable else (1, 0, 1))
 
 
@@ -252,11 +253,15 @@ def test_several_generations_are_counted_one_by_one(tmp_path: Path) -> None:
     assert counts.reasons == {"missing end marker": 1, "no thought": 1}
 
 
-def test_first_good_record_settles_the_format(tmp_path: Path) -> None:
+def test_each_record_is_asked_for_its_format(tmp_path: Path) -> None:
     worked = [{"question": f"Q{n}", "answer": f"{n}\n#### {n}"} for n in range(2)]
-    path = write_lines(tmp_path / "traces.jsonl", [{"x": 1}, *worked, {"question": "Q", "answer": "no end"}])
-    _, counts = read(path, on_bad="skip")
-    assert (counts.kept, counts.reasons) == (2, {"unknown format": 1, "missing end marker": 1})
+    open_chat = {"messages": [{"role": "user", "content": "Hello?"}]}
+    path = write_lines(
+        tmp_path / "t.jsonl", [open_chat, {"x": 1}, *worked, {"question": "Q", "answer": "4"}, record(7)]
+    )
+    traces, counts = read(path, on_bad="skip")
+    assert prompts(traces) == ["Q0", "Q1", "Q7"]
+    assert counts.reasons == {"no reply": 2, "unknown format": 1}
 
 
 def test_limit_stops_before_later_errors(tmp_path: Path) -> None:

@@ -138,6 +138,11 @@ CASES = {
         },
         lambda p, c: {"prompt": messages(p, "")[:1], "completion": messages(p, f"<think>{c}")[1:]},
     ),
+    "text, templated": Case(
+        "text",
+        lambda p, c, a: {"text": f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n{think(c, a)}<|im_end|>\n"},
+        lambda p, c: {"text": f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n<think>{c}"},
+    ),
     "columns, s1K": Case(
         "columns",
         lambda p, c, a: {"question": p, "thinking_trajectories": [c], "attempt": a, "solution": "4"},
