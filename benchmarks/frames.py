@@ -102,7 +102,11 @@ def pruning(directory: Path) -> Route:
     config = {
         "model": "tiny-student",
         "method": "wanda",
-        "calibration": {"traces": {"source": "builtin:chain", "num_traces": 8}, "sequences": 2, "sequence_length_tokens": 64},
+        "calibration": {
+            "traces": {"source": "builtin:chain", "num_traces": 8},
+            "sequences": 2,
+            "sequence_length_tokens": 64,
+        },
         "gate": {"sequences": 0},
     }
     with watched(wanda.solve) as found:

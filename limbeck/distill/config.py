@@ -75,6 +75,9 @@ class TeacherConfig:
             raise ConfigError(f"weight must be finite and above 0; found {self.weight}")
         if self.top_n < 1:
             raise ConfigError(f"top_n must be at least 1; found {self.top_n}")
+        self._check_others()
+
+    def _check_others(self) -> None:
         if self.others and not self.is_named:
             raise ConfigError("others lists further teachers, but the first has neither model, cache nor server")
         if any(other.others or not other.is_named for other in self.others):
@@ -192,34 +195,31 @@ class TrainingConfig:
     """CPU threads; torch's choice when not set."""
 
     def __post_init__(self) -> None:
-        if (self.batch_size is None) == (self.batch_tokens is None):
-            raise ConfigError("exactly one of batch_size and batch_tokens must be set (set the other to null)")
-        for name in (
-            "max_steps",
-            "max_tokens",
-            "batch_size",
-            "batch_tokens",
-            "microbatch_tokens",
-            "bucket_batches",
-            "num_threads",
-            "patience",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1; found {value}")
+        for name in ("max_steps", "max_tokens", "microbatch_tokens", "bucket_batches", "num_threads", "patience"):
+            _check_positive(name, getattr(self, name))
         for name in ("validate_every_steps", "save_every_steps", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and at least 0; found {getattr(self, name)}")
-        if self.keep_best is not None and not self.validate_every_steps:
-            raise ConfigError("keep_best chooses among validations; set validate_every_steps")
-        if self.patience is not None and self.keep_best is None:
-            raise ConfigError("patience needs keep_best: which held-out loss is to get lower, ce or kd")
-        if self.batch_growth is not None and self.batch_growth.largest < (self.batch_size or self.batch_tokens or 0):
-            raise ConfigError("batch_growth.largest is less than the batch that the run starts with")
         if not 0 < self.epochs < math.inf:
             raise ConfigError(f"epochs must be finite and greater than 0; found {self.epochs}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be in 0 to 2^32 - 1; found {self.seed}")
+        self._check_batch()
+        self._check_guard()
+
+    def _check_batch(self) -> None:
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            raise ConfigError("exactly one of batch_size and batch_tokens must be set (set the other to null)")
+        _check_positive("batch_size", self.batch_size)
+        _check_positive("batch_tokens", self.batch_tokens)
+        if self.batch_growth is not None and self.batch_growth.largest < (self.batch_size or self.batch_tokens or 0):
+            raise ConfigError("batch_growth.largest is less than the batch that the run starts with")
+
+    def _check_guard(self) -> None:
+        if self.keep_best is not None and not self.validate_every_steps:
+            raise ConfigError("keep_best chooses among validations; set validate_every_steps")
+        if self.patience is not None and self.keep_best is None:
+            raise ConfigError("patience needs keep_best: which held-out loss is to get lower, ce or kd")
 
     def growing_batch(self) -> BatchGrowth | None:
         """Size of the batch at every step; None when it stays."""
@@ -233,6 +233,11 @@ class TrainingConfig:
         start = self.batch_size or self.batch_tokens
         assert start is not None and self.batch_growth is not None
         return BatchGrowth(start, self.batch_growth.per_step, self.batch_growth.largest)
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} must be at least 1; found {value}")
 
 
 class LoopConfig(Protocol):

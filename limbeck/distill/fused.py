@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,41 +113,37 @@ def fused_loss(
     Raises: ShapeError for tensors that do not fit, or a label or a top-k id outside the vocabulary;
         ConfigError for a temperature or a budget that is not positive.
     """
-    vocab = len(head_weight) if vocab_size is None else vocab_size
-    if part is None:
-        check_shapes(hidden, head_weight, labels, head_bias, ce_coef, kd_coef, targets, vocab)
     if not (temperature > 0 and chunk_bytes > 0):
         raise ConfigError(f"fused_loss: temperature {temperature} and chunk_bytes {chunk_bytes} must be above 0.")
-    inputs = (hidden, head_weight, head_bias)
-    if part is not None:
+    inputs, vocab = (hidden, head_weight, head_bias), len(head_weight) if vocab_size is None else vocab_size
+    if part is None:
+        check_shapes(hidden, head_weight, labels, head_bias, ce_coef, kd_coef, targets, vocab)
+    else:
         hidden, labels, ce_coef, kd_coef, targets = gather_rows(part.group, hidden, labels, ce_coef, kd_coef, targets)
         hidden.requires_grad_(inputs[0].requires_grad)
-    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    compute = torch.promote_types(hidden.dtype, torch.float32)
     gradients = Gradients.zeros(compute, hidden, head_weight, head_bias)
-    softmax = part or WHOLE
     with torch.no_grad():
         kd_coef = kd_coef.to(compute) * (temperature**2 if scale_by_temperature_squared else 1.0)
-        rows = make_rows(labels, ce_coef.to(compute), kd_coef, vocab)
+        rows, softmax = make_rows(labels, ce_coef.to(compute), kd_coef, vocab), part or WHOLE
         student = ChunkedLogits(hidden, Head(head_weight, head_bias), softmax.entries(vocab), softmax.largest)
         teacher = _reader(targets, kd_coef, vocab, Distance(divergence.bind(), temperature, softmax))
-        sums, head_rows = kd_coef.new_zeros(2), 0
+        index, sums = rows.used(), kd_coef.new_zeros(2)
         with torch.autocast(hidden.device.type, enabled=False):
-            for index, states, logits in _chunks(student, teacher, rows, chunk_bytes):
-                chunk, chunk_sums = rows[index], torch.zeros_like(sums)
-                for block in _blocks(logits, compute, part):
-                    own, by_logits = chunk[block], student.finish(logits[block], compute)
-                    log_probs = None if own.labels is None else softmax.log_softmax(by_logits)
-                    kd = teacher.row_loss(block, by_logits, log_probs, own.kd_coef)
-                    ce = own.add_cross_entropy_(by_logits, log_probs, softmax)
-                    chunk_sums += own.weighted(ce, kd)
-                    if by_logits.dtype != logits.dtype:
-                        logits[block] = by_logits
-                gradients.add(index, states, logits, student.weight)
-                sums, head_rows = sums + chunk_sums, head_rows + len(index)
+            for chunk in _chunks(index, student, teacher, rows, chunk_bytes):
+                chunk_sums = torch.zeros_like(sums)
+                for block, by_logits in _blocks(student, chunk.logits, compute, part):
+                    # Logits at first; D's gradient takes their place, then CE's is added.
+                    log_probs = chunk.rows[block].log_softmax(by_logits, softmax)
+                    kd = teacher.row_loss(block, by_logits, log_probs, chunk.rows.kd_coef[block])
+                    ce = chunk.rows[block].add_cross_entropy_(by_logits, log_probs, softmax)
+                    chunk_sums += chunk.rows[block].weighted(ce, kd)
+                gradients.add(chunk.places, chunk.states, chunk.logits, student.weight)
+                sums += chunk_sums
         if part is not None:
             sums, gradients = sums / part.group.size(), gradients.of_rows(part, len(inputs[0]))
     total = KnownGradients.apply(sums[0] + sums[1], gradients, *inputs)
-    return FusedLoss(total, sums[0], sums[1], head_rows)
+    return FusedLoss(total, sums[0], sums[1], len(index))
 
 
 def _reader(targets: OneTeacherTargets | None, kd_coef: Tensor, vocab: int, distance: Distance) -> TargetReader:
@@ -157,29 +154,42 @@ def _reader(targets: OneTeacherTargets | None, kd_coef: Tensor, vocab: int, dist
     return targets.reader(kd_coef, vocab, distance)
 
 
-def _chunks(
-    student: ChunkedLogits, teacher: TargetReader, rows: Rows, chunk_bytes: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows with a coefficient, as many as the budget holds: their index, hidden states [C D] and logits [C V].
+class _Chunk(NamedTuple):
+    """Rows whose logits exist together."""
 
-    The teacher's reader stands at the same rows.
-    """
-    index = torch.nonzero((rows.ce_coef != 0) | (rows.kd_coef != 0))[:, 0]
+    places: Tensor
+    """Which rows of all."""
+    rows: Rows
+    states: Tensor
+    """[C D]."""
+    logits: Tensor
+    """[C V], overwritten with their gradient."""
+
+
+def _chunks(
+    index: Tensor, student: ChunkedLogits, teacher: TargetReader, rows: Rows, chunk_bytes: int
+) -> Iterator[_Chunk]:
+    """The rows `index`, as many at a time as the budget holds; the teacher's reader stands at the same."""
     limit = chunk_bytes // (student.row_bytes + teacher.row_bytes)
     if student.buffer.device.type == "cpu":
         limit = min(limit, CPU_CHUNK_ROWS)
     size = _even_parts(len(index), limit)
     student.allocate(size)
     teacher.allocate(size)
-    for chunk in (index[start : start + size] for start in range(0, len(index), size)):
-        states = student.states(chunk)
+    for part in (index[start : start + size] for start in range(0, len(index), size)):
+        states = student.states(part)
         logits = student.logits(states)
-        teacher.read(chunk)
-        yield chunk, states, logits
+        teacher.read(part)
+        yield _Chunk(part, rows[part], states, logits)
 
 
-def _blocks(logits: Tensor, compute: torch.dtype, part: ShardedSoftmax | None) -> Iterator[slice]:
-    """The rows of a chunk, as many at a time as stay in cache; all at once where processes must keep step."""
+def _blocks(
+    student: ChunkedLogits, logits: Tensor, compute: torch.dtype, part: ShardedSoftmax | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a chunk, as many at a time as stay in cache; all at once where processes must keep step.
+
+    Yields: which rows, and their logits in the compute type; what these are overwritten with goes into `logits`.
+    """
     size = len(logits)
     if part is None:
         row_bytes = logits.shape[1] * compute.itemsize
@@ -187,7 +197,11 @@ def _blocks(logits: Tensor, compute: torch.dtype, part: ShardedSoftmax | None) -
         size = max(1, (CPU_BLOCK_BYTES if on_cpu else DEVICE_BLOCK_BYTES) // row_bytes)
         size *= torch.get_num_threads() if on_cpu else 1
     for start in range(0, len(logits), size):
-        yield slice(start, start + size)
+        block = slice(start, start + size)
+        finished = student.finish(logits[block], compute)
+        yield block, finished
+        if finished.dtype != logits.dtype:
+            logits[block] = finished
 
 
 def _even_parts(length: int, limit: int) -> int:

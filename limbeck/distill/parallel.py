@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.ledger import COUNTS, Ledger
+from limbeck.models.sharded import is_sharded
 from limbeck.optim.sharding import local, sum_over_shards
 
 Strategy = Literal["replicate", "shard"]
@@ -130,19 +131,17 @@ def sum_gradients(model: nn.Module, world_size: int) -> None:
 
     Those of a model in parts are summed already.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if world_size == 1 or any(isinstance(parameter, DTensor) for parameter in trainable):
+    if world_size == 1 or is_sharded(model):
         return
-    for parameter in trainable:
+    gradients = []
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in trainable if parameter.grad is not None])
+        gradients.append(parameter.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    offset = 0
-    for parameter in trainable:
-        assert parameter.grad is not None
-        parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
-        offset += parameter.numel()
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:

@@ -64,26 +64,34 @@ def plan_steps(
     """
     if not lengths:
         raise ConfigError("no trace is left to train on.")
-    is_limited = max_steps is not None or max_tokens is not None
-    sequences_left = max(1, round(epochs * len(lengths)))
-    steps: list[PlannedStep] = []
-    tokens = 0
     if growth is None:
         batches = _fixed_batches(lengths, batch_size, batch_tokens, bucket_batches, seed)
     else:
         batches = _growing_batches(lengths, growth, batch_tokens is not None, seed)
-    for batch in batches:
-        if not is_limited:
-            batch = batch[:sequences_left]
-            sequences_left -= len(batch)
-        steps.append(split_step(batch, lengths, microbatch_tokens, layout, world_size))
-        tokens += sum(lengths[index] for index in batch)
-        is_full = (max_steps is not None and len(steps) >= max_steps) or (
-            max_tokens is not None and tokens >= max_tokens
-        )
-        if is_full or (not is_limited and sequences_left <= 0):
-            break
-    return steps
+    if max_steps is None and max_tokens is None:
+        batches = _first_sequences(batches, max(1, round(epochs * len(lengths))))
+    if max_tokens is not None:
+        batches = _first_tokens(batches, lengths, max_tokens)
+    return [
+        split_step(batch, lengths, microbatch_tokens, layout, world_size)
+        for batch in itertools.islice(batches, max_steps)
+    ]
+
+
+def _first_sequences(batches: Iterator[list[int]], count: int) -> Iterator[list[int]]:
+    """The batches with the first `count` sequences; the last may be smaller."""
+    while count > 0:
+        batch = next(batches)[:count]
+        count -= len(batch)
+        yield batch
+
+
+def _first_tokens(batches: Iterator[list[int]], lengths: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Whole batches until they have `count` tokens."""
+    while count > 0:
+        batch = next(batches)
+        count -= sum(lengths[index] for index in batch)
+        yield batch
 
 
 def _fixed_batches(

@@ -58,6 +58,14 @@ class Rows:
         labels = None if self.labels is None else self.labels[rows]
         return Rows(labels, self.ce_coef[rows], self.kd_coef[rows])
 
+    def used(self) -> Tensor:
+        """int64 [m]: the rows with a coefficient."""
+        return torch.nonzero((self.ce_coef != 0) | (self.kd_coef != 0))[:, 0]
+
+    def log_softmax(self, logits: Tensor, softmax: Softmax) -> Tensor | None:
+        """[n V], where a row has a CE term."""
+        return None if self.labels is None else softmax.log_softmax(logits)
+
     def add_cross_entropy_(self, gradient: Tensor, log_probs: Tensor | None, softmax: Softmax) -> Tensor:
         """CE [n]; adds ce_coef * dCE / dlogits to `gradient` [n V], and overwrites `log_probs` [n V]."""
         if log_probs is None or self.labels is None:
@@ -105,10 +113,14 @@ def check_shapes(
         )
     if not 0 < vocab <= len(head_weight):
         raise ShapeError(f"fused_loss: vocab_size {vocab} is not in 1 to {len(head_weight)}, the rows of the head.")
-    if head_bias is not None and head_bias.shape != head_weight.shape[:1]:
-        raise ShapeError(f"fused_loss: head_bias {tuple(head_bias.shape)}; expected {tuple(head_weight.shape[:1])}.")
+    if head_bias is not None:
+        _check_shape("head_bias", head_bias, head_weight.shape[:1])
     for name, value in (("labels", labels), ("ce_coef", ce_coef), ("kd_coef", kd_coef)):
-        if value.shape != hidden.shape[:1]:
-            raise ShapeError(f"fused_loss: {name} {tuple(value.shape)}; expected {tuple(hidden.shape[:1])}.")
+        _check_shape(name, value, hidden.shape[:1])
     if targets is not None and len(targets) != len(hidden):
         raise ShapeError(f"fused_loss: {len(targets)} teacher targets for {len(hidden)} rows; expected as many.")
+
+
+def _check_shape(name: str, value: Tensor, expected: torch.Size) -> None:
+    if value.shape != expected:
+        raise ShapeError(f"fused_loss: {name} {tuple(value.shape)}; expected {tuple(expected)}.")

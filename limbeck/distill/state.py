@@ -60,7 +60,7 @@ def save_state(
     if is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    weights = _trained(model)
     whole = optimizer.state_dict()
     tensors, numbers = _flatten(whole["state"])
     if in_parts:
@@ -68,8 +68,8 @@ def save_state(
         save_parts(partial, weights | tensors)
         dist.barrier()
     else:
-        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, partial / WEIGHTS)
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial / "optimizer.safetensors")
+        _save_whole(weights, partial / WEIGHTS)
+        _save_whole(tensors, partial / "optimizer.safetensors")
     if not is_first:
         return
     groups = [{name: group[name] for name in COUNTERS if name in group} for group in whole["param_groups"]]
@@ -88,6 +88,14 @@ def save_state(
     partial.rename(final)
     for path in older:
         shutil.rmtree(path)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def load_state(
@@ -130,18 +138,17 @@ def _restore(
     weights: dict[str, Tensor],
     entries: dict[int, dict[str, Any]],
 ) -> None:
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = _trained(model)
     if set(trainable) != set(weights):
         raise ValueError(f"its weights are not the student's: {sorted(set(trainable) ^ set(weights))[:3]}")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(weights[name])
+    for name, parameter in trainable.items():
+        parameter.copy_(weights[name])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
 
 def _restore_parts(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
     """Each process's part of a state in parts, or in one piece, into a model of either kind."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    weights = _trained(model)
     kinds = kinds_in(path)
     if missing := sorted(weights.keys() - kinds.keys()):
         raise ValueError(f"it has no {missing[0]}")

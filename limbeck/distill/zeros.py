@@ -9,7 +9,7 @@ from; a resumed run and every rank read the same.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck.errors import ConfigError
 from limbeck.optim.sharding import local, sum_over_shards
@@ -26,14 +26,11 @@ class KeptZeros:
 
         Raises: ConfigError when there is none.
         """
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in embeddings]
-        self._zeros: list[tuple[nn.Parameter, Tensor]] = []
+        matrices = _trained_matrices(model)
         zeros = [local(weight.detach()) == 0 for weight in matrices]
         counts = sum_over_shards(list(matrices), torch.stack([zero.sum(dtype=torch.float64) for zero in zeros]))
-        for weight, zero, count in zip(matrices, zeros, counts.tolist(), strict=True):
-            if count >= PRUNED_FROM * weight.numel():
-                self._zeros.append((weight, zero))
+        found = zip(matrices, zeros, counts.tolist(), strict=True)
+        self._zeros = [(weight, zero) for weight, zero, count in found if count >= PRUNED_FROM * weight.numel()]
         if not self._zeros:
             raise ConfigError(
                 f"student.keep_zeros: no layer of the student has {PRUNED_FROM:.0%} zeros or more; start from a "
@@ -51,3 +48,8 @@ class KeptZeros:
         """Set what has moved off zero back."""
         for weight, zero in self._zeros:
             local(weight.detach()).masked_fill_(zero, 0)
+
+
+def _trained_matrices(model: nn.Module) -> list[nn.Parameter]:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in embeddings]
