@@ -68,25 +68,30 @@ class AnswerChecker:
         A pair is unknown when its check raises, hangs, crashes or cannot be sent (it is not JSON).
         Raises: LimbeckError when a worker cannot start at all.
         """
-        jobs = [_encoded(pair) for pair in pairs]
+        jobs = list(map(_encoded, pairs))
         verdicts = [Verdict.UNKNOWN] * len(jobs)
         waiting = deque((item, job) for item, job in enumerate(jobs) if job is not None)
-        if advance is not None and len(waiting) < len(jobs):
-            advance(len(jobs) - len(waiting))
-        while waiting or any(worker.item is not None for worker in self._workers):
-            for worker in self._workers:
-                if worker.is_ready and worker.item is None and waiting:
-                    worker.give(*waiting.popleft())
+        done = advance or (lambda count: None)
+        done(len(jobs) - len(waiting))
+        while self._give(waiting):
             for worker in self._events():
                 item = worker.item
                 reply = worker.receive() if worker.has_reply else None
                 if item is not None:
                     verdicts[item] = Verdict.UNKNOWN if reply is None else Verdict(reply)
-                    if advance is not None:
-                        advance(1)
+                    done(1)
                 if reply is None:
                     self._replace(worker)
         return verdicts
+
+    def _give(self, waiting: deque[tuple[int, bytes]]) -> bool:
+        """Give a job to every worker that has none; returns whether any job is left or under way."""
+        is_any = bool(waiting)
+        for worker in self._workers:
+            if worker.is_ready and worker.item is None and waiting:
+                worker.give(*waiting.popleft())
+            is_any = is_any or worker.item is not None
+        return is_any
 
     def _events(self) -> list[_Worker]:
         """Wait for the next reply, end or deadline; the workers concerned, with `has_reply` set."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config fields that say the logits are more than a product with the head."""
 _FIRST_PRODUCTS = re.compile(r"layers\.0\.self_attn\.(q|k|v|qkv)_proj(\.base_layer|\.lora_A\.\w+)?$")
 """Names of the linear layers that read the embeddings directly."""
-_BEHIND_ATTENTION = re.compile(r"layers\.(\d+)\.(?:self_attn\.o_proj|mlp\.\w+)$")
+_BEHIND_ATTENTION = r"layers\.{}\.(?:self_attn\.o_proj|mlp\.\w+)$"
 _LAST_PRODUCT = re.compile(r"down_proj(\.lora_B\.\w+)?$")
 """Names of the linear layers that end a decoder layer."""
 
@@ -150,35 +150,36 @@ def sizes_of(model: nn.Module, vocab_size: int | None = None) -> Sizes:
       model: a causal LM, trainable parameters marked and checkpointing switched on where it will be.
       vocab_size: the tokenizer's real vocabulary where the head has padding rows beyond it.
     """
-    lm, backbone, head = causal_lm_of(model), backbone_of(model), head_of(model)
-    config: Any = lm.config
-    linear = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-    weights = {name: module.weight.numel() for name, module in linear.items()}
-    has_frozen_input = not any(
-        parameter.requires_grad
-        for module in backbone.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
-    )
-    last = str(config.num_hidden_layers - 1)
+    backbone, head = backbone_of(model), head_of(model)
+    config: Any = causal_lm_of(model).config
+    linear = _linear_weights(backbone)
+    whole, last = _count(linear), re.compile(_BEHIND_ATTENTION.format(config.num_hidden_layers - 1))
     is_recomputed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Sizes(
-        linear_weights=sum(weights.values()),
-        trainable_linear_weights=sum(weights[name] for name, m in linear.items() if m.weight.requires_grad),
-        input_gradient_weights=sum(
-            count for name, count in weights.items() if not (has_frozen_input and _FIRST_PRODUCTS.search(name))
-        ),
+        linear_weights=whole,
+        trainable_linear_weights=_count({name: w for name, w in linear.items() if w.requires_grad}),
+        input_gradient_weights=whole - (0 if _trains_embeddings(backbone) else _count(linear, _FIRST_PRODUCTS)),
         # Nothing is saved behind the last product of a layer, so recomputation stops short of it.
-        recomputed_linear_weights=sum(
-            count for name, count in weights.items() if is_recomputed and not _LAST_PRODUCT.search(name)
-        ),
+        recomputed_linear_weights=whole - _count(linear, _LAST_PRODUCT) if is_recomputed else 0,
         attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
-        last_layer_weights=sum(
-            count for name, count in weights.items() if (layer := _BEHIND_ATTENTION.search(name)) and layer[1] == last
-        ),
+        last_layer_weights=_count(linear, last),
         hidden_size=config.hidden_size,
         vocab_size=min(vocab_size or len(head.weight), len(head.weight)),
         num_parameters=sum({id(p): p.numel() for p in model.parameters()}.values()),
         is_head_trainable=head.weight.requires_grad,
     )
+
+
+def _linear_weights(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: module.weight for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _count(linear: Mapping[str, Tensor], pattern: re.Pattern[str] = re.compile("")) -> int:
+    """Weights of the linear layers whose name has `pattern`."""
+    return sum(weight.numel() for name, weight in linear.items() if pattern.search(name))
+
+
+def _trains_embeddings(backbone: nn.Module) -> bool:
+    embeddings = [module for module in backbone.modules() if isinstance(module, nn.Embedding)]
+    return any(parameter.requires_grad for module in embeddings for parameter in module.parameters())

@@ -59,6 +59,17 @@ def quantization_of(config: Mapping[str, Any], where: str) -> Quantization | Non
     tree = config.get("quantization_config")
     if tree is None:
         return None
+    _check_tree(tree, where)
+    schemes: dict[str, Scheme] = {}
+    for name, group in (tree.get("config_groups") or {}).items():
+        scheme = _read_scheme(group, f"{where}, {name}")
+        if (group.get("format") or tree["format"]) not in (scheme.format, "mixed-precision"):
+            raise ModelError(f"{where}, {name}: its scheme is stored as {scheme.format}, not {group.get('format')}.")
+        schemes.update(dict.fromkeys(group["targets"], scheme))
+    return Quantization(schemes, tuple(tree.get("ignore") or ()), bool(tree.get("kv_cache_scheme")))
+
+
+def _check_tree(tree: Mapping[str, Any], where: str) -> None:
     method = tree.get("quant_method")
     if method != "compressed-tensors":
         raise ModelError(f"{where}: quantised with {method!r}; compressed-tensors is read. Make it dense first.")
@@ -68,21 +79,14 @@ def quantization_of(config: Mapping[str, Any], where: str) -> Quantization | Non
             "loads the file and computes with wrong weights; write the status into config.json if its tensors are "
             "quantised."
         )
-    if tree.get("sparsity_config") or tree.get("transform_config"):
-        key = "sparsity_config" if tree.get("sparsity_config") else "transform_config"
-        raise ModelError(f"{where}: {key} is set; engines have dropped it. Export the weights dense, without it.")
+    for key in ("sparsity_config", "transform_config"):
+        if tree.get(key):
+            raise ModelError(f"{where}: {key} is set; engines have dropped it. Export the weights dense, without it.")
     if tree.get("format") not in FORMATS:
         raise ModelError(f"{where}: format {tree.get('format')!r} is unknown; read are {', '.join(FORMATS)}.")
     kv_cache = tree.get("kv_cache_scheme")
     if kv_cache and any(kv_cache.get(key) != value for key, value in KV_CACHE_SCHEME.items()):
         raise ModelError(f"{where}: kv_cache_scheme {kv_cache} is not read; {KV_CACHE_SCHEME} is.")
-    schemes: dict[str, Scheme] = {}
-    for name, group in (tree.get("config_groups") or {}).items():
-        scheme = _read_scheme(group, f"{where}, {name}")
-        if (group.get("format") or tree["format"]) not in (scheme.format, "mixed-precision"):
-            raise ModelError(f"{where}, {name}: its scheme is stored as {scheme.format}, not {group.get('format')}.")
-        schemes.update(dict.fromkeys(group["targets"], scheme))
-    return Quantization(schemes, tuple(tree.get("ignore") or ()), bool(kv_cache))
 
 
 def _read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
@@ -91,28 +95,38 @@ def _read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
         raise ModelError(f"{where}: asymmetric weights, which transformers does not load; quantise symmetrically.")
     if weights.get("actorder") == "group":
         raise ModelError(f"{where}: actorder group, which is being removed; quantise with static groups.")
-    kind, strategy = str(weights.get("type")), str(weights.get("strategy"))
-    bits, size = int(weights.get("num_bits") or 0), weights.get("group_size")
-    is_known = (kind == "int" and bits in range(2, 9)) or (kind == "float" and bits == 8)
-    is_known &= (strategy == "group" and bool(size)) or strategy in ("channel", "tensor")
-    activations = None
-    if inputs:
-        activations = "dynamic" if inputs.get("dynamic") is True else "static"
-        expected = {"num_bits": 8, "type": kind, "strategy": "token" if activations == "dynamic" else "tensor"}
-        is_known &= all(inputs.get(key) == value for key, value in expected.items())
-        is_known &= bool(inputs.get("symmetric", True)) and strategy != "group"
-    if not is_known or group.get("output_activations"):
+    if not (_is_read(weights) and _are_inputs_read(weights, inputs)) or group.get("output_activations"):
         raise ModelError(
             f"{where}: weights {weights} with input_activations {inputs} are not read; known are 2 to 8 bit groups, "
             "int8 with dynamic int8 inputs, E4M3 with dynamic or static inputs."
         )
+    is_grouped = weights["strategy"] == "group"
     return Scheme(
-        bits=bits,
-        kind=kind,
-        strategy=strategy,
-        group_size=size if strategy == "group" else None,
-        activations=activations,
+        bits=int(weights["num_bits"]),
+        kind=weights["type"],
+        strategy=weights["strategy"],
+        group_size=weights["group_size"] if is_grouped else None,
+        activations=_activations(inputs) if inputs else None,
     )
+
+
+def _is_read(weights: Mapping[str, Any]) -> bool:
+    kind, bits, strategy = weights.get("type"), int(weights.get("num_bits") or 0), weights.get("strategy")
+    is_type_read = bits in range(2, 9) if kind == "int" else kind == "float" and bits == 8
+    return is_type_read and (strategy in ("channel", "tensor") or (strategy == "group" and bool(weights["group_size"])))
+
+
+def _are_inputs_read(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> bool:
+    if not inputs:
+        return True
+    strategy = "token" if _activations(inputs) == "dynamic" else "tensor"
+    expected = {"num_bits": 8, "type": weights.get("type"), "strategy": strategy}
+    is_plain = inputs.get("symmetric", True) and weights.get("strategy") != "group"
+    return bool(is_plain) and all(inputs.get(key) == value for key, value in expected.items())
+
+
+def _activations(inputs: Mapping[str, Any]) -> str:
+    return "dynamic" if inputs.get("dynamic") is True else "static"
 
 
 def load_quantized(
@@ -143,18 +157,24 @@ def load_quantized(
         attn_implementation=attention,
         output_loading_info=True,
     )
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            scheme = quantization.scheme(name)
-            if scheme is not None and name not in layers:
-                raise ModelError(f"{directory}: {name} is stored dense, but config.json says it is quantised.")
-            if rounds and scheme is not None and scheme.activations is not None:
-                model.set_submodule(name, RoundedLinear(module, scheme, layers[name].input_scale))
+    _round_inputs(model, layers, quantization, rounds, directory)
     if quantization.kv_cache and rounds:
         round_cache(model, _fixed_rounding(model, scales, dtype, directory))
     elif scales and not quantization.kv_cache:
         raise ModelError(f"{directory}: holds {next(iter(scales))}, but config.json has no kv_cache_scheme.")
     return model, info
+
+
+def _round_inputs(
+    model: nn.Module, layers: Mapping[str, Layer], quantization: Quantization, rounds: bool, directory: Path
+) -> None:
+    """Let the layers round what they read, where their scheme says so and `rounds` does."""
+    for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        scheme = quantization.scheme(name)
+        if scheme is not None and name not in layers:
+            raise ModelError(f"{directory}: {name} is stored dense, but config.json says it is quantised.")
+        if rounds and scheme is not None and scheme.activations is not None:
+            model.set_submodule(name, RoundedLinear(module, scheme, layers[name].input_scale))
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -187,20 +207,8 @@ def split_tensors(
 
     Raises: ModelError when a tensor has no place in its layer's scheme.
     """
-    layers: dict[str, Layer] = {}
-    for name in stored:
-        layer, _, suffix = name.rpartition(".")
-        if suffix != "weight_scale":
-            continue
-        scheme = quantization.scheme(layer)
-        if scheme is None:
-            raise ModelError(f"{layer}: has a weight_scale, but no group of config.json is meant for it.")
-        if layer.endswith("lm_head") and scheme.activations is not None:
-            raise ModelError(f"{layer}: a head whose inputs are quantised is not supported; leave it dense.")
-        own = {suffix: stored[f"{layer}.{suffix}"] for suffix in SUFFIXES if f"{layer}.{suffix}" in stored}
-        if scheme.activations == "static" and "input_scale" not in own:
-            raise ModelError(f"{layer}: static activations without an input_scale; the file is damaged.")
-        layers[layer] = Layer(stored_weight(own, scheme, layer), own.get("input_scale"))
+    names = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
+    layers = {name: _read_layer(name, stored, quantization.scheme(name)) for name in names}
     others: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         layer, _, suffix = name.rpartition(".")
@@ -210,6 +218,17 @@ def split_tensors(
             raise ModelError(f"{name}: such a tensor is not read; the checkpoint has an unsupported scheme.")
         others[name] = tensor
     return layers, others
+
+
+def _read_layer(layer: str, stored: Mapping[str, Tensor], scheme: Scheme | None) -> Layer:
+    if scheme is None:
+        raise ModelError(f"{layer}: has a weight_scale, but no group of config.json is meant for it.")
+    if layer.endswith("lm_head") and scheme.activations is not None:
+        raise ModelError(f"{layer}: a head whose inputs are quantised is not supported; leave it dense.")
+    own = {suffix: stored[f"{layer}.{suffix}"] for suffix in SUFFIXES if f"{layer}.{suffix}" in stored}
+    if scheme.activations == "static" and "input_scale" not in own:
+        raise ModelError(f"{layer}: static activations without an input_scale; the file is damaged.")
+    return Layer(stored_weight(own, scheme, layer), own.get("input_scale"))
 
 
 def _fixed_rounding(model: nn.Module, scales: Mapping[str, Tensor], dtype: torch.dtype, directory: Path) -> Rounding:
