@@ -37,10 +37,11 @@ from _process import MODEL, conditions, markdown, publish
 from scoring import LlamaServer
 
 from limbeck.compress.export.gguf import write_gguf
-from limbeck.engine.decoder import load_decoder
+from limbeck.engine.backends import load_decoder
 from limbeck.engine.generation import GenerationConfig, Generator
-from limbeck.engine.jobs import Job, Sampling
+from limbeck.engine.jobs import Job
 from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.sampling import Sampling
 from limbeck.engine.steps import Kernels
 from limbeck.models.load import load_model
 

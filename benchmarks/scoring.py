@@ -48,7 +48,7 @@ from _process import MODEL, conditions, markdown, publish
 from torch import Tensor
 
 from limbeck.compress.export.gguf import write_gguf
-from limbeck.engine.decoder import load_decoder
+from limbeck.engine.backends import load_decoder
 from limbeck.engine.int8 import INPUT_SCALE, INPUT_ZERO, Int8Linear
 from limbeck.engine.requests import Request
 from limbeck.engine.scoring import Scorer, ScoringConfig

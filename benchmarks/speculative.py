@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from _process import MODEL, conditions, markdown, publish
 
-from limbeck.engine.decoder import Decoder, load_decoder
+from limbeck.engine.backends import load_decoder
+from limbeck.engine.decoder import Decoder
 from limbeck.engine.drafter import make_drafter
 from limbeck.engine.generation import Generator
-from limbeck.engine.jobs import Job, Sampling
+from limbeck.engine.jobs import Job
 from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.sampling import Sampling
 from limbeck.engine.speculative import SpeculativeConfig
 from limbeck.models.load import load_tokenizer
 

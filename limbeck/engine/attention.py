@@ -65,14 +65,41 @@ def attend_last(query: Tensor, seen: Sequence[tuple[Tensor, Tensor]], scale: flo
     stacked = query.view(len(query), 1, seen[0][0].shape[1], -1, query.shape[2]).unbind(0)
     if window is not None:
         seen = [(keys[:, :, -window:], values[:, :, -window:]) for keys, values in seen]
-    outs = [_flash(row, keys, values, scale, None)[0] for row, (keys, values) in zip(stacked, seen, strict=True)]
-    return torch.cat(outs).reshape(query.shape)
+    if _is_exact(query):
+        outs = [_flash(row, keys, values, scale, None)[0] for row, (keys, values) in zip(stacked, seen, strict=True)]
+        return torch.cat(outs).reshape(query.shape)
+    # Elsewhere calls cost more than products: all together, padded at the end.
+    lengths = torch.tensor([keys.shape[2] for keys, _ in seen], device=query.device)
+    keys, values = (_padded([both[part] for both in seen]) for part in range(2))
+    hidden = torch.arange(keys.shape[2], device=query.device) >= lengths[:, None]
+    mask = query.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(query.dtype).min)[:, None, None]
+    return _flash(torch.cat(stacked), keys, values, scale, mask)[0].reshape(query.shape)
+
+
+def _padded(states: Sequence[Tensor]) -> Tensor:
+    """[1 N_kv S H] of several lengths -> [n N_kv S H], zeros behind the shorter ones."""
+    _, heads, _, size = states[0].shape
+    found = states[0].new_zeros(len(states), heads, max(part.shape[2] for part in states), size)
+    torch._foreach_copy_(
+        [row[:, : part.shape[2]] for row, part in zip(found, states, strict=True)], [p[0] for p in states]
+    )
+    return found
+
+
+def _is_exact(query: Tensor) -> bool:
+    """Whether there is the kernel that takes each segment and head apart."""
+    return query.device.type == "cpu" and query.dtype == torch.float32
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs [n N_kv R H] and log-sum-exps [n N_kv R] of torch's fused kernel, which takes each (n, N_kv) apart."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, attn_mask=mask, scale=scale)
+    if _is_exact(query):
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, attn_mask=mask, scale=scale)
+    products = (query @ key.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        products = products + mask.to(products)
+    return products.softmax(-1).to(value.dtype) @ value, products.logsumexp(-1)
 
 
 def _merged(out_a: Tensor, log_sums_a: Tensor, out_b: Tensor, log_sums_b: Tensor) -> Tensor:
@@ -80,7 +107,7 @@ def _merged(out_a: Tensor, log_sums_a: Tensor, out_b: Tensor, log_sums_b: Tensor
 
     Softmax goes row by row and the rest are single IEEE operations, so that no element depends on its neighbours.
     """
-    weight = torch.stack([log_sums_a, log_sums_b], -1).softmax(-1)
+    weight = torch.stack([log_sums_a, log_sums_b], -1).softmax(-1).to(out_a.dtype)
     return (out_a * weight[..., :1]).add_(out_b * weight[..., 1:])
 
 

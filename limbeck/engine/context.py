@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from limbeck.engine.decoder import Decoder
+from limbeck.engine.backend import Backend
 from limbeck.engine.prefix_cache import Block, PrefixCache
-from limbeck.engine.states import KeyValues, Segment
+from limbeck.engine.states import Segment
 
 Span = tuple[int, int]
 """First token and the one behind the last, counted from the start of the prompt."""
-Behind = Callable[[KeyValues, int], KeyValues]
+Behind = Callable[[Any, int], Any]
 """From a prompt's states and a number of tokens to a place for those behind it."""
 
 
 class Prompt:
     """Tokens that are read block by block; what the cache holds of them is taken from there."""
 
-    def __init__(self, tokens: Sequence[int], decoder: Decoder, cache: PrefixCache, is_cached: bool = True) -> None:
+    def __init__(self, tokens: Sequence[int], decoder: Backend, cache: PrefixCache, is_cached: bool = True) -> None:
         """`is_cached`: whether the cache is looked up; it is filled in any case."""
         self.tokens = tokens
         self.users = 0
@@ -92,7 +93,7 @@ class Prompt:
 class Prompts:
     """Those in use over one decoder; texts with the same prompt have it together, so that it is read once."""
 
-    def __init__(self, decoder: Decoder, cache: PrefixCache) -> None:
+    def __init__(self, decoder: Backend, cache: PrefixCache) -> None:
         self._decoder, self._cache = decoder, cache
         self._shared: dict[tuple[int, ...], Prompt] = {}
 
@@ -133,7 +134,7 @@ class Context:
         self.tokens = list(prompt.tokens)
         """Of the prompt and the text."""
         self._room, self._behind, self._cache, self._keeps_text = room, behind, cache, keeps_text
-        self._states: KeyValues | None = None
+        self._states: Any = None
         self._computed = len(prompt.tokens)
         self._state: Tensor | None = None
         self._chain: list[Block] | None = None
@@ -163,7 +164,6 @@ class Context:
         if self._keeps_text and span[1] % size == 0:
             if self._chain is None:
                 self._chain = self.prompt.full_blocks
-            assert self._states is not None
             block = (span[1] - size, span[1])
             keep(self._cache, self._chain, self.tokens[slice(*block)], block, self._states, state)
 
@@ -179,9 +179,7 @@ class Context:
         self._chain = None
 
 
-def keep(
-    cache: PrefixCache, chain: list[Block], tokens: Sequence[int], span: Span, states: KeyValues, state: Tensor
-) -> bool:
+def keep(cache: PrefixCache, chain: list[Block], tokens: Sequence[int], span: Span, states: Any, state: Tensor) -> bool:
     """Put a block behind a chain of full ones into the cache, unless one before it found no room there."""
     if len(chain) != span[0] // cache.block_tokens or not cache.budget_bytes:
         return False

@@ -21,7 +21,7 @@ from torch import Tensor
 from limbeck.engine.attention import attend, attend_last
 from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.states import KeyValues, Segment
-from limbeck.engine.weights import Block, Linear, Precision, Weights, read_weights
+from limbeck.engine.weights import Block, Linear, Weights
 from limbeck.errors import ModelError
 
 SERIAL_ELEMENTS = 32767
@@ -65,11 +65,11 @@ class _Layout(NamedTuple):
 
     tokens: Tensor
     positions: Tensor
+    rows: Tensor
+    """int64: rows to return, in the order of the segments."""
     steps: _Steps
     """Its tokens are the first rows."""
     groups: list[_Group]
-    rows: Tensor
-    """int64: rows to return, in the order of the segments."""
 
 
 class Decoder:
@@ -77,7 +77,9 @@ class Decoder:
 
     def __init__(self, weights: Weights) -> None:
         config = weights.config
-        self.weights = weights
+        self.weights, self.config = weights, config
+        self.context: int = config.max_position_embeddings
+        self.has_blocks = True
         self.layers = len(weights.blocks)
         self.dtype, self.device = weights.head.dtype, weights.head.device
         self.heads: int = config.num_attention_heads
@@ -153,14 +155,15 @@ class Decoder:
             else:
                 groups.append(_Group(end, 1, len(segment.tokens), segment))
             end += len(segment.tokens)
-        tokens = torch.tensor([token for index in order for token in segments[index].tokens])
-        low, high = int(tokens.min()), int(tokens.max())
+        ids = [token for index in order for token in segments[index].tokens]
+        low, high = min(ids), max(ids)
         if low < 0 or high >= self.embeddings:
             raise ModelError(f"token ids {low} to {high}; the model has 0 to {self.embeddings - 1}.")
         spans = [(first, first + len(s.tokens)) for first, s in zip(firsts, segments, strict=True)]
         rows = [row for first, stop in spans for row in range(first if every_row else stop - 1, stop)]
         positions = [p for i in order for p in range(segments[i].start, segments[i].start + len(segments[i].tokens))]
-        return _Layout(tokens, torch.tensor(positions), steps, groups, torch.tensor(rows))
+        tensors = [torch.tensor(numbers, device=self.device) for numbers in (ids, positions, rows)]
+        return _Layout(tensors[0], tensors[1], tensors[2], steps, groups)
 
     def _attention(
         self, normed: Tensor, block: Block, number: int, turns: tuple[Tensor, Tensor], layout: _Layout
@@ -180,7 +183,7 @@ class Decoder:
         layout.steps.write(key[first], value[first], number)
         for group in layout.groups:
             self._grow(group, key, value, number)
-        attended = torch.empty(len(normed), self.heads, self.head_size)
+        attended = normed.new_empty(len(normed), self.heads, self.head_size)
         if seen:
             attended[first] = attend_last(query[first], seen, block.scale, block.window)
         for group in layout.groups:
@@ -209,8 +212,8 @@ class Decoder:
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """weight * x / sqrt(mean(x^2) + epsilon)."""
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return x.mul(squares.div_(x.shape[-1]).add_(self.epsilon).rsqrt_()).mul_(weight)
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        return x.mul(squares.div_(x.shape[-1]).add_(self.epsilon).rsqrt_().to(x.dtype)).mul_(weight)
 
     def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Logits [S C] of C tokens. Sums go row by row, so a row's bits depend on that row alone.
@@ -231,15 +234,11 @@ class Decoder:
         return self._finished(product, slice(None))
 
     def _finished(self, logits: Tensor, labels: Tensor | slice) -> Tensor:
+        logits = logits.float()
         bias, cap = self.weights.head_bias, self.weights.softcap
         if bias is not None:
             logits = logits + bias[labels]
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def load_decoder(name: str, precision: Precision = "auto", max_tokens: int = 32768) -> Decoder:
-    """A decoder from a Hugging Face directory, alias or hub id; see `read_weights`."""
-    return Decoder(read_weights(name, precision, max_tokens))
 
 
 def _kind(segment: Segment) -> tuple[int, int, int, bool]:

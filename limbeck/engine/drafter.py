@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.engine.backend import Backend
+from limbeck.engine.backends import load_decoder
 from limbeck.engine.context import Behind, Context, Prompt, Prompts, Span, plan_reading
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.drawing import distribution_of
@@ -17,7 +19,6 @@ from limbeck.engine.run import Run
 from limbeck.engine.speculative import Proposal, SpeculationStats, SpeculativeConfig
 from limbeck.engine.states import Segment
 from limbeck.engine.steps import Kernels, Steps
-from limbeck.engine.weights import read_weights
 from limbeck.errors import ConfigError, ModelError
 from limbeck.models.load import load_tokenizer
 from limbeck.models.sampling import invert_cumulative
@@ -52,7 +53,7 @@ class Drafter:
     """Texts under way in the draft. They follow those of the generator, by its numbers."""
 
     def __init__(
-        self, decoder: Decoder, config: SpeculativeConfig, block_tokens: int = 64, kernels: Kernels = "auto"
+        self, decoder: Backend, config: SpeculativeConfig, block_tokens: int = 64, kernels: Kernels = "auto"
     ) -> None:
         self.decoder, self.config = decoder, config
         self.cache = PrefixCache(config.cache_bytes, block_tokens, "draft")
@@ -118,7 +119,7 @@ class Drafter:
 
 
 def make_drafter(
-    config: SpeculativeConfig, model: str, target: Decoder, block_tokens: int = 64, kernels: Kernels = "auto"
+    config: SpeculativeConfig, model: str, target: Backend, block_tokens: int = 64, kernels: Kernels = "auto"
 ) -> Drafter | None:
     """The draft for a served model; None where the config names none.
 
@@ -132,15 +133,16 @@ def make_drafter(
         is_same = target.is_int8 == (config.precision == "int8")
         if is_same and config.layers is None:
             raise ConfigError("speculative: the draft is the served model itself; set layers, or another precision.")
-        weights = target.weights if is_same else read_weights(model, config.precision, target.max_tokens)
+        draft = target if is_same else load_decoder(model, config.precision, target.max_tokens)
     else:
         _check_vocabulary(config.draft, model)
-        weights = read_weights(config.draft, config.precision, target.max_tokens)
+        draft = load_decoder(config.draft, config.precision, target.max_tokens)
     if config.layers is not None:
-        if config.layers > len(weights.blocks):
-            raise ConfigError(f"speculative: {config.layers} layers; the draft has {len(weights.blocks)}.")
-        weights = weights._replace(blocks=weights.blocks[: config.layers])
-    drafter = Drafter(Decoder(weights), config, block_tokens, kernels)
+        if not isinstance(draft, Decoder) or config.layers > draft.layers:
+            had = f"the draft has {draft.layers}" if isinstance(draft, Decoder) else "transformers runs it whole"
+            raise ConfigError(f"speculative: {config.layers} layers; {had}.")
+        draft = Decoder(draft.weights._replace(blocks=draft.weights.blocks[: config.layers]))
+    drafter = Drafter(draft, config, block_tokens, kernels)
     if drafter.decoder.vocab_size != target.vocab_size:
         raise ModelError(
             f"{config.draft}: a vocabulary of {drafter.decoder.vocab_size} tokens, {model} has {target.vocab_size}; a "

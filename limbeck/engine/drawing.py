@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from limbeck.engine.jobs import Drawn, Sampling
+from limbeck.engine.jobs import Drawn
+from limbeck.engine.sampling import Sampling
 from limbeck.models.sampling import NUCLEUS_CANDIDATES, invert_cumulative
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from limbeck.config import checked
+from limbeck.engine.backend import Backend
 from limbeck.engine.context import Prompts, Span, plan_reading
-from limbeck.engine.decoder import Decoder
 from limbeck.engine.drafter import Drafter
 from limbeck.engine.drawing import drawn_of
 from limbeck.engine.jobs import Drawn, Job, Progress, check_job
@@ -68,7 +68,7 @@ class Generator:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Backend,
         cache: PrefixCache,
         config: GenerationConfig | None = None,
         drafter: Drafter | None = None,

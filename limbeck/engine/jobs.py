@@ -8,33 +8,12 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from limbeck.engine.sampling import Sampling
 from limbeck.errors import ConfigError, ModelError
 
-GREEDY_BELOW = 1e-5
-"""Temperatures whose limit, the most likely token, is taken: divided by less, logits leave float32's range."""
+DEFAULT_SAMPLING = Sampling()
 FinishReason = Literal["stop", "length"]
 """stop: an end token, or a constraint that is complete; length: the limit of tokens."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How a token is drawn from the logits."""
-
-    temperature: float = 1.0
-    """0, or less than GREEDY_BELOW, takes the most likely token."""
-    top_k: int = 0
-    """Only the k most likely tokens; 0 for all."""
-    top_p: float = 1.0
-    """Only the most likely tokens that together have this probability."""
-    min_p: float = 0.0
-    """Only tokens that have this share of the most likely one's probability."""
-    seed: int | None = None
-    """Same seed and prompt, same text, whatever else is in the batch; null: another one each time."""
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether nothing is drawn."""
-        return self.temperature < GREEDY_BELOW
 
 
 class Constraint(Protocol):
@@ -71,13 +50,15 @@ class Job:
     """0 only scores the prompt."""
     min_tokens: int = 0
     """Tokens before an end token may be drawn."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = DEFAULT_SAMPLING
     end_tokens: frozenset[int] = frozenset()
     """Tokens that end the text; empty goes on to `max_tokens`."""
     top_log_probs: int | None = None
     """How many alternatives to report for each token; None reports no log-probs at all."""
     prompt_log_probs: int | None = None
     """The same for the tokens of the prompt."""
+    log_prob_temperature: float = 1.0
+    """Divides the logits of all log-probs."""
     constraint: Constraint | None = None
     """Starts behind the thought where there is a `thought`."""
     thought: ThoughtBudget | None = None
@@ -114,19 +95,7 @@ def check_job(job: Job, longest: int, embeddings: int, vocabulary: int) -> None:
         raise ConfigError("a thought's budget must be 0 tokens or more, with a closing marker.")
     if min(job.top_log_probs or 0, job.prompt_log_probs or 0) < 0:
         raise ConfigError("top_log_probs and prompt_log_probs must be 0 or more.")
-    _check_sampling(job.sampling)
-
-
-def _check_sampling(sampling: Sampling) -> None:
-    if not 0.0 <= sampling.temperature < float("inf"):
-        raise ConfigError(f"temperature must be 0 or more; found {sampling.temperature}.")
-    if sampling.top_k < 0 or not 0.0 < sampling.top_p <= 1.0 or not 0.0 <= sampling.min_p <= 1.0:
-        raise ConfigError(
-            f"top_k {sampling.top_k}, top_p {sampling.top_p}, min_p {sampling.min_p}; needed are top_k >= 0, "
-            "0 < top_p <= 1 and 0 <= min_p <= 1."
-        )
-    if sampling.seed is not None and sampling.seed < 0:
-        raise ConfigError(f"seed must be 0 or more; found {sampling.seed}.")
+    job.sampling.check()
 
 
 class Drawn(NamedTuple):
@@ -134,8 +103,8 @@ class Drawn(NamedTuple):
 
     token: int
     log_prob: float | None
-    """Natural log, at temperature 1 and before any filter; None where it was not asked for, and for the first token of
-    a prompt."""
+    """Natural log, at the job's `log_prob_temperature` and before any filter; None where it was not asked for, and for
+    the first token of a prompt."""
     top: Sequence[tuple[int, float]]
     """Most likely tokens and their log-probs, best first."""
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from limbeck.engine.decoder import Decoder, KeyValues, Segment
+from limbeck.engine.backend import Backend
+from limbeck.engine.states import Segment
 from limbeck.errors import ConfigError, nearest
 
 PROBED_ROWS = (1, 16, 64, 256, 1024)
@@ -49,15 +50,20 @@ class Costs(NamedTuple):
         return linear + products * self.key_seconds
 
 
-def measure_costs(decoder: Decoder, repeats: int = 2) -> Costs:
-    """Time a few passes; of those that are soon done, the fastest of `repeats`."""
+def measure_costs(decoder: Backend, repeats: int = 2) -> Costs:
+    """Time a few passes; of those that are soon done, the fastest of `repeats`.
+
+    Without blocks nothing can be shared, and every way costs the same.
+    """
+    if not decoder.has_blocks:
+        return Costs((PROBED_ROWS[-1],), (1.0,), 0.0)
     seconds = []
     for rows in PROBED_ROWS:
         length = min(rows, PROBED_LENGTH)
         segments = [Segment([0] * length) for _ in range(rows // length)]
         seconds.append(_fastest(functools.partial(decoder.run, segments), repeats if rows < 256 else 1))
     keys = min(PROBED_KEYS, decoder.max_tokens - PROBED_LENGTH)
-    prefix = KeyValues(decoder, keys)
+    prefix = decoder.states(keys)
     prefix.keys.zero_()
     prefix.values.zero_()
     count = 64 // PROBED_LENGTH

@@ -14,16 +14,17 @@ one BLAS product and equal to rounding only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from limbeck.config import checked
-from limbeck.engine.decoder import Decoder, KeyValues, Segment
+from limbeck.engine.backend import Backend
 from limbeck.engine.plan import Costs, Piece, Plan, Work, make_plan, measure_costs
 from limbeck.engine.prefix_cache import Block, CacheStats, PrefixCache
 from limbeck.engine.requests import Request, Scores
+from limbeck.engine.states import Segment
 from limbeck.errors import ConfigError, ModelError
 
 
@@ -86,7 +87,7 @@ class _Prefix:
         self.spans = cache.spans(len(tokens))
         self.chain = cache.acquire(tokens)
         """Blocks that are held by the cache and in use here."""
-        self.states: KeyValues | None = None
+        self.states: Any = None
         self.last_hidden: Tensor | None = self.chain[-1].last_hidden if len(self.chain) == len(self.spans) > 0 else None
 
         self.hidden: dict[int, Tensor] = {}
@@ -101,12 +102,11 @@ class _Prefix:
     def work(self) -> Work:
         return Work(self.spans, len(self.chain), [len(item) for item in self.items])
 
-    def load(self, decoder: Decoder) -> None:
+    def load(self, decoder: Backend) -> None:
         """Room for the whole prefix, filled with the blocks that are there."""
-        self.states = KeyValues(decoder, len(self.tokens))
-        for block, (start, stop) in zip(self.chain, self.spans, strict=False):
-            self.states.keys[:, :, start:stop] = block.keys
-            self.states.values[:, :, start:stop] = block.values
+        self.states = decoder.states(len(self.tokens))
+        for block, (start, _) in zip(self.chain, self.spans, strict=False):
+            self.states.put(start, block.keys, block.values)
 
 
 class Scorer:
@@ -114,7 +114,7 @@ class Scorer:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Backend,
         config: ScoringConfig | None = None,
         model_key: str = "",
         costs: Costs | None = None,
@@ -128,7 +128,9 @@ class Scorer:
           costs: of passes; measured now when None.
         """
         self.decoder, self.config = decoder, config or ScoringConfig()
-        self.cache = PrefixCache(self.config.cache_bytes, self.config.block_tokens, model_key)
+        self.cache = PrefixCache(
+            self.config.cache_bytes if decoder.has_blocks else 0, self.config.block_tokens, model_key
+        )
         self.costs = costs or measure_costs(decoder)
         self.usage: Usage | None = None
         """Of the last call of `score`."""
@@ -223,15 +225,15 @@ class Scorer:
     def _keep(self, prefix: _Prefix, span: tuple[int, int], state: Tensor) -> None:
         """Put a block into the cache, unless one before it found no room."""
         number = span[0] // self.config.block_tokens
-        if len(prefix.chain) != number or self.config.cache_bytes == 0:
+        if len(prefix.chain) != number or not self.cache.budget_bytes:
             return
-        assert prefix.states is not None
+        keys, values = prefix.states.cut(*span)
         block = self.cache.insert(
             Block(
                 key=prefix.keys[number],
                 parent=prefix.chain[-1] if prefix.chain else None,
-                keys=prefix.states.keys[:, :, span[0] : span[1]].clone(),
-                values=prefix.states.values[:, :, span[0] : span[1]].clone(),
+                keys=keys,
+                values=values,
                 last_hidden=state.clone(),
             )
         )
@@ -244,7 +246,7 @@ class Scorer:
             empty = torch.empty(0, len(request.labels))
             return Scores(empty, empty.new_empty(0) if request.full else None)
         rows = torch.stack([prefix.state(first + number) for number in range(len(request.items))])
-        logits = self.decoder.label_logits(rows, torch.tensor(request.labels))
+        logits = self.decoder.label_logits(rows, torch.tensor(request.labels, device=rows.device))
         return Scores(logits, self.decoder.log_normalizers(rows) if request.full else None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class Segment(NamedTuple):
 
     tokens: Sequence[int]
     """At least one."""
-    prefix: KeyValues | None = None
+    prefix: Any = None
+    """`KeyValues`, or what else the back end keeps of a text; None where nothing is before it."""
     start: int = 0
     """Position of the first token, and how many keys of the prefix it sees."""
     grows: bool = False

@@ -1,4 +1,4 @@
-"""Steps of decoding: a token of each text, by compiled kernels or, where there are none, by a pass of the decoder.
+"""Steps of decoding: a token of each text, by compiled kernels or, where there are none, by a pass of the back end.
 
 By the kernels a token's numbers depend on its own text alone, in float32 as well as in int8, so that texts have the
 same bits in any batch, and in speculative decoding those of plain. Without them that holds for int8.
@@ -7,11 +7,12 @@ same bits in any batch, and in speculative decoding those of plain. Without them
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from limbeck.engine.backend import Backend
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.native.build import Missing
@@ -24,29 +25,34 @@ Kernels = Literal["auto", "compiled", "torch"]
 
 
 class Steps:
-    """Over one decoder."""
+    """Over one back end."""
 
     @torch.inference_mode()
-    def __init__(self, decoder: Decoder, head: Precision = "auto", kernels: Kernels = "auto") -> None:
+    def __init__(self, decoder: Backend, head: Precision = "auto", kernels: Kernels = "auto") -> None:
         """Prepare weights.
 
         Args:
           head: precision of the head's product; auto: int8 where the linear layers are.
           kernels: auto: compiled ones where they can be had.
-        Raises: ConfigError where compiled ones are asked for and cannot be had.
+        Raises: ConfigError where compiled ones, or an int8 head, are asked for and cannot be had.
         """
         self.decoder = decoder
         self.missing: str | None = None
         """Why auto has no compiled kernels."""
         self._native: NativeDecoder | None = None
-        use_int8 = head == "int8" or (head == "auto" and decoder.is_int8)
-        weights = decoder.weights
-        self._head: Linear | None = Int8Linear.rounded(weights.head, where="head") if use_int8 else None
+        self._head: Linear | None = None
+        if not isinstance(decoder, Decoder):
+            if kernels == "compiled" or head == "int8":
+                raise ConfigError("generation: transformers runs this model; it has neither compiled kernels nor int8.")
+            self.missing = "transformers runs this model"
+            return
+        if head == "int8" or (head == "auto" and decoder.is_int8):
+            self._head = Int8Linear.rounded(decoder.weights.head, where="head")
         if kernels == "torch":
             return
         try:
-            self._native = NativeDecoder(weights, decoder.heads, decoder.key_heads, decoder.head_size)
-            self._head = NativeLinear(self._head or DenseLinear(weights.head, None))
+            self._native = NativeDecoder(decoder)
+            self._head = NativeLinear(self._head or DenseLinear(decoder.weights.head, None))
         except Missing as error:
             if kernels == "compiled":
                 raise ConfigError(f"generation: kernels compiled: {error}; take torch or auto.") from error
@@ -67,16 +73,18 @@ class Steps:
         if self._native is None:
             return self.decoder.run(segments)
         for segment in segments:
-            assert segment.prefix is not None and len(segment.tokens) == 1 and segment.grows
             if segment.start >= min(self.decoder.max_tokens, segment.prefix.room):
                 raise ModelError(f"a token at position {segment.start}, beyond the text's room or the model's.")
-        tokens = torch.tensor([segment.tokens[0] for segment in segments])
-        return self._native.step(self.decoder.weights.embed(tokens), segments)
+        return self._native.step(segments)
 
-    def behind(self, states: KeyValues, room: int) -> KeyValues:
+    def behind(self, states: Any, room: int) -> Any:
         """A place for tokens behind a prompt, whose states others may use as well."""
-        return self.decoder.behind(states, room) if self._native is None else KeyValues(self.decoder, room, states)
+        if isinstance(self.decoder, Decoder) and self._native is not None:
+            return KeyValues(self.decoder, room, states)
+        return self.decoder.behind(states, room)
 
     def logits(self, states: Tensor) -> Tensor:
         """All logits [S V]."""
-        return self.decoder.logits(states, self._head)
+        if isinstance(self.decoder, Decoder):
+            return self.decoder.logits(states, self._head)
+        return self.decoder.logits(states)

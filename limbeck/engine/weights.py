@@ -1,4 +1,4 @@
-"""Weights of the lean decoder: those of a transformers model, with products over the same input fused.
+"""Weights of the lean decoder: those of a transformers model, with products over the same input together.
 
 Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma 3 (text). Int8 layers of a W8A8 checkpoint are taken as they are stored.
 """
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from limbeck.engine.int8 import Int8Linear
 from limbeck.errors import ModelError
-from limbeck.models.load import load_model, locate, quantization_at
+from limbeck.models.anatomy import causal_lm_of
+from limbeck.models.load import locate, quantization_at
 from limbeck.models.quantized import Layer, RoundedLinear, read_tensors, split_tensors
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3")
@@ -39,6 +40,23 @@ class DenseLinear:
         return nn.functional.linear(x, self.weight, self.bias)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SideBySide:
+    """Layers over one input, their outputs side by side; their weights stay where they are."""
+
+    parts: Sequence[DenseLinear]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs = [len(part.weight) for part in self.parts]
+        found = x.new_empty(len(x), sum(outputs))
+        for part, out in zip(self.parts, found.split(outputs, 1), strict=True):
+            if part.bias is None:
+                torch.mm(x, part.weight.T, out=out)
+            else:
+                torch.addmm(part.bias, x, part.weight.T, out=out)
+        return found
+
+
 class Block(NamedTuple):
     """One decoder layer."""
 
@@ -55,6 +73,8 @@ class Block(NamedTuple):
     gate_up: Linear
     down: Linear
     mlp_out_norm: Tensor | None
+    inner: int
+    """F."""
     scale: float
     """Factor of attention's products."""
     window: int | None
@@ -81,33 +101,70 @@ class Weights(NamedTuple):
     """c of logits c tanh(logits / c)."""
 
 
-def read_weights(name: str, precision: Precision, max_tokens: int) -> Weights:
-    """Weights of a directory, alias or hub id; dense, or written by `limbeck quantize`.
+def stored_layers(name: str) -> Mapping[str, Layer]:
+    """The quantised layers of a directory as they are stored; none of a dense one.
 
-    Args:
-      precision: float32, int8 (every linear layer but the head), or auto: int8 for what is stored so.
-      max_tokens: longest prompt; the model's own limit where that is less.
-    Raises: ModelError for an unsupported kind of model or scheme.
+    Raises: ModelError for a cache in 8 bits.
     """
     quantization = quantization_at(name)
-    stored: Mapping[str, Layer] = {}
-    if quantization is not None and precision != "float32":
-        if quantization.kv_cache:
-            raise ModelError(f"{name}: keys and values in 8 bits are not served; export without kv_cache_scheme.")
-        stored = split_tensors(read_tensors(Path(locate(name).path)), quantization)[0]
-    return weights_of(load_model(name), precision, max_tokens, stored)
+    if quantization is None:
+        return {}
+    if quantization.kv_cache:
+        raise ModelError(f"{name}: keys and values in 8 bits are not served; export without kv_cache_scheme.")
+    return split_tensors(read_tensors(Path(locate(name).path)), quantization)[0]
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the weights of a model cannot be read for the lean decoder; None where they can."""
+    lm = causal_lm_of(model)
+    kind, config = type(lm).__name__, lm.config
+    if kind.removesuffix("ForCausalLM") not in KINDS:
+        return f"{kind} is none of {', '.join(KINDS)}"
+    if getattr(config, "use_bidirectional_attention", False):
+        return f"{kind}: its attention looks ahead"
+    moving = [form["rope_type"] for form in _rope_forms(config) if form.get("rope_type") in MOVING_ROPES]
+    if moving:
+        return f"{kind}: its rotation ({moving[0]}) depends on the text's length, so that prefixes cannot be shared"
+    if any(module._forward_pre_hooks for module in lm.modules()):
+        return f"{kind}: something changes what enters its modules, such as a rounded cache"
+    others = {
+        type(module).__name__
+        for module in lm.modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim == 2
+        and type(module) not in (nn.Linear, RoundedLinear)
+        and not isinstance(module, nn.Embedding)
+    }
+    if others:
+        return f"{kind} has layers of the class {', '.join(sorted(others))}"
+    weights = {(weight.dtype, weight.device.type, hasattr(weight, "placements")) for weight in lm.parameters()}
+    if len(weights) > 1 or next(iter(weights))[2]:
+        return f"{kind}: its weights are in parts, or of several types"
+    return None
+
+
+def _rope_forms(config: Any) -> list[Mapping[str, Any]]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [part for part in parameters.values() if isinstance(part, Mapping)] or [parameters]
 
 
 def weights_of(
     model: Any, precision: Precision = "float32", max_tokens: int = 32768, stored: Mapping[str, Layer] | None = None
 ) -> Weights:
-    """Weights of a transformers model in memory; `stored` are the quantised layers of its file."""
+    """Weights of a transformers model in memory, which are read where they are.
+
+    Args:
+      precision: float32, int8 (every linear layer but the head), or auto: int8 for what is stored so.
+      max_tokens: longest prompt; the model's own limit where that is less.
+      stored: the quantised layers of its file.
+    Raises: ModelError for a model that is `unsupported`.
+    """
+    reason = unsupported(model)
+    if reason is not None:
+        raise ModelError(f"{reason}; the lean decoder does not read it.")
+    model = causal_lm_of(model)
     config = model.config
     kind = type(model).__name__.removesuffix("ForCausalLM")
-    if kind not in KINDS:
-        raise ModelError(f"{type(model).__name__} is not served; supported are {', '.join(KINDS)}.")
-    if getattr(config, "use_bidirectional_attention", False):
-        raise ModelError(f"{type(model).__name__}: its attention looks ahead; only causal models are served.")
     backbone = model.model
     source = _Source(precision, stored or {}, 1.0 if kind.startswith("Gemma") else 0.0, kind)
     types = list(getattr(backbone.rotary_emb, "layer_types", None) or [None])
@@ -117,7 +174,7 @@ def weights_of(
             config=config,
             embed=backbone.embed_tokens,
             blocks=[source.block(layer, number, types) for number, layer in enumerate(backbone.layers)],
-            ropes=[_rope_table(backbone.rotary_emb, config, layer_type, limit) for layer_type in types],
+            ropes=[_rope_table(backbone.rotary_emb, layer_type, limit) for layer_type in types],
             activation=backbone.layers[0].mlp.act_fn,
             norm=source.norm(backbone.norm),
             head=model.lm_head.weight.detach(),
@@ -149,6 +206,7 @@ class _Source(NamedTuple):
             gate_up=self.linear(f"{name}.mlp", mlp, ("gate_proj", "up_proj")),
             down=self.linear(f"{name}.mlp", mlp, ("down_proj",)),
             mlp_out_norm=self.norm(layer.post_feedforward_layernorm) if is_double else None,
+            inner=mlp.down_proj.in_features,
             scale=attention.scaling,
             window=self._window(attention),
             rope=types.index(attention.layer_type) if types != [None] else 0,
@@ -167,21 +225,21 @@ class _Source(NamedTuple):
         """Layers over one input as one product."""
         modules: list[Any] = [getattr(parent, name) for name in names]
         layers = [self.stored.get(f"{prefix}.{name}") for name in names]
-        bias = _joined_bias(modules)
         where = f"{prefix}.{names[0]}"
-        parts = [
+        codes = [
             (layer.stored.codes, layer.stored.scales[:, 0].float())
             for layer in layers
             if layer is not None and layer.stored.scheme.format == "int-quantized"
         ]
-        if len(parts) == len(names):
-            return Int8Linear.joined(parts, bias, where)
+        if len(codes) == len(names):
+            return Int8Linear.joined(codes, _joined_bias(modules), where)
         if any(isinstance(module, RoundedLinear) for module in modules):
             return _apart(modules)
-        weight = torch.cat([module.weight.detach() for module in modules])
         if self.precision == "int8":
-            return Int8Linear.rounded(weight, bias, where)
-        return DenseLinear(weight, bias)
+            weight = torch.cat([module.weight.detach() for module in modules])
+            return Int8Linear.rounded(weight, _joined_bias(modules), where)
+        parts = [DenseLinear(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in modules]
+        return parts[0] if len(parts) == 1 else SideBySide(parts)
 
 
 def _apart(modules: Sequence[nn.Module]) -> Linear:
@@ -199,15 +257,11 @@ def _joined_bias(modules: Sequence[Any]) -> Tensor | None:
     return torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in modules])
 
 
-def _rope_table(rotary: Any, config: Any, layer_type: str | None, limit: int) -> tuple[Tensor, Tensor]:
+def _rope_table(rotary: Any, layer_type: str | None, limit: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of all positions, made once, so that a position has one pair of them for good."""
-    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
-    if parameters.get("rope_type") in MOVING_ROPES:
-        raise ModelError(
-            f"rope_type {parameters['rope_type']!r} depends on the prompt's length, so that prefixes cannot be shared; "
-            "it is not served."
-        )
     extra = {} if layer_type is None else {"layer_type": layer_type}
-    tables = rotary(torch.zeros(1, 1, 1), position_ids=torch.arange(limit)[None], **extra)
+    device = rotary.inv_freq.device if layer_type is None else getattr(rotary, f"{layer_type}_inv_freq").device
+    like, positions = torch.zeros(1, 1, 1, device=device), torch.arange(limit, device=device)
+    tables = rotary(like, position_ids=positions[None], **extra)
     cos, sin = (table[0, :, None, : table.shape[-1] // 2].contiguous() for table in tables)
     return cos, sin

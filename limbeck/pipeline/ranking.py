@@ -34,7 +34,7 @@ from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.config import checked, completed_by
 from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
-from limbeck.engine.decoder import load_decoder
+from limbeck.engine.backends import load_decoder
 from limbeck.engine.requests import Request
 from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.errors import ConfigError

@@ -17,10 +17,11 @@ import torch
 from limbeck.checkpoint import output_directory, write_json, write_manifest
 from limbeck.compress.export.stage import BUILT_IN_TEXT
 from limbeck.config import checked
-from limbeck.engine.decoder import load_decoder
+from limbeck.engine.backends import load_decoder
 from limbeck.engine.generation import Generator
-from limbeck.engine.jobs import Drawn, Job, Sampling
+from limbeck.engine.jobs import Drawn, Job
 from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.sampling import Sampling
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, model_hash

@@ -15,8 +15,8 @@ import torch
 
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.config import build
+from limbeck.engine.backends import load_decoder
 from limbeck.engine.constraints import Grammars
-from limbeck.engine.decoder import load_decoder
 from limbeck.engine.drafter import make_drafter
 from limbeck.engine.generation import Generator
 from limbeck.engine.requests import label_ids
@@ -53,7 +53,7 @@ class Service:
             config.speculative, config.model, self.decoder, config.scoring.block_tokens, config.generation.kernels
         )
         self.generator = Generator(self.decoder, self.scorer.cache, config.generation, drafter)
-        self.vocabulary = Vocabulary(self.tokenizer, _stated_ends(config.model, self.decoder.weights.config))
+        self.vocabulary = Vocabulary(self.tokenizer, _stated_ends(config.model, self.decoder.config))
         self.features = _trained_features(config.model)
         self.rank_prompt = GENERAL if self.features is None else trained(self.features)
         self.labels = self._label_ids()

@@ -12,8 +12,9 @@ from made_tokenizers import byte_tokenizer
 
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.generation import Generator
-from limbeck.engine.jobs import Job, Sampling, ThoughtBudget
+from limbeck.engine.jobs import Job, ThoughtBudget
 from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.sampling import Sampling
 from limbeck.engine.weights import weights_of
 from limbeck.errors import ConfigError
 

@@ -8,7 +8,8 @@ from made_models import made_model
 from written_models import schemes_for, write_quantized
 
 from limbeck.engine.attention import attend
-from limbeck.engine.decoder import Decoder, KeyValues, Segment, load_decoder
+from limbeck.engine.backends import load_decoder
+from limbeck.engine.decoder import Decoder, KeyValues, Segment
 from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.weights import weights_of
 from limbeck.errors import ModelError

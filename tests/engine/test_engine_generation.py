@@ -9,10 +9,11 @@ from made_models import made_model
 
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.generation import GenerationConfig, Generator
-from limbeck.engine.jobs import Job, Sampling, ThoughtBudget
+from limbeck.engine.jobs import Job, ThoughtBudget
 from limbeck.engine.plan import Costs
 from limbeck.engine.prefix_cache import PrefixCache
 from limbeck.engine.requests import Request
+from limbeck.engine.sampling import Sampling
 from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.engine.weights import weights_of
 from limbeck.errors import ConfigError, ModelError

@@ -12,12 +12,14 @@ from made_tokenizers import byte_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
 from test_engine_generation import GREEDY, PROMPTS, finished, ids, texts
 
-from limbeck.engine.decoder import Decoder, Segment, load_decoder
+from limbeck.engine.backends import load_decoder
+from limbeck.engine.decoder import Decoder, Segment
 from limbeck.engine.drafter import Drafter, make_drafter
 from limbeck.engine.drawing import distribution_of
 from limbeck.engine.generation import GenerationConfig, Generator
-from limbeck.engine.jobs import Job, Sampling, ThoughtBudget
+from limbeck.engine.jobs import Job, ThoughtBudget
 from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.sampling import Sampling
 from limbeck.engine.speculative import SpeculativeConfig
 from limbeck.engine.weights import weights_of
 from limbeck.errors import ConfigError, ModelError

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from limbeck.engine.drawing import distribution_of, draw_tokens, drawn_of
-from limbeck.engine.jobs import Job, Sampling, ThoughtBudget
+from limbeck.engine.jobs import Job, ThoughtBudget
 from limbeck.engine.rules import Rules, Thought
+from limbeck.engine.sampling import Sampling
 
 OPEN, CLOSE = (7, 8), (5, 5, 6)
 

@@ -12,7 +12,7 @@
 
 struct Layer {
     const float *attention_norm, *query_norm, *key_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm;
-    Linear qkv, output, gate, up, down;
+    Linear query, key, value, output, gate, up, down;
     const float *cosines, *sines;  // [positions, H / 2]
     float scale;
     int32_t window;  // 0: none
@@ -153,8 +153,13 @@ struct Step {
         std::vector<float> normed(size_t(count) * model.size), weights;
         for (int number = 0; number < model.depth; ++number) {
             const Layer& layer = model.layers[number];
-            take_normed(inputs, normed, layer.attention_norm, layer.qkv);
-            multiply(layer.qkv, inputs, count, qkv.data(), layer.qkv.outputs, false, thread, threads);
+            take_normed(inputs, normed, layer.attention_norm, layer.query);
+            float* out = qkv.data();
+            for (const Linear* linear : {&layer.query, &layer.key, &layer.value}) {
+                multiply(*linear, inputs, count, out, (model.heads + 2 * model.key_heads) * model.head_size, false,
+                         thread, threads);
+                out += linear->outputs;
+            }
 #pragma omp barrier
             place(layer, number, thread, threads);
 #pragma omp barrier

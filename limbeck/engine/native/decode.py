@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.engine.decoder import Decoder
 from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.native.build import Missing, library
 from limbeck.engine.states import Segment
-from limbeck.engine.weights import Block, DenseLinear, Linear, Weights
+from limbeck.engine.weights import Block, DenseLinear, Linear, SideBySide, Weights
 
 ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
 """Of transformers, by their class; the value is `is_gelu`."""
@@ -32,7 +34,7 @@ NORMS = ("attention_norm", "query_norm", "key_norm", "attention_out_norm", "mlp_
 _Layer = _structure(
     "Layer",
     **dict.fromkeys(NORMS, ctypes.c_void_p),
-    **dict.fromkeys(("qkv", "output", "gate", "up", "down"), _Linear),
+    **dict.fromkeys(("query", "key", "value", "output", "gate", "up", "down"), _Linear),
     **dict.fromkeys(("cosines", "sines"), ctypes.c_void_p),
     scale=ctypes.c_float,
     window=ctypes.c_int32,
@@ -59,6 +61,13 @@ class _Keeper:
         self.tensors.append(tensor.float().contiguous())
         return self.tensors[-1].data_ptr()
 
+    def parts(self, linear: Linear, sizes: Sequence[int]) -> list[Any]:
+        """Outputs of a layer that are read apart."""
+        if isinstance(linear, SideBySide):
+            return [self.linear(part) for part in linear.parts]
+        ends = list(itertools.accumulate(sizes))
+        return [self.linear(linear, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
     def linear(self, linear: Linear, rows: slice = slice(None)) -> Any:
         """Some outputs of a layer. Raises: Missing for one of another kind."""
         if isinstance(linear, DenseLinear):
@@ -82,32 +91,38 @@ class _Keeper:
 class NativeDecoder:
     """All layers of a model for single tokens. int8 codes are held a second time, in the order they are read in."""
 
-    def __init__(self, weights: Weights, heads: int, key_heads: int, head_size: int) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         """Raises: Missing where there is no library, or the model has parts that it does not know."""
         self._library, self._keeper = library(), _Keeper()
+        weights = decoder.weights
+        if decoder.device.type != "cpu" or decoder.dtype != torch.float32:
+            raise Missing(f"the weights are {decoder.dtype} on {decoder.device}; the kernels take float32 on a CPU")
         activation = type(weights.activation).__name__
         if activation not in ACTIVATIONS:
             raise Missing(f"the activation {activation} is not known to the kernels")
-        layers = [_layer(self._keeper, block, weights) for block in weights.blocks]
+        sizes = [decoder.head_size * count for count in (decoder.heads, decoder.key_heads, decoder.key_heads)]
+        layers = [_layer(self._keeper, block, weights, sizes) for block in weights.blocks]
+        self._embed = weights.embed
         self._layers = (_Layer * len(layers))(*layers)
         self._model = _Model(
             ctypes.addressof(self._layers),
             self._keeper.at(weights.norm),
-            weights.config.rms_norm_eps,
+            decoder.epsilon,
             len(layers),
             len(weights.norm),
-            heads,
-            key_heads,
-            head_size,
+            decoder.heads,
+            decoder.key_heads,
+            decoder.head_size,
             layers[0].gate.outputs,
             ACTIVATIONS[activation],
         )
 
-    def step(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """States [n D] behind the final norm of tokens with the embeddings x [n D]; their keys and values are kept."""
+    def step(self, segments: Sequence[Segment]) -> Tensor:
+        """States [n D] behind the final norm of segments of one token; their keys and values are kept."""
+        x = self._embed(torch.tensor([segment.tokens[0] for segment in segments]))
         states = x.clone(memory_format=torch.contiguous_format)
         # As `Row` of decode.cpp: eight numbers of eight bytes.
-        rows = np.array([(*s.prefix.place, s.start) for s in segments if s.prefix is not None], dtype=np.int64)
+        rows = np.array([(*s.prefix.place, s.start) for s in segments], dtype=np.int64)
         pointers = ctypes.c_void_p(rows.ctypes.data), len(rows), ctypes.c_void_p(states.data_ptr())
         self._library.limbeck_step(ctypes.byref(self._model), *pointers, torch.get_num_threads())
         return states
@@ -129,24 +144,16 @@ class NativeLinear:
         return y
 
 
-def _layer(keeper: _Keeper, block: Block, weights: Weights) -> Any:
-    inner = _outputs(block.gate_up) // 2
+def _layer(keeper: _Keeper, block: Block, weights: Weights, sizes: Sequence[int]) -> Any:
     cosines, sines = weights.ropes[block.rope]
     return _Layer(
         *(keeper.at(getattr(block, name)) for name in NORMS),
-        keeper.linear(block.qkv),
+        *keeper.parts(block.qkv, sizes),
         keeper.linear(block.output),
-        keeper.linear(block.gate_up, slice(inner)),
-        keeper.linear(block.gate_up, slice(inner, None)),
+        *keeper.parts(block.gate_up, [block.inner] * 2),
         keeper.linear(block.down),
         keeper.at(cosines),
         keeper.at(sines),
         block.scale,
         block.window or 0,
     )
-
-
-def _outputs(linear: Linear) -> int:
-    if isinstance(linear, DenseLinear):
-        return len(linear.weight)
-    return linear.outputs if isinstance(linear, Int8Linear) else 0

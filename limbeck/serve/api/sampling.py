@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from limbeck.engine.jobs import Constraint, Job, Sampling, ThoughtBudget
+from limbeck.engine.jobs import Constraint, Job, ThoughtBudget
+from limbeck.engine.sampling import Sampling
 from limbeck.serve.api.shapes import Body, TokenId
 from limbeck.serve.errors import Invalid
 from limbeck.serve.service import Service

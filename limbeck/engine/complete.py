@@ -1,0 +1,135 @@
+"""Many prompts at once: what rollouts, traces and evaluation write.
+
+Draws come from (seed, prompt, sample, position) alone, so a completion does not depend on the batch that it was made
+in, up to ties that rounding decides.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from limbeck.engine.backends import decoder_of
+from limbeck.engine.generation import GenerationConfig, Generator
+from limbeck.engine.jobs import Job
+from limbeck.engine.prefix_cache import PrefixCache
+from limbeck.engine.sampling import SamplingConfig
+from limbeck.errors import ConfigError
+
+PREFILL_TOKENS = 8192
+"""Most prompt tokens in one forward pass: bounds the activations, not the speed."""
+CACHE_BYTES = 1 << 28
+"""For what different prompts begin with."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """What the model wrote after one prompt."""
+
+    token_ids: list[int]
+    """The new tokens, with the stop token when there is one."""
+    stopped: bool
+    """True when the last token is a stop token; False when the length limit ended it."""
+    log_probs: list[float] = field(default_factory=list)
+    """Of each token, under the distribution that it was drawn from but for top-p; where they were asked for."""
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The new tokens without the stop token: what to decode."""
+        return self.token_ids[:-1] if self.stopped else self.token_ids
+
+
+def complete(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    stop_ids: Sequence[int],
+    seed: int = 0,
+    *,
+    advance: Callable[[int], Any] = lambda _: None,
+    keys: Sequence[int] | None = None,
+    log_probs: bool = False,
+) -> list[list[Completion]]:
+    """Complete every prompt `num_samples` times.
+
+    Args:
+      model: a causal LM; its weights are read where they are.
+      prompts: token ids, none empty.
+      config: limits and temperature.
+      stop_ids: tokens that end a completion.
+      seed: of the draws.
+      advance: called with the number of completions that have just ended.
+      keys: a number for each prompt that its draws come from; its position by default.
+      log_probs: whether those of the tokens are kept.
+    Returns: for each prompt, in the order given, its samples.
+    Raises: ConfigError for an empty prompt or one that fills the context; ModelError for int8 where the model has no
+      such products.
+    """
+    if not prompts:
+        return []
+    decoder = decoder_of(model, config.precision, max(map(len, prompts)) + config.max_new_tokens)
+    _check(prompts, decoder.context)
+    limits = GenerationConfig(max_running=config.batch_size, kv_bytes=1 << 62, prefill_tokens=PREFILL_TOKENS)
+    generator = Generator(decoder, PrefixCache(CACHE_BYTES if decoder.has_blocks else 0, 64, ""), limits)
+    numbers = range(len(prompts)) if keys is None else keys
+    done = [[Completion([], False) for _ in range(config.num_samples)] for _ in prompts]
+    waiting = deque(
+        (_job(prompt, config, decoder.context, stop_ids, (seed, number, sample), log_probs), completion)
+        for prompt, number, row in zip(prompts, numbers, done, strict=True)
+        for sample, completion in enumerate(row)
+    )
+    running: dict[int, Completion] = {}
+    while waiting or running:
+        # Together, since reading a few prompts costs a pass over the weights.
+        if waiting and 8 * (config.batch_size - len(running)) >= config.batch_size:
+            for job, found in [waiting.popleft() for _ in range(min(config.batch_size - len(running), len(waiting)))]:
+                running[generator.add(job)] = found
+        ended = _step(generator, running)
+        if ended:
+            advance(ended)
+    return done
+
+
+def _step(generator: Generator, running: dict[int, Completion]) -> int:
+    """Go on with all texts; how many are over."""
+    ended = 0
+    for progress in generator.step():
+        completion = running[progress.job]
+        for drawn in progress.tokens:
+            completion.token_ids.append(drawn.token)
+            if drawn.log_prob is not None:
+                completion.log_probs.append(drawn.log_prob)
+        if progress.finish is not None:
+            completion.stopped = progress.finish == "stop"
+            del running[progress.job]
+            ended += 1
+    return ended
+
+
+def _job(
+    prompt: Sequence[int],
+    config: SamplingConfig,
+    context: int,
+    stop_ids: Sequence[int],
+    seed: tuple[int, ...],
+    log_probs: bool,
+) -> Job:
+    return Job(
+        prompt=prompt,
+        max_tokens=min(config.max_new_tokens, context - len(prompt)),
+        sampling=config.draws(*seed),
+        end_tokens=frozenset(stop_ids),
+        top_log_probs=0 if log_probs else None,
+        log_prob_temperature=config.temperature or 1.0,
+    )
+
+
+def _check(prompts: Sequence[Sequence[int]], context: int) -> None:
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise ConfigError(
+                f"prompt {index} has {len(prompt)} tokens; expected at least 1 and fewer than the {context} tokens of "
+                "the model's context."
+            )
