@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -201,22 +201,28 @@ def _check_finite(model: nn.Module, name: str) -> None:
             raise ModelError(f"{name}: weight {parameter_name} holds NaN or infinity; the file is damaged.")
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Loading bars and advice of transformers off: the project has its own.
+    """Loading bars and advice of transformers off within the block: the project has its own.
 
     The bar of its GGUF reader knows no switch, so standard error is held back for the length of a load; what goes wrong
-    is an exception all the same.
+    is an exception all the same. All of this is the process's, so one thread at a time is quiet: of two that overlap,
+    the last to leave would put back what the first had put there.
     """
-    verbosity = transformers.logging.get_verbosity()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    with _ONE_AT_A_TIME:
+        verbosity, has_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+            if has_bars:
+                transformers.logging.enable_progress_bar()
 
 
 def _one_line(error: BaseException) -> str:

@@ -21,6 +21,7 @@ import torch
 
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.runner.outcome import Outcome, name_of
+from limbeck.runner.threads import threads
 
 Item = TypeVar("Item")
 RETRIES = 3
@@ -124,7 +125,7 @@ _shared: dict[bytes, Any] = {}
 
 
 def _work(
-    directory: str, threads: int, key: bytes, prepare: Callable[[], Any] | None, function: Callable[..., Any], item: Any
+    directory: str, cores: int, key: bytes, prepare: Callable[[], Any] | None, function: Callable[..., Any], item: Any
 ) -> Outcome:
     """One part, in a worker."""
     try:
@@ -137,11 +138,11 @@ def _work(
                 "that all machines of the cluster share."
             ),
         )
-    torch.set_num_threads(threads)
-    if key not in _shared:
-        _shared.clear()
-        prepared = Outcome(None) if prepare is None else Outcome.of(prepare)
-        if prepared.error is not None:
-            return prepared
-        _shared[key] = prepared.value
-    return Outcome.of(function, _shared[key], item)
+    with threads(cores):
+        if key not in _shared:
+            _shared.clear()
+            prepared = Outcome(None) if prepare is None else Outcome.of(prepare)
+            if prepared.error is not None:
+                return prepared
+            _shared[key] = prepared.value
+        return Outcome.of(function, _shared[key], item)

@@ -9,6 +9,7 @@ import uvicorn
 
 from limbeck.errors import ConfigError
 from limbeck.progress import console
+from limbeck.runner.threads import threads
 from limbeck.serve.app import make_app
 from limbeck.serve.config import ServeConfig
 from limbeck.serve.gate import Gate
@@ -41,7 +42,11 @@ class Server(uvicorn.Server):
 def serve(config: ServeConfig) -> None:
     """Load the model and answer requests until SIGTERM or SIGINT."""
     listener = bind(config)
-    service = Service(config)
+    with threads(config.num_threads):
+        _serve(config, Service(config), listener)
+
+
+def _serve(config: ServeConfig, service: Service, listener: socket.socket) -> None:
     gate = Gate(make_app(service), config.limits, config.api_key)
     server = Server(
         uvicorn.Config(gate, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="on"), gate

@@ -11,8 +11,6 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.config import build
 from limbeck.engine.backends import load_decoder
@@ -41,8 +39,6 @@ class Service:
 
     def __init__(self, config: ServeConfig) -> None:
         """Loads the model. Raises: ModelError."""
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         self.config, self.limits = config, config.limits
         self.name = config.name or config.model
         self.created = int(time.time())
