@@ -105,8 +105,7 @@ def check(found: dict[str, float], gate: GateConfig) -> list[str]:
 def _log_probs(model: Any, ids: Tensor, predicted: Tensor) -> Tensor:
     positions = torch.arange(ids.shape[1])[None].expand_as(ids)
     hidden = hidden_states(model, ids, positions)[:, :-1].flatten(0, 1)[predicted]
-    head = head_of(model)
-    return torch.nn.functional.linear(hidden, head.weight, head.bias).float().log_softmax(-1)
+    return head_of(model).logits(hidden).float().log_softmax(-1)
 
 
 def _sums(log_p: Tensor, log_q: Tensor, targets: Tensor, labels: Sequence[int]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from limbeck.compress.calibrate import Rows
 from limbeck.distill.divergence import forward_kl
 from limbeck.errors import CompressionError
 from limbeck.models.anatomy import backbone_of, causal_lm_of, head_of
+from limbeck.models.probe import logit_scale
 
 LossName = Literal["forward_kl", "cross_entropy"]
 _LOGITS_BYTES = 64 << 20
@@ -79,11 +80,7 @@ class Passes:
         return -log_probs.gather(1, targets[:, None]).sum(dtype=torch.float64)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
-        cap = getattr(self._lm.config, "final_logit_softcapping", None)
-        if cap is None:
-            head_of(self._lm)  # refuses models that do more to their logits
-        logits = self._lm.lm_head(hidden).float()
-        return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+        return head_of(self._lm).logits(hidden * logit_scale(self._lm)).float().log_softmax(-1)
 
     @torch.no_grad()
     def _record(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]], Tensor]:

@@ -69,6 +69,7 @@ def fused_loss(
     labels: Tensor,
     *,
     head_bias: Tensor | None = None,
+    head_softcap: float | None = None,
     ce_coef: Tensor,
     kd_coef: Tensor,
     targets: OneTeacherTargets | None,
@@ -97,6 +98,7 @@ def fused_loss(
         head_weight: [V D].
         labels: int64 [N], the next tokens; any value where ce_coef is 0.
         head_bias: [V].
+        head_softcap: c of the student's logits c tanh(logits / c).
         ce_coef: float [N], weight of each CE term.
         kd_coef: float [N], weight of each KD term.
         targets: the teacher at the same N positions, not read where kd_coef is 0; None: text only.
@@ -126,7 +128,8 @@ def fused_loss(
     with torch.no_grad():
         kd_coef = kd_coef.to(compute) * (temperature**2 if scale_by_temperature_squared else 1.0)
         rows, softmax = make_rows(labels, ce_coef.to(compute), kd_coef, vocab), part or WHOLE
-        student = ChunkedLogits(hidden, Head(head_weight, head_bias), softmax.entries(vocab), softmax.largest)
+        head = Head(head_weight, head_bias, head_softcap)
+        student = ChunkedLogits(hidden, head, softmax.entries(vocab), softmax.largest)
         teacher = _reader(targets, kd_coef, vocab, Distance(divergence.bind(), temperature, softmax))
         index, sums = rows.used(), kd_coef.new_zeros(2)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -199,7 +202,10 @@ def _blocks(
     for start in range(0, len(logits), size):
         block = slice(start, start + size)
         finished = student.finish(logits[block], compute)
+        slope = student.slope(finished)
         yield block, finished
+        if slope is not None:
+            finished.mul_(slope)
         if finished.dtype != logits.dtype:
             logits[block] = finished
 

@@ -48,6 +48,7 @@ class Distillation:
                     head.weight,
                     given.labels(supervised.rows),
                     head_bias=head.bias,
+                    head_softcap=head.softcap,
                     ce_coef=ce_coef,
                     kd_coef=kd_coef,
                     targets=targets,

@@ -161,9 +161,9 @@ def _open_cache(teacher: TeacherConfig, directory: Path, device: torch.device) -
         )
     if not needs_head:
         return TeacherCache(directory)
-    weight, bias = head_of(load_model(name, getattr(torch, spec.dtype)))
-    weight, bias = weight.detach()[: spec.vocab_size], None if bias is None else bias.detach()[: spec.vocab_size]
-    return TeacherCache(directory, Head(weight.to(device), None if bias is None else bias.to(device)))
+    head = head_of(load_model(name, getattr(torch, spec.dtype))).rows(slice(spec.vocab_size))
+    bias = None if head.bias is None else head.bias.detach().to(device)
+    return TeacherCache(directory, Head(head.weight.detach().to(device), bias, head.softcap))
 
 
 def check_pair(config: LoopConfig, student: Any, tokenizer: Any) -> None:

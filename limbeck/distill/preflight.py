@@ -14,7 +14,6 @@ import numpy as np
 
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import PairError, TemplateError
-from limbeck.models.anatomy import head_of
 from limbeck.models.load import load_tokenizer, vocabulary_size
 from limbeck.progress import console
 from limbeck.traces.batch import Example
@@ -72,7 +71,6 @@ def report(config: DistillConfig, student: Any, tokenizer: Any, examples: Sequen
         "start_marker_tokens": markers["start_marker"],
         "end_marker_tokens": markers["end_marker"],
         "vocabulary_tokens": vocabulary_size(tokenizer),
-        "padded_vocabulary_rows": head_of(student).weight.shape[0] - vocabulary_size(tokenizer),
         "pad_is_end_of_turn": tokenizer.pad_token_id in ends,
         "end_of_turn_trained_fraction": float(np.mean(trained)) if trained else 0.0,
     }

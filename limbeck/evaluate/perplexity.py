@@ -163,15 +163,15 @@ def _batches(windows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 def _row_logits(model: nn.Module, batch: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """float32 [n V] logits before every predicted token of a batch, some rows at a time."""
-    weight, bias = head_of(model)
+    head = head_of(model)
     width = max(map(len, batch))
     padded = [[*ids, *[ids[-1]] * (width - len(ids))] for ids in batch]
-    input_ids = torch.tensor(padded, device=weight.device)
-    positions = torch.arange(width, device=weight.device).expand_as(input_ids)
+    input_ids = torch.tensor(padded, device=head.weight.device)
+    positions = torch.arange(width, device=head.weight.device).expand_as(input_ids)
     hidden = hidden_states(model, input_ids, positions)
     rows = torch.cat([states[: len(ids) - 1] for states, ids in zip(hidden, batch, strict=True)])
     for part in rows.split(_HEAD_ROWS):
-        yield nn.functional.linear(part, weight, bias).float()
+        yield head.logits(part).float()
 
 
 def _divergence(expected: Tensor, log_probs: Tensor) -> Tensor:

@@ -9,25 +9,20 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from limbeck.errors import ModelError
+from limbeck.models import layouts
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.lean import can_run, packed_rows, plan_packed
+from limbeck.models.parts import Head as Head
+from limbeck.models.parts import causal_lm_of as causal_lm_of
+from limbeck.models.parts import decoder_of, output_layer_of, text_config
+from limbeck.models.probe import Verdict, ask, logit_scale
+from limbeck.models.probe import head_of as head_of
 
-SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Config fields that say the logits are more than a product with the head."""
 _FIRST_PRODUCTS = re.compile(r"layers\.0\.self_attn\.(q|k|v|qkv)_proj(\.base_layer|\.lora_A\.\w+)?$")
 """Names of the linear layers that read the embeddings directly."""
 _BEHIND_ATTENTION = r"layers\.{}\.(?:self_attn\.o_proj|mlp\.\w+)$"
 _LAST_PRODUCT = re.compile(r"down_proj(\.lora_B\.\w+)?$")
 """Names of the linear layers that end a decoder layer."""
-
-
-class Head(NamedTuple):
-    """The output projection: logits = hidden @ weight.T (+ bias)."""
-
-    weight: Tensor
-    """[V D]."""
-    bias: Tensor | None
-    """[V]."""
 
 
 class Computed(NamedTuple):
@@ -71,55 +66,53 @@ class Sizes(NamedTuple):
     """Whether the head needs a gradient."""
 
 
-def causal_lm_of(model: Any) -> Any:
-    """The transformers model inside, below a LoRA wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The part that turns token ids into last hidden states."""
-    lm = causal_lm_of(model)
-    backbone = getattr(lm, "model", None)
-    if backbone is None or not hasattr(lm, "lm_head"):
-        raise ModelError(
-            f"{type(lm).__name__} has no backbone `model` and head `lm_head`; supported are Llama-type models "
-            "(Llama, Mistral, Qwen2, Qwen3, SmolLM2 ...)."
-        )
-    return backbone
+    """The decoder of a Llama-type model, whose layers are a list behind embeddings, for what goes through them.
 
-
-def head_of(model: nn.Module) -> Head:
-    """The output projection.
-
-    Raises: ModelError when the model does more to its logits than multiply and add.
+    Raises: ModelError for a model that is laid out otherwise.
     """
     lm = causal_lm_of(model)
-    backbone_of(model)
-    for field in SOFTCAP_FIELDS:
-        if getattr(lm.config, field, None) not in (None, 1, 1.0):
-            raise ModelError(
-                f"{type(lm).__name__} changes its logits ({field} is set); only a plain head is supported."
-            )
-    return Head(lm.lm_head.weight, getattr(lm.lm_head, "bias", None))
+    backbone: Any = getattr(lm, "model", None)
+    if not (hasattr(lm, "lm_head") and hasattr(backbone, "layers") and hasattr(backbone, "embed_tokens")):
+        raise ModelError(
+            f"{type(lm).__name__} has no backbone `model` with layers and a head `lm_head`; only Llama-type models "
+            "are supported here (Llama, Mistral, Qwen2, Qwen3, SmolLM2 ...)."
+        )
+    return backbone
 
 
 def hidden_states(
     model: nn.Module, input_ids: Tensor, positions: Tensor, sequence_lengths: Sequence[int] | None = None
 ) -> Tensor:
-    """Last hidden states [B T D] of a batch.
+    """Last hidden states [B T D] of a batch, times the factor that the model's logits have.
 
     Args:
-      model: a causal LM; packed batches need it loaded with the packed attention.
+      model: a causal LM.
       input_ids: int64 [B T].
       positions: int64 [B T], restarting with every sequence.
-      sequence_lengths: lengths of the packed sequences of the one row; None for a right-padded batch.
+      sequence_lengths: lengths of the packed sequences of the one row, which are run in the fastest layout that is
+        right for the model; None for a right-padded batch, which is run as it is.
+    Raises: ModelError for a padded batch of a model that is right with its sequences alone only.
     """
-    extra: dict[str, Any] = {}
+    verdict, decoder = ask(model), decoder_of(model)
     if sequence_lengths is not None:
-        if causal_lm_of(model).config._attn_implementation != PACKED_ATTENTION:
-            raise ModelError("packed batches need the packed attention; load the model with layout packed.")
-        extra["sequence_lengths"] = tuple(sequence_lengths)
-    return backbone_of(model)(input_ids=input_ids, position_ids=positions, use_cache=False, **extra).last_hidden_state
+        hidden = layouts.run(decoder, input_ids, sequence_lengths, _way(model, verdict))
+    else:
+        if not verdict.pads and len(input_ids) > 1:
+            raise ModelError(
+                f"{type(causal_lm_of(model)).__name__}: padding changes its results ({verdict.reason}); set layout "
+                "packed, which then runs every sequence alone."
+            )
+        hidden = layouts.call(decoder, input_ids, positions)
+    scale = logit_scale(model)
+    return hidden if scale == 1.0 else hidden * scale
+
+
+def _way(model: nn.Module, verdict: Verdict) -> layouts.Way:
+    """Packed only with the attention that keeps sequences apart: a model that reads masks is padded instead."""
+    if verdict.way == "packed" and causal_lm_of(model).config._attn_implementation != PACKED_ATTENTION:
+        return "padded" if verdict.pads else "alone"
+    return verdict.way
 
 
 def hidden_rows(
@@ -134,9 +127,9 @@ def hidden_rows(
     Args:
       rows: int64 [N], increasing flat indices into [B T]; the other arguments as for `hidden_states`.
     """
-    if sequence_lengths is not None and can_run(backbone_of(model)):
+    if sequence_lengths is not None and ask(model).is_lean and can_run(decoder_of(model)):
         plan = plan_packed(input_ids[0], sequence_lengths, rows)
-        hidden = packed_rows(backbone_of(model), input_ids[0], positions[0], plan)
+        hidden = packed_rows(decoder_of(model), input_ids[0], positions[0], plan)
         return hidden, Computed(len(plan.kept), len(rows), plan.attention_pairs)
     hidden = hidden_states(model, input_ids, positions, sequence_lengths).flatten(0, 1)[rows]
     width = input_ids.shape[1]
@@ -150,8 +143,8 @@ def sizes_of(model: nn.Module, vocab_size: int | None = None) -> Sizes:
       model: a causal LM, trainable parameters marked and checkpointing switched on where it will be.
       vocab_size: the tokenizer's real vocabulary where the head has padding rows beyond it.
     """
-    backbone, head = backbone_of(model), head_of(model)
-    config: Any = causal_lm_of(model).config
+    backbone, head = decoder_of(model), output_layer_of(model)
+    config: Any = text_config(causal_lm_of(model).config)
     linear = _linear_weights(backbone)
     whole, last = _count(linear), re.compile(_BEHIND_ATTENTION.format(config.num_hidden_layers - 1))
     is_recomputed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())

@@ -28,11 +28,13 @@ from transformers.cache_utils import Cache
 
 from limbeck.config import checked
 from limbeck.errors import ConfigError, ModelError
-from limbeck.models.anatomy import SOFTCAP_FIELDS, causal_lm_of
+from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.cache import Source, empty_cache, gather_rows, shrink
 from limbeck.models.lean import can_run
 from limbeck.models.lean_decode import next_logits
+from limbeck.models.parts import LogitForm
+from limbeck.models.probe import ask
 from limbeck.models.sampling import choose_tokens
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -314,8 +316,9 @@ def _decoding(model: nn.Module) -> Iterator[None]:
 def _is_lean(model: nn.Module) -> bool:
     """Whether the lean step computes what the model does: a plain float32 Llama on a CPU with a plain head."""
     lm = causal_lm_of(model)
-    has_plain_head = not any(getattr(lm.config, field, None) not in (None, 1, 1.0) for field in SOFTCAP_FIELDS)
-    return has_plain_head and hasattr(lm, "model") and can_run(lm.model)
+    if not (hasattr(lm, "model") and can_run(lm.model)):
+        return False
+    return ask(model).is_lean and ask(model).form == LogitForm()
 
 
 def _context_tokens(model: nn.Module) -> int:

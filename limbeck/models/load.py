@@ -18,8 +18,11 @@ from torch import nn
 from limbeck.checkpoint import hash_path
 from limbeck.errors import ModelError, nearest
 from limbeck.models.attention import PACKED_ATTENTION
+from limbeck.models.parts import causal_lm_of, decoder_of, output_layer_of, text_config
+from limbeck.models.probe import Verdict, ask_config
 from limbeck.models.quantized import Quantization, load_quantized, quantization_of
 from limbeck.models.tiny import ScratchConfig, scratch_model, symbol_tokenizer
+from limbeck.progress import console
 
 DATA = Path(__file__).parent / "data"
 BUILT_IN = ("tiny-teacher", "tiny-student")
@@ -97,13 +100,16 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "
     """
     place = locate(name)
     quantization = quantization_at(name)
-    attention = PACKED_ATTENTION if layout == "packed" else "sdpa"
     with quiet():
         try:
+            kind = _kind_of(place)
+            verdict = ask_config(kind.model, kind.config)
+            packs = layout == "packed" and verdict.way == "packed"
+            attention = PACKED_ATTENTION if packs else verdict.attention
             if quantization is not None:
                 model, info = load_quantized(Path(place.path), quantization, dtype, attention, rounds)
             else:
-                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                model, info = kind.auto.from_pretrained(
                     place.path,
                     gguf_file=place.gguf_file,
                     dtype=dtype,
@@ -112,15 +118,97 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "
                     use_safetensors=None if place.gguf_file else True,
                     output_loading_info=True,
                 )
-        except ModelError:
-            raise
+        except ModelError as error:
+            raise error if str(error).startswith(name) else ModelError(f"{name}: {error}") from error
         except Exception as error:  # transformers raises many kinds; each becomes one line with its cause kept
             raise ModelError(f"{name}: cannot load the model ({_one_line(error)}).") from error
     if place.gguf_file:
         _forget_quantizer(model)
     _check_complete(info, name)
     _check_finite(model, name)
-    return model.eval()
+    if layout == "packed" and not packs:
+        _say_slower(name, verdict)
+    return _without_padding_rows(text_part(model, name), name).eval()
+
+
+class _Kind(NamedTuple):
+    """How transformers loads a directory."""
+
+    auto: Any
+    """The auto class that knows its config."""
+    model: type[Any]
+    config: Any
+
+
+def _kind_of(place: Location) -> _Kind:
+    config = transformers.AutoConfig.from_pretrained(
+        place.path, gguf_file=place.gguf_file, local_files_only=place.is_local
+    )
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            model = auto._model_mapping[type(config)]
+            # A class of text models reads the text part of a config that has several.
+            own = config if model.config_class is type(config) else text_config(config)
+            return _Kind(auto, model, own)
+    raise ModelError(f"model_type {config.model_type!r} is of no causal language model that transformers knows.")
+
+
+def text_part(model: Any, name: str) -> Any:
+    """The text model of one of several modalities where transformers has it, weights shared; any other as it is."""
+    text = text_config(model.config)
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if text is model.config or type(text) not in mapping:
+        return model
+    with torch.device("meta"):
+        alone = mapping[type(text)]._from_config(text)
+    if type(decoder_of(alone)) is not type(decoder_of(model)):
+        return model
+    alone.model, alone.lm_head = decoder_of(model), output_layer_of(model)
+    alone.config.tie_word_embeddings = alone.lm_head.weight is alone.model.get_input_embeddings().weight
+    alone.generation_config = model.generation_config
+    console.print(
+        f"note: {name}: its text part is taken, what sees or hears is left out.", markup=False, soft_wrap=True
+    )
+    return alone
+
+
+def _say_slower(name: str, verdict: Verdict) -> None:
+    how = "padded in groups of like length" if verdict.way == "padded" else "one at a time"
+    console.print(
+        f"note: {name}: sequences are run {how}, which is slower than packed and right ({verdict.reason}).",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@torch.no_grad()
+def _without_padding_rows(model: Any, name: str) -> Any:
+    """Head and embeddings cut to the ids that the tokenizer has: the rows beyond are never trained, drawn or read."""
+    try:
+        rows = vocabulary_size(load_tokenizer(name))
+    except ModelError:
+        return model
+    cut_rows(model, rows)
+    return model
+
+
+def cut_rows(model: Any, rows: int) -> None:
+    """Keep the first `rows` rows of head and embeddings, in place; shared ones stay shared."""
+    head, embeddings = output_layer_of(model), causal_lm_of(model).get_input_embeddings()
+    if len(head.weight) <= rows or type(head) is not nn.Linear or len(embeddings.weight) != len(head.weight):
+        return
+    is_tied = head.weight is embeddings.weight
+    for layer in (embeddings, head):
+        layer.weight = nn.Parameter(layer.weight[:rows].clone(), requires_grad=layer.weight.requires_grad)
+    if is_tied:
+        head.weight = embeddings.weight
+    if head.bias is not None:
+        head.bias = nn.Parameter(head.bias[:rows].clone(), requires_grad=head.bias.requires_grad)
+    head.out_features = embeddings.num_embeddings = rows
+    for config in (model.config, text_config(model.config)):
+        if hasattr(config, "vocab_size"):
+            config.vocab_size = rows
 
 
 def load_tokenizer(name: str) -> Any:
@@ -150,6 +238,7 @@ def vocabulary_size(tokenizer: Any) -> int:
 def load_scratch(config: ScratchConfig, layout: Layout = "padded", tokenizer: Any = None) -> tuple[Any, Any]:
     """A randomly initialised model for the given tokenizer, or for the built-in one, and that tokenizer."""
     model = scratch_model(config, tokenizer)
+    cut_rows(model, vocabulary_size(symbol_tokenizer() if tokenizer is None else tokenizer))
     if layout == "packed":
         model.set_attn_implementation(PACKED_ATTENTION)
     return model.eval(), symbol_tokenizer() if tokenizer is None else tokenizer

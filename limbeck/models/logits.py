@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from limbeck.models.anatomy import Head
+from limbeck.models.parts import Head
 
 
 class ChunkedLogits:
@@ -13,7 +13,7 @@ class ChunkedLogits:
 
     def __init__(self, hidden: Tensor, head: Head, entries: int, largest: int | None = None) -> None:
         """Over the first `entries` rows of `head`; of a head in parts, `largest` is the most that a process has."""
-        weight, bias = head
+        weight, bias, self.softcap = head
         self.hidden = hidden.detach()
         self.weight = weight.detach()[:entries].to(_product_dtype(hidden, weight))
         self.bias = None if bias is None else bias.detach()[:entries]
@@ -34,15 +34,21 @@ class ChunkedLogits:
         return torch.mm(states, self.weight.T, out=self.buffer[: len(states)])
 
     def finish(self, logits: Tensor, compute: torch.dtype) -> Tensor:
-        """A block of `logits` with the bias added, in the compute type: in place where it has that type."""
+        """A block of `logits` with bias and cap, in the compute type: in place where it has that type."""
         logits = logits.to(compute)
-        return logits if self.bias is None else logits.add_(self.bias)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, finished: Tensor) -> Tensor | None:
+        """Derivative of finished logits z by what was capped, 1 - (z / c)^2; None without a cap."""
+        return None if self.softcap is None else 1 - (finished / self.softcap).square_()
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """All logits [N V] of hidden states [N D] at once, in float32 (float64 for float64 states): for small heads."""
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), *head)
+        logits = head.logits(hidden.to(head.weight.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -90,7 +90,7 @@ def assemble(model: nn.Module, empty: Any) -> Any:
 
 def whole_head(head: Head) -> Head:
     """The head with all of its rows; gradients by them are summed over the processes and handed back to their parts."""
-    return Head(_gathered(head.weight), None if head.bias is None else _gathered(head.bias))
+    return Head(_gathered(head.weight), None if head.bias is None else _gathered(head.bias), head.softcap)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

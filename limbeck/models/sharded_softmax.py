@@ -131,7 +131,7 @@ def part_of(weight: Tensor, vocab: int) -> ShardedSoftmax | None:
 
 def head_rows(head: Head, part: ShardedSoftmax) -> Head:
     """The rows of a head that belong to `part`, with gradients for what trains."""
-    return Head(_rows(head.weight, part), None if head.bias is None else _rows(head.bias, part))
+    return Head(_rows(head.weight, part), None if head.bias is None else _rows(head.bias, part), head.softcap)
 
 
 def gather_parts(part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -31,7 +31,7 @@ YES, NO = 0, 1
 def label_head(head: Head, labels: Labels) -> Head:
     """The rows of a head that score yes and no, [2 D] and [2]; gradients reach the whole head through them."""
     rows = torch.tensor(labels, device=head.weight.device)
-    return Head(head.weight[rows], None if head.bias is None else head.bias[rows])
+    return head.rows(rows)
 
 
 def log_odds(logits: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ class RankingObjective:
                 head.weight,
                 answers,
                 head_bias=head.bias,
+                head_softcap=head.softcap,
                 ce_coef=ce_coef,
                 kd_coef=kd_coef,
                 targets=of_one,

@@ -65,14 +65,9 @@ def _last_state(model: Any, pair: np.ndarray) -> Tensor:
 
 
 def _scores(model: Any, states: Tensor, labels: Labels, vocab_size: int | None) -> Scores:
-    weight, bias = head_of(model)
-    chosen = torch.tensor(labels, device=weight.device)
-    logits = _logits(states, weight[chosen], None if bias is None else bias[chosen])
-    everything = _logits(states, weight[:vocab_size], None if bias is None else bias[:vocab_size])
+    head = head_of(model)
+    logits = head.rows(torch.tensor(labels, device=head.weight.device)).logits(states).float()
+    everything = head.rows(slice(vocab_size)).logits(states).float()
     log_odds = logits[:, 0] - logits[:, 1]
     mass = (torch.logsumexp(logits, -1) - torch.logsumexp(everything, -1)).exp()
     return Scores(log_odds, torch.sigmoid(log_odds), mass)
-
-
-def _logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(states, weight, bias).float()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.models.anatomy import Head
 from limbeck.models.logits import ChunkedLogits, logits_of
+from limbeck.models.parts import Head
 from limbeck.teacher.targets import Distance, OneTeacherTargets, TargetReader, by_logits_, cooled, entropy_of
 
 CHUNK_ROWS = 256
@@ -26,6 +26,8 @@ class DenseTargets(OneTeacherTargets):
     """[V_teacher D_teacher]."""
     head_bias: Tensor | None = None
     """[V_teacher]."""
+    head_softcap: float | None = None
+    """c of logits c tanh(logits / c)."""
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -33,7 +35,7 @@ class DenseTargets(OneTeacherTargets):
     @property
     def head(self) -> Head:
         """The teacher's head."""
-        return Head(self.head_weight, self.head_bias)
+        return Head(self.head_weight, self.head_bias, self.head_softcap)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> DenseTargets:
         return DenseTargets(change(self.hidden), *self.head)
@@ -42,9 +44,7 @@ class DenseTargets(OneTeacherTargets):
         return DenseTargets(self.hidden, *change(self.head))
 
     def over(self, entries: Tensor) -> DenseTargets:
-        return DenseTargets(
-            self.hidden, self.head_weight[entries], None if self.head_bias is None else self.head_bias[entries]
-        )
+        return DenseTargets(self.hidden, *self.head.rows(entries))
 
     def logits(self) -> Tensor:
         return logits_of(self.hidden, self.head)

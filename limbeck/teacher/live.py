@@ -33,4 +33,4 @@ class LiveTeacher:
         if examples:
             ledger.add_flops(teacher=flops)
         head = head_of(self.model)
-        return DenseTargets(hidden, head.weight, head.bias)
+        return DenseTargets(hidden, *head)

@@ -75,11 +75,10 @@ def _record(model: Any, spec: Spec, member: Stored, hidden: Tensor, sample: dict
         sample["mass"] += float(sampled)
         return hidden.contiguous().cpu().view(torch.uint8).numpy().tobytes()
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(member.ids.tobytes()).digest()[:7]))
-    weight, bias = head_of(model)
-    weight, bias = weight[: spec.vocab_size], None if bias is None else bias[: spec.vocab_size]
+    head = head_of(model).rows(slice(spec.vocab_size))
     parts = []
     for rows in hidden.split(_HEAD_ROWS):
-        log_probs = torch.nn.functional.linear(rows, weight, bias).float().log_softmax(-1).cpu()
+        log_probs = head.logits(rows).float().log_softmax(-1).cpu()
         if spec.config.mode == "sampled":
             entries = draw(log_probs, spec.config.num_samples, generator)
         else:

@@ -30,6 +30,7 @@ from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
 from limbeck.models.anatomy import Computed, Sizes, backbone_of, head_of, sizes_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
+from limbeck.models.probe import logit_scale
 from limbeck.progress import bar
 from limbeck.traces.counts import tell
 from limbeck.traces.render import PROBED_CHARS, Located, RenderConfig, render_located, tokens_until
@@ -200,7 +201,7 @@ def answer_log_probs(
         cache.crop(-len(flat))
         starts = np.cumsum([0, *(len(tail.ids) for tail in part)])
         places = torch.tensor([int(s) + i for s, tail in zip(starts, part, strict=False) for i in tail.scored])
-        logits = torch.nn.functional.linear(hidden[places - 1], head.weight, head.bias)[:, : sizes.vocab_size].float()
+        logits = head.logits(hidden[places - 1] * logit_scale(model))[:, : sizes.vocab_size].float()
         values = torch.log_softmax(logits, -1).gather(1, flat[places][:, None])[:, 0].double()
         attention = 4 * sizes.attention_width * len(flat) * (prefix + len(flat))
         products = 2 * sizes.linear_weights * len(flat)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import (
     CPU,
     assert_same_gradients,
@@ -246,22 +246,15 @@ def test_a_step_without_supervision_leaves_the_weights(tmp_path):
 
 def test_padded_vocabulary_holds_no_mass(tmp_path):
     narrow, wide = save_model(tmp_path / "49", vocab_size=49), save_model(tmp_path / "64", vocab_size=64)
-    rows = load_file(tmp_path / "49/model.safetensors")["model.embed_tokens.weight"]
-    model = load_model(wide)
     state = load_file(tmp_path / "49/model.safetensors")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:49] = rows
-        model.get_input_embeddings().weight[49:] = 9.0
-        for name, parameter in model.named_parameters():
-            if "embed" not in name:
-                parameter.copy_(state[name])
-    model.save_pretrained(wide)
+    rows = torch.nn.functional.pad(state["model.embed_tokens.weight"], (0, 0, 0, 15), value=9.0)
+    save_file(state | {"model.embed_tokens.weight": rows}, tmp_path / "64/model.safetensors", {"format": "pt"})
     for changes in ({}, {"loss.kd_ratio": 1.0}):
         teach = {"teacher.model": wide} if changes else {}
         small = one_step(run_config({"student.model": narrow, **teach, **changes}))
         large = one_step(run_config({"student.model": wide, **teach, **changes}))
         assert large.loss == pytest.approx(small.loss, rel=1e-6, abs=1e-7)
-        assert large.gradients["model.embed_tokens.weight"][49:].abs().max() == 0
+        assert torch.allclose(*(s.gradients["model.embed_tokens.weight"] for s in (small, large)), atol=1e-7)
 
 
 def test_frozen_head_gets_no_gradient(untied, teacher):
@@ -284,7 +277,7 @@ def test_lora_trains_adapters_only_and_merges(tmp_path, untied):
     train.run(run_config(changes), None, tmp_path / "out")
     before, after = weights_of_directory(untied), weights_of(tmp_path / "out")
     assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = {name for name in before if not torch.equal(before[name][: len(after[name])], after[name])}
     assert changed == {name for name in before if "_proj" in name}
     assert load_model(str(tmp_path / "out")).num_parameters() == load_model(untied).num_parameters()
     ids = torch.arange(12)[None]

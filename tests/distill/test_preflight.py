@@ -55,7 +55,7 @@ def test_the_manifest_says_what_was_found(tmp_path, capsys):
     whole = {**cut, "truncation.keep_ending": True}
     facts = train.run(run_config(whole), None, tmp_path / "whole").manifest["counts"]["preflight"]
     assert facts["end_of_turn_trained_fraction"] == 1.0
-    assert facts["start_marker_tokens"] >= 1 and facts["padded_vocabulary_rows"] == 7
+    assert facts["start_marker_tokens"] >= 1
 
 
 def test_markers_of_several_tokens_are_named():

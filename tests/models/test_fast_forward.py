@@ -10,6 +10,7 @@ from limbeck.ledger import backbone_backward_flops, backbone_forward_flops, flop
 from limbeck.models.anatomy import hidden_rows, sizes_of
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.lean import can_run, packed_rows, plan_packed
+from limbeck.models.probe import ask
 
 VOCAB = 61
 
@@ -97,6 +98,7 @@ def test_ledger_formulas_match_what_is_counted(prefix: int, pairs: int) -> None:
     lengths, model = [9, 20, 12], llama()
     ids, positions = packed(lengths, prefix)
     rows = torch.tensor([5, 6, 12, 15, 19, 35, 36])
+    ask(model)
     with flop_counter() as counter:
         hidden, computed = hidden_rows(model, ids[None], positions[None], rows, lengths)
         hidden.sum().backward()

@@ -7,6 +7,7 @@ from made_models import FAMILIES, made_model
 
 from limbeck.models import anatomy
 from limbeck.models.attention import PACKED_ATTENTION
+from limbeck.models.parts import Head
 from limbeck.ranking import score
 from limbeck.ranking.featurize import EncodedRequest, Labels
 from limbeck.ranking.score import score_request
@@ -58,8 +59,8 @@ def test_only_answer_positions_reach_the_head(monkeypatch):
     lm, made = made_model("llama"), request()
     lm.set_attn_implementation(PACKED_ATTENTION)
     seen = []
-    whole = score._logits
-    monkeypatch.setattr(score, "_logits", lambda h, w, b: seen.append((len(h), len(w))) or whole(h, w, b))
+    whole = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda head, h: seen.append((len(h), len(head.weight))) or whole(head, h))
     score_request(lm, made, LABELS)
     assert seen == [(4, 2), (4, 96)]
 
