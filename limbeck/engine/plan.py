@@ -81,7 +81,7 @@ def _fastest(call: Callable[[], object], repeats: int) -> float:
     return best
 
 
-class Work(NamedTuple):
+class PrefixAndItems(NamedTuple):
     """One prefix and all items behind it."""
 
     spans: list[tuple[int, int]]
@@ -111,7 +111,7 @@ class Plan(NamedTuple):
     """By the cost model."""
 
 
-def single(works: Sequence[Work], pass_tokens: int) -> Iterator[list[Piece]]:
+def single(works: Sequence[PrefixAndItems], pass_tokens: int) -> Iterator[list[Piece]]:
     """A pass an item, its prefix before it; `pass_tokens` does not bind."""
     for number, work in enumerate(works):
         blocks = _blocks(number, work, 0)
@@ -119,7 +119,7 @@ def single(works: Sequence[Work], pass_tokens: int) -> Iterator[list[Piece]]:
             yield blocks + ([item] if item.span[0] < item.span[1] else [])
 
 
-def cached(works: Sequence[Work], pass_tokens: int) -> Iterator[list[Piece]]:
+def cached(works: Sequence[PrefixAndItems], pass_tokens: int) -> Iterator[list[Piece]]:
     """The prefixes, then a pass an item."""
     for number, work in enumerate(works):
         yield from _filled(_blocks(number, work, work.cached), pass_tokens)
@@ -127,19 +127,19 @@ def cached(works: Sequence[Work], pass_tokens: int) -> Iterator[list[Piece]]:
             yield [item]
 
 
-def shared(works: Sequence[Work], pass_tokens: int) -> Iterator[list[Piece]]:
+def shared(works: Sequence[PrefixAndItems], pass_tokens: int) -> Iterator[list[Piece]]:
     """The prefixes, then the items."""
     yield from _filled([b for n, work in enumerate(works) for b in _blocks(n, work, work.cached)], pass_tokens)
     yield from _filled([item for n, work in enumerate(works) for item in _items(n, work)], pass_tokens)
 
 
-def packed(works: Sequence[Work], pass_tokens: int) -> Iterator[list[Piece]]:
+def packed(works: Sequence[PrefixAndItems], pass_tokens: int) -> Iterator[list[Piece]]:
     """Prefixes, each with its items behind it."""
     pieces = [p for n, work in enumerate(works) for p in (*_blocks(n, work, work.cached), *_items(n, work))]
     yield from _filled(pieces, pass_tokens)
 
 
-PATHS: dict[str, Callable[[Sequence[Work], int], Iterator[list[Piece]]]] = {
+PATHS: dict[str, Callable[[Sequence[PrefixAndItems], int], Iterator[list[Piece]]]] = {
     "single": single,
     "cached": cached,
     "shared": shared,
@@ -147,7 +147,9 @@ PATHS: dict[str, Callable[[Sequence[Work], int], Iterator[list[Piece]]]] = {
 }
 
 
-def make_plan(works: Sequence[Work], costs: Costs, path: str = "auto", pass_tokens: int | None = None) -> Plan:
+def make_plan(
+    works: Sequence[PrefixAndItems], costs: Costs, path: str = "auto", pass_tokens: int | None = None
+) -> Plan:
     """The cheapest passes by the cost model.
 
     Args:
@@ -172,11 +174,11 @@ def _seconds(pieces: Sequence[Piece], costs: Costs) -> float:
     return costs.of_pass(sum(lengths), sum(n * piece.span[1] for n, piece in zip(lengths, pieces, strict=True)))
 
 
-def _blocks(number: int, work: Work, first: int) -> list[Piece]:
+def _blocks(number: int, work: PrefixAndItems, first: int) -> list[Piece]:
     return [Piece(number, span, None) for span in work.spans[first:]]
 
 
-def _items(number: int, work: Work, with_empty: bool = False) -> list[Piece]:
+def _items(number: int, work: PrefixAndItems, with_empty: bool = False) -> list[Piece]:
     end = work.spans[-1][1] if work.spans else 0
     return [Piece(number, (end, end + length), item) for item, length in enumerate(work.items) if length or with_empty]
 

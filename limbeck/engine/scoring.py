@@ -21,7 +21,7 @@ from torch import Tensor
 
 from limbeck.config import checked
 from limbeck.engine.backend import Backend
-from limbeck.engine.plan import Costs, Piece, Plan, Work, make_plan, measure_costs
+from limbeck.engine.plan import Costs, Piece, Plan, PrefixAndItems, make_plan, measure_costs
 from limbeck.engine.prefix_cache import Block, CacheStats, PrefixCache
 from limbeck.engine.requests import Request, Scores
 from limbeck.engine.states import Segment
@@ -99,8 +99,8 @@ class _Prefix:
         assert found is not None, "the plan left an item out"
         return found
 
-    def work(self) -> Work:
-        return Work(self.spans, len(self.chain), [len(item) for item in self.items])
+    def work(self) -> PrefixAndItems:
+        return PrefixAndItems(self.spans, len(self.chain), [len(item) for item in self.items])
 
     def load(self, decoder: Backend) -> None:
         """Room for the whole prefix, filled with the blocks that are there."""
@@ -257,7 +257,7 @@ def _segment(prefix: _Prefix, piece: Piece) -> Segment:
     return Segment(prefix.items[piece.item], prefix.states, start)
 
 
-def _usage(plan: Plan, works: Sequence[Work]) -> Usage:
+def _usage(plan: Plan, works: Sequence[PrefixAndItems]) -> Usage:
     computed = sum(piece.span[1] - piece.span[0] for pieces in plan.passes for piece in pieces)
     cached = 0 if plan.path == "single" else sum(w.spans[w.cached - 1][1] for w in works if w.cached)
     return Usage(plan.path, len(plan.passes), computed, cached)

@@ -18,7 +18,7 @@ from limbeck.pipeline.config import CHOOSE, EXPORT, QUANTIZE, RECOVER, SMOKE, TR
 from limbeck.pipeline.stage import OUT
 from limbeck.report.compressed import read_compressed
 from limbeck.report.pipeline import model_table, stage_table
-from limbeck.report.pipelined import Along, Step
+from limbeck.report.pipelined import Along, StageRow
 from limbeck.report.tables import markdown
 from limbeck.traces.hub import is_hub_id
 
@@ -40,7 +40,7 @@ def card_text(title: str, config: CardConfig, settings: Tree, recipe: str, metri
     """
     name = config.name or title
     models = [Along(row["name"], row["numbers"]) for row in metrics["models"]]
-    steps = [Step(r["stage"], r["ran"], r["measured"], r["predicted"] or {}) for r in metrics["stages"]]
+    steps = [StageRow(r["stage"], r["ran"], r["measured"], r["predicted"] or {}) for r in metrics["stages"]]
     parts = [
         f"---\n{_metadata(name, config, settings, models).to_yaml()}\n---\n",
         f"# {name}\n",

@@ -48,7 +48,7 @@ from limbeck.ranking.examples import pair_examples, plan_requests
 from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, encode_requests, write_request
 from limbeck.ranking.objective import RankingLossConfig, RankingObjective
 from limbeck.ranking.request import Request, Split
-from limbeck.ranking.vocabulary import train_tokenizer
+from limbeck.ranking.tokenizer import train_tokenizer
 from limbeck.traces.batch import Example
 
 

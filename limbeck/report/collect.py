@@ -16,10 +16,9 @@ from limbeck.errors import CheckpointError
 from limbeck.report.compressed import EVALUATION, STAGES, Compressed, read_compressed
 from limbeck.report.files import object_in, read_object
 from limbeck.report.pipelined import STAGE as PIPELINE
-from limbeck.report.pipelined import Along, read_models, read_steps, shown_by
-from limbeck.report.pipelined import Step as PipelineStep
+from limbeck.report.pipelined import Along, StageRow, read_models, read_steps, shown_by
 from limbeck.report.ranked import STAGE as RANKING
-from limbeck.report.ranked import Step, read_ranking
+from limbeck.report.ranked import RankedModel, read_ranking
 from limbeck.report.rows import FLOP_PARTS, PLACED_AXES, Row, row_of, rows_of
 
 SUMMARY = "summary.json"
@@ -51,9 +50,9 @@ class Evidence:
     sources: tuple[Source, ...]
     compressed: tuple[Compressed, ...] = ()
     """Pruned, quantised and recovered models, and those that they were made of."""
-    ranking: tuple[Step, ...] = ()
+    ranking: tuple[RankedModel, ...] = ()
     """Models of ranking pipelines."""
-    steps: tuple[PipelineStep, ...] = ()
+    steps: tuple[StageRow, ...] = ()
     """Stages of pipelines."""
     along: tuple[Along, ...] = ()
     """Models that pipelines scored along the way."""

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from limbeck.report.drawing import LIGHT, canvas, style
-from limbeck.report.pipelined import Along, Step
+from limbeck.report.pipelined import Along, StageRow
 from limbeck.report.plots import Plot
 from limbeck.report.tables import Table
 from limbeck.report.units import MISSING, Kind, scale_of, share
@@ -27,7 +27,7 @@ _COSTS: dict[str, tuple[str, Kind]] = {
 }
 
 
-def stage_table(steps: Sequence[Step]) -> Table:
+def stage_table(steps: Sequence[StageRow]) -> Table:
     """One line a stage: whether it ran, and every cost as expected and as measured."""
     columns: dict[str, Sequence[str]] = {"stage": [step.name for step in steps]}
     columns["last call"] = ["ran" if step.ran else "kept" for step in steps]
@@ -56,7 +56,7 @@ def model_table(models: Sequence[Along]) -> Table:
     return Table.of(columns)
 
 
-def pipeline_findings(steps: Sequence[Step], models: Sequence[Along]) -> list[str]:
+def pipeline_findings(steps: Sequence[StageRow], models: Sequence[Along]) -> list[str]:
     """What the last model has of the first, and what all of it took."""
     found = []
     scored = [model for model in models if model.numbers.get("accuracy") is not None]
@@ -78,7 +78,7 @@ def pipeline_findings(steps: Sequence[Step], models: Sequence[Along]) -> list[st
     return found
 
 
-def pipeline_plots(steps: Sequence[Step]) -> list[Plot]:
+def pipeline_plots(steps: Sequence[StageRow]) -> list[Plot]:
     """Seconds of every stage; none without a pipeline."""
     if not any(step.measured.get("seconds") for step in steps):
         return []
@@ -87,7 +87,7 @@ def pipeline_plots(steps: Sequence[Step]) -> list[Plot]:
     ]
 
 
-def _bars(steps: Sequence[Step]) -> Figure:
+def _bars(steps: Sequence[StageRow]) -> Figure:
     figure, axes = canvas(0.34 * len(steps) + 1.1)
     places = range(len(steps))
     measured = [step.measured.get("seconds") or 0.0 for step in steps]
@@ -104,7 +104,7 @@ def _bars(steps: Sequence[Step]) -> Figure:
     return figure
 
 
-def _off(step: Step) -> float:
+def _off(step: StageRow) -> float:
     return float(step.predicted["flops"]) / float(step.measured["flops"]) - 1
 
 

@@ -12,7 +12,7 @@ from limbeck.errors import CheckpointError
 STAGE = "pipeline"
 
 
-class Step(NamedTuple):
+class StageRow(NamedTuple):
     """A stage of a pipeline."""
 
     name: str
@@ -31,13 +31,13 @@ class Along(NamedTuple):
     numbers: Mapping[str, Any]
 
 
-def read_steps(paths: Sequence[Path]) -> list[Step]:
+def read_steps(paths: Sequence[Path]) -> list[StageRow]:
     """The stages of all pipelines, in order; with several pipelines their names carry the directory's.
 
     Raises: CheckpointError for a manifest without them.
     """
     return [
-        Step(_name(path, paths, row), bool(row["ran"]), row["measured"], row["predicted"] or {})
+        StageRow(_name(path, paths, row), bool(row["ran"]), row["measured"], row["predicted"] or {})
         for path in paths
         for row in _rows(path, "stages", ("stage", "ran", "measured", "predicted"))
     ]

@@ -12,14 +12,14 @@ from limbeck.errors import CheckpointError
 STAGE = "rank pipeline"
 
 
-class Step(NamedTuple):
+class RankedModel(NamedTuple):
     """A model of a pipeline."""
 
     name: str
     row: Mapping[str, Any]
 
 
-def read_ranking(paths: Sequence[Path]) -> list[Step]:
+def read_ranking(paths: Sequence[Path]) -> list[RankedModel]:
     """The models of all pipelines, in order; with several pipelines their names carry the directory's.
 
     Raises: CheckpointError for a manifest without the table.
@@ -30,5 +30,5 @@ def read_ranking(paths: Sequence[Path]) -> list[Step]:
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "auc" in row for row in rows):
             raise CheckpointError(f"{path / MANIFEST}: no table of models in it; run the pipeline again.")
         label = f"{path.resolve().name}: " if len(paths) > 1 else ""
-        steps += [Step(f"{label}{row['model']}", row) for row in rows]
+        steps += [RankedModel(f"{label}{row['model']}", row) for row in rows]
     return steps

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from limbeck.report.drawing import LIGHT, panels, style
 from limbeck.report.plots import Plot
-from limbeck.report.ranked import Step
+from limbeck.report.ranked import RankedModel
 from limbeck.report.tables import Table
 from limbeck.report.units import MISSING
 
@@ -21,7 +21,7 @@ HOW_TO_READ = (
 )
 
 
-def ranking_table(steps: Sequence[Step]) -> Table:
+def ranking_table(steps: Sequence[RankedModel]) -> Table:
     """One line a model: quality, what moved against the model before it, size and latency."""
     columns: dict[str, list[str]] = {"model": [step.name for step in steps]}
     columns["before"] = [step.row.get("before") or MISSING for step in steps]
@@ -42,7 +42,7 @@ def ranking_table(steps: Sequence[Step]) -> Table:
     return Table.of(columns)
 
 
-def ranking_findings(steps: Sequence[Step]) -> list[str]:
+def ranking_findings(steps: Sequence[RankedModel]) -> list[str]:
     """For every compressed model: its size beside the unpruned student's, and the AUC that it lost."""
     found = []
     for _, row in steps:
@@ -55,7 +55,7 @@ def ranking_findings(steps: Sequence[Step]) -> list[str]:
     return found
 
 
-def ranking_plots(steps: Sequence[Step]) -> list[Plot]:
+def ranking_plots(steps: Sequence[RankedModel]) -> list[Plot]:
     """AUC against size and against latency; none without a pipeline."""
     if not steps:
         return []
@@ -63,7 +63,7 @@ def ranking_plots(steps: Sequence[Step]) -> list[Plot]:
     return [Plot("ranking", caption, partial(_against_costs, steps))]
 
 
-def _against_costs(steps: Sequence[Step]) -> Figure:
+def _against_costs(steps: Sequence[RankedModel]) -> Figure:
     figure, drawn = panels(["file of the weights, KiB", "a request, ms (median)"], share_x=False)
     for axes, cost in zip(drawn, (_kibibytes, _milliseconds), strict=True):
         for number, (name, row) in enumerate(steps):
@@ -85,12 +85,12 @@ def _milliseconds(row: Mapping[str, Any]) -> float:
     return float(row["latency_p50_ms"])
 
 
-def _numbers(steps: Sequence[Step], key: str, form: str) -> list[str]:
+def _numbers(steps: Sequence[RankedModel], key: str, form: str) -> list[str]:
     values = [step.row.get(key) for step in steps]
     return [MISSING if value is None else format(value, form) for value in values]
 
 
-def _intervals(steps: Sequence[Step], key: str, form: str = ".4f") -> list[str]:
+def _intervals(steps: Sequence[RankedModel], key: str, form: str = ".4f") -> list[str]:
     cells = []
     for step in steps:
         values = [step.row.get(name) for name in (key, f"{key}_low", f"{key}_high")]

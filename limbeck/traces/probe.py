@@ -33,7 +33,7 @@ from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabula
 from limbeck.models.probe import logit_scale
 from limbeck.progress import bar
 from limbeck.traces.counts import tell
-from limbeck.traces.render import PROBED_CHARS, Located, RenderConfig, render_located, tokens_until
+from limbeck.traces.render import PROBED_CHARS, LocatedSample, RenderConfig, render_located, tokens_until
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.trace import Trace, write_jsonl
@@ -141,7 +141,7 @@ def probe_trace(
     return None
 
 
-def checkpoints(located: Located, config: ProbeConfig) -> list[int]:
+def checkpoints(located: LocatedSample, config: ProbeConfig) -> list[int]:
     """Lengths in tokens of the prefixes that are probed, increasing; the last is the whole thought."""
     sample, ends = located.sample, located.ends
     first = int(np.searchsorted(ends, 0, side="right"))
@@ -220,7 +220,7 @@ def _tail(tokenizer: Any, config: ProbeConfig, answer: str, behind_newline: bool
     return Tail(list(encoded["input_ids"])[:stop], range(start, stop))
 
 
-def _ends_line(located: Located, mark: int) -> bool:
+def _ends_line(located: LocatedSample, mark: int) -> bool:
     return (located.thought + "\n")[: int(located.ends[mark - 1])].endswith("\n")
 
 

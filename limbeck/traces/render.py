@@ -78,7 +78,7 @@ class _Response(NamedTuple):
     """Before the end marker, or before the answer when there is no thought; the end when the thought stays open."""
 
 
-class Located(NamedTuple):
+class LocatedSample(NamedTuple):
     """A sample with where its tokens end in the text of the thought."""
 
     sample: Sample
@@ -104,7 +104,7 @@ def render(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
     return render_located(trace, tokenizer, config).sample
 
 
-def render_located(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Located:
+def render_located(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> LocatedSample:
     """As `render`, with the places of the tokens in the thought."""
     try:
         header = prompt_text(trace.messages, tokenizer, config)
@@ -129,7 +129,7 @@ def render_located(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> 
         trace_key=trace.key,
         source=trace.source,
     )
-    return Located(sample, ends, _thought(trace))
+    return LocatedSample(sample, ends, _thought(trace))
 
 
 def tokens_until(ends: np.ndarray, chars: int) -> int:

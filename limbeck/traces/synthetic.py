@@ -31,7 +31,7 @@ UNITS = (3, 7, 9)
 DERIVATION_PATTERN = r"So {answer}"
 """`RenderConfig.derivation_pattern` for these traces: every digit occurs earlier, in the problem or a step."""
 
-Step = tuple[str, int]
+Operation = tuple[str, int]
 
 
 def generate(
@@ -78,7 +78,7 @@ def generate(
     return traces
 
 
-def draw_problem(rng: random.Random, num_steps: int, operators: str = OPERATORS) -> tuple[int, list[Step]]:
+def draw_problem(rng: random.Random, num_steps: int, operators: str = OPERATORS) -> tuple[int, list[Operation]]:
     """A start digit and `num_steps` uniformly drawn steps."""
     steps = []
     for _ in range(num_steps):
@@ -87,18 +87,18 @@ def draw_problem(rng: random.Random, num_steps: int, operators: str = OPERATORS)
     return rng.randint(0, 9), steps
 
 
-def apply_step(value: int, step: Step) -> int:
+def apply_step(value: int, step: Operation) -> int:
     """The value after `step`, modulo 10."""
     operator, operand = step
     return (value + operand if operator == "+" else value - operand if operator == "-" else value * operand) % 10
 
 
-def problem_text(start: int, steps: list[Step], labels: str = LABELS) -> str:
+def problem_text(start: int, steps: list[Operation], labels: str = LABELS) -> str:
     """The prompt, for example `7 a+4 b*3`."""
     return str(start) + "".join(f" {label}{op}{operand}" for label, (op, operand) in zip(labels, steps, strict=False))
 
 
-def make_trace(start: int, steps: list[Step], source: str = "", labels: str = LABELS) -> Trace:
+def make_trace(start: int, steps: list[Operation], source: str = "", labels: str = LABELS) -> Trace:
     """The problem with its worked solution; `reference` is the answer and `correct` is True."""
     values = [start]
     for step in steps:

@@ -4,7 +4,7 @@ import pytest
 from made_models import made_model
 
 from limbeck.engine.decoder import Decoder
-from limbeck.engine.plan import PATHS, Costs, Work, make_plan, measure_costs
+from limbeck.engine.plan import PATHS, Costs, PrefixAndItems, make_plan, measure_costs
 from limbeck.engine.weights import weights_of
 
 FLAT = Costs((1, 64, 256, 1024), (1.0, 1.0, 1.0, 1.0), 0.0)
@@ -12,9 +12,9 @@ FLAT = Costs((1, 64, 256, 1024), (1.0, 1.0, 1.0, 1.0), 0.0)
 STEEP = Costs((1, 64, 256, 1024), (0.01, 0.64, 2.56, 100.0), 0.0)
 """Passes beyond 256 tokens fall out of the cache."""
 WORKS = [
-    Work([(0, 8), (8, 16), (16, 19)], 1, [5, 0, 40, 5]),
-    Work([], 0, [7, 3]),
-    Work([(0, 8)], 1, [2]),
+    PrefixAndItems([(0, 8), (8, 16), (16, 19)], 1, [5, 0, 40, 5]),
+    PrefixAndItems([], 0, [7, 3]),
+    PrefixAndItems([(0, 8)], 1, [2]),
 ]
 
 
@@ -41,7 +41,7 @@ def test_single_takes_nothing_from_the_cache():
 
 
 def test_the_cheapest_way_wins():
-    work = [Work([(start, start + 64) for start in range(0, 512, 64)], 0, [32] * 16)]
+    work = [PrefixAndItems([(start, start + 64) for start in range(0, 512, 64)], 0, [32] * 16)]
     assert make_plan(work, FLAT).path == "packed" and len(make_plan(work, FLAT).passes) == 1
     small = make_plan(work, STEEP)
     assert max(sum(p.span[1] - p.span[0] for p in pieces) for pieces in small.passes) <= 256
@@ -49,12 +49,12 @@ def test_the_cheapest_way_wins():
     assert costs == {"single": 16.0, "cached": 17.0, "shared": 2.0, "packed": 1.0}
     assert make_plan([], FLAT).passes == []
     # One item alone costs the same in any way; what it leaves in the cache is worth having.
-    assert make_plan([Work([(0, 8)], 0, [4])], FLAT).path != "single"
+    assert make_plan([PrefixAndItems([(0, 8)], 0, [4])], FLAT).path != "single"
 
 
 def test_attention_counts():
     costs = Costs((1, 64), (0.0, 0.0), 1.0)
-    work = [Work([(0, 10)], 0, [2, 3])]
+    work = [PrefixAndItems([(0, 10)], 0, [2, 3])]
     assert make_plan(work, costs, "packed").seconds == 10 * 10 + 2 * 12 + 3 * 13
     assert make_plan(work, costs, "single").seconds == 2 * 10 * 10 + 2 * 12 + 3 * 13
 

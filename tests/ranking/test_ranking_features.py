@@ -10,7 +10,7 @@ from limbeck.errors import ConfigError, TemplateError
 from limbeck.ranking.featurize import FeaturizeConfig, encode_requests, write_request
 from limbeck.ranking.request import Interaction, Request
 from limbeck.ranking.synthetic import SyntheticConfig, generate_requests
-from limbeck.ranking.vocabulary import train_tokenizer
+from limbeck.ranking.tokenizer import train_tokenizer
 
 LABEL_MERGES = ["y e", "ye s", "Ġ yes", "n o", "Ġ no"]
 
