@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import httpx
-import uvicorn
 
 from limbeck.config import build
 from limbeck.serve.app import make_app
@@ -20,11 +19,11 @@ from limbeck.serve.service import Service
 class RunningServer:
     """Use it as a context manager; `url` is its address."""
 
-    def __init__(self, model: str = "tiny-student", **fields: Any) -> None:
+    def __init__(self, model: str = "tiny-student", parser: str = "auto", **fields: Any) -> None:
         self.config = build(ServeConfig, {"model": model, "port": 0, **fields})
         self.service = Service(self.config)
-        self.gate = Gate(make_app(self.service), self.config.limits, self.config.api_key)
-        self._server = Server(uvicorn.Config(self.gate, log_level="warning", access_log=False), self.gate)
+        self.gate = Gate(make_app(self.service), self.config)
+        self._server = Server(self.gate, self.service, parser)
         self._socket = bind(self.config)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
@@ -36,7 +35,7 @@ class RunningServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.gate.is_closing = True
+        self._server.close()
         self._thread.join(timeout=60)
         assert not self._thread.is_alive(), "the server did not end"
 

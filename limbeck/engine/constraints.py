@@ -7,10 +7,9 @@ needs nothing, where xgrammar's needs triton with 1 GB.
 
 from __future__ import annotations
 
-import functools
-import json
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,38 +17,79 @@ from torch import Tensor
 
 from limbeck.errors import ConfigError
 
-ONE_SPACE: Any = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}
-"""Between the parts of a JSON text; without a limit small models write spaces for ever."""
+MASK_SECONDS = 1.0
+"""A text whose next token takes longer to constrain has stalled; llguidance's own limits lie far below."""
+
+
+class Form(NamedTuple):
+    """What texts may be."""
+
+    kind: Literal["json_schema", "regex", "choice"]
+    source: Any
+    """A schema, an expression (syntax of Rust's regex, matched as a whole), or a list of strings."""
+
+
+def json_schema(schema: Mapping[str, Any] | bool) -> Form:
+    """JSON texts that are valid under a schema. Raises: ConfigError for one that no text is valid under."""
+    if schema is False:
+        raise ConfigError("json_schema: false has no text that is valid under it.")
+    return Form("json_schema", {} if schema is True else dict(schema))
+
+
+def regex(pattern: str) -> Form:
+    """Texts that a regular expression matches as a whole."""
+    return Form("regex", pattern)
+
+
+def choice(options: Sequence[str]) -> Form:
+    """One of some strings. Raises: ConfigError for none, or an empty one."""
+    if not options or not all(options):
+        raise ConfigError("choice: give one option or more, none of them empty.")
+    return Form("choice", list(options))
 
 
 class GrammarConstraint:
-    """A text under way in a grammar."""
+    """A text under way in a grammar.
+
+    What goes wrong in it is this text's alone: then everything is allowed and the text is over, with its `problem`.
+    """
 
     def __init__(self, matcher: Any, vocab_size: int, end_tokens: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self._end_tokens = matcher, vocab_size, sorted(end_tokens)
+        self.problem: str | None = None
+        """Why the text could not go on."""
 
     def allowed(self) -> Tensor | None:
-        """bool [V]; the job's end tokens where the text may end."""
+        """bool [V]; the job's end tokens where the text may end. None once there is a problem."""
+        start = time.monotonic()
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if self._matcher.is_error():
+            self.problem = _told(self._matcher.get_error())
+            return None
         mask = torch.zeros(self._vocab_size, dtype=torch.bool)
         known = min(self._vocab_size, len(bits))
         mask[:known] = torch.from_numpy(bits[:known]).bool()
-        mask[self._end_tokens] = self._matcher.is_accepting()
-        return mask
+        is_accepting = bool(self._matcher.is_accepting())
+        mask[self._end_tokens] = is_accepting
+        if not bool(mask.any()) and not is_accepting:
+            self.problem = "no token of the vocabulary goes on with the form"
+        elif time.monotonic() - start > MASK_SECONDS:
+            self.problem = f"the next token took longer than {MASK_SECONDS:g} s to constrain"
+        return mask if self.problem is None else None
 
     def accept(self, token: int) -> None:
-        """Go on by a token, which `allowed` has allowed."""
-        if not self._matcher.consume_token(token):
-            raise AssertionError(f"token {token} is not allowed here: {self._matcher.get_error()}")
+        """Go on by a token."""
+        if self.problem is None and not self._matcher.consume_token(token):
+            self.problem = _told(self._matcher.get_error()) or f"token {token} is not allowed here"
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing but the end may follow."""
-        return bool(self._matcher.is_stopped())
+        return self.problem is not None or bool(self._matcher.is_stopped())
 
 
 class Grammars:
-    """Constraints for the vocabulary of one tokenizer; made once, since reading the vocabulary takes a second."""
+    """Grammars for the vocabulary of one tokenizer; made once, since reading the vocabulary takes a second."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         """Read the vocabulary.
@@ -64,41 +104,29 @@ class Grammars:
         except ImportError:
             raise ConfigError("constraints need llguidance: pip install 'limbeck[serve]'.") from None
         self._vocab_size = vocab_size
+        self.known = max(vocab_size, len(tokenizer))
+        """Tokens of the vocabulary that grammars are compiled for."""
         try:
-            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)))
+            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=self.known)
         except ValueError as error:
             raise ConfigError(f"{type(tokenizer).__name__}: llguidance cannot read its vocabulary ({error}).") from None
         self._matcher = llguidance.LLMatcher
 
-    def json_schema(self, schema: Mapping[str, Any] | bool, end_tokens: frozenset[int]) -> GrammarConstraint:
-        """JSON texts that are valid under a schema. Raises: ConfigError for what llguidance does not support."""
-        if schema is False:
-            raise ConfigError("json_schema: false has no text that is valid under it.")
-        source = {} if schema is True else dict(schema)
-        make = functools.partial(self._matcher.grammar_from_json_schema, overrides=ONE_SPACE)
-        return self._compile("json_schema", make, source, end_tokens)
+    def compile(self, grammar: str) -> Any:
+        """A matcher at its start, to be copied for each text; `grammar` is what `form_trial` gives for a form.
 
-    def json_object(self, end_tokens: frozenset[int]) -> GrammarConstraint:
-        """Any JSON object."""
-        return self.json_schema({"type": "object"}, end_tokens)
+        Raises: ConfigError where it cannot be compiled.
+        """
+        matcher = self._matcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(_told(matcher.get_error()))
+        return matcher
 
-    def regex(self, pattern: str, end_tokens: frozenset[int]) -> GrammarConstraint:
-        """Texts that a regular expression matches as a whole (syntax of Rust's regex)."""
-        return self._compile("regex", self._matcher.grammar_from_regex, pattern, end_tokens)
+    def constraint(self, compiled: Any, end_tokens: frozenset[int]) -> GrammarConstraint:
+        """A text of its own at the start of what was compiled."""
+        return GrammarConstraint(compiled.deep_copy(), self._vocab_size, end_tokens)
 
-    def choice(self, options: Sequence[str], end_tokens: frozenset[int]) -> GrammarConstraint:
-        """One of some strings."""
-        if not options or not all(options):
-            raise ConfigError("choice: give one option or more, none of them empty.")
-        quoted = " | ".join(json.dumps(option, ensure_ascii=False) for option in options)
-        return self._compile("choice", self._matcher.grammar_from_lark, f"start: {quoted}", end_tokens)
 
-    def _compile(self, kind: str, make: Any, source: Any, end_tokens: frozenset[int]) -> GrammarConstraint:
-        try:
-            matcher = self._matcher(self._tokenizer, make(source))
-            problem = matcher.get_error()
-        except ValueError as error:
-            problem = str(error)
-        if problem:
-            raise ConfigError(f"{kind}: {' '.join(problem.split())}")
-        return GrammarConstraint(matcher, self._vocab_size, end_tokens)
+def _told(error: str) -> str:
+    """One of llguidance's errors in a line, without the state of the parser behind it."""
+    return " ".join(error.partition("<state>")[0].split())[:500]

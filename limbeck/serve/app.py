@@ -22,7 +22,7 @@ def make_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPI(title="limbeck", version=__version__, lifespan=lifespan, strict_content_type=False)
+    app = FastAPI(title="limbeck", version=__version__, lifespan=lifespan)
     for endpoints in (about, scoring, reranking, prefilling, completions, chat, tokens):
         app.include_router(endpoints.router(service))
     errors.install(app, service.metrics)

@@ -24,12 +24,32 @@ class LimitsConfig:
     """Most bytes of a request's body; more are refused with 413."""
     body_seconds: float = 30.0
     """A body that takes longer to arrive is refused with 408."""
+    body_values: int = 600_000
+    """Most values in a body, lists and objects counting twice; more are refused before they are read."""
+    header_bytes: int = 32 << 10
+    """Most bytes of a request's line and headers; more are refused with 431."""
+    header_seconds: float = 10.0
+    """A connection whose request line and headers take longer is closed."""
+    idle_seconds: float = 30.0
+    """A connection without a request is closed after so long."""
+    connections: int = 1024
+    """Most connections, or as many as the process may have open files for; for a new one the one that has been idle
+    for longest is closed."""
+    grace_seconds: float = 25.0
+    """After the first SIGTERM or Ctrl-C what was accepted is finished for so long; then the server ends."""
     items: int = 1000
     """Most items of a scoring request, or documents of a ranking."""
     prompts: int = 128
     """Most texts of a completion: prompts times n."""
     new_tokens: int = 4096
     """Most tokens of a generated text."""
+    log_probs: int = 1_000_000
+    """Most log-probs of a reply: texts times tokens times alternatives."""
+    form_bytes: int = 128 << 20
+    """Most memory of one form (a schema, a regular expression) while it is compiled, and of all compiled forms that are
+    kept."""
+    form_seconds: float = 2.0
+    """Compiling a form may take so long, in a process apart."""
     default_tokens: int = 2048
     """Of a chat's text that leaves it open, or what the context has room for. Memory is set aside for all of them."""
     waiting: int = 256
@@ -66,6 +86,11 @@ class ServeConfig:
     """What clients call the model; null: the name it is loaded by."""
     api_key: str | None = None
     """Required of every request but /health where set; better given in the environment, as LIMBECK_API_KEY."""
+    allow_host: tuple[str, ...] = ()
+    """Names by which clients may call this server, beside localhost, the loopback addresses and `host`; * for any.
+    Where it listens for other machines, any IP address will do as well."""
+    allow_origin: tuple[str, ...] = ()
+    """Origins whose web pages may use this server beside its own page, say https://app.example; * for any."""
     precision: Precision = "auto"
     """Of the linear layers: float32, int8, or auto: as the checkpoint is stored."""
     context_tokens: int = 32768
@@ -92,6 +117,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if min(self.k, self.batch_tokens, self.context_tokens) < 1:
             raise ConfigError("serve: k, batch_tokens and context_tokens must be 1 or more.")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("serve: the API key is empty (LIMBECK_API_KEY, --api-key); set a key, or unset it.")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"serve: port {self.port}; a port is 0 to 65535.")
 

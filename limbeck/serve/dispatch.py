@@ -36,10 +36,12 @@ class Dispatcher:
         return len(self._tickets) - self.waiting
 
     @asynccontextmanager
-    async def hand_in(self, parts: Sequence[Work], seconds: float) -> AsyncIterator[Ticket]:
+    async def hand_in(self, parts: Sequence[Work], until: float) -> AsyncIterator[Ticket]:
         """Give parts to the engine; leaving lets go of what is not finished.
 
-        Raises: Refusal when too many wait. The ticket's outcomes raise it when `seconds` are over.
+        Args:
+          until: when the request's time is over, of `time.monotonic`.
+        Raises: Refusal when too many wait. The ticket's outcomes raise it when the time is over.
         """
         waiting = self.waiting
         if waiting >= self._limits.waiting:
@@ -47,7 +49,7 @@ class Dispatcher:
             raise Refusal(429, f"{waiting} requests wait, which is the limit. Try again later.", wait)
         if not self._worker.is_alive():
             raise Refusal(503, "The engine has ended; see the server's log.")
-        ticket = Ticket(parts, min(seconds, self._limits.seconds), self._worker.abandon)
+        ticket = Ticket(parts, until, self._worker.abandon)
         self._tickets.add(ticket)
         self._worker.submit(ticket)
         try:
@@ -57,6 +59,13 @@ class Dispatcher:
             if ticket.is_done:
                 self._note(ticket)
             else:
+                self._worker.cancel(ticket)
+
+    def give_up(self) -> None:
+        """Refuse what is not finished: the server ends."""
+        for ticket in self._tickets:
+            if not ticket.is_over:
+                ticket.put(Refusal(503, "The server is shutting down and had no time left for this request.", 5.0))
                 self._worker.cancel(ticket)
 
     def _note(self, ticket: Ticket) -> None:

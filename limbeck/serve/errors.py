@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from limbeck.errors import LimbeckError
@@ -21,11 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class Invalid(Exception):
-    """A request that cannot be done as it is: 422."""
+    """A request that cannot be done as it is."""
 
-    def __init__(self, message: str, parameter: str | None = None) -> None:
+    def __init__(self, message: str, parameter: str | None = None, status: int = 422, code: str | None = None) -> None:
+        """`code`: OpenAI's word for it, where clients act on one."""
         super().__init__(message)
-        self.parameter = parameter
+        self.parameter, self.status, self.code = parameter, status, code
+
+
+def too_long(tokens: int, more: int, limit: int, parameter: str) -> Invalid:
+    """For a prompt, with the text behind it, that the model has no room for."""
+    asked = f"{tokens} tokens" + (f" and {more} more of the text" if more else "")
+    message = f"This model's maximum context length is {limit} tokens; {parameter} has {asked}."
+    return Invalid(message, parameter, 400, "context_length_exceeded")
 
 
 def status_and_body(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -34,11 +42,11 @@ def status_and_body(error: Exception) -> tuple[int, dict[str, Any], dict[str, st
         headers = {} if error.retry_seconds is None else {"retry-after": retry_after(error.retry_seconds)}
         return error.status, error_body(error.status, str(error)), headers
     if isinstance(error, Invalid):
-        return 422, error_body(422, str(error), error.parameter), {}
+        return error.status, error_body(error.status, str(error), error.parameter, error.code), {}
     if isinstance(error, LimbeckError):
         return 422, error_body(422, str(error)), {}
-    if isinstance(error, RequestValidationError):
-        status, message, parameter = _validation(error.errors())
+    if isinstance(error, RequestValidationError | ValidationError):
+        status, message, parameter = _validation(error)
         return status, error_body(status, message, parameter), {}
     if isinstance(error, HTTPException):
         return error.status_code, error_body(error.status_code, str(error.detail)), dict(error.headers or {})
@@ -54,14 +62,17 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         metrics.refused(status)
         return JSONResponse(body, status, headers)
 
-    for kind in (Refusal, Invalid, LimbeckError, RequestValidationError, HTTPException, Exception):
+    for kind in (Refusal, Invalid, LimbeckError, RequestValidationError, ValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 
 
-def _validation(errors: Sequence[Any]) -> tuple[int, str, str | None]:
+def _validation(error: RequestValidationError | ValidationError) -> tuple[int, str, str | None]:
     """Of the first of pydantic's errors, without the input, which may be huge or no text at all."""
-    first = errors[0]
+    is_body = isinstance(error, ValidationError)
+    first: Any = error.errors(include_input=False, include_url=False)[0] if is_body else error.errors()[0]  # type: ignore[call-arg]
     if first["type"] == "json_invalid":
-        return 400, f"The body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}.", None
-    place = ".".join(str(part) for part in first["loc"][1:])[:200].encode("utf-8", "replace").decode()
-    return 422, f"{place or 'body'}: {first['msg'].removeprefix('Value error, ')}"[:1000], place or None
+        return 400, f"The body is not valid JSON: {first['ctx']['error']}.", None
+    path = [str(part) for part in (first["loc"] if is_body else first["loc"][1:])]
+    place = ".".join(path)[:200].encode("utf-8", "replace").decode()
+    parameter = path[0][:200].encode("utf-8", "replace").decode() if path else None
+    return 422, f"{place or 'body'}: {first['msg'].removeprefix('Value error, ')}"[:1000], parameter

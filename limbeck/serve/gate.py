@@ -1,4 +1,4 @@
-"""What every request passes before an endpoint sees it, as plain ASGI: key, size and speed of the body, shutdown.
+"""What every request passes before an endpoint sees it, as plain ASGI: who asks, size and speed of the body, shutdown.
 
 The whole body is read here. So a slow or endless one costs no endpoint anything, and from then on the only thing that
 can arrive is that the client has gone: its endpoint is then cancelled, which lets go of what the engine holds for it.
@@ -7,12 +7,12 @@ can arrive is that the client has gone: its endpoint is then cancelled, which le
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from limbeck.serve.config import LimitsConfig
+from limbeck.serve.admission import Admission, Denial
+from limbeck.serve.config import LimitsConfig, ServeConfig
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -30,8 +30,9 @@ class Gone(Exception):
 class Gate:
     """Middleware; counts what is under way."""
 
-    def __init__(self, app: App, limits: LimitsConfig, api_key: str | None) -> None:
-        self._app, self._limits, self._api_key = app, limits, api_key
+    def __init__(self, app: App, config: ServeConfig) -> None:
+        self._app, self._limits = app, config.limits
+        self._admission = Admission(config.host, config.allow_host, config.allow_origin, config.api_key)
         self.under_way = 0
         self.is_closing = False
         """Answer 503 to what is new."""
@@ -40,55 +41,54 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self.is_closing:
-            await _refuse(send, 503, "The server is shutting down.", {"connection": "close", "retry-after": "5"})
+        denial = self._denial(scope)
+        if denial is not None:
+            await _refuse(send, denial)
             return
         self.under_way += 1
         try:
-            await self._admit(scope, receive, send)
-        finally:
-            self.under_way -= 1
-
-    async def _admit(self, scope: Message, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        if self._api_key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
-            await _refuse(send, 401, "A valid key is needed: send it as `Authorization: Bearer KEY`.")
-            return
-        try:
             async with asyncio.timeout(self._limits.body_seconds):
-                body = await self._read(headers, receive)
+                body = await _read(receive, self._limits)
+            if body is None:
+                await _refuse(send, _too_large(self._limits))
+            else:
+                await _run_while_there(self._app, scope, body, receive, send)
         except Gone:
             return
         except TimeoutError:
-            message = f"The body took longer than {self._limits.body_seconds:g} s."
-            await _refuse(send, 408, message, {"connection": "close"})
-            return
-        if body is None:
-            message = f"The body is larger than {self._limits.body_bytes} bytes, the server's limit."
-            await _refuse(send, 413, message, {"connection": "close"})
-            return
-        await _run_while_there(self._app, scope, body, receive, send)
+            await _refuse(send, Denial(408, f"The body took longer than {self._limits.body_seconds:g} s."))
+        finally:
+            self.under_way -= 1
 
-    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
-        assert self._api_key is not None
-        sent = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
-        return hmac.compare_digest(sent, self._api_key.encode())
-
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The body; None when it is too large."""
+    def _denial(self, scope: Message) -> Denial | None:
+        if self.is_closing:
+            return Denial(503, "The server is shutting down.")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
+            return Denial(431, f"The headers have more than {self._limits.header_bytes} bytes, the server's limit.")
+        headers = dict(scope["headers"])
+        denial = self._admission.denial(scope["method"], headers, scope["path"] in OPEN_PATHS)
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > self._limits.body_bytes:
+        if denial is None and length.isdigit() and int(length[:20]) > self._limits.body_bytes:
+            return _too_large(self._limits)
+        return denial
+
+
+def _too_large(limits: LimitsConfig) -> Denial:
+    return Denial(413, f"The body is larger than {limits.body_bytes} bytes, the server's limit.")
+
+
+async def _read(receive: Receive, limits: LimitsConfig) -> bytes | None:
+    """The body; None when it is too large. Raises: Gone."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        body += message.get("body", b"")
+        if len(body) > limits.body_bytes:
             return None
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Gone
-            body += message.get("body", b"")
-            if len(body) > self._limits.body_bytes:
-                return None
-            if not message.get("more_body", False):
-                return bytes(body)
+        if not message.get("more_body", False):
+            return bytes(body)
 
 
 async def _run_while_there(app: App, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
@@ -119,19 +119,31 @@ async def _run_while_there(app: App, scope: Message, body: bytes, receive: Recei
         answer.cancel()
 
 
-async def _refuse(send: Send, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-    content = json.dumps(error_body(status, message)).encode()
-    pairs = {"content-type": "application/json", "content-length": str(len(content)), **(headers or {})}
+async def _refuse(send: Send, denial: Denial) -> None:
+    """Answer, and take nothing more from this connection: what the client still sends is not read."""
+    content = json.dumps(error_body(denial.status, denial.message)).encode()
+    pairs = {"content-type": "application/json", "content-length": str(len(content)), "connection": "close"}
+    if denial.status == 503:
+        pairs["retry-after"] = "5"
+    if denial.status == 401:
+        pairs["www-authenticate"] = "Bearer"
     raw = [(name.encode(), value.encode()) for name, value in pairs.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.start", "status": denial.status, "headers": raw})
     await send({"type": "http.response.body", "body": content})
 
 
-KINDS = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error"}
+KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
 
 
-def error_body(status: int, message: str, parameter: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, parameter: str | None = None, code: str | int | None = None
+) -> dict[str, Any]:
     """An error in OpenAI's shape."""
-    kind = KINDS.get(status) or ("rate_limit_error" if status == 429 else "")
-    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": parameter, "code": status}}
+    kind = KINDS.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": parameter, "code": status if code is None else code}}

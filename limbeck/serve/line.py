@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 from limbeck.serve.schedule import order
 from limbeck.serve.ticket import Ticket, Work
+
+WINDOW = 256
+"""Parts that are looked at for a round; a request has at most TICKET_PARTS among them, whatever it asks for."""
+TICKET_PARTS = 64
 
 
 class Part(NamedTuple):
@@ -36,7 +41,7 @@ class Line:
     def take(self, has_room: Callable[[Part], bool]) -> list[Part]:
         """Take parts out by k-LPM, up to the first one that there is no room for."""
         taken: list[Part] = []
-        parts = self.parts  # `has_room` may drop a ticket, which makes another list
+        parts = self._window()
         for index in order([part.keys for part in parts], self._is_cached, self._k, self._picked):
             if not has_room(parts[index]):
                 break
@@ -45,6 +50,17 @@ class Line:
         gone = {id(part) for part in taken}
         self.parts = [part for part in self.parts if id(part) not in gone]
         return taken
+
+    def _window(self) -> list[Part]:
+        seen: Counter[int] = Counter()
+        window: list[Part] = []
+        for part in self.parts:
+            seen[id(part.ticket)] += 1
+            if seen[id(part.ticket)] <= TICKET_PARTS:
+                window.append(part)
+                if len(window) == WINDOW:
+                    break
+        return window
 
     def drop(self, ticket: Ticket, number: int | None) -> None:
         """Take out a part of a ticket; None stands for all of them."""

@@ -1,8 +1,9 @@
-"""Runs the application until a signal, and then until what was accepted is answered."""
+"""Runs the application until a signal, and then until what was accepted is answered, or its time is over."""
 
 from __future__ import annotations
 
 import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -10,47 +11,79 @@ import uvicorn
 from limbeck.errors import ConfigError
 from limbeck.progress import console
 from limbeck.runner.threads import threads
+from limbeck.serve.admission import LOOPBACK
 from limbeck.serve.app import make_app
 from limbeck.serve.config import ServeConfig
+from limbeck.serve.connections import Connections, protocol_over
 from limbeck.serve.gate import Gate
+from limbeck.serve.logs import bounded_logs
 from limbeck.serve.service import Service
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LAST_SECONDS = 1.0
+"""For clients whose request was given up at the end of the grace, to read so."""
 
 
 class Server(uvicorn.Server):
     """uvicorn, but on the first signal it goes on answering: 503 to what is new, results to what it has taken."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
-        super().__init__(config)
-        self._gate = gate
+    def __init__(self, gate: Gate, service: Service, parser: str = "auto") -> None:
+        """`parser`: of HTTP, see `protocol_over`."""
+        limits = service.limits
+        connections = Connections(limits)
+        super().__init__(
+            uvicorn.Config(
+                gate,
+                http=protocol_over(connections, parser),
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=max(1, round(limits.idle_seconds)),
+                backlog=connections.backlog,
+                h11_max_incomplete_event_size=limits.header_bytes,
+                timeout_graceful_shutdown=1,
+                lifespan="on",
+            )
+        )
+        self._gate, self._service = gate, service
+        self._closes_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The second signal ends at once."""
         if self._gate.is_closing:
-            self.force_exit = True
-            self.should_exit = True
-        self._gate.is_closing = True
+            self.force_exit = self.should_exit = True
+        self.close()
+
+    def close(self) -> None:
+        """Take nothing new, finish what is under way, end."""
+        if not self._gate.is_closing:
+            self._gate.is_closing = True
+            self._closes_at = time.monotonic() + self._service.limits.grace_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
-        if self._gate.is_closing and not self._gate.under_way:
-            self.should_exit = True
+        if self._closes_at is not None:
+            left = self._closes_at - time.monotonic()
+            if left < LAST_SECONDS:
+                self._service.dispatcher.give_up()
+            if left < 0:
+                for connection in list(self.server_state.connections):
+                    connection.transport.abort()
+            if left < 0 or not self._gate.under_way:
+                self.should_exit = True
         return await super().on_tick(counter)
 
 
 def serve(config: ServeConfig) -> None:
     """Load the model and answer requests until SIGTERM or SIGINT."""
     listener = bind(config)
-    with threads(config.num_threads):
+    with bounded_logs(), threads(config.num_threads):
         _serve(config, Service(config), listener)
 
 
 def _serve(config: ServeConfig, service: Service, listener: socket.socket) -> None:
-    gate = Gate(make_app(service), config.limits, config.api_key)
-    server = Server(
-        uvicorn.Config(gate, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="on"), gate
-    )
+    server = Server(Gate(make_app(service), config), service)
     host, port = listener.getsockname()[:2]
     if config.host not in LOOPBACK and config.api_key is None:
         console.print(f"{config.host}: other machines can ask this server, and no API key is set.")
@@ -60,7 +93,7 @@ def _serve(config: ServeConfig, service: Service, listener: socket.socket) -> No
         console.print(f"decoding by torch's operators{reason}.", markup=False, highlight=False)
     console.print(f"serving {service.name} at http://{host}:{port}", markup=False, highlight=False)
     server.run(sockets=[listener])
-    console.print("all requests are answered; the server has ended.")
+    console.print("the server has ended.")
 
 
 def bind(config: ServeConfig) -> socket.socket:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.config import build
 from limbeck.engine.backends import load_decoder
-from limbeck.engine.constraints import Grammars
 from limbeck.engine.drafter import make_drafter
 from limbeck.engine.generation import Generator
 from limbeck.engine.requests import label_ids
@@ -24,14 +20,17 @@ from limbeck.models.load import load_tokenizer, locate, model_hash
 from limbeck.ranking.featurize import FeaturizeConfig
 from limbeck.serve.config import ServeConfig
 from limbeck.serve.dispatch import Dispatcher
+from limbeck.serve.forms import Forms
 from limbeck.serve.metrics import Metrics
 from limbeck.serve.ranking import GENERAL, trained
-from limbeck.serve.ticket import Ticket, Work
+from limbeck.serve.threads import Threads
 from limbeck.serve.tokenizing import BatchTokenizer
 from limbeck.serve.vocabulary import Vocabulary
 from limbeck.serve.worker import Worker
 
 LABELS = (" yes", " no")
+JOIN_SECONDS = 5.0
+"""For the round under way when the server ends."""
 
 
 class Service:
@@ -53,17 +52,14 @@ class Service:
         self.features = _trained_features(config.model)
         self.rank_prompt = GENERAL if self.features is None else trained(self.features)
         self.labels = self._label_ids()
+        self.forms = Forms(self.tokenizer, self.decoder.vocab_size, self.limits)
         self.metrics = Metrics(self.name, self._gauges, self._totals)
-
-    @functools.cached_property
-    def grammars(self) -> Grammars:
-        """Forms of texts; takes a second the first time. Raises: ConfigError where the tokenizer is of a kind that
-        llguidance does not read."""
-        return Grammars(self.tokenizer, self.decoder.vocab_size)
 
     def start(self) -> None:
         """Start the engine's thread."""
-        self.texts = BatchTokenizer(self.tokenizer)
+        self.threads = Threads()
+        self.texts = BatchTokenizer(self.tokenizer, self.threads)
+        self.forms.start()
         self.worker = Worker(self.scorer, self.generator, self.config, asyncio.get_running_loop())
         self.dispatcher = Dispatcher(self.worker, self.limits, self.metrics)
         self.worker.start()
@@ -71,12 +67,9 @@ class Service:
     async def stop(self) -> None:
         """End it."""
         self.worker.stop()
-        await asyncio.to_thread(self.worker.join)
-        self.texts.close()
-
-    def hand_in(self, parts: Sequence[Work], seconds: float | None) -> AbstractAsyncContextManager[Ticket]:
-        """See `Dispatcher.hand_in`; None allows what the server does."""
-        return self.dispatcher.hand_in(parts, self.limits.seconds if seconds is None else seconds)
+        await self.forms.stop()
+        await asyncio.to_thread(self.worker.join, JOIN_SECONDS)
+        self.threads.close()
 
     def _label_ids(self) -> tuple[int, ...] | None:
         """Of requests that name none; None where the tokenizer has no such tokens and nobody asked for them."""

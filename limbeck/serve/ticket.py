@@ -20,6 +20,15 @@ class Prefill(NamedTuple):
 
 
 Work = Request | Job | Prefill
+BURST = 8
+"""Outcomes that may be taken in a row."""
+
+
+def prefix_of(work: Work) -> Sequence[int]:
+    """The tokens that others may begin with as well."""
+    if isinstance(work, Request):
+        return work.prefix
+    return work.prompt if isinstance(work, Job) else work.tokens
 
 
 class Outcome(NamedTuple):
@@ -42,10 +51,11 @@ class Refusal(Exception):
 class Ticket:
     """Handed to the engine's thread; what comes of it is put here on the event loop."""
 
-    def __init__(self, parts: Sequence[Work], seconds: float, abandon: Callable[[Ticket, int], None]) -> None:
+    def __init__(self, parts: Sequence[Work], deadline: float, abandon: Callable[[Ticket, int], None]) -> None:
+        """`deadline`: of `time.monotonic`."""
         self.parts = list(parts)
         self.arrived = time.monotonic()
-        self.deadline = self.arrived + seconds
+        self.deadline = deadline
         self.started: float | None = None
         """When the engine took up its first part."""
         self.is_over = False
@@ -75,6 +85,8 @@ class Ticket:
         Raises: Refusal, or whatever the engine raised.
         """
         while self._open:
+            if self._events.qsize() > BURST:  # one that never waits would keep all others from the loop
+                await asyncio.sleep(0)
             event = await self._events.get()
             if isinstance(event, Exception):
                 raise event

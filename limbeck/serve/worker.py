@@ -2,8 +2,8 @@
 
     take in what has arrived -> let go what is cancelled or late -> score a batch -> a step of generation -> tell
 
-A round scores `batch_tokens` tokens or one part, so that texts under way wait for no more than that. What comes of it
-goes to the event loop once a round.
+A round scores `batch_tokens` tokens, and a piece of one request that is larger, so that texts under way wait for no
+more than that. What comes of it goes to the event loop once a round.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import asyncio
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from limbeck.engine.constraints import GrammarConstraint
 from limbeck.engine.generation import Generator
 from limbeck.engine.jobs import Job
 from limbeck.engine.requests import Request
@@ -22,10 +24,13 @@ from limbeck.engine.scoring import Pin, Scorer
 from limbeck.errors import ConfigError
 from limbeck.serve.config import ServeConfig
 from limbeck.serve.line import Line, Part
-from limbeck.serve.ticket import Outcome, Prefill, Refusal, Ticket, Work
+from limbeck.serve.long import LongRequest, size_of
+from limbeck.serve.ticket import Outcome, Prefill, Refusal, Ticket, Work, prefix_of
 
 IDLE_SECONDS = 1.0
 """How often an idle engine looks for pins that have run out."""
+PIECES = 4
+"""Of a batch: a larger request is scored in pieces of this share, one a round."""
 
 
 class Held(NamedTuple):
@@ -48,6 +53,8 @@ class Worker(threading.Thread):
         self._to_generate = Line(scorer.cache.holds, config.turn)
         self._jobs: dict[int, Part] = {}
         """Under way, by the generator's number."""
+        self._long: deque[LongRequest] = deque()
+        """Scoring requests larger than a batch, in turns."""
         self._pins: dict[str, Held] = {}
         self._events: list[tuple[Ticket, Outcome | Exception]] = []
         self._is_stopped = False
@@ -78,13 +85,14 @@ class Worker(threading.Thread):
             self._read_inbox()
             self._let_go()
             self._score()
+            self._go_on()
             self._generate()
             if self._events:
                 events, self._events = self._events, []
                 self._loop.call_soon_threadsafe(_deliver, events)
 
     def _read_inbox(self) -> None:
-        is_idle = not (self._to_score.parts or self._to_generate.parts or self._jobs)
+        is_idle = not (self._to_score.parts or self._to_generate.parts or self._jobs or self._long)
         try:
             if is_idle:
                 self._inbox.get(timeout=IDLE_SECONDS)()
@@ -96,12 +104,15 @@ class Worker(threading.Thread):
     def _take(self, ticket: Ticket) -> None:
         for number, work in enumerate(() if ticket.is_over else ticket.parts):
             line = self._to_generate if isinstance(work, Job) else self._to_score
-            line.parts.append(Part(ticket, number, self.scorer.cache.keys_of(_prefix(work))))
+            line.parts.append(Part(ticket, number, self.scorer.cache.keys_of(prefix_of(work))))
 
     def _drop(self, ticket: Ticket, number: int | None = None) -> None:
         """Forget what is left of a ticket, or of one of its parts."""
         self._to_score.drop(ticket, number)
         self._to_generate.drop(ticket, number)
+        for long in [long for long in self._long if long.part.belongs(ticket, number)]:
+            long.release()
+            self._long.remove(long)
         for job in [job for job, part in self._jobs.items() if part.belongs(ticket, number)]:
             self.generator.abort(job)
             del self._jobs[job]
@@ -119,7 +130,8 @@ class Worker(threading.Thread):
         now = time.monotonic()
         for name in [name for name, held in self._pins.items() if held.until <= now]:
             self._release(name)
-        parts = [*self._to_score.parts, *self._to_generate.parts, *self._jobs.values()]
+        long = [long.part for long in self._long]
+        parts = [*self._to_score.parts, *long, *self._to_generate.parts, *self._jobs.values()]
         for ticket in {id(part.ticket): part.ticket for part in parts if part.ticket.deadline <= now}.values():
             if ticket.started is None:
                 self._fail(ticket, Refusal(429, "The request's time was over before its turn came.", 1.0))
@@ -137,25 +149,48 @@ class Worker(threading.Thread):
 
         parts = self._to_score.take(has_room)
         self._start(parts)
+        requests: list[tuple[Part, Request]] = []
         for part in parts:
-            if isinstance(part.work, Prefill):
+            if _tokens(part.work) > self.config.batch_tokens:
+                self._long.append(LongRequest(part, self.scorer, self.config.batch_tokens // PIECES))
+            elif isinstance(part.work, Prefill):
                 self._prefill(part, part.work)
-        self._score_parts([part for part in parts if isinstance(part.work, Request)])
+            elif isinstance(part.work, Request):
+                requests.append((part, part.work))
+        groups = [requests] if requests else []
+        while groups:
+            group = groups.pop()
+            try:
+                found = self.scorer.score([request for _, request in group])
+            except Exception as error:  # whatever it is, it ends the request that caused it and not the engine
+                if len(group) == 1:
+                    self._fail(group[0][0].ticket, error)
+                else:
+                    groups += [[one] for one in group]
+                continue
+            for (part, _), scores in zip(group, found, strict=True):
+                self._tell(part, scores, True)
 
-    def _score_parts(self, parts: Sequence[Part]) -> None:
-        requests = [part.work for part in parts if isinstance(part.work, Request)]
-        if not requests:
+    def _go_on(self) -> None:
+        """A piece of the large request whose turn it is."""
+        if not self._long:
             return
+        long = self._long.popleft()
         try:
-            found = self.scorer.score(requests)
-        except Exception as error:  # whatever it is, it ends the request that caused it and not the engine
-            if len(parts) == 1:
-                self._fail(parts[0].ticket, error)
-            for part in parts if len(parts) > 1 else ():
-                self._score_parts([part])
+            scores = long.step()
+        except Exception as error:  # as above
+            long.release()
+            self._fail(long.part.ticket, error)
             return
-        for part, scores in zip(parts, found, strict=True):
-            self._tell(part, scores, True)
+        if scores is None:
+            self._long.append(long)
+        else:
+            work = long.part.work
+            if isinstance(work, Prefill):
+                self._prefill(long.part, work)
+            else:
+                self._tell(long.part, scores, True)
+            long.release()
 
     def _prefill(self, part: Part, work: Prefill) -> None:
         try:
@@ -185,7 +220,12 @@ class Worker(threading.Thread):
             return
         for progress in found:
             is_last = progress.finish is not None
-            self._tell(self._jobs.pop(progress.job) if is_last else self._jobs[progress.job], progress, is_last)
+            part = self._jobs.pop(progress.job) if is_last else self._jobs[progress.job]
+            problem = _problem(part.work)
+            if problem is None:
+                self._tell(part, progress, is_last)
+            else:
+                self._fail(part.ticket, Refusal(422, f"The text could not go on in its form: {problem}."))
 
     def _admits(self, part: Part) -> bool:
         """Start a text if there is room for it."""
@@ -222,12 +262,11 @@ def _deliver(events: Sequence[tuple[Ticket, Outcome | Exception]]) -> None:
         ticket.put(event)
 
 
-def _prefix(work: Work) -> Sequence[int]:
-    if isinstance(work, Request):
-        return work.prefix
-    return work.prompt if isinstance(work, Job) else work.tokens
-
-
 def _tokens(work: Work) -> int:
-    items = sum(map(len, work.items)) if isinstance(work, Request) else 0
-    return len(_prefix(work)) + items
+    return size_of(work) if isinstance(work, Request) else len(prefix_of(work))
+
+
+def _problem(work: Work) -> str | None:
+    """Why a text's form has ended it."""
+    constraint = work.constraint if isinstance(work, Job) else None
+    return constraint.problem if isinstance(constraint, GrammarConstraint) else None

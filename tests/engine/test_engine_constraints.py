@@ -19,7 +19,9 @@ from limbeck.engine.weights import weights_of
 from limbeck.errors import ConfigError
 
 pytest.importorskip("llguidance")
+from limbeck.engine import constraints
 from limbeck.engine.constraints import Grammars
+from limbeck.engine.form_trial import attempt, grammar_of
 
 TOKENIZER = byte_tokenizer(merges=['" :', '{ "', '" }', "t r", "1 2"])
 END = frozenset([TOKENIZER.eos_token_id])
@@ -30,6 +32,11 @@ VOCABULARY = len(TOKENIZER) + 5
 @functools.cache
 def grammars():
     return Grammars(TOKENIZER, VOCABULARY)
+
+
+def constraint_of(form):
+    """A text of its own at the start of a form."""
+    return grammars().constraint(grammars().compile(grammar_of(*form)), END)
 
 
 @functools.cache
@@ -107,16 +114,17 @@ def is_valid(value, schema):
 @settings(max_examples=40, deadline=None)
 @given(SCHEMAS, st.integers(0, 99))
 def test_json_is_valid_under_its_schema(schema, seed):
-    tokens, finish = text_of(grammars().json_schema(schema, END), seed)
+    tokens, finish = text_of(constraint_of(constraints.json_schema(schema)), seed)
     assert finish == "stop"
     assert is_valid(json.loads(decoded(tokens)), schema)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_strings_of_other_forms(seed):
-    options = ["yes", 'no "way"', "ναί"]
-    assert decoded(text_of(grammars().choice(options, END), seed)[0]) in options
-    assert re.fullmatch(r"[a-c]{2,5}\.\d?", decoded(text_of(grammars().regex(r"[a-c]{2,5}\.\d?", END), seed)[0]))
+    options = ["yes", 'no "way"', "ναί", "a.b|(c)*\\", "two\nlines", *(f"label {n}" for n in range(2500))]
+    assert decoded(text_of(constraint_of(constraints.choice(options)), seed)[0]) in options
+    form = constraints.regex(r"[a-c]{2,5}\.\d?")
+    assert re.fullmatch(form.source, decoded(text_of(constraint_of(form), seed)[0]))
 
 
 def test_json_behind_a_thought():
@@ -128,21 +136,70 @@ def test_json_behind_a_thought():
         "additionalProperties": False,
     }
     close = TOKENIZER.encode("</t>", add_special_tokens=False)
-    tokens, finish = text_of(grammars().json_schema(schema, END), 3, ThoughtBudget(12, (), close))
+    tokens, finish = text_of(constraint_of(constraints.json_schema(schema)), 3, ThoughtBudget(12, (), close))
     assert tokens[12 : 12 + len(close)] == close and finish == "stop"
     assert is_valid(json.loads(decoded(tokens[12 + len(close) :])), schema)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("form", "message"),
     [
-        (lambda: grammars().json_schema({"type": "list"}, END), "json_schema: Invalid type: list"),
-        (lambda: grammars().json_schema({"type": "array", "uniqueItems": True}, END), "uniqueItems"),
-        (lambda: grammars().json_schema(False, END), "false has no text"),
-        (lambda: grammars().regex("(", END), "regex: .*unclosed group"),
-        (lambda: grammars().choice([], END), "choice: give one option"),
+        (constraints.json_schema({"type": "list"}), "Invalid type: list"),
+        (constraints.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (constraints.json_schema({"$ref": "#"}), "NoExtension|no text"),
+        (constraints.json_schema({"$defs": {"x": {"$ref": "#/$defs/x"}}, "$ref": "#/$defs/x"}), "NoExtension|no text"),
+        (constraints.json_schema({"allOf": [{"type": "string"}, {"type": "null"}]}), ""),
+        (constraints.regex("("), "unclosed group"),
     ],
 )
-def test_what_is_not_understood_says_why(make, message):
-    with pytest.raises(ConfigError, match=message):
-        make()
+def test_what_has_no_text_says_why(form, message):
+    answer = attempt(grammars()._tokenizer, {"id": 1, **form._asdict()})
+    assert re.search(message, answer["error"]) and "\n" not in answer["error"] and len(answer["error"]) <= 500
+
+
+def test_what_is_no_form_is_refused():
+    with pytest.raises(ConfigError, match="false has no text"):
+        constraints.json_schema(False)
+    with pytest.raises(ConfigError, match="choice: give one option"):
+        constraints.choice(["a", ""])
+
+
+class BrokenMatcher:
+    """Goes into error where it is told to, as llguidance's does at one of its limits."""
+
+    def __init__(self, at, dead_end=False):
+        self._left, self._dead_end = at, dead_end
+
+    def compute_bitmask(self):
+        return bytes(100) if self._dead_end and self._left == 0 else b"\xff" * 100
+
+    def is_error(self):
+        return not self._dead_end and self._left == 0
+
+    def get_error(self):
+        return "too many states\n<state>\nall of them"
+
+    def is_accepting(self):
+        return False
+
+    def is_stopped(self):
+        return False
+
+    def consume_token(self, token):
+        self._left -= 1
+        return True
+
+
+@pytest.mark.parametrize("dead_end", [False, True])
+def test_a_form_that_fails_ends_its_own_text_alone(dead_end):
+    generator = Generator(decoder(), PrefixCache(0, 64, "model"))
+    broken = constraints.GrammarConstraint(BrokenMatcher(3, dead_end), VOCABULARY, END)
+    bad = generator.add(Job(prompt=[5], max_tokens=50, sampling=Sampling(seed=1), constraint=broken))
+    good = generator.add(Job(prompt=[5], max_tokens=20, sampling=Sampling(seed=1)))
+    tokens, finish = {bad: 0, good: 0}, {}
+    while generator.running:
+        for progress in generator.step():
+            tokens[progress.job] += len(progress.tokens)
+            finish[progress.job] = progress.finish
+    assert broken.problem == ("no token of the vocabulary goes on with the form" if dead_end else "too many states")
+    assert tokens == {bad: 4, good: 20} and finish[good] == "length"

@@ -171,17 +171,18 @@ def test_the_thought_ends_within_its_budget(client):
 
 
 def test_errors_are_those_of_the_client_library(client, server):
-    with pytest.raises(openai.UnprocessableEntityError, match="not served here"):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="another", prompt="1")
-    with pytest.raises(openai.UnprocessableEntityError, match="limit is 1024"):
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 1024") as raised:
         client.completions.create(model="tiny", prompt="1", max_tokens=2000)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(openai.UnprocessableEntityError, match="tools"):
         tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
         client.chat.completions.create(model="tiny", messages=MESSAGES, tools=[tool])
-    with pytest.raises(openai.NotFoundError, match="not served here"):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("another")
-    with pytest.raises(openai.UnprocessableEntityError, match="user"):
-        client.chat.completions.create(model="tiny", messages=[{"role": "system", "content": "x"}])
+    with pytest.raises(openai.BadRequestError, match="no embeddings"):
+        client.embeddings.create(model="tiny", input="x", encoding_format="float")
 
 
 def test_cohere_version_1_and_2(server):

@@ -16,6 +16,7 @@ from limbeck.config import to_dict
 from limbeck.models.load import load_model, load_tokenizer, locate
 from limbeck.ranking.featurize import FeaturizeConfig
 
+JSON = {"content-type": "application/json"}
 QUERY, ITEMS, LABELS = "12+3", ["=1", "=", ""], [16, 17]
 
 
@@ -93,10 +94,10 @@ WRONG = {
         ({"query": "", "items": [""], "label_token_ids": [1]}, "nothing to score"),
         ({"query": [56], "items": ["1"], "label_token_ids": [1]}, "vocabulary"),
         ({"query": [-1], "items": ["1"], "label_token_ids": [1]}, "query"),
-        ({"query": "1" * 1025, "items": ["1"], "label_token_ids": [1]}, "1026 tokens"),
+        ({"query": "1" * 1025, "items": ["1"], "label_token_ids": [1]}, "context length is 1024 tokens"),
         ({"query": "1", "items": ["1"] * 1001, "label_token_ids": [1]}, "limit is 1000"),
-        ({"text_1": ["1", "2"], "text_2": ["1"], "label_token_ids": [1]}, "1 and N"),
-        ({"text_1": "1", "label_token_ids": [1]}, "one of the pairs"),
+        ({"text_1": ["1", "2"], "text_2": ["1"], "label_token_ids": [1, 2]}, "1 and N"),
+        ({"text_1": "1", "label_token_ids": [1, 2]}, "one of the pairs"),
     ],
     "/v1/rerank": [({"query": "1", "documents": []}, "documents"), ({"documents": ["1"]}, "query")],
     "/v1/completions": [
@@ -105,7 +106,7 @@ WRONG = {
         ({"prompt": "1", "temperature": -1}, "temperature"),
         ({"prompt": "1", "n": 129}, "n"),
         ({"prompt": ["1"] * 65, "n": 2}, "130 texts"),
-        ({"prompt": "1", "max_tokens": 5000}, "4096"),
+        ({"prompt": "1", "max_tokens": 5000}, "maximum context length"),
         ({"prompt": "1", "min_tokens": 5, "max_tokens": 2}, "min"),
         ({"prompt": "1", "logprobs": 21}, "logprobs"),
         ({"prompt": "1", "stop": ""}, "stop"),
@@ -115,10 +116,10 @@ WRONG = {
     ],
     "/v1/chat/completions": [
         ({"messages": []}, "messages"),
-        ({"messages": ["x"]}, "messages"),
+        ({"messages": ["x"]}, "messages.0: give an object"),
         ({"messages": [{"role": "alien", "content": "1"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": None}]}, "content"),
-        ({"messages": [{"role": "user", "content": "1" * 2000}]}, "limit|reads"),
+        ({"messages": [{"role": "user", "content": "1" * 2000}]}, "context length"),
         ({"messages": [{"role": "user", "content": "1"}], "chat_template_kwargs": {"chat_template": ""}}, "setting"),
     ],
     "/tokenize": [({}, "prompt or messages")],
@@ -130,24 +131,26 @@ WRONG = {
 def test_what_cannot_be_done_is_said_clearly(server, path, body, message):
     answer = server.post(path, body)
     error = answer.json()["error"]
-    assert answer.status_code == 422 and error["type"] == "invalid_request_error"
+    is_too_long = "context length" in message
+    assert answer.status_code == (400 if is_too_long else 422) and error["type"] == "invalid_request_error"
+    assert error["code"] == ("context_length_exceeded" if is_too_long else 422)
     assert any(part in error["message"] for part in message.split("|")), error["message"]
     assert len(error["message"]) < 1100
 
 
 RAW = {
     b"{": 400,
-    b"": 422,
+    b"": 400,
     b"[]": 422,
     b"null": 422,
-    b'{"prompt": "\\ud800"}': 422,
+    b'{"prompt": "\\ud800"}': 400,
     b'{"prompt": NaN}': 422,
     b'{"prompt": "a", "temperature": NaN}': 422,
     b'{"prompt": "a", "temperature": 1e999}': 422,
     b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}": 400,
     b"\xff\xfe": 400,
     b"[" * 100_000: 400,
-    b'{"\\ud800": {"\\udfff": 1}, "prompt": 5}': 422,
+    b'{"\\ud800": {"\\udfff": 1}, "prompt": 5}': 400,
 }
 
 
@@ -162,7 +165,7 @@ def test_a_body_that_calls_itself_a_form_is_refused(server):
     """As curl -d sends it."""
     headers = {"content-type": "application/x-www-form-urlencoded"}
     answer = httpx.post(server.url + "/v1/completions", content=b'{"prompt": "7a+4"}', headers=headers)
-    assert answer.status_code == 422
+    assert answer.status_code == 415
     assert "send the header content-type: application/json" in answer.json()["error"]["message"]
 
 
@@ -193,9 +196,10 @@ def test_too_large_and_too_slow_bodies():
     with RunningServer(limits={"body_bytes": 1000, "body_seconds": 0.3}) as server:
         assert server.post("/v1/completions", {"prompt": "1" * 1000}).status_code == 413
         chunks = (b"x" * 400 for _ in range(10))
-        assert httpx.post(server.url + "/v1/completions", content=chunks).status_code == 413
+        assert httpx.post(server.url + "/v1/completions", content=chunks, headers=JSON).status_code == 413
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            slow.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
             slow.settimeout(10)
             assert b" 408 " in slow.recv(1000).split(b"\r\n")[0]
         assert server.post("/v1/completions", {"prompt": "1"}).status_code == 200

@@ -10,10 +10,18 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from limbeck import __version__
+from limbeck.serve.errors import Invalid
 from limbeck.serve.service import Service
 from limbeck.serve.ticket import Refusal
 
 PAGE = Path(__file__).parents[1] / "page.html"
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+"""Nothing from elsewhere, and no other page around it."""
 
 
 class Model(BaseModel):
@@ -25,6 +33,10 @@ class Model(BaseModel):
     owned_by: str = "limbeck"
     root: str
     max_model_len: int
+    can_chat: bool
+    """Whether it has a chat template."""
+    can_rank: bool
+    """Whether it has label tokens of its own, or the tokenizer has those that are taken without."""
 
 
 class Models(BaseModel):
@@ -38,12 +50,17 @@ def router(service: Service) -> APIRouter:
     """The endpoints over a service."""
     api = APIRouter(tags=["about"])
     model = Model(
-        id=service.name, created=service.created, root=service.config.model, max_model_len=service.decoder.max_tokens
+        id=service.name,
+        created=service.created,
+        root=service.config.model,
+        max_model_len=service.decoder.max_tokens,
+        can_chat=bool(service.tokenizer.chat_template),
+        can_rank=service.labels is not None,
     )
 
-    @api.get("/", include_in_schema=False)
+    @api.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     @api.get("/v1/models")
     async def models() -> Models:
@@ -52,11 +69,13 @@ def router(service: Service) -> APIRouter:
     @api.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Model:
         if name != service.name:
-            raise Refusal(404, f"The model {name[:100]!r} is not served here; {service.name!r} is.")
+            message = f"The model {name[:100]!r} does not exist here; {service.name!r} is served."
+            raise Invalid(message, "model", 404, "model_not_found")
         return model
 
     @api.get("/health")
-    @api.get("/ping", include_in_schema=False)
+    @api.head("/health", include_in_schema=False)
+    @api.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
     async def health() -> dict[str, str]:
         if not service.worker.is_alive():
             raise Refusal(503, "The engine has ended; see the server's log.")
@@ -69,5 +88,11 @@ def router(service: Service) -> APIRouter:
     @api.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @api.post("/v1/embeddings")
+    @api.post("/embeddings", include_in_schema=False)
+    async def embeddings() -> None:
+        message = f"{service.name} is a causal language model and has no embeddings of texts; /v1/score compares texts."
+        raise Invalid(message, "model", 400, "model_not_supported")
 
     return api

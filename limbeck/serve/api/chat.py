@@ -1,147 +1,183 @@
-"""`/v1/chat/completions`: replies to messages, thought and answer apart."""
+"""`/v1/chat/completions`: replies to messages; thought, answer and calls of tools apart."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+import json
 from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-import jinja2
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from limbeck.engine.jobs import Drawn, Job
-from limbeck.serve.api.logprobs import chat_log_probs
-from limbeck.serve.api.sampling import MAX_LOG_PROBS, LogProbs, SamplingBody, make_jobs, refuse_unsupported
-from limbeck.serve.api.shapes import Seconds, check_model, new_id, now
+from limbeck.engine.jobs import Job
+from limbeck.serve.api.logprobs import LogProbsText
+from limbeck.serve.api.messages import ChatPrompt, Prompt, prompt_ids
+from limbeck.serve.api.sampling import MAX_LOG_PROBS, LogProbs, SamplingBody, make_jobs, refuse_contradictions
+from limbeck.serve.api.shapes import Count, Seconds, described, new_id, now, read, time_limit, written
 from limbeck.serve.api.streaming import stream
-from limbeck.serve.api.texts import Tally, write
-from limbeck.serve.errors import Invalid
+from limbeck.serve.api.texts import Piece, Tally, hidden_in, write
+from limbeck.serve.api.tools import Call, ToolSplitter
+from limbeck.serve.errors import Invalid, too_long
 from limbeck.serve.reasoning import Split, ThoughtSplitter
 from limbeck.serve.service import Service
-from limbeck.traces.chat import prompt_messages
-from limbeck.traces.thought import KNOWN_MARKERS, Markers
+from limbeck.traces.thought import KNOWN_MARKERS
 
 
-class ChatBody(SamplingBody):
-    """Messages, the user's last."""
+class ChatBody(ChatPrompt, SamplingBody):
+    """Messages, and how the reply is written."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
-    max_completion_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    logprobs: bool | None = False
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOG_PROBS)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Of the model's template, say {"enable_thinking": false}."""
     separate_reasoning: bool = True
     """Give the thought as reasoning_content; false leaves it, with its markers, in content."""
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
+
+
+class Part(NamedTuple):
+    """What a step brought one reply."""
+
+    number: int
+    """Of the reply."""
+    thought: str
+    answer: str
+    calls: Sequence[tuple[int, Call]]
+    """With their place among the reply's calls."""
+    finish: str | None
 
 
 def router(service: Service) -> APIRouter:
     """The endpoint over a service."""
     api = APIRouter(tags=["generation"])
 
-    @api.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatBody, timeout: Seconds = None) -> Any:
-        check_model(service, body.model)
-        _refuse(body)
-        text = render(service, body.messages, body.chat_template_kwargs or {})
-        opened = next((pair for pair in KNOWN_MARKERS if text.rstrip().endswith(pair.start)), None)
-        (prompt,) = await service.texts.encode([text], special=False)
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        room = _room(service, body, len(prompt))
-        jobs = await asyncio.to_thread(make_jobs, service, body, [prompt], room, LogProbs(top), opened is not None)
-        answer = _Answer(service, body, jobs, opened, timeout)
-        return await stream(service, answer.events()) if body.stream else await answer.whole()
+    @api.post("/v1/chat/completions", openapi_extra=described(ChatBody))
+    async def chat(request: Request, timeout: Seconds = None) -> Response:
+        until = time_limit(service, timeout)
+        reply = await Reply.begun(service, await read(service, request, ChatBody), until)
+        answer = _Answer(service, reply)
+        return await stream(service, answer.events()) if reply.body.stream else await answer.whole()
 
     return api
 
 
-class _Answer:
-    """One request's choices."""
+class Reply:
+    """The replies to one chat, as parts that come."""
 
-    def __init__(
-        self, service: Service, body: ChatBody, jobs: Sequence[Job], opened: Markers | None, seconds: float | None
-    ) -> None:
-        self._service, self._body, self._jobs, self._seconds = service, body, jobs, seconds
-        self._id, self._created = new_id("chatcmpl"), now()
-        self._tally = Tally(len(jobs[0].prompt))
+    def __init__(self, service: Service, body: ChatBody, prompt: Prompt, jobs: Sequence[Job], until: float) -> None:
+        self.service, self.body, self.jobs = service, body, jobs
+        self.tally = Tally(len(prompt.ids), copies=len(jobs))
+        self._until = until
         known = KNOWN_MARKERS if body.separate_reasoning else ()
-        self._splitters = [ThoughtSplitter(opened if known else None, known) for _ in jobs]
+        opened = prompt.opened if known else None
+        self._thoughts = [ThoughtSplitter(opened, known) for _ in jobs]
+        self._tools = [None if prompt.tools is None else ToolSplitter(prompt.tools) for _ in jobs]
+        self._markers = () if prompt.tools is None else (*prompt.tools.starts, *prompt.tools.ends)
+        self.log_probs = [LogProbsText(service.vocabulary, self._hidden(job), follows=False) for job in jobs]
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+    @classmethod
+    async def begun(cls, service: Service, body: ChatBody, until: float) -> Reply:
+        """Checked, so that the engine takes it. Raises: Invalid, Refusal, LimbeckError."""
+        refuse_contradictions(body)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Invalid("top_logprobs: only with logprobs.", "top_logprobs")
+        prompt = await prompt_ids(service, body)
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        room = _room(service, body, len(prompt.ids))
+        opened = prompt.opened is not None
+        jobs = await make_jobs(service, body, [prompt.ids], room, LogProbs(top), until, opened)
+        return cls(service, body, prompt, jobs, until)
+
+    def has_thought(self, index: int) -> bool:
+        """Whether a reply had a thought so far."""
+        return self._thoughts[index].has_thought
+
+    async def parts(self) -> AsyncGenerator[Part, None]:
+        """Thought, answer and calls as they come; log-probs are written along."""
+        shown = self.service.vocabulary.ids_within(self._markers)
+        async for piece in write(
+            self.service, self.jobs, self.body.stop, self._until, self.tally, goes_on=False, shown=shown
+        ):
+            if self.body.logprobs:
+                self.log_probs[piece.index].add(piece.drawn, is_chat=True)
+            yield self._part(piece)
+
+    def _part(self, piece: Piece) -> Part:
+        thoughts, tools = self._thoughts[piece.index], self._tools[piece.index]
+        was_thought = thoughts.in_thought
+        split = thoughts.add(piece.text)
+        if was_thought or thoughts.in_thought:
+            self.tally.thought += len(piece.drawn)
+        if piece.finish is not None:
+            rest = thoughts.finish()
+            split = Split(split.thought + rest.thought, split.answer + rest.answer)
+        if tools is None:
+            return Part(piece.index, split.thought, split.answer, (), piece.finish)
+        first = tools.count
+        answer, calls = tools.add(split.answer)
+        if piece.finish is not None:
+            more, others = tools.finish()
+            answer, calls = answer + more, calls + others
+        finish = "tool_calls" if piece.finish == "stop" and tools.count else piece.finish
+        return Part(piece.index, split.thought, answer, list(enumerate(calls, first)), finish)
+
+    def _hidden(self, job: Job) -> frozenset[int]:
+        return hidden_in(self.service, job) - self.service.vocabulary.ids_within(self._markers)
+
+
+class _Answer:
+    """OpenAI's shape of it."""
+
+    def __init__(self, service: Service, reply: Reply) -> None:
+        self._reply, self._body = reply, reply.body
+        self._head = {"id": new_id("chatcmpl"), "created": now(), "model": service.name}
+
+    async def events(self) -> AsyncGenerator[str, None]:
         begun: set[int] = set()
-        async for index, split, drawn, finish in self._pieces():
-            delta: dict[str, Any] = {} if index in begun else {"role": "assistant", "content": ""}
-            begun.add(index)
-            if split.thought:
-                delta["reasoning_content"] = split.thought
-            if split.answer:
-                delta["content"] = split.answer
-            if delta or finish or self._body.logprobs:
-                yield self._chunk([_choice(index, "delta", delta, self._log_probs(drawn), finish)])
+        async for part in self._reply.parts():
+            delta: dict[str, Any] = {} if part.number in begun else {"role": "assistant", "content": ""}
+            begun.add(part.number)
+            if part.thought:
+                delta["reasoning_content"] = part.thought
+            if part.answer:
+                delta["content"] = part.answer
+            if part.calls:
+                delta["tool_calls"] = [{"index": place, **_called(call)} for place, call in part.calls]
+            if delta or part.finish or self._body.logprobs:
+                usage = self._reply.tally.usage.model_dump() if self._body.has_running_usage else None
+                yield self._answer("chat.completion.chunk", [self._choice(part, "delta", delta)], usage)
         if self._body.has_usage:
-            yield {**self._chunk([]), "usage": self._tally.usage.model_dump()}
+            yield self._answer("chat.completion.chunk", [], self._reply.tally.usage.model_dump())
 
-    async def whole(self) -> dict[str, Any]:
-        splits: list[list[Split]] = [[] for _ in self._jobs]
-        drawn: list[list[Drawn]] = [[] for _ in self._jobs]
-        finish: list[str | None] = [None] * len(self._jobs)
-        async for index, split, tokens, end in self._pieces():
-            splits[index].append(split)
-            drawn[index] += tokens
-            finish[index] = end
-        choices = []
-        for index, parts in enumerate(splits):
-            thought = "".join(part.thought for part in parts) if self._splitters[index].has_thought else None
-            message = {
-                "role": "assistant",
-                "content": "".join(part.answer for part in parts),
-                "reasoning_content": thought,
-            }
-            choices.append(_choice(index, "message", message, self._log_probs(drawn[index]), finish[index]))
-        return {**self._head("chat.completion"), "choices": choices, "usage": self._tally.usage.model_dump()}
+    async def whole(self) -> Response:
+        parts: list[list[Part]] = [[] for _ in self._reply.jobs]
+        async for part in self._reply.parts():
+            parts[part.number].append(part)
 
-    async def _pieces(self) -> AsyncGenerator[tuple[int, Split, Sequence[Drawn], str | None], None]:
-        """Pieces with thought and answer apart."""
-        pieces = write(self._service, self._jobs, self._body.stops, self._seconds, self._tally, goes_on=False)
-        async for piece in pieces:
-            splitter = self._splitters[piece.index]
-            was_thought = splitter.in_thought
-            split = splitter.add(piece.text)
-            if was_thought or splitter.in_thought:
-                self._tally.thought += len(piece.drawn)
-            if piece.finish is not None:
-                rest = splitter.finish()
-                split = Split(split.thought + rest.thought, split.answer + rest.answer)
-            yield piece.index, split, piece.drawn, piece.finish
+        def joined() -> str:
+            choices = [self._choice(own[-1], "message", self._message(own)) for own in parts]
+            return self._answer("chat.completion", choices, self._reply.tally.usage.model_dump())
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        chunk = {**self._head("chat.completion.chunk"), "choices": choices}
-        if self._body.has_running_usage:
-            chunk["usage"] = self._tally.usage.model_dump()
-        return chunk
+        return await written(self._reply.service, 0, joined)
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}
+    def _message(self, parts: Sequence[Part]) -> dict[str, Any]:
+        calls = [_called(call) for part in parts for _, call in part.calls]
+        content = "".join(part.answer for part in parts)
+        thought = "".join(part.thought for part in parts) if self._reply.has_thought(parts[0].number) else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "reasoning_content": thought}
+        return message | ({"tool_calls": calls, "content": content or None} if calls else {})
 
-    def _log_probs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
-        return chat_log_probs(drawn, self._service.vocabulary.text_of) if self._body.logprobs else None
+    def _choice(self, part: Part, name: str, content: dict[str, Any]) -> str:
+        log_probs = self._reply.log_probs[part.number].take() if self._body.logprobs else "null"
+        rest = {"index": part.number, name: content, "finish_reason": part.finish}
+        return f'{json.dumps(rest, ensure_ascii=False)[:-1]},"logprobs":{log_probs}}}'
+
+    def _answer(self, kind: str, choices: Sequence[str], usage: dict[str, Any] | None) -> str:
+        head = json.dumps({**self._head, "object": kind})
+        end = "" if usage is None else f',"usage":{json.dumps(usage)}'
+        return f'{head[:-1]},"choices":[{",".join(choices)}]{end}}}'
 
 
-def _choice(index: int, name: str, content: Any, log_probs: Any, finish: str | None) -> dict[str, Any]:
-    return {"index": index, name: content, "logprobs": log_probs, "finish_reason": finish}
-
-
-def _refuse(body: ChatBody) -> None:
-    refuse_unsupported(body)
-    if (body.tools and body.tool_choice != "none") or body.functions:
-        raise Invalid("tools: not supported; ask for a form with response_format instead.", "tools")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise Invalid("top_logprobs: only with logprobs.", "top_logprobs")
+def _called(call: Call) -> dict[str, Any]:
+    return {"id": new_id("call"), "type": "function", "function": call._asdict()}
 
 
 def _room(service: Service, body: ChatBody, prompt_tokens: int) -> int:
@@ -151,26 +187,5 @@ def _room(service: Service, body: ChatBody, prompt_tokens: int) -> int:
         return asked
     left = service.decoder.max_tokens - prompt_tokens
     if left < 1:
-        raise Invalid(f"messages of {prompt_tokens} tokens; the model reads {service.decoder.max_tokens}.", "messages")
+        raise too_long(prompt_tokens, 0, service.decoder.max_tokens, "messages")
     return min(left, service.limits.default_tokens)
-
-
-def render(service: Service, messages: Sequence[Any], settings: dict[str, Any]) -> str:
-    """The prompt by the model's chat template.
-
-    Raises: Invalid where it has none or refuses the messages, and TraceFormatError for messages that are none.
-    """
-    tokenizer = service.tokenizer
-    if not tokenizer.chat_template:
-        raise Invalid("The model has no chat template; ask /v1/completions.", "messages")
-    reserved = settings.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys()
-    if reserved:
-        raise Invalid(f"{', '.join(sorted(reserved))}: not a setting of the template.", "chat_template_kwargs")
-    turns = [turn | {"role": "system"} if turn.get("role") == "developer" else turn for turn in messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            list(prompt_messages(turns)), tokenize=False, add_generation_prompt=True, **settings
-        )
-    except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
-        raise Invalid(f"The chat template refuses the messages ({' '.join(str(error).split())[:200]}).") from error
-    return str(text)

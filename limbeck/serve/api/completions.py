@@ -3,57 +3,80 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter
-from pydantic import Field
+from fastapi import APIRouter, Request, Response
+from pydantic import Field, PlainValidator, WithJsonSchema
 
 from limbeck.engine.jobs import Job
-from limbeck.serve.api.logprobs import CompletionLogProbs
-from limbeck.serve.api.sampling import MAX_LOG_PROBS, LogProbs, SamplingBody, make_jobs, refuse_unsupported
-from limbeck.serve.api.shapes import Ids, Seconds, TextOrIds, check_model, ids_of, new_id, now
+from limbeck.serve.api.logprobs import LogProbsText
+from limbeck.serve.api.sampling import MAX_LOG_PROBS, LogProbs, SamplingBody, make_jobs, refuse_contradictions
+from limbeck.serve.api.shapes import (
+    Seconds,
+    TextOrIds,
+    Texts,
+    described,
+    ids_of,
+    new_id,
+    now,
+    read,
+    time_limit,
+    written,
+)
 from limbeck.serve.api.streaming import stream
-from limbeck.serve.api.texts import Piece, Tally, write
+from limbeck.serve.api.texts import Piece, Tally, hidden_in, write
 from limbeck.serve.errors import Invalid
 from limbeck.serve.service import Service
 
 DEFAULT_TOKENS = 16
+SLICE = 64
+"""Tokens whose log-probs are written in one go."""
+
+
+def _alternatives(value: Any) -> int | None:
+    """A number of alternatives; true is one of them."""
+    if isinstance(value, bool):
+        return 1 if value else None
+    if not isinstance(value, int) or not 0 <= value <= MAX_LOG_PROBS:
+        raise ValueError(f"give a number of alternatives, 0 to {MAX_LOG_PROBS}")
+    return value
+
+
+_NUMBER: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": MAX_LOG_PROBS}
 
 
 class CompletionBody(SamplingBody):
     """A prompt or several, each as text or token ids."""
 
-    prompt: str | list[str] | Ids | list[Ids] = ""
+    prompt: Texts = Field([""])
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOG_PROBS)] | bool | None = None
-    suffix: str | None = None
-
-    @property
-    def top(self) -> int | None:
-        """How many alternatives to report; None for no log-probs."""
-        if isinstance(self.logprobs, bool):
-            return 1 if self.logprobs else None
-        return self.logprobs
+    add_special_tokens: bool = True
+    logprobs: Annotated[
+        int | None, PlainValidator(_alternatives), WithJsonSchema({"anyOf": [_NUMBER, {"type": "boolean"}]})
+    ] = None
+    """How many alternatives to report; null for no log-probs."""
 
 
 def router(service: Service) -> APIRouter:
     """The endpoint over a service."""
     api = APIRouter(tags=["generation"])
 
-    @api.post("/v1/completions", response_model=None)
-    async def complete(body: CompletionBody, timeout: Seconds = None) -> Any:
-        check_model(service, body.model)
-        refuse_unsupported(body)
-        if body.suffix:
-            raise Invalid("suffix: not supported; leave it out.", "suffix")
-        texts = _listed(body.prompt)
-        prompts = [ids or _nothing(service) for ids in await ids_of(service, texts, "prompt", special=True)]
+    @api.post("/v1/completions", openapi_extra=described(CompletionBody))
+    async def complete(request: Request, timeout: Seconds = None) -> Response:
+        until = time_limit(service, timeout)
+        body = await read(service, request, CompletionBody)
+        refuse_contradictions(body)
+        if not body.prompt:
+            raise Invalid("prompt: an empty list; give one text or more.", "prompt")
+        found = await ids_of(service, body.prompt, "prompt", special=body.add_special_tokens)
+        prompts = [ids or _nothing(service) for ids in found]
         max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-        log_probs = LogProbs(body.top, body.top if body.echo else None)
-        jobs = await asyncio.to_thread(make_jobs, service, body, prompts, max_tokens, log_probs)
-        echoes = [_echo(service, body, text, ids) for text, ids in zip(texts, prompts, strict=True)]
-        answer = _Answer(service, body, jobs, echoes, timeout)
+        log_probs = LogProbs(body.logprobs, body.logprobs if body.echo else None)
+        jobs = await make_jobs(service, body, prompts, max_tokens, log_probs, until)
+        echoes = [_echo(service, body, text, ids) for text, ids in zip(body.prompt, prompts, strict=True)]
+        answer = _Answer(service, body, jobs, echoes, until)
         return await stream(service, answer.events()) if body.stream else await answer.whole()
 
     return api
@@ -63,58 +86,61 @@ class _Answer:
     """One request's choices."""
 
     def __init__(
-        self, service: Service, body: CompletionBody, jobs: Sequence[Job], echoes: Sequence[str], seconds: float | None
+        self, service: Service, body: CompletionBody, jobs: Sequence[Job], echoes: Sequence[str], until: float
     ) -> None:
-        self._service, self._body, self._jobs, self._seconds = service, body, jobs, seconds
-        self._echoes = [echo for echo in echoes for _ in range(body.n or 1)]
+        self._service, self._body, self._jobs, self._until = service, body, jobs, until
+        self._echoes = [echo for echo in echoes for _ in range(body.n)]
         self._head = {"id": new_id("cmpl"), "object": "text_completion", "created": now(), "model": service.name}
-        self._tally = Tally(sum(len(job.prompt) for job in jobs[:: body.n or 1]))
-        self._log_probs = [CompletionLogProbs(service.vocabulary.text_of) for _ in jobs]
+        self._tally = Tally(sum(len(job.prompt) for job in jobs[:: body.n]), copies=body.n)
+        follows = not body.echo
+        self._log_probs = [LogProbsText(service.vocabulary, hidden_in(service, job), follows) for job in jobs]
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self) -> AsyncGenerator[str, None]:
         begun: set[int] = set()
         async for piece in self._pieces():
-            event = {**self._head, "choices": [self._choice(piece, is_first=piece.index not in begun)]}
+            await self._note(piece)
+            text = piece.text if piece.index in begun else self._echoes[piece.index] + piece.text
             begun.add(piece.index)
-            if self._body.has_running_usage:
-                event["usage"] = self._tally.usage.model_dump()
-            yield event
+            usage = self._tally.usage.model_dump() if self._body.has_running_usage else None
+            yield self._answer([self._choice(piece.index, text, piece.finish)], usage)
         if self._body.has_usage:
-            yield {**self._head, "choices": [], "usage": self._tally.usage.model_dump()}
+            yield self._answer([], self._tally.usage.model_dump())
 
-    async def whole(self) -> dict[str, Any]:
-        choices: dict[int, dict[str, Any]] = {}
+    async def whole(self) -> Response:
+        texts = [[echo] for echo in self._echoes]
+        finish: list[str | None] = [None] * len(texts)
         async for piece in self._pieces():
-            choice = self._choice(piece, is_first=piece.index not in choices)
-            choices[piece.index] = _joined(choices[piece.index], choice) if piece.index in choices else choice
-        ordered = [choices[index] for index in sorted(choices)]
-        return {**self._head, "choices": ordered, "usage": self._tally.usage.model_dump()}
+            await self._note(piece)
+            texts[piece.index].append(piece.text)
+            finish[piece.index] = piece.finish
+
+        def joined() -> str:
+            choices = [self._choice(i, "".join(parts), finish[i]) for i, parts in enumerate(texts)]
+            return self._answer(choices, self._tally.usage.model_dump())
+
+        return await written(self._service, 0, joined)
 
     def _pieces(self) -> Any:
-        return write(self._service, self._jobs, self._body.stops, self._seconds, self._tally, goes_on=True)
+        return write(self._service, self._jobs, self._body.stop, self._until, self._tally, goes_on=True)
 
-    def _choice(self, piece: Piece, is_first: bool) -> dict[str, Any]:
-        text = self._echoes[piece.index] + piece.text if is_first else piece.text
-        log_probs = None
-        if self._body.top is not None:
-            log_probs = self._log_probs[piece.index].add([*piece.prompt, *piece.drawn])
-        return {"index": piece.index, "text": text, "logprobs": log_probs, "finish_reason": piece.finish}
+    async def _note(self, piece: Piece) -> None:
+        """Write the piece's log-probs."""
+        if self._body.logprobs is None:
+            return
+        drawn = [*piece.prompt, *piece.drawn]
+        for start in range(0, len(drawn), SLICE):
+            self._log_probs[piece.index].add(drawn[start : start + SLICE], is_chat=False)
+            if start:
+                await asyncio.sleep(0)  # a prompt's may be many
 
+    def _choice(self, index: int, text: str, finish: str | None) -> str:
+        log_probs = "null" if self._body.logprobs is None else self._log_probs[index].take()
+        rest = json.dumps({"index": index, "text": text, "finish_reason": finish}, ensure_ascii=False)
+        return f'{rest[:-1]},"logprobs":{log_probs}}}'
 
-def _joined(choice: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    choice["text"] += more["text"]
-    choice["finish_reason"] = more["finish_reason"]
-    for name, values in (more["logprobs"] or {}).items():
-        choice["logprobs"][name] += values
-    return choice
-
-
-def _listed(prompt: str | list[str] | Ids | list[Ids]) -> list[TextOrIds]:
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return [prompt]
-    if not prompt:
-        raise Invalid("prompt: an empty list; give one text or more.", "prompt")
-    return [*prompt]
+    def _answer(self, choices: Sequence[str], usage: dict[str, Any] | None) -> str:
+        end = "" if usage is None else f',"usage":{json.dumps(usage)}'
+        return f'{json.dumps(self._head)[:-1]},"choices":[{",".join(choices)}]{end}}}'
 
 
 def _nothing(service: Service) -> list[int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
-from limbeck.serve.api.shapes import Body, Seconds, TextOrIds, check_model, ids_of, new_id
-from limbeck.serve.errors import Invalid
+from limbeck.serve.api.shapes import Body, Seconds, Written, described, ids_of, new_id, read, time_limit
+from limbeck.serve.errors import Invalid, too_long
 from limbeck.serve.service import Service
 from limbeck.serve.ticket import Prefill
 
@@ -16,7 +16,7 @@ from limbeck.serve.ticket import Prefill
 class PrefillBody(Body):
     """What a later request begins with."""
 
-    query: TextOrIds
+    query: Written
     """The query of /v1/score, the prompt of /v1/completions, or the query of /rerank."""
     endpoint: Literal["score", "completions", "rerank"] = "score"
     """Which of them is meant; /rerank writes its query into a template."""
@@ -42,19 +42,22 @@ def router(service: Service) -> APIRouter:
     """The endpoints over a service."""
     api = APIRouter(tags=["scoring"])
 
-    @api.post("/v1/prefill")
-    async def prefill(body: PrefillBody, timeout: Seconds = None) -> Pinned:
-        check_model(service, body.model)
+    @api.post("/v1/prefill", openapi_extra=described(PrefillBody))
+    async def prefill(request: Request, timeout: Seconds = None) -> Pinned:
+        until = time_limit(service, timeout)
+        body = await read(service, request, PrefillBody)
         query = body.query
         if body.endpoint == "rerank":
             if not isinstance(query, str):
                 raise Invalid("query: /rerank takes text.", "query")
             query = service.rank_prompt.prefix_of(query)
         (tokens,) = await ids_of(service, [query], "query", special=True)
-        if not 1 <= len(tokens) <= service.decoder.max_tokens:
-            raise Invalid(f"{len(tokens)} tokens; 1 to {service.decoder.max_tokens} can be read.", "query")
+        if not tokens:
+            raise Invalid("query: 0 tokens; there is nothing to read.", "query")
+        if len(tokens) > service.decoder.max_tokens:
+            raise too_long(len(tokens), 0, service.decoder.max_tokens, "query")
         pin = new_id("pin")
-        async with service.hand_in([Prefill(tokens, pin)], timeout) as ticket:
+        async with service.dispatcher.hand_in([Prefill(tokens, pin)], until) as ticket:
             async for _ in ticket.outcomes():
                 pass
         service.metrics.prompt_tokens.inc(len(tokens))

@@ -2,83 +2,142 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from limbeck.engine.jobs import Constraint, Job, ThoughtBudget
+from limbeck.engine import constraints
+from limbeck.engine.constraints import Form
+from limbeck.engine.jobs import Job, ThoughtBudget
 from limbeck.engine.sampling import Sampling
-from limbeck.serve.api.shapes import Body, TokenId
-from limbeck.serve.errors import Invalid
+from limbeck.serve.api.shapes import Body, Count, Ids, Positive, Shape
+from limbeck.serve.errors import Invalid, too_long
+from limbeck.serve.forms import Compiled
 from limbeck.serve.service import Service
 
 SEED_MASK = (1 << 63) - 1
 MAX_LOG_PROBS = 20
+MAX_STOPS = 16
+STOP_CHARACTERS = 1000
 
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+def _stops(value: Any) -> list[str]:
+    """One stop string or several."""
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("give a text, or a list of texts")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"{len(stops)} texts; the limit is {MAX_STOPS}")
+    if not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"each text has 1 to {STOP_CHARACTERS} characters")
+    return stops
 
 
-class StreamOptions(BaseModel):
+_STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": STOP_CHARACTERS}
+Stops = Annotated[
+    list[str],
+    PlainValidator(_stops),
+    WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]}),
+]
+
+
+class StreamOptions(Shape):
     """When a stream says how many tokens there were."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Shape):
     """A schema with a name, as OpenAI's clients send it."""
 
     name: str = "schema"
-    schema_: dict[str, Any] | bool = Field(True, alias="schema")
-    strict: bool | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool = False
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Shape):
     """The form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    """The schema itself, as llama.cpp and Together take it."""
+
+    @property
+    def form(self) -> Form | None:
+        """Raises: Invalid for a type without its schema."""
+        if self.type == "text":
+            return None
+        if self.json_schema is not None and self.type == "json_schema":
+            return constraints.json_schema(self.json_schema.schema_)
+        if self.schema_ is None and self.type == "json_schema":
+            raise Invalid("response_format: json_schema is needed for the type json_schema.", "response_format")
+        return constraints.json_schema(self.schema_ or {"type": "object"})
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Shape):
     """vLLM's way to ask for a form."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    model_config = ConfigDict(extra="forbid")
+
+    json_: Any = Field(None, alias="json")
+    """A schema, or one as text."""
+    json_object: bool = False
     choice: list[str] | None = None
     regex: str | None = None
+
+    @property
+    def forms(self) -> list[Form]:
+        """All that are asked for. Raises: Invalid for what is no schema."""
+        found = []
+        if self.json_ is not None:
+            found.append(constraints.json_schema(_schema(self.json_)))
+        if self.json_object:
+            found.append(constraints.json_schema({"type": "object"}))
+        if self.choice is not None:
+            found.append(constraints.choice(self.choice))
+        if self.regex is not None:
+            found.append(constraints.regex(self.regex))
+        return found
+
+
+def _schema(value: Any) -> Any:
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        schema = None
+    if not isinstance(schema, dict | bool):
+        raise Invalid(
+            "structured_outputs.json: give a schema, as an object or as JSON in a text.", "structured_outputs"
+        )
+    return schema
 
 
 class SamplingBody(Body):
     """How a text is drawn, and when it ends."""
 
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = 1
-    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    max_tokens: Count | None = None
+    min_tokens: Count = 0
+    stop: Stops = Field(default_factory=list)
+    stop_token_ids: Annotated[Ids, Field(max_length=64)] = Field(default_factory=list)
     ignore_eos: bool = False
-    stream: bool | None = False
+    stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    thinking_token_budget: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    thinking_token_budget: Count | None = None
     """Most tokens of the thought; then its closing marker is written in the model's place."""
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    best_of: int | None = None
-
-    @property
-    def stops(self) -> list[str]:
-        """The stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+    best_of: Positive | None = None
 
     @property
     def has_usage(self) -> bool:
@@ -90,19 +149,23 @@ class SamplingBody(Body):
         """Whether every piece of a stream says it."""
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
+    @property
+    def form(self) -> Form | None:
+        """The form of the answer. Raises: Invalid for more than one, or one that is none."""
+        forms = [] if self.structured_outputs is None else self.structured_outputs.forms
+        if self.structured_outputs is not None and not forms:
+            raise Invalid("structured_outputs: give json, json_object, choice or regex.", "structured_outputs")
+        asked = None if self.response_format is None else self.response_format.form
+        forms += [] if asked is None else [asked]
+        if len(forms) > 1:
+            raise Invalid("response_format, structured_outputs: more than one form; give one.", "structured_outputs")
+        return forms[0] if forms else None
 
-def refuse_unsupported(body: SamplingBody) -> None:
-    """Raises: Invalid for fields that would change the text and are not done here."""
-    others = {
-        "frequency_penalty": body.frequency_penalty,
-        "presence_penalty": body.presence_penalty,
-        "repetition_penalty": body.repetition_penalty not in (None, 1.0),
-        "logit_bias": body.logit_bias,
-        "best_of": body.best_of not in (None, body.n),
-    }
-    for name, is_asked in others.items():
-        if is_asked:
-            raise Invalid(f"{name}: not supported; leave it out.", name)
+
+def refuse_contradictions(body: SamplingBody) -> None:
+    """Raises: Invalid for fields that do not go together."""
+    if body.best_of not in (None, body.n):
+        raise Invalid("best_of: not supported; use n.", "best_of")
     if body.stream_options is not None and not body.stream:
         raise Invalid("stream_options: only with stream.", "stream_options")
 
@@ -113,86 +176,87 @@ class LogProbs(NamedTuple):
     text: int | None
     prompt: int | None = None
 
+    def of(self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int) -> int:
+        """How many a reply can have."""
+        text = 0 if self.text is None else len(prompts) * count * max_tokens * (self.text + 1)
+        return text + (0 if self.prompt is None else sum(map(len, prompts)) * count * (self.prompt + 1))
 
-def make_jobs(
+
+async def make_jobs(
     service: Service,
     body: SamplingBody,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     log_probs: LogProbs,
+    until: float,
     opened: bool | None = None,
 ) -> list[Job]:
     """n jobs a prompt, in order; checked, so that the engine takes them.
 
     Args:
+      until: when the request's time is over.
       opened: whether the prompt has opened a thought; None where texts have none to tell apart.
-    Raises: Invalid, or LimbeckError for what the model cannot do.
+    Raises: Invalid, Refusal when the time is over, or LimbeckError for what the model cannot do.
     """
-    count = body.n or 1
-    if len(prompts) * count > service.limits.prompts:
-        raise Invalid(f"{len(prompts) * count} texts; the server's limit is {service.limits.prompts}.", "n")
-    if max_tokens > service.limits.new_tokens:
-        raise Invalid(f"{max_tokens} tokens; the server's limit is {service.limits.new_tokens}.", "max_tokens")
-    ends = frozenset(() if body.ignore_eos else service.vocabulary.ends) | frozenset(body.stop_token_ids or ())
-    jobs = [
-        Job(
+    _check_size(service, body, prompts, max_tokens, log_probs)
+    ends = frozenset(() if body.ignore_eos else service.vocabulary.ends) | frozenset(body.stop_token_ids)
+    compiled = None if body.form is None else await service.forms.compiled(body.form, until)
+    job = functools.partial(
+        Job,
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        end_tokens=ends,
+        top_log_probs=log_probs.text,
+        prompt_log_probs=log_probs.prompt,
+        thought=_thought(service, body, max_tokens, opened, compiled),
+    )
+    for prompt in prompts:
+        service.generator.check(job(prompt=prompt))
+    return [
+        job(
             prompt=prompt,
-            max_tokens=max_tokens,
-            min_tokens=body.min_tokens,
             sampling=_sampling(body, number),
-            end_tokens=ends,
-            top_log_probs=log_probs.text,
-            prompt_log_probs=log_probs.prompt,
-            constraint=_constraint(service, body, ends),
-            thought=_thought(service, body, max_tokens, opened),
+            constraint=None if compiled is None else service.forms.constraint(compiled, ends),
         )
         for prompt in prompts
-        for number in range(count)
+        for number in range(body.n)
     ]
-    for job in jobs:
-        service.generator.check(job)
-    return jobs
+
+
+def _check_size(
+    service: Service,
+    body: SamplingBody,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    log_probs: LogProbs,
+) -> None:
+    limits = service.limits
+    texts, found = len(prompts) * body.n, log_probs.of(prompts, body.n, max_tokens)
+    if texts > limits.prompts:
+        raise Invalid(f"{texts} texts; the server's limit is {limits.prompts}.", "n")
+    longest = max(map(len, prompts))
+    if longest + max_tokens > service.decoder.max_tokens:
+        name = "messages" if "messages" in type(body).model_fields else "prompt"
+        raise too_long(longest, max_tokens, service.decoder.max_tokens, name)
+    if max_tokens > limits.new_tokens:
+        raise Invalid(f"{max_tokens} tokens; the server's limit is {limits.new_tokens}.", "max_tokens")
+    if found > limits.log_probs:
+        raise Invalid(f"Up to {found} log-probs; the server's limit is {limits.log_probs}.", "logprobs")
 
 
 def _sampling(body: SamplingBody, number: int) -> Sampling:
     seed = None if body.seed is None else (body.seed + number) & SEED_MASK
-    return Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(0, body.top_k or 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        seed=seed,
-    )
+    top_k = max(0, body.top_k)
+    return Sampling(temperature=body.temperature, top_k=top_k, top_p=body.top_p, min_p=body.min_p, seed=seed)
 
 
-def _constraint(service: Service, body: SamplingBody, ends: frozenset[int]) -> Constraint | None:
-    """One for each job, since it keeps the state of its text."""
-    form, structured = body.response_format, body.structured_outputs
-    if form is not None and form.type == "json_object":
-        return service.grammars.json_object(ends)
-    if form is not None and form.type == "json_schema":
-        if form.json_schema is None:
-            raise Invalid("json_schema: needed for the type json_schema.", "response_format")
-        return service.grammars.json_schema(form.json_schema.schema_, ends)
-    if structured is None:
-        return None
-    if structured.choice is not None:
-        return service.grammars.choice(structured.choice, ends)
-    if structured.regex is not None:
-        return service.grammars.regex(structured.regex, ends)
-    if isinstance(structured.json_, dict):
-        return service.grammars.json_schema(structured.json_, ends)
-    raise Invalid("give json (a schema as an object), choice or regex.", "structured_outputs")
-
-
-def _thought(service: Service, body: SamplingBody, max_tokens: int, opened: bool | None) -> ThoughtBudget | None:
+def _thought(
+    service: Service, body: SamplingBody, max_tokens: int, opened: bool | None, form: Compiled | None
+) -> ThoughtBudget | None:
     """The limit that was asked for; with a form, also one that never binds, since a form starts behind it."""
     is_asked = body.thinking_token_budget is not None
-    has_form = body.structured_outputs is not None or (
-        body.response_format is not None and body.response_format.type != "text"
-    )
     may_think = opened is not None and (opened or service.vocabulary.has_markers)
-    if not is_asked and not (has_form and may_think):
+    if not is_asked and not (form is not None and may_think):
         return None
     if is_asked and opened is None:
         raise Invalid("thinking_token_budget: only for chats.", "thinking_token_budget")

@@ -1,25 +1,42 @@
-"""`/v1/score` in SGLang's and vLLM's shapes, the `/rerank` family in Cohere's, and prefixes sent ahead."""
+"""`/v1/score` in SGLang's and vLLM's shapes: how likely labels follow items."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field
 
 from limbeck.engine.requests import Request, Scores, label_ids
-from limbeck.serve.api.shapes import Body, Seconds, TextOrIds, TokenId, Usage, check_model, ids_of, new_id, now
-from limbeck.serve.errors import Invalid
+from limbeck.serve.api.shapes import (
+    Body,
+    Ids,
+    Seconds,
+    TextOrIds,
+    Texts,
+    Usage,
+    Written,
+    described,
+    ids_of,
+    new_id,
+    now,
+    read,
+    time_limit,
+    written,
+)
+from limbeck.serve.errors import Invalid, too_long
 from limbeck.serve.service import Service
 
-Texts = TextOrIds | list[TextOrIds]
+PAIRS = (("text_1", "text_2"), ("data_1", "data_2"), ("queries", "documents"), ("queries", "items"))
+"""What the two sides are called."""
 
 
 class LabelBody(Body):
     """Which tokens an item is scored by."""
 
-    label_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=1000)] | None = None
+    label_token_ids: Annotated[Ids, Field(min_length=1, max_length=1000)] | None = None
     labels: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
     """The same as text; each is one token, a space in front of it included."""
 
@@ -27,7 +44,7 @@ class LabelBody(Body):
 class ScoreBody(LabelBody):
     """Items behind a query (SGLang), or pairs of texts (vLLM, in four spellings)."""
 
-    query: TextOrIds | None = None
+    query: Written | None = None
     items: Texts | None = None
     apply_softmax: bool = False
     """Probabilities among the labels, not over the vocabulary."""
@@ -74,65 +91,65 @@ class VllmScores(BaseModel):
 def router(service: Service) -> APIRouter:
     """The endpoints over a service."""
     api = APIRouter(tags=["scoring"])
+    described_answer: Any = {200: {"model": SglangScores | VllmScores}}
 
-    @api.post("/v1/score", response_model=SglangScores | VllmScores, response_model_exclude_none=True)
-    @api.post("/score", response_model=SglangScores | VllmScores, include_in_schema=False)
-    async def score(body: ScoreBody, timeout: Seconds = None) -> Any:
-        check_model(service, body.model)
+    @api.post("/v1/score", openapi_extra=described(ScoreBody), responses=described_answer)
+    @api.post("/score", include_in_schema=False)
+    async def score(request: HttpRequest, timeout: Seconds = None) -> Response:
+        until = time_limit(service, timeout)
+        body = await read(service, request, ScoreBody)
+        labels = labels_of(service, body, is_relative=body.apply_softmax or body.query is None)
+        requests = await _requests(service, body, labels)
+        found = await run(service, requests, until)
+        usage = usage_of(requests)
+        size = sum(8 * scores.logits.numel() for scores in found)
         if body.query is not None:
-            return await _sglang(service, body, timeout)
-        return await _vllm(service, body, timeout)
+            return await written(service, size, lambda: _sglang(service, body, found[0], usage))
+        return await written(service, size, lambda: _vllm(service, found, usage))
 
     return api
 
 
-async def _sglang(service: Service, body: ScoreBody, timeout: float | None) -> SglangScores:
-    assert body.query is not None
-    if body.items is None:
-        raise Invalid("items: needed beside query.", "items")
-    items = _listed(body.items)
-    labels = labels_of(service, body)
-    if body.item_first:
-        (query,) = await ids_of(service, [body.query], "query", special=False)
-        texts = await ids_of(service, items, "items", special=True)
-        request = Request((), [[*text, *query] for text in texts], labels)
-    else:
-        request = await request_of(service, body.query, items, labels)
-    request = request._replace(full=body.return_label_mass or not body.apply_softmax)
-    (scores,) = await run(service, [request], timeout)
-    chances = (scores.label_log_probs if body.apply_softmax else scores.log_probs).exp()
-    return SglangScores(
-        scores=chances.tolist(),
-        label_mass=scores.label_mass.tolist() if body.return_label_mass else None,
-        model=service.name,
-        usage=usage_of([request]),
-    )
-
-
-async def _vllm(service: Service, body: ScoreBody, timeout: float | None) -> VllmScores:
-    left, right = _pair(body)
-    if len(left) not in (1, len(right)):
-        raise Invalid(f"{len(left)} texts on the one side, {len(right)} on the other; give 1 and N, or N and N.")
-    labels = labels_of(service, body)
-    if len(left) == 1:
-        requests = [await request_of(service, left[0], right, labels)]
-    else:
+async def _requests(service: Service, body: ScoreBody, labels: Sequence[int]) -> list[Request]:
+    """One for a query, or one for each pair."""
+    if body.query is None:
+        left, right = _pair(body)
+        if len(left) not in (1, len(right)):
+            raise Invalid(f"{len(left)} texts on the one side, {len(right)} on the other; give 1 and N, or N and N.")
+        if len(left) == 1:
+            return [await request_of(service, left[0], right, labels)]
         prefixes = await ids_of(service, left, "queries", special=True)
         items = await ids_of(service, right, "documents", special=False)
-        requests = [Request(prefix, [item], labels) for prefix, item in zip(prefixes, items, strict=True)]
-    found = await run(service, requests, timeout)
+        return [Request(prefix, [item], labels) for prefix, item in zip(prefixes, items, strict=True)]
+    if body.items is None:
+        raise Invalid("items: needed beside query.", "items")
+    full = body.return_label_mass or not body.apply_softmax
+    if body.item_first:
+        (query,) = await ids_of(service, [body.query], "query", special=False)
+        texts = await ids_of(service, body.items, "items", special=True)
+        return [Request((), [[*text, *query] for text in texts], labels, full)]
+    return [(await request_of(service, body.query, body.items, labels))._replace(full=full)]
+
+
+def _sglang(service: Service, body: ScoreBody, scores: Scores, usage: Usage) -> SglangScores:
+    chances = (scores.label_log_probs if body.apply_softmax else scores.log_probs).exp()
+    mass = scores.label_mass.tolist() if body.return_label_mass else None
+    return SglangScores(scores=chances.tolist(), label_mass=mass, model=service.name, usage=usage)
+
+
+def _vllm(service: Service, found: Sequence[Scores], usage: Usage) -> VllmScores:
     values = [value for scores in found for value in first_label(scores)]
     data = [VllmScore(index=index, score=value) for index, value in enumerate(values)]
-    return VllmScores(id=new_id("score"), created=now(), model=service.name, data=data, usage=usage_of(requests))
+    return VllmScores(id=new_id("score"), created=now(), model=service.name, data=data, usage=usage)
 
 
-async def request_of(service: Service, query: TextOrIds, items: list[TextOrIds], labels: Sequence[int]) -> Request:
+async def request_of(service: Service, query: TextOrIds, items: Sequence[TextOrIds], labels: Sequence[int]) -> Request:
     """Prefix and items are tokenised apart, so that the prefix's tokens do not depend on the item."""
     prefix = (await ids_of(service, [query], "query", special=True))[0]
     return Request(prefix, await ids_of(service, items, "items", special=False), labels)
 
 
-async def run(service: Service, requests: Sequence[Request], timeout: float | None) -> list[Scores]:
+async def run(service: Service, requests: Sequence[Request], until: float) -> list[Scores]:
     """Scores of requests.
 
     Raises: Invalid for what is too much or too long for the server, Refusal when it cannot now.
@@ -143,7 +160,7 @@ async def run(service: Service, requests: Sequence[Request], timeout: float | No
     if items > service.limits.items:
         raise Invalid(f"{items} items; the server's limit is {service.limits.items}.", "items")
     found: dict[int, Any] = {}
-    async with service.hand_in(requests, timeout) as ticket:
+    async with service.dispatcher.hand_in(requests, until) as ticket:
         async for outcome in ticket.outcomes():
             found[outcome.part] = outcome.value
     scores = [found[number] for number in range(len(requests))]
@@ -159,7 +176,7 @@ async def run(service: Service, requests: Sequence[Request], timeout: float | No
 def _check(service: Service, request: Request) -> None:
     longest = len(request.prefix) + max(map(len, request.items), default=0)
     if longest > service.decoder.max_tokens:
-        raise Invalid(f"{longest} tokens; the model reads {service.decoder.max_tokens}.")
+        raise too_long(longest, 0, service.decoder.max_tokens, "a query with its longest item")
     if not request.prefix and not all(request.items):
         raise Invalid("An item without a token behind a query without a token: there is nothing to score.")
 
@@ -169,16 +186,23 @@ def first_label(scores: Scores) -> list[float]:
     return scores.label_log_probs[:, 0].exp().tolist()
 
 
-def labels_of(service: Service, body: LabelBody) -> Sequence[int]:
+def labels_of(service: Service, body: LabelBody, is_relative: bool) -> Sequence[int]:
     """Ids of the labels that a request is scored by.
 
+    Args:
+      is_relative: the scores are shares among the labels, of which there must be two then.
     Raises: Invalid, or ModelError for a text that is not one token.
     """
     if body.label_token_ids is not None and body.labels is not None:
         raise Invalid("labels and label_token_ids say the same; give one of them.", "labels")
-    if body.labels is not None:
-        return label_ids(service.tokenizer, body.labels)
     labels = service.labels if body.label_token_ids is None else body.label_token_ids
+    if body.labels is not None:
+        labels = label_ids(service.tokenizer, body.labels)
+    name = "label_token_ids" if body.labels is None else "labels"
+    if labels is not None and len(set(labels)) < len(labels):
+        raise Invalid(f"{name}: a label stands there twice; each counts once.", name)
+    if labels is not None and is_relative and len(labels) < 2:
+        raise Invalid(f"{name}: one label is certain among itself, whatever the item; give two or more.", name)
     if labels is None:
         raise Invalid("label_token_ids or labels: needed, since this model's tokenizer has no ' yes' and ' no'.")
     if max(labels) >= service.decoder.vocab_size:
@@ -186,25 +210,13 @@ def labels_of(service: Service, body: LabelBody) -> Sequence[int]:
     return labels
 
 
-def _listed(texts: Texts) -> list[TextOrIds]:
-    """One text, or ids of one, as a list of one."""
-    if isinstance(texts, str) or (texts and isinstance(texts[0], int)):
-        return [texts]
-    return [*texts]
-
-
 def _pair(body: ScoreBody) -> tuple[list[TextOrIds], list[TextOrIds]]:
     """The two sides, whatever they are called."""
-    pairs = {
-        "text_1, text_2": (body.text_1, body.text_2),
-        "data_1, data_2": (body.data_1, body.data_2),
-        "queries, documents": (body.queries, body.documents),
-        "queries, items": (body.queries, body.items),
-    }
-    for left, right in pairs.values():
+    for names in PAIRS:
+        left, right = (getattr(body, name) for name in names)
         if left is not None and right is not None:
-            return _listed(left), _listed(right)
-    raise Invalid(f"Give query and items, or one of the pairs {'; '.join(pairs)}.")
+            return left, right
+    raise Invalid(f"Give query and items, or one of the pairs {'; '.join(map(', '.join, PAIRS))}.")
 
 
 def usage_of(requests: Sequence[Request]) -> Usage:

@@ -11,7 +11,10 @@ from fastapi.responses import StreamingResponse
 from limbeck.serve.errors import status_and_body
 from limbeck.serve.service import Service
 
-Events = AsyncGenerator[dict[str, Any], None]
+Events = AsyncGenerator[str, None]
+"""JSON texts."""
+LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+"""Valid in JSON, but clients that split at Python's line ends would cut an event in two."""
 
 
 class EventStream(StreamingResponse):
@@ -28,9 +31,11 @@ class EventStream(StreamingResponse):
             await self._source.aclose()
 
 
-async def stream(service: Service, events: Events) -> EventStream:
+async def stream(service: Service, events: Events, has_names: bool = False) -> EventStream:
     """A response of `data:` lines, closed by [DONE]. What is refused before the first event is no stream yet.
 
+    Args:
+      has_names: events have a `type`, which is told in a line of its own, and no [DONE] follows.
     Raises: whatever the events do before the first one.
     """
     try:
@@ -41,19 +46,22 @@ async def stream(service: Service, events: Events) -> EventStream:
 
     async def lines() -> AsyncGenerator[str, None]:
         try:
-            yield _line(first)
+            yield line(first, has_names)
             async for event in events:
-                yield _line(event)
+                yield line(event, has_names)
         except Exception as error:  # the status has gone out already
             status, body, _ = status_and_body(error)
             service.metrics.refused(status)
-            yield _line(body)
+            yield line(json.dumps({"type": "error", **body["error"]} if has_names else body), has_names)
         finally:
             await events.aclose()
-        yield "data: [DONE]\n\n"
+        if not has_names:
+            yield "data: [DONE]\n\n"
 
     return EventStream(lines())
 
 
-def _line(event: dict[str, Any]) -> str:
-    return f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n"
+def line(event: str, has_name: bool = False) -> str:
+    """An event as it is sent."""
+    name = f"event: {json.loads(event)['type']}\n" if has_name else ""
+    return f"{name}data: {event.translate(LINE_ENDS)}\n\n"

@@ -34,10 +34,16 @@ class Tally:
     prompt: int
     written: int = 0
     thought: int = 0
+    copies: int = 1
+    """Texts of each prompt."""
     cached: dict[int, int] = field(default_factory=dict)
-    """By prompt."""
+    """By prompt: what was in the cache for the first of its texts, since the others find that one's prompt there."""
     drafted: int = 0
     accepted: int = 0
+
+    def note_cached(self, prompt: int, tokens: int) -> None:
+        """What a text of a prompt found in the cache."""
+        self.cached[prompt] = min(tokens, self.cached.get(prompt, tokens))
 
     @property
     def usage(self) -> Usage:
@@ -58,8 +64,8 @@ class Tally:
 class _Text:
     """One text: characters from tokens, up to a stop string."""
 
-    def __init__(self, service: Service, job: Job, stops: Sequence[str], goes_on: bool) -> None:
-        self._hidden = service.vocabulary.hidden | job.end_tokens
+    def __init__(self, service: Service, job: Job, stops: Sequence[str], goes_on: bool, shown: frozenset[int]) -> None:
+        self._hidden = hidden_in(service, job) - shown
         before = [token for token in job.prompt[-CONTEXT_TOKENS:] if token not in self._hidden] if goes_on else ()
         self._characters = Detokenizer(service.vocabulary.decode, before)
         self._stops = StopStrings(stops)
@@ -80,26 +86,39 @@ class _Text:
         return Piece(index, text, drawn, progress.prompt, finish)
 
 
+def hidden_in(service: Service, job: Job) -> frozenset[int]:
+    """Tokens that a text does not show."""
+    return service.vocabulary.hidden | job.end_tokens
+
+
 async def write(
-    service: Service, jobs: Sequence[Job], stops: Sequence[str], seconds: float | None, tally: Tally, goes_on: bool
+    service: Service,
+    jobs: Sequence[Job],
+    stops: Sequence[str],
+    until: float,
+    tally: Tally,
+    goes_on: bool,
+    shown: frozenset[int] = frozenset(),
 ) -> AsyncIterator[Piece]:
     """Pieces of all texts as they come; the last one of each has its `finish`.
 
     Args:
+      until: when the request's time is over.
       goes_on: whether a text continues the words of its prompt.
       tally: counts along.
+      shown: special tokens that are shown, since the text is read by them.
     Raises: Refusal.
     """
-    texts = [_Text(service, job, stops, goes_on) for job in jobs]
+    texts = [_Text(service, job, stops, goes_on, shown) for job in jobs]
     last: dict[int, float] = {}
-    async with service.hand_in(jobs, seconds) as ticket:
+    async with service.dispatcher.hand_in(jobs, until) as ticket:
         service.metrics.prompt_tokens.inc(tally.prompt)
         async for part, progress, _ in ticket.outcomes():
             assert isinstance(progress, Progress)
             piece = texts[part].take(part, progress)
             _observe(service, last, part, ticket.arrived, len(piece.drawn))
             tally.written += len(piece.drawn)
-            tally.cached[part] = progress.cached_tokens
+            tally.note_cached(part // tally.copies, progress.cached_tokens)
             tally.drafted += progress.drafted_tokens
             tally.accepted += progress.accepted_tokens
             if piece.finish is not None:

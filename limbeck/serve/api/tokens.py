@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from limbeck.serve.api.chat import render
-from limbeck.serve.api.shapes import Body, Ids, check_model, ids_of
+from limbeck.serve.api.messages import ChatPrompt, prompt_ids
+from limbeck.serve.api.shapes import Body, Ids, described, ids_of, read, written
 from limbeck.serve.errors import Invalid
 from limbeck.serve.service import Service
 
 
-class TokenizeBody(Body):
+class TokenizeBody(ChatPrompt):
     """A text, or messages for the chat template."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -46,27 +45,29 @@ class Text(BaseModel):
 def router(service: Service) -> APIRouter:
     """The endpoints over a service."""
     api = APIRouter(tags=["tokens"])
+    described_answer: Any = {200: {"model": Tokens}}
 
-    @api.post("/tokenize", response_model_exclude_none=True)
-    async def tokenize(body: TokenizeBody) -> Tokens:
-        check_model(service, body.model)
-        if (body.prompt is None) == (body.messages is None):
+    @api.post("/tokenize", openapi_extra=described(TokenizeBody), responses=described_answer)
+    async def tokenize(request: Request) -> Response:
+        body = await read(service, request, TokenizeBody)
+        if (body.prompt is None) == (not body.messages):
             raise Invalid("Give either prompt or messages.", "prompt")
         if body.prompt is not None:
-            (ids,) = await service.texts.encode([body.prompt], body.add_special_tokens)
+            (ids,) = await ids_of(service, [body.prompt], "prompt", body.add_special_tokens)
         else:
-            (ids,) = await service.texts.encode([render(service, body.messages or (), {})], special=False)
-        return Tokens(
-            count=len(ids),
-            max_model_len=service.decoder.max_tokens,
-            tokens=ids,
-            token_strs=[service.vocabulary.text_of(token) for token in ids] if body.return_token_strs else None,
-        )
+            ids = (await prompt_ids(service, body)).ids
+        text_of = service.vocabulary.text_of
 
-    @api.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> Text:
-        check_model(service, body.model)
+        def made() -> Tokens:
+            names = [text_of(token) for token in ids] if body.return_token_strs else None
+            return Tokens(count=len(ids), max_model_len=service.decoder.max_tokens, tokens=ids, token_strs=names)
+
+        return await written(service, body.size_bytes, made)
+
+    @api.post("/detokenize", openapi_extra=described(DetokenizeBody), responses={200: {"model": Text}})
+    async def detokenize(request: Request) -> Response:
+        body = await read(service, request, DetokenizeBody)
         (ids,) = await ids_of(service, [body.tokens], "tokens", special=False)
-        return Text(prompt=service.vocabulary.decode(ids))
+        return await written(service, body.size_bytes, lambda: Text(prompt=service.vocabulary.decode(ids)))
 
     return api

@@ -1,0 +1,156 @@
+"""Compiled forms: tried in a process apart, kept within a number of bytes, given up with the client that asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from limbeck.engine import constraints
+from limbeck.engine.constraints import Form, GrammarConstraint, Grammars
+from limbeck.errors import ConfigError
+from limbeck.serve.config import LimitsConfig
+from limbeck.serve.errors import Invalid
+from limbeck.serve.ticket import Refusal
+
+AT_ONCE = 4
+"""Forms that are tried at the same time; the next ones wait."""
+SOURCE_CHARACTERS = 1 << 20
+"""Longest form, as JSON."""
+LINE_BYTES = 64 << 20
+
+
+class Compiled(NamedTuple):
+    """A form that can be used, or why it cannot."""
+
+    matcher: Any
+    size_bytes: int
+    problem: str | None = None
+
+
+class Forms:
+    """Of one server. Lives on the event loop; `start` and `stop` are called on it."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, limits: LimitsConfig) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
+        """By digest of the form, the one used last at the end."""
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers = itertools.count()
+        self._thread = ThreadPoolExecutor(1, "forms")
+        self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self.missing: str | None = None
+        """Why this model can hold no form."""
+        try:
+            self._grammars = Grammars(tokenizer, vocab_size)
+        except ConfigError as error:
+            self.missing = str(error)
+
+    def start(self) -> None:
+        """Called on the loop."""
+        self._turn = asyncio.Semaphore(AT_ONCE)
+
+    async def stop(self) -> None:
+        """End the process."""
+        self._thread.shutdown(wait=False)
+        if self._starting is not None:
+            process = await self._starting
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    def constraint(self, compiled: Compiled, end_tokens: frozenset[int]) -> GrammarConstraint:
+        """One for each text, since it keeps the text's state."""
+        return self._grammars.constraint(compiled.matcher, end_tokens)
+
+    async def compiled(self, form: Form, until: float) -> Compiled:
+        """A form that can be used.
+
+        Args:
+          until: when the request's time is over, of `time.monotonic`.
+        Raises: Invalid for a form that cannot be had; Refusal when the time is over.
+        """
+        if self.missing is not None:
+            raise Invalid(f"{form.kind}: {self.missing}", "response_format")
+        source = json.dumps(form, sort_keys=True)
+        if len(source) > SOURCE_CHARACTERS:
+            raise Invalid(f"{form.kind}: {len(source)} characters; the limit is {SOURCE_CHARACTERS}.")
+        key = hashlib.blake2b(source.encode(), digest_size=16).digest()
+        if key not in self._kept:
+            try:
+                async with asyncio.timeout(until - time.monotonic()), self._turn:
+                    self._keep(key, self._kept.get(key) or await self._made(form))
+            except TimeoutError:
+                raise Refusal(408, "The request's time was over before its form was compiled.") from None
+        self._kept.move_to_end(key)
+        found = self._kept[key]
+        if found.problem is not None:
+            raise Invalid(f"{form.kind}: {found.problem}.", "response_format")
+        return found
+
+    async def _made(self, form: Form) -> Compiled:
+        answer = await self._tried(form)
+        if "error" in answer:
+            return Compiled(None, len(answer["error"]), answer["error"])
+        try:
+            loop = asyncio.get_running_loop()
+            matcher = await loop.run_in_executor(self._thread, self._grammars.compile, answer["grammar"])
+        except ConfigError as error:
+            return Compiled(None, 0, str(error))
+        return Compiled(matcher, answer["bytes"])
+
+    def _keep(self, key: bytes, made: Compiled) -> None:
+        self._kept[key] = made
+        while len(self._kept) > 1 and sum(one.size_bytes for one in self._kept.values()) > self._limits.form_bytes:
+            self._kept.popitem(last=False)
+
+    async def _tried(self, form: Form) -> dict[str, Any]:
+        """What the process apart says of a form; cancelling ends its work on it."""
+        if self._starting is None or (self._starting.done() and self._starting.result().returncode is not None):
+            self._starting = asyncio.create_task(self._started())
+        process = await asyncio.shield(self._starting)  # others wait for it as well
+        number = next(self._numbers)
+        self._answers[number] = asyncio.get_running_loop().create_future()
+        bounds = {"bytes": self._limits.form_bytes, "seconds": self._limits.form_seconds}
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({"id": number, **form._asdict(), **bounds}).encode() + b"\n")
+        try:
+            return await self._answers[number]
+        finally:
+            if self._answers.pop(number).cancelled():
+                process.stdin.write(json.dumps({"cancel": number}).encode() + b"\n")
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        """The process; started when it is first needed, and anew should it have ended."""
+        pipe = asyncio.subprocess.PIPE
+        program = Path(constraints.__file__).with_name("form_trial.py")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(program), stdin=pipe, stdout=pipe, limit=LINE_BYTES
+        )
+        assert process.stdin is not None and process.stdout is not None
+        first = {"tokenizer": self._tokenizer.backend_tokenizer.to_str(), "vocab": self._grammars.known}
+        process.stdin.write(json.dumps(first).encode() + b"\n")
+        await process.stdout.readline()
+        self._reader = asyncio.create_task(self._read(process))
+        return process
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            answer = json.loads(line)
+            waiting = self._answers.get(answer["id"])
+            if waiting is not None and not waiting.done():
+                waiting.set_result(answer)
+        for waiting in self._answers.values():
+            if not waiting.done():
+                waiting.set_result({"error": "the process that compiles forms has ended; ask again"})
