@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import httpx
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from limbeck.config import build
 from limbeck.serve.app import make_app
@@ -19,11 +20,11 @@ from limbeck.serve.service import Service
 class RunningServer:
     """Use it as a context manager; `url` is its address."""
 
-    def __init__(self, model: str = "tiny-student", parser: str = "auto", **fields: Any) -> None:
+    def __init__(self, model: str = "tiny-student", protocol: Any = AutoHTTPProtocol, **fields: Any) -> None:
         self.config = build(ServeConfig, {"model": model, "port": 0, **fields})
         self.service = Service(self.config)
         self.gate = Gate(make_app(self.service), self.config)
-        self._server = Server(self.gate, self.service, parser)
+        self._server = Server(self.gate, self.service, protocol)
         self._socket = bind(self.config)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)

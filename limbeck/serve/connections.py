@@ -8,16 +8,12 @@ longest makes room, so that whoever holds connections open shuts nobody out.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import logging
 import resource
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from limbeck.serve.config import LimitsConfig
-
-log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
 """Beyond `limits.seconds`, to take what was written until then."""
@@ -64,17 +60,8 @@ class Connections:
         self._open.discard(connection)
 
 
-def protocol_over(connections: Connections, parser: str = "auto") -> type[asyncio.Protocol]:
-    """A class of protocols that keep to the limits.
-
-    Args:
-      parser: h11, httptools, or auto: httptools where it is installed, as uvicorn chooses.
-    """
-    base: Any = H11Protocol
-    if parser == "httptools" or (parser == "auto" and importlib.util.find_spec("httptools") is not None):
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-        base = HttpToolsProtocol
+def protocol_over(connections: Connections, base: Any = AutoHTTPProtocol) -> type[asyncio.Protocol]:
+    """A class of protocols that keep to the limits; `base`: uvicorn's, over its parser of choice."""
     limits = connections.limits
 
     class Limited(base):

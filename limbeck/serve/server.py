@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from limbeck.errors import ConfigError
 from limbeck.progress import console
@@ -26,14 +28,14 @@ LAST_SECONDS = 1.0
 class Server(uvicorn.Server):
     """uvicorn, but on the first signal it goes on answering: 503 to what is new, results to what it has taken."""
 
-    def __init__(self, gate: Gate, service: Service, parser: str = "auto") -> None:
-        """`parser`: of HTTP, see `protocol_over`."""
+    def __init__(self, gate: Gate, service: Service, protocol: Any = AutoHTTPProtocol) -> None:
+        """`protocol`: uvicorn's, see `protocol_over`."""
         limits = service.limits
         connections = Connections(limits)
         super().__init__(
             uvicorn.Config(
                 gate,
-                http=protocol_over(connections, parser),
+                http=protocol_over(connections, protocol),
                 ws="none",
                 log_config=None,
                 log_level="warning",
