@@ -7,6 +7,7 @@ needs nothing, where xgrammar's needs triton with 1 GB.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -111,6 +112,18 @@ class Grammars:
         except ValueError as error:
             raise ConfigError(f"{type(tokenizer).__name__}: llguidance cannot read its vocabulary ({error}).") from None
         self._matcher = llguidance.LLMatcher
+        self._grammar_of = importlib.import_module("limbeck.engine.form_trial").grammar_of  # needs llguidance as well
+
+    def text(self, form: Form, end_tokens: frozenset[int]) -> GrammarConstraint:
+        """A text of a form, compiled here and now: for forms of one's own, since nothing bounds its time and memory.
+
+        Raises: ConfigError where it cannot be compiled.
+        """
+        try:
+            grammar = self._grammar_of(form.kind, form.source)
+        except ValueError as error:
+            raise ConfigError(f"{form.kind}: {_told(str(error))}") from None
+        return self.constraint(self.compile(grammar), end_tokens)
 
     def compile(self, grammar: str) -> Any:
         """A matcher at its start, to be copied for each text; `grammar` is what `form_trial` gives for a form.

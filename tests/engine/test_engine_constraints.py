@@ -21,7 +21,7 @@ from limbeck.errors import ConfigError
 pytest.importorskip("llguidance")
 from limbeck.engine import constraints
 from limbeck.engine.constraints import Grammars
-from limbeck.engine.form_trial import attempt, grammar_of
+from limbeck.engine.form_trial import attempt
 
 TOKENIZER = byte_tokenizer(merges=['" :', '{ "', '" }', "t r", "1 2"])
 END = frozenset([TOKENIZER.eos_token_id])
@@ -36,7 +36,7 @@ def grammars():
 
 def constraint_of(form):
     """A text of its own at the start of a form."""
-    return grammars().constraint(grammars().compile(grammar_of(*form)), END)
+    return grammars().text(form, END)
 
 
 @functools.cache
