@@ -88,7 +88,7 @@ def test_no_items_no_scores(server):
 WRONG = {
     "/v1/score": [
         ({"query": "1", "items": ["2"]}, "label_token_ids or labels"),
-        ({"query": "1", "items": ["2"], "label_token_ids": [99]}, "0 to 55"),
+        ({"query": "1", "items": ["2"], "label_token_ids": [99]}, "The vocabulary has"),
         ({"query": "1", "items": ["2"], "labels": ["12"]}, "2 tokens"),
         ({"query": "1", "label_token_ids": [1]}, "items"),
         ({"query": "", "items": [""], "label_token_ids": [1]}, "nothing to score"),
