@@ -35,6 +35,7 @@ from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.flags import set_field
+from limbeck.stage import How
 from studies.page import Table
 
 T_QUANTILES = {1: 12.706, 4: 2.776}
@@ -102,7 +103,7 @@ def one_run(
     config = build(DistillConfig, tree)
     out = runs / config_hash(config)
     if not Checkpoint(out).is_finished:
-        train.run(config, None, out, overwrite=True)
+        train.run(config, out, how=How(overwrite=True))
     result = {"validation_ce": Checkpoint(out).manifest["metrics"]["validation_ce"]}
     if scoring is None:
         return result

@@ -93,7 +93,7 @@ def distillation(directory: Path) -> Route:
         "training": {"max_steps": 1, "batch_size": 2},
     }
     with watched(forward_kl) as found:
-        train.run(build(DistillConfig, config), None, directory / "student")
+        train.run(build(DistillConfig, config), directory / "student")
     return found[forward_kl.__code__]
 
 

@@ -28,15 +28,16 @@ import torch
 from _process import conditions, markdown, publish
 
 from limbeck.checkpoint import Checkpoint
+from limbeck.compress.predict import predict_recover
 from limbeck.compress.recover import RecoverConfig
 from limbeck.config import build
+from limbeck.cost.hardware import Hardware, measure
+from limbeck.cost.prediction import Prediction
 from limbeck.distill.caching import CacheStageConfig
+from limbeck.distill.caching_cost import predict_cache
 from limbeck.distill.config import DistillConfig
+from limbeck.distill.predict import predict_distill
 from limbeck.flags import apply_flags
-from limbeck.scale.hardware import Hardware, measure
-from limbeck.scale.prediction import Prediction
-from limbeck.scale.stages import predict_cache, predict_recover
-from limbeck.scale.training import predict_distill
 from limbeck.yaml_values import read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

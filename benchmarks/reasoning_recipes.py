@@ -38,6 +38,7 @@ from limbeck.distill.config import DistillConfig
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score
 from limbeck.flags import set_field
+from limbeck.stage import How
 from limbeck.traces import probe
 from limbeck.traces.sources import TraceConfig
 
@@ -93,7 +94,7 @@ class Bench:
         out = self.scratch / "runs" / f"{name.replace(' ', '_')}-{seed}"
         config = self.config(seed, changes)
         if not Checkpoint(out).is_finished:
-            train.run(config, None, out, overwrite=True)
+            train.run(config, out, how=How(overwrite=True))
         ledger = Checkpoint(out).manifest["ledger"]
         found = {
             "tokens": ledger["tokens"],

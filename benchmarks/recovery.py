@@ -39,6 +39,7 @@ from limbeck.config import build
 from limbeck.distill import train
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score
+from limbeck.stage import How
 from limbeck.traces.sources import TraceConfig
 from limbeck.yaml_values import read_recipe
 
@@ -80,7 +81,7 @@ class Study:
         """Recover and score one model, or read what is there."""
         out = self.place(name, seed)
         if not Checkpoint(out).is_finished:
-            recover.run(self.config(seed, *ARMS[name]), out, resume=True)
+            recover.run(self.config(seed, *ARMS[name]), out, how=How(resume=True))
         metrics = Checkpoint(out).manifest["metrics"]
         rounds = metrics["rounds"]
         return {
@@ -117,7 +118,7 @@ class Study:
         for share in dict.fromkeys([*self.shares, config.prune.neuron_sparsity]):
             out = self.scratch / f"pruned-{share}"
             if not Checkpoint(out).is_finished:
-                prune.run(replace(config.prune, neuron_sparsity=share), out, resume=True)
+                prune.run(replace(config.prune, neuron_sparsity=share), out, how=How(resume=True))
             models[f"{share:.1%} of the neurons pruned, not trained"] = str(out)
         found = {}
         for name, model in models.items():

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 from _process import conditions, markdown, publish
 
 from limbeck.config import build
+from limbeck.cost.hardware import DEVICES
+from limbeck.cost.shapes import config_of, frozen_sizes
 from limbeck.distill.config import DistillConfig
 from limbeck.ledger import head_flops, head_forward_flops
 from limbeck.scale.cluster import Estimate, Load, estimate
-from limbeck.scale.hardware import DEVICES
 from limbeck.scale.planner import AssumedTraces, models_of, plan
-from limbeck.scale.shapes import config_of, frozen_sizes
 
 GIB = 2.0**30
 DEVICE_COUNTS = (8, 16, 32, 64, 128, 256, 512)

@@ -12,8 +12,10 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from limbeck.cli import COMMANDS, LIMITED, OPTIONS, Command
+from limbeck.commands import COMMANDS, Command
 from limbeck.flags import FieldInfo, describe
+from limbeck.help import LIMITED, OPTIONS
+from limbeck.stage import function_name
 
 ROOT = Path(__file__).parent.parent
 LINKED = ("benchmarks/results/*.md", "benchmarks/results/*.png", "recipes/*.yaml", "CHANGELOG.md")
@@ -47,14 +49,14 @@ def cli_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _section(name: str, command: Command) -> str:
-    takes = "[RECIPE.yaml] [--FIELD value ...]" if command.config else "DIRECTORY ..."
-    usage = f"limbeck {name} {command.subject.upper() + ' | ' if command.subject else ''}{takes}"
-    options = [flag for flag in OPTIONS if flag in command.takes or flag not in LIMITED]
-    text = f"{command.help[0].upper()}{command.help[1:]}."
+def _section(name: str, entry: Command) -> str:
+    command = entry.load()
+    subject = f"{command.subject.upper()} | " if command.subject else ""
+    usage = f"limbeck {name} {subject}[RECIPE.yaml] [--FIELD value ...]"
+    usage += f"\nlimbeck.{function_name(name)}(..., FIELD=value)"
+    options = [flag for flag in OPTIONS if flag not in LIMITED or flag[2:].replace("-", "_") in command.options]
+    text = f"{entry.help[0].upper()}{entry.help[1:]}."
     head = f"## limbeck {name}\n\n{text}\n\n```text\n{usage}\n```\n\nOptions: {', '.join(f'`{o}`' for o in options)}"
-    if command.config is None:
-        return head
     rows = [_row(info) for info in describe(command.config)]
     return f"{head}\n\n{_table(['field', 'meaning', 'type', 'default'], rows)}"
 

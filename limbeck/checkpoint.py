@@ -6,8 +6,12 @@ the cost ledger and the metrics. A stage works in `<out>.partial` and renames it
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import html
+import importlib
 import json
+import os
 import platform
 import shutil
 import sys
@@ -18,9 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from limbeck import __version__
 from limbeck.config import config_hash, to_dict
 from limbeck.errors import CheckpointError
+from limbeck.version import __version__
 
 MANIFEST = "limbeck.json"
 STATE_PREFIX = "state-"
@@ -56,6 +60,37 @@ class Checkpoint:
         return tree
 
     @property
+    def metrics(self) -> dict[str, Any]:
+        """What the stage measured."""
+        return self.manifest["metrics"]
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What it took: tokens, FLOPs, seconds and bytes, by part and phase; empty where the stage counts nothing."""
+        return self.manifest["ledger"]
+
+    def load(self) -> tuple[Any, Any]:
+        """The transformers model and its tokenizer."""
+        # Whoever asks for a model has torch and transformers; what only reads manifests need not import them.
+        models = importlib.import_module("limbeck.models.load")
+        return models.load_model(str(self.path)), models.load_tokenizer(str(self.path))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: what made it and what it measured."""
+        if not self.is_finished:
+            return f"<code>{html.escape(str(self.path))}</code>"
+        manifest = self.manifest
+        rows = {"stage": manifest["stage"], **{k: v for k, v in manifest["metrics"].items() if _is_plain(v)}}
+        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(_shown(v))}</td></tr>" for k, v in rows.items())
+        return f"<table><caption><code>{html.escape(str(self.path))}</code></caption>{cells}</table>"
+
+    @property
     def is_finished(self) -> bool:
         """Whether a readable manifest is there."""
         return (self.path / MANIFEST).is_file()
@@ -68,6 +103,14 @@ class Checkpoint:
         return manifest["config_hash"] == config_hash(config) and manifest["inputs"] == dict(inputs)
 
 
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 @contextmanager
 def output_directory(out: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """A working directory that takes the name `out` when the block ends well, and goes when it does not.
@@ -75,31 +118,59 @@ def output_directory(out: Path, *, overwrite: bool = False, resume: bool = False
     Args:
       out: the final directory; it must not exist unless `overwrite`.
       overwrite: replace an existing output, after the new one is complete.
-      resume: go on in the working directory of an interrupted run; without it that directory is emptied.
-    Raises: CheckpointError when `out` exists, or when it is to be replaced and no stage made it.
+      resume: go on in the working directory of an interrupted run. Without it that directory is emptied, unless it
+        has a state to go on from: that goes with `overwrite` only.
+    Raises: CheckpointError when `out` exists, when it is to be replaced and no stage made it, when another process
+      works on it, or when there is a state and neither `resume` nor `overwrite`.
     """
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists already. Choose another output or pass --overwrite.")
     if out.exists() and not _is_replaceable(out):
         raise CheckpointError(f"{out}: no limbeck output, so it is not overwritten. Choose another output.")
     working = out.with_name(out.name + ".partial")
-    if working.exists() and not resume:
-        shutil.rmtree(working)
     created = [path for path in (working, *working.parents) if not path.exists()]
     working.mkdir(parents=True, exist_ok=True)
+    with _alone(working):
+        if not resume:
+            _empty(working, overwrite)
+        try:
+            yield working
+        except BaseException:
+            # A failed run leaves nothing, unless it has a state to resume from.
+            if not any(working.glob(STATE_PREFIX + "*")):
+                shutil.rmtree(working, ignore_errors=True)
+            for path in created:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+            raise
+        if out.exists():
+            shutil.rmtree(out)
+        working.rename(out)
+
+
+@contextmanager
+def _alone(working: Path) -> Iterator[None]:
+    """No other process works in a directory during the block."""
+    directory = os.open(working, os.O_RDONLY)
     try:
-        yield working
-    except BaseException:
-        # A failed run leaves nothing, unless it has a state to resume from.
-        if not any(working.glob(STATE_PREFIX + "*")):
-            shutil.rmtree(working, ignore_errors=True)
-        for path in created:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        raise
-    if out.exists():
-        shutil.rmtree(out)
-    working.rename(out)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{working}: another run is at work there; wait, or choose another --out.") from error
+        yield
+    finally:
+        os.close(directory)
+
+
+def _empty(working: Path, overwrite: bool) -> None:
+    """Put away what an interrupted attempt left; a state goes only where its loss is asked for."""
+    states = sorted(path.name for path in working.glob(STATE_PREFIX + "*"))
+    if states and not overwrite:
+        raise CheckpointError(
+            f"{working}: an interrupted run left {states[-1]}. Pass --resume to go on with it, --overwrite to drop it."
+        )
+    for path in working.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_replaceable(out: Path) -> bool:

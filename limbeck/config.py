@@ -138,6 +138,8 @@ def chosen_class(classes: list[type], value: Any, where: str) -> type:
     """
     if len(classes) == 1:
         return classes[0]
+    if type(value) in classes:
+        return type(value)
     tag = value.get(first_field(classes[0])) if isinstance(value, Mapping) else value
     for config_class in classes:
         if tag in tags_of(config_class):

@@ -11,33 +11,31 @@ of them and is then made smaller still, and one page shows what each step saves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_manifest
-from limbeck.compress import recover
+from limbeck.compress.commands import QUANTIZE, RECOVER
 from limbeck.compress.prune.stage import PruneConfig
-from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.compress.recover import RecoverConfig
 from limbeck.config import build, checked, config_hash
-from limbeck.distill import train
 from limbeck.distill.config import DistillConfig, StudentConfig
-from limbeck.errors import CheckpointError, ConfigError, LimbeckError
-from limbeck.evaluate import stage as evaluate
+from limbeck.errors import ConfigError, LimbeckError
 from limbeck.evaluate.answers import Verdict, check_exact
+from limbeck.evaluate.commands import EVALUATE
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.models.generate import SamplingConfig, generate
-from limbeck.models.load import load_model, load_tokenizer, model_hash
+from limbeck.models.load import load_model, load_tokenizer
 from limbeck.progress import bar, console
 from limbeck.report import page
 from limbeck.report.collect import collect
 from limbeck.report.compression import compression_table
 from limbeck.report.tables import console_table, for_console
 from limbeck.runner.process import in_process
+from limbeck.stage import How, Stage, go_on
 from limbeck.sweep import execute
 from limbeck.sweep.plan import SweepConfig
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
@@ -76,17 +74,19 @@ class DemoConfig:
             raise ConfigError("the demo needs at least 20 traces and 10 problems")
 
 
-def run(config: DemoConfig, out: Path) -> None:
+def run(config: DemoConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Do the demonstration in the directory `out`, going on where an earlier one stopped; prints tables and page."""
     traces = sample_traces(config, out / "traces")
     sweep = sweep_config(config, traces)
-    summary = execute.run(sweep, out)
+    execute.run(sweep, out)
+    summary = json.loads((out / execute.SUMMARY).read_text(encoding="utf-8"))
     console.print(console_table(summary["runs"]))
     best = max(summary["runs"], key=lambda run: run["accuracy"])
     made = compress(sweep, out / "runs" / best["name"], out)
     console.print(for_console(compression_table(collect(made).compressed, is_brief=True)))
-    report = page.run([out, *made], out)
+    report = page.write_report([out, *made], out)
     console.print(f"report: {report}\nnumbers: {out / 'summary.json'}", highlight=False)
+    return Checkpoint(out)
 
 
 def compress(sweep: SweepConfig, student: Path, out: Path) -> list[Path]:
@@ -99,29 +99,13 @@ def compress(sweep: SweepConfig, student: Path, out: Path) -> list[Path]:
         prune=PruneConfig(model=str(student), neuron_sparsity=0.75),
         distill=replace(distill, student=StudentConfig(model=str(student)), training=again),
     )
-    in_process(_make, recover.run, recovery, train.inputs_of(recovery.distill), recovered)
+    in_process(go_on, RECOVER, recovery, recovered)
     rounding = QuantizeConfig(model=str(recovered), scheme="w4a16", group_size=32)
-    in_process(_make, quantize.run, rounding, {"model": model_hash(rounding.model)}, quantised)
+    in_process(go_on, QUANTIZE, rounding, quantised)
     scoring = EvaluateStageConfig(model="", problems=sweep.problems, evaluate=sweep.evaluate, render=distill.render)
     for directory in (recovered / "round-1" / "pruned", recovered, quantised):
-        in_process(_score, replace(scoring, model=str(directory)), directory / "evaluation")
+        in_process(go_on, EVALUATE, replace(scoring, model=str(directory)), directory / "evaluation")
     return [recovered, quantised]
-
-
-def _make(run: Callable[..., Any], config: Any, inputs: Mapping[str, str], out: Path) -> None:
-    """Run a stage whose output is not there yet, going on where it was stopped."""
-    if Checkpoint(out).is_made_of(config, inputs):
-        return
-    try:
-        run(config, out, overwrite=True, resume=True)
-    except CheckpointError as error:
-        console.print(f"starting anew: {error}", highlight=False)
-        run(config, out, overwrite=True)
-
-
-def _score(config: EvaluateStageConfig, out: Path) -> None:
-    if not Checkpoint(out).is_made_of(config, {"model": model_hash(config.model)}):
-        evaluate.run(config, None, out, overwrite=True)
 
 
 def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:
@@ -211,3 +195,6 @@ def _read(problem: Trace, text: str, model_name: str) -> Trace | None:
         correct=verdict is Verdict.RIGHT,
         metadata={**problem.metadata, "model": model_name},
     )
+
+
+DEMO = Stage(name="demo", config=DemoConfig, run=run, takes=())

@@ -61,7 +61,7 @@ def apply_fields(
       is_text: values are text that is read by the type of its field.
     """
     result = copy.deepcopy(dict(tree))
-    choices = {path for path, hint in _groups(config_class, {}) if len(classes_of(hint)) > 1}
+    choices = {path for path, _ in choices_of(config_class)}
     for name, value, shown in sorted(given, key=lambda entry: entry[0] not in choices):
         set_field(config_class, result, name, value, shown, is_text=is_text)
     return result
@@ -77,7 +77,9 @@ def set_field(
     for depth, group in enumerate(groups):
         classes = classes_of(_hint_at(config_class, tree, ".".join(groups[: depth + 1])))
         entry = place.get(group)
-        if not isinstance(entry, dict):
+        if dataclasses.is_dataclass(entry):
+            place[group] = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
+        elif not isinstance(entry, dict):
             place[group] = {} if entry is None else {first_field(classes[0]): entry}
         place = place[group]
     hint = _hint_at(config_class, tree, path)
@@ -128,6 +130,11 @@ def groups_of(config_class: type) -> Iterator[tuple[str, type]]:
     """Every nested config of `config_class`: its dotted path and its class; of a choice, the default's."""
     for path, hint in _groups(config_class, {}):
         yield path, _class_at(hint, None, path)
+
+
+def choices_of(config_class: type) -> list[tuple[str, Any]]:
+    """Path and type of every field that holds one of several classes."""
+    return [(path, hint) for path, hint in _groups(config_class, {}) if len(classes_of(hint)) > 1]
 
 
 def _paths(config_class: type, tree: Mapping[str, Any]) -> list[str]:

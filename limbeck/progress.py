@@ -24,6 +24,11 @@ console = Console(stderr=True)
 _LINE_EVERY_SECONDS = 30.0
 
 
+def say(text: str) -> None:
+    """A line for people, beside the progress."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class Bar:
     """A running bar; `advance` moves it and may change the note behind it."""
 

@@ -11,13 +11,14 @@ from typing import Any
 from limbeck.config import build
 from limbeck.errors import LimbeckError
 from limbeck.flags import apply_flags, describe
+from limbeck.stage import How
 
 
 def main(config_class: type, run: Callable[..., Any], name: str) -> None:
     """Call `run(config, out, overwrite=..., resume=...)`; a user's mistake is one line and exit code 2."""
     try:
         config, options = read(config_class, name, sys.argv[1:])
-        run(config, options.out, overwrite=options.overwrite, resume=options.resume)
+        run(config, options.out, how=How(overwrite=options.overwrite, resume=options.resume))
     except (LimbeckError, OSError) as error:
         print(f"studies.{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,7 @@ from tiny_runs import join_all, metrics_of, start, weights_of
 from limbeck.config import build, to_dict
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
+from limbeck.stage import How
 
 EXACT = 1e-6
 """Largest difference between runs on different numbers of processes, in float32."""
@@ -65,7 +66,7 @@ def _distill(tree: dict[str, Any], out: Path, stop: int | None, resume: bool) ->
 
     train._step = step
     try:
-        train.run(build(DistillConfig, tree), None, out, resume=resume)
+        train.run(build(DistillConfig, tree), out, how=How(resume=resume))
     except Stopped:
         assert stop is not None
 

@@ -11,14 +11,14 @@ from typing import Literal
 import pytest
 from tiny_runs import run_config
 
-from limbeck.cli import COMMANDS
+from limbeck.commands import COMMANDS
 from limbeck.config import build, config_hash, get_field, to_dict
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError
 from limbeck.flags import apply_flags, describe, field_docs, groups_of
 from limbeck.yaml_values import read_recipe
 
-CONFIGS = [command.config for command in COMMANDS.values() if command.config is not None]
+CONFIGS = {name: command.load().config for name, command in COMMANDS.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +197,7 @@ def test_values_that_cannot_work_are_refused(changes, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("config_class", CONFIGS.values(), ids=CONFIGS)
 def test_every_field_and_group_is_documented(config_class):
     infos = describe(config_class)
     assert infos and len({info.path for info in infos}) == len(infos)
@@ -283,7 +283,7 @@ def test_the_shipped_recipes_are_valid(recipe):
         pytest.skip("its data are those of the run that it names")
     marks = {"cut": "rank pipeline", "export": "pipeline", "prune": "recover", "data": "rank train", "distill": "sweep"}
     command = next((command for key, command in marks.items() if key in tree), "distill")
-    assert build(COMMANDS[command].config, tree, str(recipe))
+    assert build(CONFIGS[command], tree, str(recipe))
 
 
 def test_flags_do_not_change_the_recipe():

@@ -9,16 +9,20 @@ import limbeck
 
 ROOT = Path(limbeck.__file__).parent
 LAYERS = [
-    ["errors"],
+    ["errors", "version"],
     ["yaml_values"],
     ["config"],
     ["flags", "progress", "client"],
-    ["runner"],
     ["checkpoint"],
+    ["stage"],
+    ["commands"],
+    ["library", "help"],
+    ["runner"],
     ["models"],
     ["ledger"],
-    ["traces"],
     ["engine"],
+    ["cost"],
+    ["traces"],
     ["teacher"],
     ["optim"],
     ["distill"],

@@ -27,6 +27,7 @@ from limbeck.distill.parallel import Ranks
 from limbeck.flags import set_field
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.tiny import symbol_tokenizer
+from limbeck.stage import How
 from limbeck.traces.batch import Example, collate
 
 SHAPE = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
@@ -165,7 +166,7 @@ def start(function: Callable[..., None], *arguments: Any) -> Any:
 def train_in_process(tree: dict[str, Any], out: Path, resume: bool = False) -> None:
     """What a child process runs."""
     torch.set_num_threads(1)
-    train.run(build(DistillConfig, tree), None, out, resume=resume)
+    train.run(build(DistillConfig, tree), out, how=How(resume=resume))
 
 
 def train_as_rank(tree: dict[str, Any], out: Path, rank: int, world_size: int, port: int) -> None:

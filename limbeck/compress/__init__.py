@@ -1,1 +1,1 @@
-"""Compression: one walk over the model, small pure solvers for one layer, files that engines load."""
+"""Pruning, quantisation and export: models in, smaller models out."""

@@ -26,6 +26,7 @@ from limbeck.config import checked, config_hash
 from limbeck.errors import CheckpointError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_tokenizer, model_hash
+from limbeck.stage import How
 
 _PARTS = ("gram", "absolute_mean", "absolute_max")
 
@@ -61,13 +62,13 @@ class _Collect:
         return seen
 
 
-def run(config: MomentsConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(config: MomentsConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Write the moments of all layers of a model into `out`."""
     ledger, key = Ledger(), model_hash(config.model)
     blocks = Blocks(config.model)
     rows = calibration_rows(config.calibration, load_tokenizer(config.model), config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with output_directory(out, overwrite=overwrite, resume=resume) as working:
+    with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
         writer = ShardWriter(working, len(blocks), stem="moments")
         fingerprint = config_hash({"config": config_hash(config), "model": key})
         with ledger.phase("calibration"):
@@ -83,7 +84,7 @@ def run(config: MomentsConfig, out: Path, *, overwrite: bool = False, resume: bo
             ledger=ledger.as_dict(),
             metrics=metrics,
         )
-    return {"out": str(out), **metrics}
+    return Checkpoint(out)
 
 
 class StoredMoments:

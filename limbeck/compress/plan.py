@@ -1,25 +1,19 @@
-"""Time, memory and disk of a compression before it starts, from the shapes alone.
+"""Products and memory of a compression before it starts, from the shapes alone.
 
-A rough estimate: products are counted, their speed is measured once for a moment, and every solver has a factor for
-what it does beside products. Checked for GPTQ on SmolLM2-135M only: 66 s estimated, 60 s measured, one thread.
+A rough estimate: products are counted, and every solver has a factor for what it does beside products. Checked for
+GPTQ on SmolLM2-135M only: 66 s estimated, 60 s measured, one thread.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from limbeck.compress.blocks import Blocks, Group, groups_of
-from limbeck.compress.calibrate import Rows
-from limbeck.compress.walk import Method, WalkOptions
+from limbeck.compress.blocks import Group, groups_of
 from limbeck.models.experts import unfuse
 
-_PROBE_SIZE = 1024
-_PROBE_SECONDS = 0.2
 _FACTORIZATION = 20.0
 """Float64 factorisations of I x I, in multiplications and additions of float32 per I^3."""
 SOLVER_PRODUCTS = {
@@ -34,39 +28,6 @@ SOLVER_PRODUCTS = {
     "quantease": 60.0,
 }
 """Multiplications and additions per O I^2."""
-
-
-class Plan(NamedTuple):
-    """What a compression will take."""
-
-    seconds: float
-    """Of calibrating and solving, on this machine as busy as it is now."""
-    peak_bytes: int
-    """Memory at its highest, beside the program itself."""
-    calibration_tokens: int
-
-
-def plan(blocks: Blocks, rows: Rows, method: Method, options: WalkOptions, solver: str, *, walks: bool) -> Plan:
-    """Estimate a compression.
-
-    Args:
-      blocks: the model; it cannot be walked afterwards.
-      rows: calibration tokens.
-      method, options: as for the walk.
-      solver: a key of SOLVER_PRODUCTS.
-      walks: False when stored moments are read and nothing is passed through.
-    """
-    found = count_work(
-        blocks.layers,
-        blocks.config,
-        rows.input_ids.numel(),
-        rows.tokens,
-        method.wants,
-        solver,
-        dense_targets=options.dense_targets,
-        walks=walks,
-    )
-    return Plan(round(found.flops / _speed(), 1), found.peak_bytes, rows.tokens if walks else 0)
 
 
 class Work(NamedTuple):
@@ -121,16 +82,6 @@ def count_work(
     return Work(flops, int(4 * (passing + solving + (2 + streams) * largest_block + embedding)))
 
 
-def as_dict(found: Plan, out: Any) -> dict[str, Any]:
-    """For the console."""
-    return {
-        "out": f"{out} (not written)",
-        "estimated_seconds": found.seconds,
-        "estimated_peak_gigabytes": round(found.peak_bytes / 1e9, 2),
-        "calibration_tokens": found.calibration_tokens,
-    }
-
-
 def _inputs(group: Group) -> int:
     return next(iter(group.linears.values())).in_features
 
@@ -140,14 +91,3 @@ def _solving(group: Group, solver: str) -> float:
     outputs = sum(linear.out_features for linear in group.linears.values())
     products = SOLVER_PRODUCTS[solver]
     return products * outputs * inputs**2 + (_FACTORIZATION * inputs**3 if products else 0.0)
-
-
-def _speed() -> float:
-    """Multiplications and additions a second of float32 products, measured for a moment."""
-    left, right = torch.randn(2, _PROBE_SIZE, _PROBE_SIZE)
-    left @ right
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < _PROBE_SECONDS:
-        left @ right
-        count += 1
-    return 2.0 * count * _PROBE_SIZE**3 / (time.perf_counter() - start)

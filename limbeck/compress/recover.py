@@ -34,6 +34,7 @@ from limbeck.distill.parallel import join
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
 from limbeck.progress import console
+from limbeck.stage import How
 
 STATE = STATE_PREFIX + "recover.json"
 RECORD = "round.json"
@@ -95,21 +96,20 @@ class RecoverConfig:
         return self.prune.method in SOLVERS
 
 
-def run(config: RecoverConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Do all rounds and write the recovered model; returns its metrics.
+def run(config: RecoverConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Do all rounds and write the recovered model.
 
     Args:
       config: what is cut and how it is trained.
       out: directory to write; work happens in `<out>.partial`.
-      overwrite: replace an existing output.
-      resume: go on with an interrupted run of the same config: finished rounds stay, the one under way goes on.
+      how: resume goes on with an interrupted run of the same config: finished rounds stay, the one under way goes on.
     Raises: ConfigError when a round would remove nothing, and what pruning and distilling raise.
     """
     if join().world_size > 1:
         raise ConfigError(
             "limbeck recover runs in one process; on several, call limbeck prune and limbeck distill in turn."
         )
-    with output_directory(out, overwrite=overwrite, resume=resume) as working:
+    with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
         claim(working / STATE, config, config.prune.model)
         rounds = plan_rounds(config.prune, config.distill, config.rounds)
         start = once(working / "unpruned.json", partial(_held_out, config, config.prune.model))
@@ -120,18 +120,18 @@ def run(config: RecoverConfig, out: Path, *, overwrite: bool = False, resume: bo
             _say(number, record)
             records.append(record)
             model = str(directory / "recovered")
-        metrics = _finish(config, working, start, records)
-    return {"out": str(out), **metrics}
+        _finish(config, working, start, records)
+    return Checkpoint(out)
 
 
 def _round(config: RecoverConfig, planned: Round, model: str, directory: Path) -> dict[str, Any]:
     """Prune, train, and compare on held-out sequences; what is finished already is not done again."""
     pruned, recovered = directory / "pruned", directory / "recovered"
     if not Checkpoint(pruned).is_finished:
-        prune.run(replace(planned.prune, model=model), pruned, resume=True)
+        prune.run(replace(planned.prune, model=model), pruned, how=How(resume=True))
     if not Checkpoint(recovered).is_finished:
         student = StudentConfig(model=str(pruned), keep_zeros=config.is_sparse)
-        train.run(replace(planned.distill, student=student), None, recovered, resume=True)
+        train.run(replace(planned.distill, student=student), recovered, how=How(resume=True))
     cut, trained = Checkpoint(pruned).manifest, Checkpoint(recovered).manifest
     return {
         **{

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from limbeck.checkpoint import output_directory, write_json, write_manifest
+from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
 from limbeck.compress.blocks import Blocks
 from limbeck.compress.calibrate import CalibrationConfig, Rows, split_rows
 from limbeck.compress.fidelity import GateConfig, check, compare, label_ids
 from limbeck.compress.moments import StoredMoments
-from limbeck.compress.plan import as_dict, plan
 from limbeck.compress.walk import Method, Record, WalkOptions, solve_stored, walk, write_rest
 from limbeck.compress.weights import ShardWriter, stored_size
 from limbeck.config import config_hash
@@ -25,6 +24,7 @@ from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, locate, model_hash, quiet
 from limbeck.progress import console
+from limbeck.stage import How
 
 Finish = Callable[[Path, list[Record]], dict[str, Any]]
 ERRORS = "layers.json"
@@ -58,11 +58,9 @@ def compress(
     method: Method,
     out: Path,
     *,
-    overwrite: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
+    how: How,
     finish: Finish,
-) -> dict[str, Any]:
+) -> Checkpoint:
     """Run a method over a model and write the checkpoint.
 
     Args:
@@ -70,18 +68,13 @@ def compress(
       blocks: its model.
       method: the solver on the walk.
       out: final directory.
-      overwrite, resume: as for every stage.
-      dry_run: only estimate time and memory.
+      how: as for every stage.
       finish: called as `finish(directory, records)` before the manifest is written; returns further metrics.
-    Returns: the metrics of the manifest.
     """
     tokenizer = load_tokenizer(job.model)
-    if dry_run:
-        found = plan(blocks, _rows(job, tokenizer), method, job.options, job.solver, walks=job.moments is None)
-        return as_dict(found, out)
     ledger, key = Ledger(), model_hash(job.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with output_directory(out, overwrite=overwrite, resume=resume) as working:
+    with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
         writer = ShardWriter(working, len(blocks) + 1)
         with ledger.phase(job.stage):
             records, rows = _records(job, blocks, method, writer, tokenizer, key, device)
@@ -101,7 +94,7 @@ def compress(
         write_manifest(
             working, stage=job.stage, config=job.config, inputs={"model": key}, ledger=ledger.as_dict(), metrics=metrics
         )
-    return {"out": str(out), **metrics}
+    return Checkpoint(out)
 
 
 def _records(
@@ -142,6 +135,11 @@ def _held_out(job: Job, directory: Path, tokenizer: Any) -> dict[str, Any]:
     if failures:
         console.print(f"{job.stage}: the model fails its gate: {'; '.join(failures)}", style="red", highlight=False)
     return {"held_out": found, "held_out_tokens": rows.tokens, "gate_failures": failures}
+
+
+def inputs_of(config: Any) -> dict[str, str]:
+    """What a compression reads: the model."""
+    return {"model": model_hash(config.model)}
 
 
 def summary(records: list[Record]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any
 
+from limbeck.checkpoint import Checkpoint
 from limbeck.config import checked
 from limbeck.distill.data import UNCUT
 from limbeck.models.load import load_tokenizer
-from limbeck.runner.place import Place
-from limbeck.teacher.build import stats, write_cache
+from limbeck.stage import How
+from limbeck.teacher.build import write_cache
 from limbeck.teacher.cache import CacheConfig
 from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import make_example
@@ -46,7 +46,7 @@ class CacheStageConfig:
     """What is kept at a position."""
 
 
-def run(config: CacheStageConfig, out: Path, on: Place = "local") -> dict[str, Any]:
+def run(config: CacheStageConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Bring the cache in `out` to hold what `config` asks for; a call that was interrupted goes on.
 
     Raises: PairError when `out` is the cache of another teacher or form, and what reading and rendering raise.
@@ -60,6 +60,5 @@ def run(config: CacheStageConfig, out: Path, on: Place = "local") -> dict[str, A
     segments = SupervisionConfig(preset=config.segments)
     examples = [make_example(sample, config.truncation, segments) for sample in samples]
     asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
-    metrics = write_cache(config.teacher, config.cache, asked, out, config, on)
-    written = {name: metrics[name] for name in ("shards_written", "shards_kept", "seconds")}
-    return {"out": str(out), **stats(out), **written}
+    write_cache(config.teacher, config.cache, asked, out, config, how.on)
+    return Checkpoint(out)

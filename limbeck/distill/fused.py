@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from limbeck.cost.memory import CPU_BLOCK_BYTES, CPU_CHUNK_ROWS, DEVICE_BLOCK_BYTES
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.gathered import gather_rows
 from limbeck.distill.known_gradients import Gradients, KnownGradients
@@ -34,12 +35,6 @@ from limbeck.models.sharded_softmax import WHOLE, ShardedSoftmax
 from limbeck.teacher.targets import Distance, OneTeacherTargets, TargetReader
 
 CHUNK_BYTES = 256 * 2**20
-# On a CPU more rows than this make the products no faster.
-CPU_CHUNK_ROWS = 256
-# Size of one [rows V] temporary of the elementwise work: a thread's share of it fits its second-level cache on a
-# CPU; on an accelerator it is large enough to hide the launches.
-CPU_BLOCK_BYTES = 2**19
-DEVICE_BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

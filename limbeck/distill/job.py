@@ -12,22 +12,21 @@ from limbeck.distill.config import TrainingConfig
 from limbeck.distill.guard import BEST_PREFIX
 from limbeck.distill.parallel import Ranks, join, wait
 from limbeck.runner.threads import threads
+from limbeck.stage import How
 
 
 @contextmanager
-def training_job(
-    training: TrainingConfig, out: Path, *, overwrite: bool = False, resume: bool = False
-) -> Iterator[tuple[Ranks, Path]]:
+def training_job(training: TrainingConfig, out: Path, how: How) -> Iterator[tuple[Ranks, Path]]:
     """This process among its peers, and the directory that all of them work in; the first one makes it `out`.
 
     Args:
       training: says how many threads there are and how processes work together.
-      out, overwrite, resume: as for `output_directory`.
+      out, how: as for every stage.
     """
     ranks = join(training.parallel.tensor_parallel_size)
     with threads(training.num_threads):
         if ranks.is_first:
-            with output_directory(out, overwrite=overwrite, resume=resume) as working:
+            with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
                 yield ranks, working
                 for state in working.glob("state*"):
                     shutil.rmtree(state)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.checkpoint import Checkpoint, hash_path
+from limbeck.checkpoint import hash_path
 from limbeck.distill.config import DistillConfig, LoopConfig
 from limbeck.distill.setup import Run
 from limbeck.errors import CheckpointError
@@ -32,9 +32,9 @@ def metrics_of(config: LoopConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def inputs_of(config: DistillConfig, source: Checkpoint | None = None) -> dict[str, str]:
+def inputs_of(config: DistillConfig) -> dict[str, str]:
     """What a run reads, by role, as hashes of the files: student, teachers or their caches, traces."""
-    names = {"student": str(source.path) if source else config.student.model}
+    names = {"student": config.student.model}
     found = {}
     for number, teacher in enumerate((config.teacher, *config.teacher.others), 1):
         role = "teacher" if number == 1 else f"teacher_{number}"

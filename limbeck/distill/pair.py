@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import torch
 
-from limbeck.checkpoint import Checkpoint
 from limbeck.client import Client, api_key
 from limbeck.distill.config import LoopConfig, TeacherConfig
 from limbeck.distill.parallel import Ranks, make_mesh
@@ -30,26 +29,26 @@ from limbeck.teacher.served import check_tokenizer, connect
 from limbeck.teacher.several import OneTeacher, SeveralTeachers, Teacher
 
 
-def load_student(config: LoopConfig, source: Checkpoint | None, tokenizer: Any = None) -> tuple[Any, Any]:
+def load_student(config: LoopConfig, tokenizer: Any = None) -> tuple[Any, Any]:
     """The student, ready to train (adapters on, recomputation on where asked), and its tokenizer.
 
     A student from scratch has the tokenizer that is given, or else the built-in one.
     """
-    model, tokenizer = _start(config, source, tokenizer)
+    model, tokenizer = _start(config, tokenizer)
     return trainable(model, config), tokenizer
 
 
-def load_student_in_parts(config: LoopConfig, source: Checkpoint | None, ranks: Ranks) -> tuple[Any, Any, Any]:
+def load_student_in_parts(config: LoopConfig, ranks: Ranks) -> tuple[Any, Any, Any]:
     """The same with its parts on all processes, the student without storage (`load_in_parts`), and its tokenizer.
 
     Raises: ConfigError when it is quantised, or the processes cannot be grouped as the config says.
     """
-    parallel, name = config.training.parallel, _start_name(config, source)
+    parallel, name = config.training.parallel, config.student.model
     mesh = make_mesh(ranks, parallel.shard_size, "shard_size")
     if name is not None:
         _refuse_quantized(name, "strategy")
     model, empty = load_in_parts(
-        lambda: _start(config, source, None)[0],
+        lambda: _start(config, None)[0],
         lambda model: trainable(model, config),
         mesh,
         ranks.device,
@@ -58,17 +57,13 @@ def load_student_in_parts(config: LoopConfig, source: Checkpoint | None, ranks: 
     return model, empty, symbol_tokenizer() if name is None else load_tokenizer(name)
 
 
-def _start(config: LoopConfig, source: Checkpoint | None, tokenizer: Any) -> tuple[Any, Any]:
+def _start(config: LoopConfig, tokenizer: Any) -> tuple[Any, Any]:
     """The weights that training starts from, and their tokenizer."""
-    name = _start_name(config, source)
+    name = config.student.model
     if name is not None:
         return load_model(name, torch.float32, config.training.layout), load_tokenizer(name)
     assert config.student.scratch is not None
     return load_scratch(config.student.scratch, config.training.layout, tokenizer)
-
-
-def _start_name(config: LoopConfig, source: Checkpoint | None) -> str | None:
-    return str(source.path) if source is not None else config.student.model
 
 
 def _products(config: LoopConfig) -> torch.dtype:

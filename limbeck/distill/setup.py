@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from limbeck.checkpoint import Checkpoint
 from limbeck.distill.config import DistillConfig, LoopConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.microbatch import MicroBatch, Objective, StepLoss, Student
@@ -75,13 +74,13 @@ class Run(NamedTuple):
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=is_bf16)
 
 
-def set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> Run:
+def set_up(config: DistillConfig, ranks: Ranks) -> Run:
     """Load student, teacher and traces, and plan every step; arguments as for `train.run`."""
     ledger, parallel = Ledger(ranks.device), config.training.parallel
     if ranks.world_size > 1 and parallel.strategy == "shard":
-        model, empty, tokenizer = load_student_in_parts(config, source, ranks)
+        model, empty, tokenizer = load_student_in_parts(config, ranks)
     else:
-        (model, tokenizer), empty = load_student(config, source), None
+        (model, tokenizer), empty = load_student(config), None
         model.to(ranks.device)
     teacher = load_teacher(config, ranks)
     check_pair(config, model, tokenizer)
@@ -102,7 +101,7 @@ def set_up(config: DistillConfig, source: Checkpoint | None, ranks: Ranks) -> Ru
         config.supervision.select,
         _rollouts(config, steps, data, tokenizer),
         KeptZeros(model) if config.student.keep_zeros else None,
-        identity={"start": None if source is None else str(source.path)},
+        identity={"start": None},  # as states written by earlier versions have it
     )
 
 

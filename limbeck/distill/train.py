@@ -30,6 +30,7 @@ from limbeck.errors import LimbeckError
 from limbeck.ledger import flop_counter
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
+from limbeck.stage import How
 from limbeck.traces.counts import tell
 
 __all__ = ["inputs_of", "measure", "planned_steps", "run", "train"]
@@ -37,29 +38,25 @@ __all__ = ["inputs_of", "measure", "planned_steps", "run", "train"]
 
 def run(
     config: DistillConfig,
-    source: Checkpoint | None,
     out: Path,
     *,
-    overwrite: bool = False,
-    resume: bool = False,
+    how: How = How(),
 ) -> Checkpoint:
     """Train one student.
 
     Args:
       config: the run.
-      source: a checkpoint to start from in place of `config.student.model`.
       out: directory to write; work happens in `<out>.partial` until all of it is there.
-      overwrite: replace an existing output.
-      resume: go on from the last saved state of an interrupted run; it ends with the same bits.
+      how: resume goes on from the last saved state of an interrupted run; it ends with the same bits.
     """
-    with training_job(config.training, out, overwrite=overwrite, resume=resume) as (ranks, working):
-        setup = set_up(config, source, ranks)
+    with training_job(config.training, out, how) as (ranks, working):
+        setup = set_up(config, ranks)
         if ranks.is_first:
             tell(setup.data.notes)
             setup.data.counts["preflight"] = report(
                 config, setup.student.model, setup.student.tokenizer, setup.data.train
             )
-        kept = train(setup, working, resume)
+        kept = train(setup, working, how.resume)
         setup = setup.whole()
         if ranks.is_first:
             write_model(setup, working)
@@ -69,7 +66,7 @@ def run(
                 working,
                 stage="distill",
                 config=config,
-                inputs=inputs_of(config, source),
+                inputs=inputs_of(config),
                 ledger=cost,
                 metrics=metrics_of(config, kept),
                 counts=setup.data.counts,

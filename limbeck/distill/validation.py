@@ -21,7 +21,7 @@ def measure(config: DistillConfig, model: str) -> dict[str, float | None]:
       model: directory, alias or hub id.
     """
     ranks = join(config.training.parallel.tensor_parallel_size)
-    return validate(set_up(replace(config, student=StudentConfig(model=model)), None, ranks), with_kd=True)
+    return validate(set_up(replace(config, student=StudentConfig(model=model)), ranks), with_kd=True)
 
 
 def validate(setup: Run, *, with_kd: bool = False) -> dict[str, float | None]:

@@ -1,1 +1,1 @@
-"""The engine: a lean decoder, shared prefixes, and scores of label tokens."""
+"""Scoring and generation: one decoder for all that reads or writes with a model."""

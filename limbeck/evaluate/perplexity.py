@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.config import checked
+from limbeck.cost.memory import HEAD_ROWS
 from limbeck.errors import ConfigError
 from limbeck.evaluate.metrics import ratio_interval
 from limbeck.models.anatomy import head_of, hidden_states
@@ -20,8 +21,6 @@ from limbeck.traces.sources import TraceConfig, read_traces
 
 PROSE = "prose"
 _BATCH_TOKENS = 2048
-_HEAD_ROWS = 256
-"""Rows of [n V] logits that exist at once."""
 
 
 @checked
@@ -138,7 +137,7 @@ def window_sums(
         logits = _row_logits(model, batch)
         reference_logits = _row_logits(reference, batch) if reference is not None else None
         for part, rows in enumerate(logits):
-            place = slice(part * _HEAD_ROWS, part * _HEAD_ROWS + len(rows))
+            place = slice(part * HEAD_ROWS, part * HEAD_ROWS + len(rows))
             log_probs = rows.log_softmax(-1)
             losses = -log_probs.gather(-1, targets[place, None].to(rows.device)).squeeze(-1)
             np.add.at(nll, owner[place], losses.double().cpu().numpy())
@@ -170,7 +169,7 @@ def _row_logits(model: nn.Module, batch: Sequence[Sequence[int]]) -> Iterator[Te
     positions = torch.arange(width, device=head.weight.device).expand_as(input_ids)
     hidden = hidden_states(model, input_ids, positions)
     rows = torch.cat([states[: len(ids) - 1] for states, ids in zip(hidden, batch, strict=True)])
-    for part in rows.split(_HEAD_ROWS):
+    for part in rows.split(HEAD_ROWS):
         yield head.logits(part).float()
 
 

@@ -14,6 +14,7 @@ from limbeck.evaluate.run import EvaluateConfig, evaluate
 from limbeck.evaluate.tasks import task_from_traces
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.progress import bar
+from limbeck.stage import How
 from limbeck.traces.counts import tell
 from limbeck.traces.record import REFERENCE_COLUMNS
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
@@ -43,12 +44,10 @@ class EvaluateStageConfig:
             raise ConfigError("evaluate: set problems.source, or perplexity.text (`prose` or a file), or both")
 
 
-def run(
-    config: EvaluateStageConfig, source: Checkpoint | None, out: Path, *, overwrite: bool = False
-) -> dict[str, Any]:
-    """Write `results.jsonl`, `summary.json` and a manifest into `out`; returns the summary."""
-    name = str(source.path) if source is not None else config.model
-    with output_directory(out, overwrite=overwrite) as working:
+def run(config: EvaluateStageConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Write `results.jsonl`, `summary.json` and a manifest into `out`."""
+    name = config.model
+    with output_directory(out, overwrite=how.overwrite) as working:
         summary: dict[str, Any] = {"model": Path(name).name}
         if config.problems is not None:
             summary = score(name, config, working)
@@ -62,7 +61,7 @@ def run(
             inputs={"model": model_hash(name)},
             metrics=summary,
         )
-    return summary
+    return Checkpoint(out)
 
 
 def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, Any]:

@@ -19,14 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck.checkpoint import hash_path, output_directory, write_json, write_manifest
+from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_json, write_manifest
 from limbeck.config import checked
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.evaluate.answers import AnswerStyle, Verdict, extract_answer
 from limbeck.evaluate.workers import AnswerChecker, CheckName
 from limbeck.models.load import load_tokenizer
 from limbeck.progress import bar
-from limbeck.runner.place import Place, Prepared
+from limbeck.runner.place import Prepared
+from limbeck.stage import How, Place
 from limbeck.traces.generation import SKIPPED_FILE, TRACES_FILE, read_prompts
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sources import TraceConfig, read_traces
@@ -85,13 +86,13 @@ class VerifyConfig:
             raise ConfigError("ngram and num_checkers must be at least 1, timeout_seconds above 0 and finite")
 
 
-def run(config: VerifyConfig, out: Path, *, overwrite: bool = False, on: Place = "local") -> dict[str, Any]:
-    """Write `traces.jsonl`, `pass_rates.json` and a manifest into `out`; returns the counts.
+def run(config: VerifyConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Write `traces.jsonl`, `pass_rates.json` and a manifest into `out`.
 
     Raises: ConfigError when no trace is left.
     """
     traces, read = read_traces(config.traces)
-    checked = check(traces, config, on)
+    checked = check(traces, config, how.on)
     rates = pass_rates(checked, _unusable(Path(config.traces.source)))
     reasons = reasons_against(checked, rates, config)
     kept = [trace for trace, reason in zip(checked, reasons, strict=True) if reason is None]
@@ -100,13 +101,14 @@ def run(config: VerifyConfig, out: Path, *, overwrite: bool = False, on: Place =
         raise ConfigError(f"{config.traces.source}: no trace is left of {len(traces)} ({dict(dropped)}); filter less.")
     verdicts = Counter(_name(trace.correct) for trace in checked)
     counts = {"read": asdict(read), "verdicts": dict(verdicts), "kept": len(kept), "dropped": dict(dropped)}
-    with output_directory(out, overwrite=overwrite) as working:
+    with output_directory(out, overwrite=how.overwrite) as working:
         write_jsonl((_with_rate(trace, rates) for trace in kept), working / TRACES_FILE)
         write_json(working / RATES_FILE, rates)
         source = Path(config.traces.source)
         inputs = {"traces": hash_path(source)} if source.exists() else {}
-        write_manifest(working, stage="traces verify", config=config, inputs=inputs, counts=counts)
-    return {"out": str(out / TRACES_FILE), "kept": len(kept), **verdicts, "dropped": sum(dropped.values())} | counts
+        metrics = {"kept": len(kept), **verdicts, "dropped": sum(dropped.values())}
+        write_manifest(working, stage="traces verify", config=config, inputs=inputs, metrics=metrics, counts=counts)
+    return Checkpoint(out)
 
 
 def check(traces: Sequence[Trace], config: VerifyConfig, on: Place = "local") -> list[Trace]:

@@ -1,1 +1,5 @@
-"""A recipe from traces to a served model: its stages in order, each skipped when nothing that it depends on changed."""
+"""Stages in order, each skipped when nothing changed; `limbeck.pipeline(...)` runs a recipe."""
+
+from limbeck.library import make_callable
+
+make_callable(__name__)

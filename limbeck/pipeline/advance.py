@@ -32,20 +32,20 @@ from limbeck.pipeline.record import (
     why,
     write_record,
 )
-from limbeck.pipeline.stage import OUT, Stage, named, resolved
+from limbeck.pipeline.task import OUT, Task, named, resolved
 from limbeck.runner.process import in_process
 
 HASHES, LOCK = "hashes.json", "lock"
 UNKNOWN = "not there yet"
 """Stands for the hash of what an earlier stage has still to write."""
-Predict = Callable[[Stage], Mapping[str, Any] | None]
+Predict = Callable[[Task], Mapping[str, Any] | None]
 """seconds, flops, tokens and peak_bytes that a stage is expected to take; None where that is not known."""
 
 
 class Planned(NamedTuple):
     """A stage and what is to be done with it."""
 
-    stage: Stage
+    stage: Task
     reason: str | None
     """Why it runs; None when it does not."""
     is_certain: bool
@@ -55,7 +55,7 @@ class Planned(NamedTuple):
 class Pipeline:
     """A list of stages and where each of them stands."""
 
-    def __init__(self, stages: Sequence[Stage], out: Path) -> None:
+    def __init__(self, stages: Sequence[Task], out: Path) -> None:
         """Read what an earlier call has left in `out`; nothing is written."""
         self.stages, self.out = stages, out
         self.hashes = FileHashes(out / STATE / HASHES)
@@ -107,7 +107,7 @@ class Pipeline:
         self.hashes.save()
         return ran
 
-    def inputs(self, stage: Stage) -> dict[str, str]:
+    def inputs(self, stage: Task) -> dict[str, str]:
         """Hash of everything that a stage reads, by the name that its config has for it."""
         found = {name: value for name in named(stage.config) if (value := self._input(stage, name)) is not None}
         for name in stage.follows:
@@ -121,17 +121,17 @@ class Pipeline:
         names = {name for stage in self.stages for name in named(stage.config) if not name.startswith(OUT)}
         return [*written, *(file for name in names for file in _files_of(name))]
 
-    def _reason(self, stage: Stage) -> str | None:
+    def _reason(self, stage: Task) -> str | None:
         return why(stage, self.records.get(stage.name), self.inputs(stage), self.out, self.hashes)
 
-    def _input(self, stage: Stage, name: str) -> str | None:
+    def _input(self, stage: Task, name: str) -> str | None:
         if name.startswith(OUT):
             record = self.records.get(self._writer(stage, name).name)
             return record.gives if record else UNKNOWN
         files = _files_of(name)
         return config_hash({"files": [(file.name, self.hashes.of(file)) for file in files]}) if files else None
 
-    def _writer(self, stage: Stage, name: str) -> Stage:
+    def _writer(self, stage: Task, name: str) -> Task:
         """The stage before `stage` that writes what is called `name`."""
         place = name.removeprefix(OUT) + "/"
         before = [other for other in self.stages[: self.stages.index(stage)] if other.place]
@@ -141,13 +141,13 @@ class Pipeline:
         known = ", ".join(OUT + other.place for other in self.stages if other.place)
         raise ConfigError(f"{stage.name}: {name} is written by no stage before it; this recipe has {known}.")
 
-    def _stages_before(self, stage: Stage) -> set[str]:
+    def _stages_before(self, stage: Task) -> set[str]:
         """Names of the stages that one depends on."""
         return {self._writer(stage, name).name for name in named(stage.config) if name.startswith(OUT)} | {
             *stage.follows
         }
 
-    def _run(self, stage: Stage, predicted: Mapping[str, Any] | None) -> None:
+    def _run(self, stage: Task, predicted: Mapping[str, Any] | None) -> None:
         inputs, directory = self.inputs(stage), stage.directory(self.out)
         is_begun = begin(self.out, stage, key_of(stage, inputs))
         if not is_begun:
@@ -165,7 +165,7 @@ class Pipeline:
         end(self.out, stage)
         self.hashes.save()
 
-    def _clear(self, stage: Stage, directory: Path) -> None:
+    def _clear(self, stage: Task, directory: Path) -> None:
         """Put away what an attempt of another key left; a finished output stays until the new one is complete."""
         if stage.is_filled_in_place or not stage.place:
             return

@@ -12,15 +12,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from limbeck import __version__
 from limbeck.checkpoint import Checkpoint
 from limbeck.pipeline.config import CHOOSE, EXPORT, QUANTIZE, RECOVER, SMOKE, TRACES, VERIFY, CardConfig
-from limbeck.pipeline.stage import OUT
+from limbeck.pipeline.task import OUT
 from limbeck.report.compressed import read_compressed
 from limbeck.report.pipeline import model_table, stage_table
 from limbeck.report.pipelined import Along, StageRow
 from limbeck.report.tables import markdown
 from limbeck.traces.hub import is_hub_id
+from limbeck.version import __version__
 
 FILE = "README.md"
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck.checkpoint import hash_path, output_directory, write_json, write_manifest
+from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_json, write_manifest
 from limbeck.config import build, checked, to_dict
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.flags import set_field
+from limbeck.stage import How, Stage
 from limbeck.sweep.frontier import on_frontier
 
 CHOICE = "choice.json"
@@ -35,7 +36,7 @@ class ChooseConfig:
             raise ConfigError(f"min_retention must be finite and at least 0; found {self.min_retention}")
 
 
-def run(config: ChooseConfig, out: Path) -> dict[str, Any]:
+def run(config: ChooseConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Write `choice.json`: the run's name, its axes, and what it keeps and costs.
 
     Raises: CheckpointError when the sweep's summary is missing or damaged.
@@ -49,7 +50,7 @@ def run(config: ChooseConfig, out: Path) -> dict[str, Any]:
     with output_directory(out, overwrite=True) as working:
         write_json(working / CHOICE, choice)
         write_manifest(working, stage="choose", config=config, inputs={"sweep": hash_path(file)}, metrics=choice)
-    return choice
+    return Checkpoint(out)
 
 
 def choose(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], config: ChooseConfig) -> dict[str, Any]:
@@ -88,3 +89,6 @@ def with_axes(config: DistillConfig, axes: Mapping[str, Any]) -> DistillConfig:
     for axis, value in axes.items():
         set_field(DistillConfig, tree, axis, value, flag=f"axis {axis}")
     return build(DistillConfig, tree, "the chosen run")
+
+
+STAGE = Stage(name="choose", config=ChooseConfig, run=run)

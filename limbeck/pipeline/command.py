@@ -8,7 +8,7 @@ OUT/report.html, report.md, limbeck.json, export/README.md                      
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,70 +17,67 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from limbeck.checkpoint import Checkpoint
+from limbeck.cost.hardware import measure
 from limbeck.errors import LimbeckError
-from limbeck.pipeline import finished
-from limbeck.pipeline.advance import Pipeline, Planned, Predict
+from limbeck.pipeline.advance import Pipeline, Predict
 from limbeck.pipeline.config import PipelineConfig
 from limbeck.pipeline.predict import Predictor, facts
-from limbeck.pipeline.stage import Stage
 from limbeck.pipeline.stages import stages_of
+from limbeck.pipeline.task import Task
 from limbeck.pipeline.telling import telling_stages
-from limbeck.progress import console
+from limbeck.progress import say
 from limbeck.report.page import PAGE
 from limbeck.scale.console import amount, duration
-from limbeck.scale.hardware import measure
+from limbeck.stage import How
 
 
-def run(config: PipelineConfig, out: Path, *, dry_run: bool = False, quiet: bool = False) -> dict[str, Any] | None:
+def run(config: PipelineConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Bring everything that the recipe asks for up to date in `out`.
 
-    Args:
-      dry_run: say what would run and what it would take; nothing is written.
-      quiet: with `dry_run`, return the plan and print nothing.
-    Returns: the stages that ran; with `dry_run` the plan, or None where it was printed.
     Raises: what a stage raises; called again, the pipeline goes on there.
     """
-    stages = stages_of(config)
-    pipeline = Pipeline([*stages, *telling_stages(config, stages)], out)
-    plan = pipeline.plan()
-    if dry_run:
-        return _dry_run(config, plan, out, quiet)
+    pipeline = _pipeline(config, out)
     predict: Predict = _no_prediction
-    if any(planned.reason for planned in plan):
-        finished.forget(out)
+    if any(planned.reason for planned in pipeline.plan()):
         predict = partial(_predicted, Predictor(config, out, measure()))
-    ran = pipeline.advance(predict)
-    result = {"out": str(out), "report": str(out / PAGE)}
-    finished.remember(sys.argv[2:], out, pipeline.files(), result | {"ran": []}, len(pipeline.stages))
-    return result | {"ran": ran}
+    pipeline.advance(predict)
+    say(f"report: {out / PAGE}")
+    return Checkpoint(out)
 
 
-def _no_prediction(stage: Stage) -> None:
+def _pipeline(config: PipelineConfig, out: Path) -> Pipeline:
+    stages = stages_of(config)
+    return Pipeline([*stages, *telling_stages(config, stages)], out)
+
+
+def _no_prediction(stage: Task) -> None:
     return None
 
 
-def _predicted(predictor: Predictor, stage: Stage) -> dict[str, Any] | None:
+def _predicted(predictor: Predictor, stage: Task) -> dict[str, Any] | None:
     """A prediction must not end a run: where none can be made, the stage itself says what is wrong."""
     try:
         found = predictor.of(stage)
     except (LimbeckError, OSError) as error:
-        console.print(f"{stage.name}: no prediction ({error})", markup=False, highlight=False, soft_wrap=True)
+        say(f"{stage.name}: no prediction ({error})")
         return None
     return None if found is None else facts(found)
 
 
-def _dry_run(config: PipelineConfig, plan: Sequence[Planned], out: Path, quiet: bool) -> dict[str, Any] | None:
+def tell(config: PipelineConfig, out: Path, *, as_json: bool) -> None:
+    """Print what would run, why, and what it would take; nothing is written."""
     hardware = measure()
     predict = partial(_predicted, Predictor(config, out, hardware))
     rows = [
         {"stage": planned.stage.name, "reason": planned.reason, "is_certain": planned.is_certain}
         | {"predicted": predict(planned.stage) if planned.reason else None}
-        for planned in plan
+        for planned in _pipeline(config, out).plan()
     ]
-    if quiet:
-        return {"stages": rows, "hardware": hardware._asdict() | {"flops": dict(hardware.flops)}}
+    if as_json:
+        print(json.dumps({"stages": rows, "hardware": hardware._asdict() | {"flops": dict(hardware.flops)}}))
+        return
     show_plan(rows)
-    return None
 
 
 def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:

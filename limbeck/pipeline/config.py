@@ -24,7 +24,7 @@ from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.evaluate.verify import VerifyConfig
 from limbeck.pipeline.choose import ChooseConfig
 from limbeck.pipeline.smoke import SmokeConfig
-from limbeck.pipeline.stage import OUT
+from limbeck.pipeline.task import OUT
 from limbeck.sweep.plan import SweepConfig
 from limbeck.teacher.cache import CacheConfig
 from limbeck.traces.generation import TRACES_FILE, GenerateConfig

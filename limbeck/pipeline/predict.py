@@ -12,30 +12,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from limbeck.compress.predict import predict_quantize, predict_recover, pruned_shape
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.config import build, to_dict
+from limbeck.cost.hardware import Hardware
+from limbeck.cost.prediction import Prediction, total
+from limbeck.cost.shapes import config_of, scratch_shape
+from limbeck.distill.caching_cost import predict_cache
 from limbeck.distill.config import DistillConfig
+from limbeck.distill.predict import predict_distill
+from limbeck.evaluate.cost import predict_evaluate
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.models.load import load_tokenizer
 from limbeck.pipeline.choose import CHOICE, read_choice, with_axes
 from limbeck.pipeline.config import DISTILL, EXPORT, QUANTIZE, RECOVER, PipelineConfig
-from limbeck.pipeline.stage import OUT, Stage, resolved
 from limbeck.pipeline.stages import CachePartsConfig, SmallerConfig, StudentConfig
-from limbeck.scale.hardware import Hardware
-from limbeck.scale.prediction import Prediction, total
-from limbeck.scale.shapes import config_of, scratch_shape
-from limbeck.scale.stages import (
-    predict_cache,
-    predict_evaluate,
-    predict_generate,
-    predict_quantize,
-    predict_recover,
-    pruned_shape,
-)
-from limbeck.scale.training import predict_distill
+from limbeck.pipeline.task import OUT, Task, resolved
+from limbeck.sweep.commands import SCORE_OF, predict_sweep
 from limbeck.sweep.plan import SweepConfig
-from limbeck.sweep.predict import SCORE_OF, predict_sweep
 from limbeck.traces.generation import GenerateConfig
+from limbeck.traces.generation_cost import predict_generate
 
 
 class Predictor:
@@ -44,7 +40,7 @@ class Predictor:
     def __init__(self, config: PipelineConfig, out: Path, hardware: Hardware) -> None:
         self.config, self.out, self.hardware = config, out, hardware
 
-    def of(self, stage: Stage) -> Prediction | None:
+    def of(self, stage: Task) -> Prediction | None:
         """What a stage will take; None for those that take next to nothing.
 
         Raises: what reading configs, tokenizers and traces raises.
@@ -70,7 +66,7 @@ class Predictor:
 
     def _sweep(self, config: SweepConfig) -> Prediction:
         """All of a sweep's time and memory, but the tokens and FLOPs of its training only: they are what it counts."""
-        parts = predict_sweep(config, self.hardware)
+        parts = predict_sweep(config, hardware=self.hardware)
         trained = total("runs", [part for part in parts if not part.stage.startswith(SCORE_OF)])
         return replace(total("sweep", parts), tokens=trained.tokens, new_tokens=trained.new_tokens, flops=trained.flops)
 

@@ -28,9 +28,9 @@ import numpy as np
 
 from limbeck.checkpoint import Checkpoint, write_json, write_manifest
 from limbeck.compress.calibrate import CalibrationConfig
+from limbeck.compress.commands import QUANTIZE
 from limbeck.compress.fidelity import GateConfig
 from limbeck.compress.prune.stage import PruneConfig
-from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.config import checked, completed_by
 from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
@@ -41,13 +41,15 @@ from limbeck.errors import ConfigError
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.optim.build import OptimizerConfig
 from limbeck.pipeline.advance import Pipeline
-from limbeck.pipeline.stage import OUT, Stage
-from limbeck.ranking import evaluate, recover, train
+from limbeck.pipeline.task import OUT, Task
+from limbeck.ranking.commands import EVALUATE, RECOVER, TRAIN
 from limbeck.ranking.data import read_requests
 from limbeck.ranking.evaluate import SCORES, RankEvaluateConfig, compare, read_scores
 from limbeck.ranking.featurize import EncodedRequest, Labels, encode_requests
 from limbeck.ranking.recover import CALIBRATION, RankRecoverConfig
 from limbeck.ranking.train import RankTrainConfig
+from limbeck.report.page import write_report
+from limbeck.stage import How
 
 SFT, KD = "sft", "kd_labels"
 KINDS = (SFT, KD, "kd_vocabulary", "kd_listwise")
@@ -128,8 +130,8 @@ class Model(NamedTuple):
     """Whether it is compared with the unpruned student too."""
 
 
-def run(config: RankPipelineConfig, out: Path) -> dict[str, Any]:
-    """Do what is not done yet, in the directory `out`; returns the table that is written there.
+def run(config: RankPipelineConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Do what is not done yet, in the directory `out`; its table and page are written there.
 
     Raises: what the stages raise; their own interrupted work goes on.
     """
@@ -141,7 +143,8 @@ def run(config: RankPipelineConfig, out: Path) -> dict[str, Any]:
     write_json(out / TABLE, result)
     inputs = {model.name: model_hash(str(out / model.place)) for model in models} | config.teacher.data.input_hash
     write_manifest(out, stage="rank pipeline", config=config, inputs=inputs, metrics=result)
-    return {"out": str(out), **result}
+    write_report([out], out)
+    return Checkpoint(out)
 
 
 def _row(model: Model, out: Path) -> dict[str, Any]:
@@ -170,21 +173,21 @@ def models_of(config: RankPipelineConfig) -> list[Model]:
     return models
 
 
-def stages_of(config: RankPipelineConfig) -> list[Stage]:
+def stages_of(config: RankPipelineConfig) -> list[Task]:
     """The stages that make the models, then those that test them."""
-    stages = [Stage("teacher", config.teacher, call_train, TEACHER)]
+    stages = [Task("teacher", config.teacher, TRAIN, TEACHER)]
     for kind, seed in _students(config):
         stage = student_config(config, kind, seed, OUT + TEACHER)
-        stages.append(Stage(f"student-{kind}-{seed}", stage, call_train, f"{STUDENTS}/{kind}-{seed}"))
-    stages.append(Stage(UNPRUNED, _further(config), call_train, UNPRUNED))
+        stages.append(Task(f"student-{kind}-{seed}", stage, TRAIN, f"{STUDENTS}/{kind}-{seed}"))
+    stages.append(Task(UNPRUNED, _further(config), TRAIN, UNPRUNED))
     given = ("round-*/recovered/*.safetensors", CALIBRATION)
-    stages.append(Stage(PRUNED, _recovery(config), call_recover, PRUNED, gives=given))
+    stages.append(Task(PRUNED, _recovery(config), RECOVER, PRUNED, gives=given))
     for scheme in config.schemes:
-        stages.append(Stage(scheme, _quantization(config, scheme), call_quantize, f"quantized/{scheme}"))
+        stages.append(Task(scheme, _quantization(config, scheme), QUANTIZE, f"quantized/{scheme}"))
     data, features = config.teacher.data, config.teacher.features
     for model in models_of(config):
         asked = RankEvaluateConfig(model=OUT + model.place, data=data, features=features)
-        stages.append(Stage(f"test-{model.name}", asked, call_test, f"{TESTS}/{model.name}", gives=(SCORES,)))
+        stages.append(Task(f"test-{model.name}", asked, EVALUATE, f"{TESTS}/{model.name}", gives=(SCORES,)))
     return stages
 
 
@@ -231,26 +234,6 @@ def _quantization(config: RankPipelineConfig, scheme: str) -> QuantizeConfig:
     gate = GateConfig(labels=config.teacher.features.labels)
     calibration = CalibrationConfig(text=Path(f"{OUT}{PRUNED}/{CALIBRATION}"))
     return QuantizeConfig(model=model, scheme=scheme, group_size=config.group_size, calibration=calibration, gate=gate)
-
-
-def call_train(config: RankTrainConfig, out: Path, resume: bool) -> None:
-    """Train teacher or student."""
-    train.run(config, out, overwrite=True, resume=resume)
-
-
-def call_recover(config: RankRecoverConfig, out: Path, resume: bool) -> None:
-    """Prune and distil in turns."""
-    recover.run(config, out, overwrite=True, resume=resume)
-
-
-def call_quantize(config: QuantizeConfig, out: Path, resume: bool) -> None:
-    """Round the weights."""
-    quantize.run(config, out, overwrite=True, resume=resume)
-
-
-def call_test(config: RankEvaluateConfig, out: Path, resume: bool) -> None:
-    """Score the test part."""
-    evaluate.run(config, out, overwrite=True)
 
 
 def _size(path: Path) -> dict[str, int]:

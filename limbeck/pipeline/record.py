@@ -17,7 +17,7 @@ from typing import Any
 from limbeck.checkpoint import MANIFEST, hash_file, write_json
 from limbeck.config import config_hash, to_dict
 from limbeck.pipeline.hashes import FileHashes
-from limbeck.pipeline.stage import OUT, Stage
+from limbeck.pipeline.task import OUT, Task
 
 STATE = "state"
 """Directory of the records, below that of the pipeline."""
@@ -53,13 +53,13 @@ class Record:
         return config_hash(asdict(self))
 
 
-def key_of(stage: Stage, inputs: Mapping[str, str]) -> str:
+def key_of(stage: Task, inputs: Mapping[str, str]) -> str:
     """Twelve hex digits that change with the config and with everything that is read."""
     return config_hash({"stage": stage.name, "config": to_dict(stage.config), "inputs": dict(inputs)})
 
 
 def make_record(
-    stage: Stage,
+    stage: Task,
     inputs: Mapping[str, str],
     out: Path,
     hashes: FileHashes,
@@ -98,7 +98,7 @@ def write_record(out: Path, record: Record) -> None:
     write_json(record_file(out, record.stage), asdict(record))
 
 
-def why(stage: Stage, record: Record | None, inputs: Mapping[str, str], out: Path, hashes: FileHashes) -> str | None:
+def why(stage: Task, record: Record | None, inputs: Mapping[str, str], out: Path, hashes: FileHashes) -> str | None:
     """Why a stage has to run, in a few words; None when it has not."""
     if record is None:
         return "not done yet"
@@ -154,7 +154,7 @@ class Attempt:
     """Hash of the manifest that stood at its place; None where there was none."""
 
 
-def begin(out: Path, stage: Stage, key: str) -> bool:
+def begin(out: Path, stage: Task, key: str) -> bool:
     """Note that a stage begins; returns whether an attempt of the same key was interrupted."""
     file = _attempt_file(out, stage)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -165,13 +165,13 @@ def begin(out: Path, stage: Stage, key: str) -> bool:
     return False
 
 
-def has_ended(out: Path, stage: Stage) -> bool:
+def has_ended(out: Path, stage: Task) -> bool:
     """Whether the attempt that was begun has written its whole output: another manifest stands there than before."""
     attempt, now = _read_attempt(_attempt_file(out, stage)), manifest_hash(stage.directory(out))
     return attempt is not None and now is not None and now != attempt.before
 
 
-def end(out: Path, stage: Stage) -> None:
+def end(out: Path, stage: Task) -> None:
     """Forget the attempt, once the record is written."""
     _attempt_file(out, stage).unlink(missing_ok=True)
 
@@ -182,7 +182,7 @@ def manifest_hash(directory: Path) -> str | None:
     return hash_file(file) if file.is_file() else None
 
 
-def _attempt_file(out: Path, stage: Stage) -> Path:
+def _attempt_file(out: Path, stage: Task) -> Path:
     return out / STATE / f"{stage.name}.begun"
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from limbeck.checkpoint import output_directory, write_json, write_manifest
+from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
 from limbeck.compress.export.stage import BUILT_IN_TEXT
 from limbeck.config import checked
 from limbeck.engine.backends import load_decoder
@@ -25,6 +25,7 @@ from limbeck.engine.sampling import Sampling
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, model_hash
+from limbeck.stage import How, Stage
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig, read_problems
 
@@ -63,7 +64,7 @@ class Written(NamedTuple):
     stopped: bool
 
 
-def run(config: SmokeConfig, out: Path) -> dict[str, Any]:
+def run(config: SmokeConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Write `texts.json` and a manifest; returns the metrics.
 
     Raises: LimbeckError when the engine says something else than transformers, ModelError when it cannot load.
@@ -99,7 +100,7 @@ def run(config: SmokeConfig, out: Path) -> dict[str, Any]:
         inputs = {"model": model_hash(config.model)}
         ledger_tree = ledger.as_dict()
         write_manifest(working, stage="smoke", config=config, inputs=inputs, ledger=ledger_tree, metrics=metrics)
-    return metrics
+    return Checkpoint(out)
 
 
 def prompts_of(config: SmokeConfig, tokenizer: Any) -> list[list[int]]:
@@ -146,3 +147,6 @@ def difference(model: Any, answer: Written) -> torch.Tensor:
     theirs = logits.log_softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0]
     ours = torch.tensor([float("nan") if drawn.log_prob is None else drawn.log_prob for drawn in answer.tokens])
     return (theirs - ours).abs()
+
+
+STAGE = Stage(name="smoke", config=SmokeConfig, run=run)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_manifest
+from limbeck.compress import commands as compress_commands
 from limbeck.compress import recover
-from limbeck.compress.export import stage as export
-from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.recover import RecoverConfig
 from limbeck.config import checked
 from limbeck.distill import caching, train
@@ -19,11 +18,9 @@ from limbeck.distill.caching import CacheStageConfig
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import UNCUT
 from limbeck.errors import PairError
-from limbeck.evaluate import stage as evaluate
-from limbeck.evaluate import verify
-from limbeck.evaluate.stage import EvaluateStageConfig
+from limbeck.evaluate import commands as evaluate_commands
 from limbeck.pipeline import choose, smoke
-from limbeck.pipeline.choose import ChooseConfig, read_choice, with_axes
+from limbeck.pipeline.choose import read_choice, with_axes
 from limbeck.pipeline.config import (
     CACHE,
     CHOOSE,
@@ -37,13 +34,11 @@ from limbeck.pipeline.config import (
     VERIFY,
     PipelineConfig,
 )
-from limbeck.pipeline.smoke import SmokeConfig
-from limbeck.pipeline.stage import OUT, Stage
+from limbeck.pipeline.task import OUT, Task
+from limbeck.stage import How
 from limbeck.sweep import execute
 from limbeck.sweep.plan import SweepConfig, plan_runs
-from limbeck.traces import generation, importing
-from limbeck.traces.generation import GenerateConfig
-from limbeck.traces.importing import ImportConfig
+from limbeck.traces import commands as trace_commands
 from limbeck.traces.supervise import Preset
 from limbeck.traces.truncate import TruncationConfig
 
@@ -82,24 +77,24 @@ class SmallerConfig:
     """Directory of the choice."""
 
 
-def stages_of(config: PipelineConfig) -> list[Stage]:
+def stages_of(config: PipelineConfig) -> list[Task]:
     """All stages of a recipe but those that tell of it (see `telling.py`)."""
     return [*_text_stages(config), *_model_stages(config), *_handing_over(config)]
 
 
-def _text_stages(config: PipelineConfig) -> Iterator[Stage]:
+def _text_stages(config: PipelineConfig) -> Iterator[Task]:
     if config.generate is not None:
-        yield Stage(TRACES, config.generate, call_generate, TRACES)
+        yield Task(TRACES, config.generate, trace_commands.GENERATE, TRACES)
     if config.traces is not None:
-        yield Stage(TRACES, config.traces, call_import, TRACES)
+        yield Task(TRACES, config.traces, trace_commands.IMPORT, TRACES)
     if config.verify is not None:
-        yield Stage(VERIFY, config.verify, call_verify, VERIFY)
+        yield Task(VERIFY, config.verify, evaluate_commands.VERIFY, VERIFY)
     if config.cache is not None:
         parts = CachePartsConfig(parts=cache_parts(config))
-        yield Stage(CACHE, parts, call_cache, CACHE, gives=("cache.json",), is_filled_in_place=True)
+        yield Task(CACHE, parts, call_cache, CACHE, gives=("cache.json",), is_filled_in_place=True)
 
 
-def _model_stages(config: PipelineConfig) -> Iterator[Stage]:
+def _model_stages(config: PipelineConfig) -> Iterator[Task]:
     """Every model, and its score right after it."""
     teacher = config.distill.teacher.model if config.distill is not None else None
     start = config.distill.student.model if config.distill is not None else _first_model(config)
@@ -111,34 +106,34 @@ def _model_stages(config: PipelineConfig) -> Iterator[Stage]:
     if config.sweep is not None:
         weights, rows = "runs/*/*.safetensors", "runs/*/evaluation/results.jsonl"
         given = (weights, rows)
-        yield Stage(SWEEP, config.sweep, call_sweep, SWEEP, given, is_filled_in_place=True, is_isolated=False)
-        yield Stage(CHOOSE, config.choose, call_choose, CHOOSE, gives=(choose.CHOICE,))
+        yield Task(SWEEP, config.sweep, call_sweep, SWEEP, given, is_filled_in_place=True, is_isolated=False)
+        yield Task(CHOOSE, config.choose, choose.STAGE, CHOOSE, gives=(choose.CHOICE,))
         choice = OUT + CHOOSE
     if config.distill is not None:
         sweep = OUT + SWEEP if choice else None
-        yield Stage(DISTILL, StudentConfig(distill=config.distill, choice=choice, source=sweep), call_distill, DISTILL)
+        yield Task(DISTILL, StudentConfig(distill=config.distill, choice=choice, source=sweep), call_distill, DISTILL)
         yield from _score(config, DISTILL, OUT + DISTILL, f"{DISTILL}/evaluation")
     if config.recover is not None:
-        yield Stage(RECOVER, SmallerConfig(recover=config.recover, choice=choice), call_recover, RECOVER)
+        yield Task(RECOVER, SmallerConfig(recover=config.recover, choice=choice), call_recover, RECOVER)
         yield from _score(config, RECOVER, OUT + RECOVER, f"{RECOVER}/evaluation")
     if config.quantize is not None:
-        yield Stage(QUANTIZE, config.quantize, call_quantize, QUANTIZE)
+        yield Task(QUANTIZE, config.quantize, compress_commands.QUANTIZE, QUANTIZE)
         yield from _score(config, QUANTIZE, OUT + QUANTIZE, f"{QUANTIZE}/evaluation")
 
 
-def _handing_over(config: PipelineConfig) -> Iterator[Stage]:
+def _handing_over(config: PipelineConfig) -> Iterator[Task]:
     if config.export is not None:
-        yield Stage(EXPORT, config.export, call_export, EXPORT)
+        yield Task(EXPORT, config.export, compress_commands.EXPORT, EXPORT)
     if config.smoke is not None:
-        yield Stage(SMOKE, config.smoke, call_smoke, SMOKE, gives=(smoke.TEXTS,))
+        yield Task(SMOKE, config.smoke, smoke.STAGE, SMOKE, gives=(smoke.TEXTS,))
 
 
-def _score(config: PipelineConfig, role: str, model: str, place: str) -> Iterator[Stage]:
+def _score(config: PipelineConfig, role: str, model: str, place: str) -> Iterator[Task]:
     if config.evaluate is None:
         return
     gives = ("results.jsonl",) if config.evaluate.problems is not None else ("summary.json",)
     stage = dataclasses.replace(config.evaluate, model=model)
-    yield Stage(f"{EVALUATE}-{role}", stage, call_evaluate, place, gives=gives)
+    yield Task(f"{EVALUATE}-{role}", stage, evaluate_commands.EVALUATE, place, gives=gives)
 
 
 def _first_model(config: PipelineConfig) -> str | None:
@@ -184,21 +179,6 @@ def _begins_the_uncut(cut: TruncationConfig) -> bool:
     return cut.mask_only or (cut.policy in _FROM_THE_FRONT and not cut.keep_ending)
 
 
-def call_generate(config: GenerateConfig, out: Path, resume: bool) -> None:
-    """Sample traces; the journal of an interrupted attempt is always used."""
-    generation.run(config, out, overwrite=True)
-
-
-def call_import(config: ImportConfig, out: Path, resume: bool) -> None:
-    """Read traces."""
-    importing.run(config, out, overwrite=True)
-
-
-def call_verify(config: verify.VerifyConfig, out: Path, resume: bool) -> None:
-    """Check and filter traces."""
-    verify.run(config, out, overwrite=True)
-
-
 def call_cache(config: CachePartsConfig, out: Path, resume: bool) -> dict[str, Any]:
     """Bring the cache to hold all parts; one of another teacher or form is made anew."""
     tokens, flops = 0, 0
@@ -208,22 +188,15 @@ def call_cache(config: CachePartsConfig, out: Path, resume: bool) -> dict[str, A
         except PairError:
             shutil.rmtree(out)
             found = caching.run(part, out)
-        if found["shards_written"]:
-            ledger = Checkpoint(out).manifest["ledger"]
+        if found.metrics["shards_written"]:
+            ledger = found.cost
             tokens, flops = tokens + ledger["tokens"], flops + ledger["flops"]["total"]
     return {"tokens": tokens, "flops": flops}
 
 
 def call_sweep(config: SweepConfig, out: Path, resume: bool) -> dict[str, Any]:
     """Train and score all runs, each in a process of its own; the sum of what they took, and the highest memory."""
-    rows = execute.run(config, out)["runs"]
-    sums = {name: sum(row[name] for row in rows) for name in ("tokens", "flops")}
-    return sums | {"peak_bytes": max(row["peak_bytes"] for row in rows)}
-
-
-def call_choose(config: ChooseConfig, out: Path, resume: bool) -> None:
-    """Choose a run of the sweep."""
-    choose.run(config, out)
+    return {"peak_bytes": execute.run(config, out).metrics["peak_bytes"]}
 
 
 def call_distill(config: StudentConfig, out: Path, resume: bool) -> dict[str, Any] | None:
@@ -236,7 +209,7 @@ def call_distill(config: StudentConfig, out: Path, resume: bool) -> dict[str, An
         if Checkpoint(trained).is_made_of(distill, train.inputs_of(distill)):
             _take_over(trained, distill, out)
             return {"taken_from": f"{SWEEP}/{choice['run']}", "tokens": 0, "flops": 0}
-    train.run(distill, None, out, overwrite=True, resume=resume)
+    train.run(distill, out, how=How(overwrite=True, resume=resume))
     return None
 
 
@@ -257,24 +230,4 @@ def call_recover(config: SmallerConfig, out: Path, resume: bool) -> None:
     if config.choice is not None:
         axes = read_choice(Path(config.choice))["axes"]
         settings = dataclasses.replace(settings, distill=with_axes(settings.distill, axes))
-    recover.run(settings, out, overwrite=True, resume=resume)
-
-
-def call_quantize(config: quantize.QuantizeConfig, out: Path, resume: bool) -> None:
-    """Round the weights."""
-    quantize.run(config, out, overwrite=True, resume=resume)
-
-
-def call_evaluate(config: EvaluateStageConfig, out: Path, resume: bool) -> None:
-    """Score one model."""
-    evaluate.run(config, None, out, overwrite=True)
-
-
-def call_export(config: export.ExportConfig, out: Path, resume: bool) -> None:
-    """Write the model for other engines."""
-    export.run(config, out, overwrite=True)
-
-
-def call_smoke(config: SmokeConfig, out: Path, resume: bool) -> None:
-    """Have the serving engine answer."""
-    smoke.run(config, out)
+    recover.run(settings, out, how=How(overwrite=True, resume=resume))

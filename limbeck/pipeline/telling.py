@@ -31,8 +31,8 @@ from limbeck.pipeline.config import (
     told,
 )
 from limbeck.pipeline.record import RAN, STATE, read_record
-from limbeck.pipeline.stage import OUT, Stage
 from limbeck.pipeline.stages import EVALUATE
+from limbeck.pipeline.task import OUT, Task
 from limbeck.report import page
 from limbeck.report.pipelined import STAGE
 
@@ -78,7 +78,7 @@ class PushConfig:
     """The export with its card."""
 
 
-def telling_stages(config: PipelineConfig, stages: Sequence[Stage]) -> list[Stage]:
+def telling_stages(config: PipelineConfig, stages: Sequence[Task]) -> list[Task]:
     """Report, card and push, as far as the recipe has something for them."""
     names = tuple(stage.name for stage in stages)
     own = told(config)
@@ -87,15 +87,15 @@ def telling_stages(config: PipelineConfig, stages: Sequence[Stage]) -> list[Stag
     recipe, public = _yaml(own), _yaml(_without_places(own))
     scores = {s.name.removeprefix(f"{EVALUATE}-"): OUT + s.place for s in stages if s.name.startswith(f"{EVALUATE}-")}
     report = ReportConfig(title=config.title, recipe=recipe, stages=list(names), models=scores)
-    found = [Stage(REPORT, report, call_report, "", gives=(MANIFEST,), files=_WRITTEN, follows=names)]
+    found = [Task(REPORT, report, call_report, "", gives=(MANIFEST,), files=_WRITTEN, follows=names)]
     if config.export is not None:
         settings = json.dumps(to_dict(config))
         written = CardStageConfig(title=config.title, card=config.card, settings=settings, recipe=public)
         readme, follows = (card.FILE,), (REPORT,)
-        found.append(Stage(CARD, written, call_card, EXPORT, gives=readme, files=readme, follows=follows))
+        found.append(Task(CARD, written, call_card, EXPORT, gives=readme, files=readme, follows=follows))
     if config.push_to_hub is not None:
         push = PushConfig(hub=config.push_to_hub, source=OUT + EXPORT)
-        found.append(Stage(PUSH, push, call_push, PUSH, gives=(MANIFEST,), follows=(CARD,)))
+        found.append(Task(PUSH, push, call_push, PUSH, gives=(MANIFEST,), follows=(CARD,)))
     return found
 
 
@@ -111,7 +111,7 @@ def call_report(config: ReportConfig, out: Path, resume: bool) -> None:
     inputs = {name: record.key for name, record in records.items()}
     recipe = _Recipe(recipe=yaml.safe_load(config.recipe))
     write_manifest(out, stage=STAGE, config=recipe, inputs=inputs, metrics=metrics)
-    page.run([out], out, config.title)
+    page.write_report([out], out, config.title)
 
 
 def models_of(config: ReportConfig, out: Path) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Ranking by one token: features as text, the label's probability as score, distillation of it, and its metrics."""
+"""Candidates scored by one token: data, training, measures."""

@@ -28,6 +28,7 @@ from limbeck.ranking.data import RankingDataConfig, best_auc, read_requests
 from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, encode_requests
 from limbeck.ranking.request import Request
 from limbeck.ranking.score import score_request
+from limbeck.stage import How
 
 SCORES = "scores.jsonl"
 K = 5
@@ -90,10 +91,10 @@ class Scored(NamedTuple):
     """float [N]."""
 
 
-def run(config: RankEvaluateConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write `scores.jsonl`, `summary.json` and a manifest into `out`; returns the summary."""
+def run(config: RankEvaluateConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Write `scores.jsonl`, `summary.json` and a manifest into `out`."""
     assert config.data is not None
-    with output_directory(out, overwrite=overwrite) as working:
+    with output_directory(out, overwrite=how.overwrite) as working:
         split, counts = read_requests(config.data)
         requests = split.test if config.part == "test" else split.validation
         if not requests:
@@ -121,7 +122,7 @@ def run(config: RankEvaluateConfig, out: Path, *, overwrite: bool = False) -> di
             metrics=summary,
             counts=counts,
         )
-    return {"out": str(out), **summary}
+    return Checkpoint(out)
 
 
 def score_all(model: Any, requests: Sequence[EncodedRequest], labels: Labels, vocab_size: int) -> Scored:

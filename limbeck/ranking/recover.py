@@ -39,6 +39,7 @@ from limbeck.ranking.data import read_requests
 from limbeck.ranking.examples import plan_requests
 from limbeck.ranking.featurize import encode_requests, write_request
 from limbeck.ranking.train import RankTrainConfig
+from limbeck.stage import How
 
 STATE = STATE_PREFIX + "rank-recover.json"
 TABLE, CALIBRATION = "rounds.json", "calibration.txt"
@@ -87,14 +88,14 @@ class RankRecoverConfig:
             raise ConfigError("rank.lora: merging adapters fills the zeros of a sparse model; leave it out")
 
 
-def run(config: RankRecoverConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(config: RankRecoverConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Do all rounds; returns the table's last row beside that of the unpruned model. Arguments as for `rank train`.
 
     Raises: ConfigError when a round would remove nothing, and what pruning and training raise.
     """
     if join().world_size > 1:
         raise ConfigError("limbeck rank recover runs in one process; on several, call prune and rank train in turn.")
-    with output_directory(out, overwrite=overwrite, resume=resume) as working:
+    with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
         claim(working / STATE, config, config.prune.model)
         cuts, trainings = plan_cuts(config.prune, config.rounds), _trainings(config)
         calibration = _calibration(config, working)
@@ -104,10 +105,10 @@ def run(config: RankRecoverConfig, out: Path, *, overwrite: bool = False, resume
             directory = working / f"round-{number}"
             pruned, recovered = directory / "pruned", directory / "recovered"
             if not Checkpoint(pruned).is_finished:
-                prune.run(replace(cut, model=model, calibration=calibration), pruned, resume=True)
+                prune.run(replace(cut, model=model, calibration=calibration), pruned, how=How(resume=True))
             if not Checkpoint(recovered).is_finished:
                 student = StudentConfig(model=str(pruned), keep_zeros=config.prune.method in SOLVERS)
-                train.run(replace(config.rank, student=student, training=training), recovered, resume=True)
+                train.run(replace(config.rank, student=student, training=training), recovered, how=How(resume=True))
             rows.append(once(directory / "round.json", partial(_row, config, pruned, recovered)))
             for part in (pruned, recovered):
                 ledger.restore(Checkpoint(part).manifest["ledger"])
@@ -121,7 +122,7 @@ def run(config: RankRecoverConfig, out: Path, *, overwrite: bool = False, resume
         )
         (working / "unpruned.json").unlink()
         (working / STATE).unlink()
-    return {"out": str(out), "model": str(out / f"round-{config.rounds}" / "recovered"), **metrics}
+    return Checkpoint(out)
 
 
 def _own_data(model: Any) -> dict[str, Any]:

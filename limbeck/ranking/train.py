@@ -49,6 +49,7 @@ from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, e
 from limbeck.ranking.objective import RankingLossConfig, RankingObjective
 from limbeck.ranking.request import Request, Split
 from limbeck.ranking.tokenizer import train_tokenizer
+from limbeck.stage import How
 from limbeck.traces.batch import Example
 
 
@@ -117,11 +118,11 @@ class HeldOut(NamedTuple):
     labels: Labels
 
 
-def run(config: RankTrainConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Train one scorer; returns its metrics. Arguments as for `distill.train.run`."""
-    with training_job(config.training, out, overwrite=overwrite, resume=resume) as (ranks, working):
+def run(config: RankTrainConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Train one scorer. Arguments as for `distill.train.run`."""
+    with training_job(config.training, out, how) as (ranks, working):
         setup, held_out = set_up(config, ranks)
-        kept = train.train(setup, working, resume)
+        kept = train.train(setup, working, how.resume)
         metrics = metrics_of(config, kept)
         if ranks.is_first:
             write_model(setup, working)
@@ -137,8 +138,7 @@ def run(config: RankTrainConfig, out: Path, *, overwrite: bool = False, resume: 
                 metrics=metrics,
                 counts=setup.data.counts,
             )
-    checkpoint = Checkpoint(out)
-    return {"out": str(out), **checkpoint.manifest["metrics"]} if checkpoint.is_finished else {"out": str(out)}
+    return Checkpoint(out)
 
 
 def inputs_of(config: RankTrainConfig) -> dict[str, str]:
@@ -153,7 +153,7 @@ def set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[Run, HeldOut]:
     """Load student, teacher and requests, and plan every step."""
     ledger = Ledger(ranks.device)
     split, counts = read_requests(config.data)
-    model, tokenizer = load_student(config, None, _scratch_tokenizer(config, split.train))
+    model, tokenizer = load_student(config, _scratch_tokenizer(config, split.train))
     model.to(ranks.device)
     teacher = load_teacher(config, ranks)
     check_pair(config, model, tokenizer)

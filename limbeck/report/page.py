@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from limbeck.config import checked
 from limbeck.errors import CheckpointError
 from limbeck.report.collect import Evidence, Source, collect, flatten
 from limbeck.report.compression import HOW_TO_READ, compression_findings, compression_table, layer_plots
@@ -35,7 +36,7 @@ PAGE = "report.html"
 _UNITS: dict[str, Kind] = {"bytes": "bytes", "seconds": "seconds", "flops": "flops"}
 
 
-def run(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
+def write_report(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
     """Write `report.html`, `report.md`, `report.csv` and `plots/*.png` into `out`; earlier reports there are replaced.
 
     Args:
@@ -216,3 +217,15 @@ def _write(files: Mapping[str, bytes], out: Path) -> None:
         raise CheckpointError(
             f"{out}: the report cannot be written ({error.strerror}); choose another output."
         ) from error
+
+
+@checked
+class ReportConfig:
+    """What is shown on one page."""
+
+    sources: tuple[Path, ...]
+    """Directories of sweeps, of single runs, of compressed models and of pipelines."""
+    out: Path = Path("runs/report")
+    """Directory of the page; may be that of a sweep."""
+    title: str | None = None
+    """Heading; null takes that of the first sweep."""

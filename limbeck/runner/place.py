@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from limbeck.runner.cluster import ray_map
 from limbeck.runner.outcome import name_of
 from limbeck.runner.process import in_process
+from limbeck.stage import Place
 
-Place = Literal["local", "ray"]
 State = TypeVar("State")
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -1,1 +1,1 @@
-"""Cost before it is paid: predictions of every stage, a planner for machines, and advice on formats."""
+"""What runs will cost, here and on other machines."""

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 from limbeck.compress.shrink import shrunk_config
 from limbeck.config import checked
+from limbeck.cost.hardware import MEASURED, Hardware, hardware_of
+from limbeck.cost.shapes import Dims, config_of, frozen_sizes
 from limbeck.errors import ConfigError
-from limbeck.scale.hardware import MEASURED, Hardware, hardware_of
 from limbeck.scale.roofline import Format, Model, Requests, Times, formats_of, times_of, weight_bytes
-from limbeck.scale.shapes import Dims, config_of, frozen_sizes
 
 Kind = Literal["ranking", "reasoning", "batch"]
 CLOSE = 0.9

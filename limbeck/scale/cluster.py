@@ -27,12 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from limbeck.config import to_dict
-from limbeck.distill.config import DistillConfig
-from limbeck.distill.parallel import ParallelConfig
-from limbeck.ledger import backbone_backward_flops, backbone_forward_flops, head_flops, head_forward_flops
-from limbeck.models.anatomy import Computed
-from limbeck.scale.hardware import Hardware
-from limbeck.scale.memory import (
+from limbeck.cost.hardware import Hardware
+from limbeck.cost.memory import (
     Loss,
     Pass,
     Student,
@@ -43,6 +39,10 @@ from limbeck.scale.memory import (
     saved_bytes,
     states_of,
 )
+from limbeck.distill.config import DistillConfig
+from limbeck.distill.parallel import ParallelConfig
+from limbeck.ledger import backbone_backward_flops, backbone_forward_flops, head_flops, head_forward_flops
+from limbeck.models.anatomy import Computed
 from limbeck.traces.batch import Example
 
 USABLE_FRACTION = 0.92

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from limbeck.cost.hardware import Hardware
+from limbeck.cost.prediction import Prediction
 from limbeck.ledger import FLOP_PARTS
 from limbeck.scale.advise import Advice
 from limbeck.scale.cluster import Estimate
-from limbeck.scale.hardware import Hardware
-from limbeck.scale.prediction import Prediction
 from limbeck.scale.roofline import DECODE_EFFICIENCY, PREFILL_EFFICIENCY
 
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.config import checked
+from limbeck.cost.hardware import Hardware
 from limbeck.distill.config import DistillConfig, ParallelConfig, TeacherConfig
 from limbeck.distill.data import prepare
 from limbeck.distill.pair import student_tokenizer_name
+from limbeck.distill.predict import assumed_samples, data_of, set_up
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
 from limbeck.scale.cluster import Estimate, Load, Models, estimate
-from limbeck.scale.hardware import Hardware
-from limbeck.scale.training import assumed_samples, data_of, set_up
 
 MICROBATCH_TOKENS = (2048, 4096, 8192, 16384, 32768)
 CACHE = Path("runs/teacher-cache")
@@ -72,13 +72,13 @@ class PlanConfig:
         if self.efficiency is not None and not 0 < self.efficiency <= 1:
             raise ConfigError(f"efficiency must be in (0, 1]; found {self.efficiency}")
 
-    @staticmethod
-    def from_recipe(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a recipe of `limbeck distill`, `sweep` or `recover` says for a plan; a plan's own recipe as it is."""
-        if "student" in tree:
-            return {"distill": tree}
-        own = set(PlanConfig.__dataclass_fields__)
-        return tree if set(tree) <= own else {key: value for key, value in tree.items() if key == "distill"}
+
+def from_recipe(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a recipe of `limbeck distill`, `sweep` or `recover` says for a plan; a plan's own recipe as it is."""
+    if "student" in tree:
+        return {"distill": tree}
+    own = set(PlanConfig.__dataclass_fields__)
+    return tree if set(tree) <= own else {key: value for key, value in tree.items() if key == "distill"}
 
 
 def run(config: PlanConfig, hardware: Hardware) -> list[Estimate]:

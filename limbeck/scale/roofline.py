@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from limbeck.cost.hardware import Hardware
+from limbeck.cost.shapes import Dims
 from limbeck.models.anatomy import Sizes
-from limbeck.scale.hardware import Hardware
-from limbeck.scale.shapes import Dims
 
 PREFILL_EFFICIENCY, DECODE_EFFICIENCY = 0.6, 0.7
 """Share of a table device's FLOP/s that prefill reaches, and of its bandwidth that decoding does; assumptions."""

@@ -1,1 +1,5 @@
-"""Serving: an engine in plain torch that scores and generates, and HTTP over it."""
+"""The HTTP server; `limbeck.serve(...)` starts it."""
+
+from limbeck.library import make_callable
+
+make_callable(__name__)

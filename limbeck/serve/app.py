@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from limbeck import __version__
 from limbeck.serve import errors
 from limbeck.serve.api import about, chat, completions, prefilling, reranking, scoring, tokens
 from limbeck.serve.service import Service
+from limbeck.version import __version__
 
 
 def make_app(service: Service) -> FastAPI:

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 
-from limbeck.checkpoint import versions, write_json
+from limbeck.checkpoint import Checkpoint, output_directory, versions, write_json, write_manifest
 from limbeck.config import checked, to_dict
 from limbeck.engine.weights import Precision
 from limbeck.errors import ConfigError
 from limbeck.progress import console
 from limbeck.serve.bench_report import write_page, write_plot
 from limbeck.serve.load import Outcome, Shot, arrivals, fire, summarise
+from limbeck.stage import How
 
 Prefixes = Literal["cold", "hot"]
 WORDS = (
@@ -71,7 +72,7 @@ class BenchServeConfig:
             raise ConfigError("bench serve: give one load or more; loads, seconds and slo_seconds above 0.")
 
 
-def run(config: BenchServeConfig, out: Path) -> dict[str, Any]:
+def run(config: BenchServeConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Measure all loads and write serve.json, serve.md and serve.png into `out`."""
     with _server(config) as url:
         prompts = _Prompts(url, config)
@@ -87,12 +88,14 @@ def run(config: BenchServeConfig, out: Path) -> dict[str, Any]:
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": versions(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "serve.json", tree)
-    write_page(tree, out / "serve.md")
-    write_plot(tree, out / "serve.png")
     best = max((row["items_per_second_in_slo"] for row in rows if row["workload"] == "score"), default=0.0)
-    return {"out": str(out), "items_per_second_in_slo": best, "rows": rows}
+    with output_directory(out, overwrite=how.overwrite) as working:
+        write_json(working / "serve.json", tree)
+        write_page(tree, working / "serve.md")
+        write_plot(tree, working / "serve.png")
+        metrics = {"items_per_second_in_slo": best, "rows": rows}
+        write_manifest(working, stage="bench serve", config=config, inputs={}, metrics=metrics)
+    return Checkpoint(out)
 
 
 class _Prompts:

@@ -8,27 +8,32 @@ from typing import Any
 
 from limbeck.errors import ConfigError
 from limbeck.serve.config import ServeConfig
-from limbeck.serve.handover import hand_over
+from limbeck.serve.handover import hand_over, start_of
 
 KEY_VARIABLE = "LIMBECK_API_KEY"
 
 
-def run(config: ServeConfig, dry_run: bool = False) -> dict[str, Any] | None:
+def run(config: ServeConfig) -> None:
     """Serve until a signal comes.
 
-    Args:
-      dry_run: only check the model for another engine and tell the command.
     Raises: ConfigError when the server's packages, or the other engine, are not installed.
     """
     if config.api_key is None:
         config = dataclasses.replace(config, api_key=os.environ.get(KEY_VARIABLE))
     if config.engine != "limbeck":
-        return hand_over(config, dry_run)
-    if dry_run:
-        raise ConfigError("serve: --dry-run tells the command of another engine; name one by --engine.")
+        hand_over(config)
     try:
         from limbeck.serve.server import serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"limbeck serve needs {error.name}: pip install 'limbeck[serve]'.") from error
     serve(config)
-    return None
+
+
+def check(config: ServeConfig) -> dict[str, Any]:
+    """What would start another engine, and what to know about it; nothing is started.
+
+    Raises: ConfigError for an export that the engine does not read.
+    """
+    if config.engine == "limbeck":
+        raise ConfigError("serve: --dry-run tells the command of another engine; name one by --engine.")
+    return start_of(config)

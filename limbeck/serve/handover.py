@@ -10,12 +10,12 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from limbeck.compress.export.lint import lint
 from limbeck.errors import ConfigError
 from limbeck.models.load import locate
-from limbeck.progress import console
+from limbeck.progress import say
 from limbeck.serve.config import ServeConfig
 
 STARTER = Path(__file__).with_name("start_llama_cpp.py")
@@ -51,23 +51,24 @@ class Start(NamedTuple):
         return shlex.join([*(["env", *shown] if shown else []), *self.command])
 
 
-def hand_over(config: ServeConfig, dry_run: bool = False) -> dict[str, Any] | None:
-    """Check, print the command, and become the engine where it is installed.
+def start_of(config: ServeConfig) -> dict[str, Any]:
+    """The checked command and what to know about it. Raises: ConfigError for an export that the engine cannot read."""
+    start = plan(config)
+    return {"command": start.text, "installed": start.is_installed, "notes": start.notes}
 
-    Returns: the command and notes, for a dry run; else it does not return.
+
+def hand_over(config: ServeConfig) -> NoReturn:
+    """Check, print the command, and become the engine.
+
     Raises: ConfigError for an export that the engine does not read, and where it is not installed.
     """
     start = plan(config)
-    for note in start.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    if dry_run:
-        return {"command": start.text, "installed": start.is_installed, "notes": start.notes}
-    console.print(start.text, markup=False, highlight=False, soft_wrap=True)
+    for text in (*(f"note: {note}" for note in start.notes), start.text):
+        say(text)
     if not start.is_installed:
         raise ConfigError(f"{config.engine} is not installed: {INSTALLS[config.engine]}; then run the command above.")
     sys.stdout.flush()
     os.execvpe(start.command[0], start.command, {**start.defaults, **os.environ, **start.secrets})
-    return None
 
 
 def plan(config: ServeConfig) -> Start:

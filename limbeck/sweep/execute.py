@@ -17,16 +17,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
+from limbeck.checkpoint import Checkpoint, write_json, write_manifest
 from limbeck.distill import train
+from limbeck.distill.commands import DISTILL
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import UNCUT, prepare
-from limbeck.errors import CheckpointError, ConfigError
-from limbeck.evaluate.stage import EvaluateStageConfig, score
-from limbeck.models.load import load_tokenizer, model_hash
+from limbeck.errors import ConfigError
+from limbeck.evaluate.commands import EVALUATE
+from limbeck.evaluate.stage import EvaluateStageConfig
+from limbeck.models.load import load_tokenizer
 from limbeck.progress import console
-from limbeck.runner.place import Place, map_in_processes
+from limbeck.runner.place import map_in_processes
 from limbeck.runner.process import in_process
+from limbeck.stage import How, Place, go_on
 from limbeck.sweep.plan import PlannedRun, SweepConfig, plan_runs, tokenizer_name
 from limbeck.sweep.summary import summarise
 from limbeck.teacher.build import write_cache
@@ -35,11 +38,15 @@ from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import Example
 from limbeck.traces.sources import read_problems, read_traces
 
-CACHE = "teacher_cache"
+CACHE, SUMMARY = "teacher_cache", "summary.json"
 
 
-def run(sweep: SweepConfig, out: Path, on: Place = "local") -> dict[str, Any]:
-    """Do what is not done yet of `sweep` in the directory `out`; returns the summary that it writes."""
+def run(config: SweepConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Do what is not done yet of a sweep in the directory `out`; called again, it goes on.
+
+    Writes `summary.json`, a directory a run, and a manifest whose metrics are the summary's best run.
+    """
+    sweep, on = config, how.on
     runs = plan_runs(sweep)
     _refuse_leaks(sweep)
     runs = match_tokens(sweep, runs)
@@ -49,8 +56,23 @@ def run(sweep: SweepConfig, out: Path, on: Place = "local") -> dict[str, Any]:
         if on == "ray":
             console.print(f"done: {directory.name}", highlight=False)
     summary = summarise(sweep, runs, models, store, out)
-    write_json(out / "summary.json", summary)
-    return summary
+    write_json(out / SUMMARY, summary)
+    rows = summary["runs"]
+    best = max(rows, key=lambda row: row["accuracy"])
+    write_manifest(
+        out,
+        stage="sweep",
+        config=sweep,
+        inputs=train.inputs_of(sweep.distill),
+        ledger={"tokens": sum(r["tokens"] for r in rows), "flops": {"total": sum(r["flops"] for r in rows)}},
+        metrics={
+            "runs": len(rows),
+            "best": best["name"],
+            "best_accuracy": best["accuracy"],
+            "peak_bytes": max(row["peak_bytes"] for row in rows),
+        },
+    )
+    return Checkpoint(out)
 
 
 def _announced(
@@ -142,27 +164,13 @@ def _score_models(sweep: SweepConfig, out: Path, on: Place) -> dict[str, Any]:
 
 def _run_one(config: DistillConfig, scoring: EvaluateStageConfig, directory: Path) -> None:
     """Train and score one run, or what is missing of it."""
-    if not Checkpoint(directory).is_made_of(config, train.inputs_of(config)):
-        _train_one(config, directory)
+    go_on(DISTILL, config, directory)
     _score_one(dataclasses.replace(scoring, model=str(directory)), directory / "evaluation")
 
 
 def _score_one(scoring: EvaluateStageConfig, directory: Path) -> dict[str, Any]:
     """The metrics of one model, from before where they are there."""
-    inputs = {"model": model_hash(scoring.model)}
-    if not Checkpoint(directory).is_made_of(scoring, inputs):
-        with output_directory(directory, overwrite=True) as working:
-            summary = score(scoring.model, scoring, working)
-            write_manifest(working, stage="evaluate", config=scoring, inputs=inputs, metrics=summary)
-    return Checkpoint(directory).manifest["metrics"]
-
-
-def _train_one(config: DistillConfig, directory: Path) -> None:
-    try:
-        train.run(config, None, directory, overwrite=True, resume=True)
-    except CheckpointError as error:
-        console.print(f"starting anew: {error}", highlight=False)
-        train.run(config, None, directory, overwrite=True)
+    return go_on(EVALUATE, scoring, directory).metrics
 
 
 def scoring_of(sweep: SweepConfig, config: DistillConfig) -> EvaluateStageConfig:

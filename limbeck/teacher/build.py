@@ -25,7 +25,8 @@ from limbeck.ledger import Ledger
 from limbeck.models.anatomy import head_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
 from limbeck.progress import bar
-from limbeck.runner.place import Place, Prepared
+from limbeck.runner.place import Prepared
+from limbeck.stage import Place
 from limbeck.teacher.cache import CHECKSUMS, SPEC, CacheConfig, Spec, TeacherCache, check_sums, open_shards, seal
 from limbeck.teacher.score import score_shard
 from limbeck.teacher.shard import PARTIAL, Shard, Stored

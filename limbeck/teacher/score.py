@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.cost.memory import HEAD_ROWS
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
 from limbeck.models.anatomy import head_of, hidden_rows, sizes_of
 from limbeck.teacher.cache import CacheConfig, Spec
@@ -19,7 +20,6 @@ from limbeck.teacher.shard import Stored, write_shard
 from limbeck.teacher.topk import TopKTargets
 
 _BATCH_TOKENS = 4096
-_HEAD_ROWS = 256
 _SAMPLE_EVERY = 16
 """One row in so many is compared with the full teacher."""
 
@@ -77,7 +77,7 @@ def _record(model: Any, spec: Spec, member: Stored, hidden: Tensor, sample: dict
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(member.ids.tobytes()).digest()[:7]))
     head = head_of(model).rows(slice(spec.vocab_size))
     parts = []
-    for rows in hidden.split(_HEAD_ROWS):
+    for rows in hidden.split(HEAD_ROWS):
         log_probs = head.logits(rows).float().log_softmax(-1).cpu()
         if spec.config.mode == "sampled":
             entries = draw(log_probs, spec.config.num_samples, generator)

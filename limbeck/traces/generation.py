@@ -22,7 +22,7 @@ from limbeck.config import checked, config_hash, to_dict
 from limbeck.errors import ConfigError, LimbeckError, TraceFormatError
 from limbeck.models.generate import SamplingConfig
 from limbeck.progress import bar
-from limbeck.runner.place import Place
+from limbeck.stage import How, Place
 from limbeck.traces.counts import tell
 from limbeck.traces.journal import Journal
 from limbeck.traces.render import RenderConfig
@@ -70,30 +70,37 @@ class GenerateConfig:
             raise ConfigError(f"group_prompts must be at least 1; found {self.group_prompts}")
 
 
-def run(config: GenerateConfig, out: Path, *, overwrite: bool = False, on: Place = "local") -> dict[str, Any]:
-    """Write `traces.jsonl`, `skipped.json` and a manifest into `out`; returns the counts.
+def run(config: GenerateConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Write `traces.jsonl`, `skipped.json` and a manifest into `out`.
 
     Started again after an interruption it goes on; started again after its end, with the same config, it does nothing.
     Raises: LimbeckError when no usable trace was made, or the server does not answer; what was made is kept.
     """
-    if on == "ray" and config.server is not None:
+    if how.on == "ray" and config.server is not None:
         raise ConfigError("--on ray: a server does its own work and is asked from here; leave --on out, or set model.")
-    if not overwrite and Checkpoint(out).is_finished and Checkpoint(out).manifest["config_hash"] == config_hash(config):
-        return _result(out, Checkpoint(out).manifest["counts"])
+    if (
+        not how.overwrite
+        and Checkpoint(out).is_finished
+        and Checkpoint(out).manifest["config_hash"] == config_hash(config)
+    ):
+        return Checkpoint(out)
     prompts, num_duplicates = read_prompts(config.prompts)
     if config.model is not None:
         prompts, notes = fitting_prompts(prompts, config.model, config.render, config.prompts.on_bad)
         tell(notes)
-    with output_directory(out, overwrite=overwrite, resume=True) as working:
-        with _writer(config, on) as writer, Journal(working / JOURNAL_FILE, _job(config, writer, prompts)) as journal:
+    with output_directory(out, overwrite=how.overwrite, resume=True) as working:
+        with (
+            _writer(config, how.on) as writer,
+            Journal(working / JOURNAL_FILE, _job(config, writer, prompts)) as journal,
+        ):
             _fill(writer, prompts, journal)
         counts = _write(config, writer, prompts, journal.records, working)
         counts = {"prompts": len(prompts), "duplicate_prompts": num_duplicates, **counts}
         inputs = {"model": writer.identity}
-        write_manifest(working, stage="traces generate", config=config, inputs=inputs, counts=counts)
+        write_manifest(working, stage="traces generate", config=config, inputs=inputs, metrics=counts, counts=counts)
     # Only now: an interruption up to here finds all of its work again.
     (out / JOURNAL_FILE).unlink()
-    return _result(out, counts)
+    return Checkpoint(out)
 
 
 def read_prompts(config: TraceConfig) -> tuple[list[Trace], int]:
@@ -209,7 +216,3 @@ def _job(config: GenerateConfig, writer: Writer, prompts: list[Trace]) -> str:
     """What must be equal for the work of an interrupted run to be used: all but how the server is asked."""
     tree = {key: value for key, value in to_dict(config).items() if key not in ("client", "server", "on_bad")}
     return config_hash({**tree, "writer": writer.identity, "prompt_keys": [prompt.prompt_key for prompt in prompts]})
-
-
-def _result(out: Path, counts: dict[str, Any]) -> dict[str, Any]:
-    return {"out": str(out / TRACES_FILE), **counts}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
 
-from limbeck.checkpoint import hash_path, output_directory, write_manifest
+from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_manifest
 from limbeck.config import checked
+from limbeck.stage import How
 from limbeck.traces.counts import tell
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
@@ -24,20 +24,25 @@ class ImportConfig:
     """Which traces are used."""
 
 
-def run(config: ImportConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write `traces.jsonl` and a manifest into `out`; returns the counts."""
+def run(config: ImportConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Write `traces.jsonl` and a manifest into `out`."""
     traces, read = read_traces(config.traces)
     selected, counts = select_traces(traces, config.select)
     tell([*read.lines(), *counts.lines()])
     source = Path(config.traces.source)
-    with output_directory(out, overwrite=overwrite) as working:
+    with output_directory(out, overwrite=how.overwrite) as working:
         write_jsonl(selected, working / "traces.jsonl")
         write_manifest(
             working,
             stage="traces import",
             config=config,
             inputs={"traces": hash_path(source)} if source.exists() else {},
+            metrics={
+                "read": read.read,
+                "kept": counts.kept,
+                "skipped": read.skipped,
+                "dropped": sum(counts.dropped.values()),
+            },
             counts={"read": asdict(read), "selected": asdict(counts)},
         )
-    found = {"read": read.read, "kept": counts.kept, "skipped": read.skipped, "dropped": sum(counts.dropped.values())}
-    return {"out": str(out / "traces.jsonl"), **found}
+    return Checkpoint(out)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from limbeck.checkpoint import hash_path, output_directory, write_manifest
+from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_manifest
 from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
@@ -32,6 +32,7 @@ from limbeck.models.anatomy import Computed, Sizes, backbone_of, head_of, sizes_
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
 from limbeck.models.probe import logit_scale
 from limbeck.progress import bar
+from limbeck.stage import How
 from limbeck.traces.counts import tell
 from limbeck.traces.render import PROBED_CHARS, LocatedSample, RenderConfig, render_located, tokens_until
 from limbeck.traces.select import SelectConfig, select_traces
@@ -85,8 +86,8 @@ class Tail(NamedTuple):
     """Places of the answer's tokens in `ids`."""
 
 
-def run(config: ProbeConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write the traces with their cut points, `traces.jsonl`, and a manifest into `out`; returns the counts."""
+def run(config: ProbeConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Write the traces with their cut points, `traces.jsonl`, and a manifest into `out`."""
     traces, read = read_traces(config.traces)
     traces, selected = select_traces(traces, config.select)
     tell([*read.lines(), *selected.lines()])
@@ -94,7 +95,7 @@ def run(config: ProbeConfig, out: Path, *, overwrite: bool = False) -> dict[str,
     sizes = sizes_of(model, vocabulary_size(tokenizer))
     probed: list[Trace] = []
     shares: list[float] = []
-    with output_directory(out, overwrite=overwrite) as working:
+    with output_directory(out, overwrite=how.overwrite) as working:
         with bar("probing", len(traces)) as progress, ledger.phase("teacher"):
             for trace in traces:
                 found = probe_trace(model, tokenizer, trace, config, sizes, ledger)
@@ -114,10 +115,10 @@ def run(config: ProbeConfig, out: Path, *, overwrite: bool = False) -> dict[str,
             config=config,
             inputs={"teacher": model_hash(config.teacher)} | ({"traces": hash_path(source)} if source.exists() else {}),
             ledger=ledger.as_dict(),
-            metrics=metrics,
+            metrics=counts | metrics,
             counts=counts,
         )
-    return {"out": str(out / "traces.jsonl"), **counts, **metrics, "teacher_seconds": ledger.seconds["teacher"]}
+    return Checkpoint(out)
 
 
 def probe_trace(

@@ -47,8 +47,8 @@ class StatsConfig:
     """The cut whose losses are reported."""
 
 
-def run(config: StatsConfig, *, quiet: bool = False) -> dict[str, Any]:
-    """Return the figures, ready for JSON; print them as tables to standard output unless `quiet`.
+def run(config: StatsConfig) -> dict[str, Any]:
+    """The figures, ready for JSON.
 
     Raises: what reading, selecting, loading and rendering raise.
     """
@@ -57,10 +57,7 @@ def run(config: StatsConfig, *, quiet: bool = False) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.tokenizer)
     samples, _, notes = render_traces(traces, tokenizer, config.render, on_bad=config.traces.on_bad)
     tell([*read.lines(), *selected.lines(), *notes])
-    stats = {"read": asdict(read), "selected": asdict(selected), **trace_stats(samples, config.truncation)}
-    if not quiet:
-        print_stats(stats, Console())
-    return stats
+    return {"read": asdict(read), "selected": asdict(selected), **trace_stats(samples, config.truncation)}
 
 
 def trace_stats(samples: Sequence[Sample], truncation: TruncationConfig) -> dict[str, Any]:

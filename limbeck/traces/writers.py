@@ -14,7 +14,8 @@ from typing import Any
 from limbeck.client import Client, ServerRefusal, map_concurrently
 from limbeck.models.generate import SamplingConfig, generate
 from limbeck.models.load import load_model, load_tokenizer, model_hash
-from limbeck.runner.place import Place, Prepared
+from limbeck.runner.place import Prepared
+from limbeck.stage import Place
 from limbeck.traces.journal import Key
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.trace import Trace

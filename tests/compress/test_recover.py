@@ -25,6 +25,7 @@ from limbeck.distill.config import StudentConfig
 from limbeck.distill.data import prepare
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.models.load import load_model, load_tokenizer
+from limbeck.stage import How
 
 TRACES = {"source": "builtin:chain", "num_traces": 24, "chain_min_steps": 1, "chain_max_steps": 3}
 
@@ -195,7 +196,7 @@ def test_one_round_is_pruning_then_distilling(model, tmp_path):
     recover.run(found, tmp_path / "out")
     prune.run(found.prune, tmp_path / "pruned")
     student = StudentConfig(model=str(tmp_path / "pruned"))
-    train.run(replace(found.distill, student=student), None, tmp_path / "trained")
+    train.run(replace(found.distill, student=student), tmp_path / "trained")
     ours, theirs = weights_of(tmp_path / "out"), weights_of(tmp_path / "trained")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -272,7 +273,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(model, sparse, tmp_pat
     finished = [path.parent for path in (tmp_path / "out.partial").glob(f"round-*/*/{MANIFEST}")]
     with monkeypatch.context() as patch:
         refuse_finished(patch, finished)
-        recover.run(found, out, resume=True)
+        recover.run(found, out, how=How(resume=True))
     ours, theirs = weights_of(out), weights_of(sparse)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     keys = ("parameters", "validation_ce", "validation_kl", "unpruned")
@@ -297,7 +298,7 @@ def refuse_finished(patch, finished):
 def recover_in_process(tree, out, resume):
     """What a child process runs."""
     torch.set_num_threads(1)
-    recover.run(build(RecoverConfig, tree), out, resume=resume)
+    recover.run(build(RecoverConfig, tree), out, how=How(resume=resume))
 
 
 def test_killed_at_random_moments_until_it_is_done(model, sparse, tmp_path):
@@ -311,7 +312,7 @@ def test_killed_at_random_moments_until_it_is_done(model, sparse, tmp_path):
         child.kill()
         child.join()
     if not out.exists():
-        recover.run(build(RecoverConfig, tree), out, resume=True)
+        recover.run(build(RecoverConfig, tree), out, how=How(resume=True))
     ours, theirs = weights_of(out), weights_of(sparse)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert {path.name for path in out.iterdir()} == {path.name for path in sparse.iterdir()}
@@ -323,7 +324,7 @@ def test_another_config_does_not_go_on(model, tmp_path, monkeypatch):
         with pytest.raises(PulledPlug):
             recover.run(config(model, neuron_sparsity=0.5), tmp_path / "out")
     with pytest.raises(CheckpointError, match="has another config or model"):
-        recover.run(config(model, neuron_sparsity=0.25), tmp_path / "out", resume=True)
+        recover.run(config(model, neuron_sparsity=0.25), tmp_path / "out", how=How(resume=True))
     assert (tmp_path / "out.partial" / "round-1" / "pruned" / MANIFEST).exists()
     recover.run(config(model, neuron_sparsity=0.25), tmp_path / "out")
     assert load_model(str(tmp_path / "out")).config.intermediate_size == 24

@@ -20,7 +20,9 @@ import pytest
 import yaml
 from docs_blocks import PAGES, PROSE, ROOT, SHELL, TUTORIALS, Block, all_blocks, blocks_of, commands_of
 
-from limbeck.cli import COMMANDS, _command_name, _read_config, _take_options
+from limbeck.cli import load_command, read_config, take_options
+from limbeck.commands import COMMANDS
+from limbeck.commands import named as command_named
 from limbeck.config import build
 from limbeck.flags import apply_flags, describe
 from limbeck.yaml_values import read_recipe
@@ -68,7 +70,7 @@ def test_every_block_ends(page):
 def test_yaml_becomes_a_config(block):
     kind, _, command = block.mark.partition(": ")
     assert kind in ("recipe of", "part of"), f"{block.name}: say what it is, <!-- part of: COMMAND -->"
-    config, tree = COMMANDS[command].config, yaml.safe_load(block.text)
+    config, tree = load_command(command).config, yaml.safe_load(block.text)
     build(config, tree if kind == "recipe of" else completed(command, tree), block.name)
 
 
@@ -108,14 +110,14 @@ def check(command: str) -> None:
         program, rest = rest[0], rest[1:]
     if program == "limbeck" and rest != ["--help"]:
         rest = rest[: rest.index("&")] if "&" in rest else rest
-        name, arguments = _command_name(rest)
-        row = COMMANDS[name]
-        _, arguments = _take_options(name, row.takes, arguments)
+        name, arguments = command_named(rest)
+        row = load_command(name)
+        _, arguments = take_options(row, arguments)
         if name in READS_OUTPUTS:
             recipe = read_recipe(Path(arguments.pop(0))) if not arguments[0].startswith("--") else {}
             apply_flags(row.config, recipe, arguments)
-        elif row.config is not None:
-            _read_config(row.config, arguments, row.subject)
+        else:
+            read_config(row, arguments)
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{re.escape(target)}:", makefile, re.M) for target in rest), command
@@ -207,10 +209,12 @@ def test_the_reference_has_every_command_and_field():
     assert [section.partition("\n")[0] for section in sections] == list(COMMANDS)
     for section, command in zip(sections, COMMANDS.values(), strict=True):
         rows = [line for line in section.splitlines() if line.startswith("| `")]
-        fields = describe(command.config) if command.config else ()
+        command = command.load()
+        fields = describe(command.config)
         assert [re.match(r"\| `(\S+)`", row)[1] for row in rows] == [field.path for field in fields]
         assert all(row.count(" | ") == 3 for row in rows)
-        assert set(re.search(r"Options: (.*)", section)[1].replace("`", "").split(", ")) >= set(command.takes)
+        options = set(re.search(r"Options: (.*)", section)[1].replace("`", "").split(", "))
+        assert options >= {"--" + name.replace("_", "-") for name in command.options}
 
 
 @pytest.mark.slow

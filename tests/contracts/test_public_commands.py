@@ -8,8 +8,10 @@ import pytest
 from tiny_runs import SHAPE
 
 from limbeck import __version__
-from limbeck.cli import COMMANDS, LIMITED, OPTIONS, main
+from limbeck.cli import main
+from limbeck.commands import COMMANDS
 from limbeck.flags import describe
+from limbeck.help import LIMITED, OPTIONS
 
 WIDTH = 80
 
@@ -51,15 +53,15 @@ def help_entries(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_field_with_meaning_and_default(printed, name):
-    text = printed(*name.split(), "--help")
+    text, command = printed(*name.split(), "--help", "all"), COMMANDS[name].load()
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "…" not in text and "\\[" not in text
     assert COMMANDS[name].help in words(text)
     entries = help_entries(text)
-    optional = set(LIMITED)
-    assert entries.keys() & OPTIONS.keys() == OPTIONS.keys() - optional | set(COMMANDS[name].takes)
-    config = COMMANDS[name].config
-    for info in describe(config) if config else ():
+    fields = {"--" + info.path.replace("_", "-") for info in describe(command.config)}
+    options = {"--" + option.replace("_", "-") for option in command.options}
+    assert entries.keys() == OPTIONS.keys() - set(LIMITED) | options | fields
+    for info in describe(command.config):
         entry = entries["--" + info.path.replace("_", "-")]
         assert entry.replace(" ", "").startswith(info.doc.replace(" ", ""))
         if info.default is dataclasses.MISSING:

@@ -237,7 +237,7 @@ def test_a_step_without_supervision_leaves_the_weights(tmp_path):
     changes = {"truncation.lead_fraction": 0.35, "supervision.preset": "cot", "traces.chain_max_steps": 6}
     changes |= {"training.batch_size": 1, "training.max_steps": 9, "optimizer.weight_decay": 0.1}
     config = run_config({**changes, "truncation.lead_fraction": 0.2})
-    train.run(config, None, tmp_path / "out")
+    train.run(config, tmp_path / "out")
     lines = metrics_of(tmp_path / "out")
     empty = [line for line in lines if line["loss"] == 0]
     assert 0 < len(empty) < len(lines)
@@ -274,7 +274,7 @@ def test_lora_trains_adapters_only_and_merges(tmp_path, untied):
     changes = {"student.model": untied, "lora.rank": 2, "optimizer.learning_rate": 0.05, "training.max_steps": 3}
     step = one_step(run_config(changes))
     assert step.gradients and all("lora_" in name for name in step.gradients)
-    train.run(run_config(changes), None, tmp_path / "out")
+    train.run(run_config(changes), tmp_path / "out")
     before, after = weights_of_directory(untied), weights_of(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name][: len(after[name])], after[name])}
@@ -291,7 +291,7 @@ def weights_of_directory(directory):
 def test_bf16_is_close_to_float32(tmp_path, teacher):
     losses = {}
     for precision in ("float32", "bf16"):
-        train.run(run_config({"teacher.model": teacher, "training.precision": precision}), None, tmp_path / precision)
+        train.run(run_config({"teacher.model": teacher, "training.precision": precision}), tmp_path / precision)
         losses[precision] = [line["loss"] for line in metrics_of(tmp_path / precision)]
         assert all(weight.dtype == torch.float32 for weight in weights_of(tmp_path / precision).values())
     assert losses["bf16"] != losses["float32"]
@@ -307,7 +307,7 @@ def test_validation_reads_uncut_sequences_whatever_the_cut(tmp_path):
     assert sum(map(len, data["cut"].train)) < 0.31 * sum(map(len, data["whole"].train))
     values = {}
     for name, config in configs.items():
-        train.run(config, None, tmp_path / name)
+        train.run(config, tmp_path / name)
         values[name] = metrics_of(tmp_path / name)[-1]["validation_ce"]
     assert values["cut"] == pytest.approx(values["whole"], rel=1e-6)
     student, _ = load_student(configs["whole"], None)
@@ -324,7 +324,7 @@ def test_validation_reads_uncut_sequences_whatever_the_cut(tmp_path):
 
 def test_run_writes_a_line_a_step_and_learns(tmp_path):
     changes = {"training.max_steps": 30, "training.validate_every_steps": 10, "optimizer.learning_rate": 0.02}
-    checkpoint = train.run(run_config(changes), None, tmp_path / "out")
+    checkpoint = train.run(run_config(changes), tmp_path / "out")
     lines = metrics_of(tmp_path / "out")
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert [line["step"] for line in lines if "validation_ce" in line] == [10, 20, 30]
@@ -338,7 +338,7 @@ def test_run_writes_a_line_a_step_and_learns(tmp_path):
 
 def test_ledger_counts_are_exact(tmp_path):
     config = run_config({"training.max_steps": 6, "truncation.lead_fraction": 0.6, "training.microbatch_tokens": 64})
-    ledger = train.run(config, None, tmp_path / "out").manifest["ledger"]
+    ledger = train.run(config, tmp_path / "out").manifest["ledger"]
     examples = prepare(config, symbol_tokenizer()).train
     assert ledger["steps"] == 6 and ledger["sequences"] == 18
     assert ledger["tokens"] == 2 * sum(map(len, examples)) == metrics_of(tmp_path / "out")[-1]["tokens"]
@@ -376,18 +376,18 @@ def test_flops_by_formula_and_by_counter_agree(tmp_path, teacher, untied, case):
 
 
 def test_audit_of_a_run_agrees(tmp_path, teacher):
-    audit = train.run(run_config({"teacher.model": teacher}), None, tmp_path / "out").manifest["ledger"]["flops_audit"]
+    audit = train.run(run_config({"teacher.model": teacher}), tmp_path / "out").manifest["ledger"]["flops_audit"]
     assert audit["formula_flops"] == pytest.approx(audit["counted_flops"], rel=0.02)
     assert audit["formula_flops"] > 0
 
 
 def test_a_diverging_run_stops_before_it_ruins_the_weights(tmp_path):
     with pytest.raises(LimbeckError, match=r"step \d+: the loss is .* lower optimizer.learning_rate"):
-        train.run(run_config({"optimizer.learning_rate": 1e38, "training.max_steps": 20}), None, tmp_path / "out")
+        train.run(run_config({"optimizer.learning_rate": 1e38, "training.max_steps": 20}), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_trace_beyond_the_positions_is_refused():
     config = run_config({"student.scratch.max_positions": 40})
     with pytest.raises(ConfigError, match="longer than the student's 40 positions"):
-        set_up(config, None, Ranks(0, 1, CPU))
+        set_up(config, Ranks(0, 1, CPU))

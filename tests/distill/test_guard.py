@@ -13,6 +13,7 @@ from limbeck.distill.guard import Guard
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_model, vocabulary_size
 from limbeck.models.tiny import symbol_tokenizer
+from limbeck.stage import How
 
 
 def overfit(**changes):
@@ -36,7 +37,7 @@ def overfit(**changes):
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     out = tmp_path_factory.mktemp("guarded") / "out"
-    train.run(overfit(), None, out)
+    train.run(overfit(), out)
     return out
 
 
@@ -52,7 +53,7 @@ def test_the_best_weights_are_written(tmp_path, guarded):
     metrics = Checkpoint(guarded).manifest["metrics"]
     assert metrics["kept_step"] == best
     assert metrics["validation_ce"] == values[best]
-    train.run(overfit(**{"training.keep_best": None, "training.max_steps": best}), None, tmp_path / "short")
+    train.run(overfit(**{"training.keep_best": None, "training.max_steps": best}), tmp_path / "short")
     for name, weight in weights_of(tmp_path / "short").items():
         assert torch.equal(weights_of(guarded)[name], weight), name
     assert not list(guarded.glob("best*")) and not list(guarded.glob("state*"))
@@ -61,7 +62,7 @@ def test_the_best_weights_are_written(tmp_path, guarded):
 def test_a_run_never_ends_worse_than_it_began(tmp_path, guarded):
     """Started from the best weights at a rate that spoils them, it writes what it started from, also when resumed."""
     config = overfit(**{"student.model": str(guarded), "optimizer.learning_rate": 0.5, "training.max_steps": 6})
-    metrics = train.run(config, None, tmp_path / "out").manifest["metrics"]
+    metrics = train.run(config, tmp_path / "out").manifest["metrics"]
     assert min(validations(tmp_path / "out").values()) > metrics["validation_ce"]
     assert metrics["kept_step"] == 0 and metrics["loss"] is None
     for name, weight in weights_of(guarded).items():
@@ -71,7 +72,7 @@ def test_a_run_never_ends_worse_than_it_began(tmp_path, guarded):
 def test_patience_ends_the_run(tmp_path, guarded):
     values = validations(guarded)
     best = min(values, key=values.get)
-    train.run(overfit(**{"training.patience": 3}), None, tmp_path / "out")
+    train.run(overfit(**{"training.patience": 3}), tmp_path / "out")
     rows = metrics_of(tmp_path / "out")
     misses = [step for step in values if step > best][:3]
     assert rows[-1]["step"] == misses[-1] < 40
@@ -85,7 +86,7 @@ def test_patience_ends_the_run(tmp_path, guarded):
 @pytest.mark.parametrize("steps", [1, 8, 15])
 def test_resumed_run_is_the_same(tmp_path, guarded, monkeypatch, steps):
     config = overfit(**{"training.patience": 3})
-    train.run(config, None, tmp_path / "whole")
+    train.run(config, tmp_path / "whole")
     step = train._step
 
     def interrupted(setup, number):
@@ -96,8 +97,8 @@ def test_resumed_run_is_the_same(tmp_path, guarded, monkeypatch, steps):
     with monkeypatch.context() as patch:
         patch.setattr(train, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config, None, tmp_path / "out")
-    train.run(config, None, tmp_path / "out", resume=True)
+            train.run(config, tmp_path / "out")
+    train.run(config, tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
     metrics = [Checkpoint(tmp_path / name).manifest["metrics"] for name in ("out", "whole")]
     assert metrics[0] == metrics[1]
@@ -105,7 +106,7 @@ def test_resumed_run_is_the_same(tmp_path, guarded, monkeypatch, steps):
 
 def test_two_ranks_stop_together(tmp_path, guarded):
     config = overfit(**{"training.patience": 2})
-    train.run(config, None, tmp_path / "one")
+    train.run(config, tmp_path / "one")
     train_on_ranks(config, tmp_path / "two")
     one, two = (Checkpoint(tmp_path / name).manifest["metrics"] for name in ("one", "two"))
     assert one["kept_step"] == two["kept_step"]
@@ -121,7 +122,7 @@ def test_held_out_divergence_is_the_kl_to_the_teacher(tmp_path, kd_ratio):
     changes |= {"loss.normalization": "sequence_mean", "training.microbatch_tokens": 200}
     changes |= {"supervision.select": {"by": "divergence", "fraction": 0.3}} if kd_ratio else {}
     config = overfit(**{"training.max_steps": 4, **changes})
-    train.run(config, None, tmp_path / "out")
+    train.run(config, tmp_path / "out")
     metrics = Checkpoint(tmp_path / "out").manifest["metrics"]
     tokenizer = symbol_tokenizer()
     vocab = vocabulary_size(tokenizer)
@@ -147,7 +148,6 @@ def test_validation_costs_the_training_nothing(tmp_path):
     for name, best in (("plain", None), ("guarded", "kd")):
         train.run(
             overfit(**{"teacher.model": teacher, "training.max_steps": 4, "training.keep_best": best}),
-            None,
             tmp_path / name,
         )
         flops[name] = Checkpoint(tmp_path / name).manifest["ledger"]["flops"]

@@ -31,7 +31,7 @@ def costs(out):
 def test_two_processes_equal_one(tmp_path, case):
     teacher = save_model(tmp_path / "teacher", sharpness=30.0)
     config = run_config({"teacher.model": teacher, "training.save_every_steps": 2, **CASES[case]})
-    train.run(config, None, tmp_path / "one")
+    train.run(config, tmp_path / "one")
     train_on_ranks(config, tmp_path / "two")
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert [line["step"] for line in two] == [line["step"] for line in one]

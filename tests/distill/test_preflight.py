@@ -49,11 +49,11 @@ def test_another_tokenizer_is_refused():
 
 def test_the_manifest_says_what_was_found(tmp_path, capsys):
     cut = {**TEACHER, "truncation.lead_fraction": 0.5, "training.max_steps": 1}
-    facts = train.run(run_config(cut), None, tmp_path / "cut").manifest["counts"]["preflight"]
+    facts = train.run(run_config(cut), tmp_path / "cut").manifest["counts"]["preflight"]
     assert facts["end_of_turn_trained_fraction"] == 0.0
     assert "keep_ending" in capsys.readouterr().err
     whole = {**cut, "truncation.keep_ending": True}
-    facts = train.run(run_config(whole), None, tmp_path / "whole").manifest["counts"]["preflight"]
+    facts = train.run(run_config(whole), tmp_path / "whole").manifest["counts"]["preflight"]
     assert facts["end_of_turn_trained_fraction"] == 1.0
     assert facts["start_marker_tokens"] >= 1
 

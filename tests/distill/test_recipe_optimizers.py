@@ -10,6 +10,7 @@ from tiny_runs import assert_same_bits, run_config
 from limbeck.distill import train
 from limbeck.errors import ConfigError
 from limbeck.optim.build import NoiseConfig, OptimizerConfig, build_optimizer
+from limbeck.stage import How
 
 OPEN = {"grad_threshold": 1e3, "noise_radius": 1e-2, "escape_steps": 0, "quiet_fraction": 0.0}
 NAMES = {
@@ -45,7 +46,7 @@ def weights(checkpoint):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_is_uninterrupted(name, tmp_path, monkeypatch):
-    train.run(config(name), None, tmp_path / "whole")
+    train.run(config(name), tmp_path / "whole")
     whole_step = train._step
 
     def step(setup, number):
@@ -56,17 +57,17 @@ def test_resumed_is_uninterrupted(name, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "_step", step)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config(name), None, tmp_path / "cut")
-    train.run(config(name), None, tmp_path / "cut", resume=True)
+            train.run(config(name), tmp_path / "cut")
+    train.run(config(name), tmp_path / "cut", how=How(resume=True))
     assert_same_bits(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("noisy", "plain"), [("perturb(adamw)", "adamw"), ("perturb(sgd)", "sgd")])
 def test_without_noise_it_is_the_plain_optimizer_and_with_noise_it_is_not(noisy, plain, tmp_path):
-    silent = weights(train.run(config(noisy, quiet_fraction=1.0), None, tmp_path / "silent"))
-    expected = weights(train.run(config(plain), None, tmp_path / "plain"))
+    silent = weights(train.run(config(noisy, quiet_fraction=1.0), tmp_path / "silent"))
+    expected = weights(train.run(config(plain), tmp_path / "plain"))
     assert all(torch.equal(silent[name], expected[name]) for name in expected)
-    loud = weights(train.run(config(noisy), None, tmp_path / "loud"))
+    loud = weights(train.run(config(noisy), tmp_path / "loud"))
     moved = {name for name in expected if not torch.equal(loud[name], expected[name])}
     assert any("q_proj" in name for name in moved)
 
@@ -114,7 +115,7 @@ def test_growth_changes_the_batch_or_the_rate(as_learning_rate, tmp_path):
         "optimizer.learning_rate": 1e-3,
         "schedule": {"name": "constant", "warmup_fraction": 0.0},
     }
-    out = train.run(run_config(changes), None, tmp_path / "out")
+    out = train.run(run_config(changes), tmp_path / "out")
     rows = [json.loads(line) for line in (out.path / "metrics.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] / 1e-3 for row in rows]
     sequences = out.manifest["ledger"]["sequences"]

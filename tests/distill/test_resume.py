@@ -12,6 +12,7 @@ from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_man
 from limbeck.config import to_dict
 from limbeck.distill import train
 from limbeck.errors import CheckpointError
+from limbeck.stage import How
 from limbeck.traces.synthetic import generate
 from limbeck.traces.trace import write_jsonl
 
@@ -41,7 +42,7 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    train.run(config(), None, out)
+    train.run(config(), out)
     return out
 
 
@@ -51,9 +52,9 @@ def test_resumed_after_any_step_is_the_same_run(tmp_path, monkeypatch, uninterru
     with monkeypatch.context() as patch:
         interrupt_after(patch, steps)
         with pytest.raises(PulledPlug):
-            train.run(config(), None, out)
+            train.run(config(), out)
     assert not out.exists() and (tmp_path / "out.partial").is_dir()
-    checkpoint = train.run(config(), None, out, resume=True)
+    checkpoint = train.run(config(), out, how=How(resume=True))
     assert_same_bits(out, uninterrupted)
     ledger, whole = checkpoint.manifest["ledger"], Checkpoint(uninterrupted).manifest["ledger"]
     assert {k: ledger[k] for k in ("tokens", "steps", "sequences", "flops", "flops_audit")} == {
@@ -67,13 +68,13 @@ def test_every_ingredient_of_a_state_counts(tmp_path, monkeypatch):
     teacher = save_model(tmp_path / "teacher", sharpness=30.0)
     changes = {"lora.rank": 2, "lora.dropout": 0.3, "teacher.model": teacher, "training.save_every_steps": 2}
     changes |= {"training.microbatch_tokens": 90, "training.precision": "bf16", "loss.normalization": "sequence_mean"}
-    train.run(config(**changes), None, tmp_path / "whole")
+    train.run(config(**changes), tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         with pytest.raises(PulledPlug):
-            train.run(config(**changes), None, tmp_path / "out")
+            train.run(config(**changes), tmp_path / "out")
     assert len(metrics_of(tmp_path / "out.partial")) == 3
-    train.run(config(**changes), None, tmp_path / "out", resume=True)
+    train.run(config(**changes), tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
 
 
@@ -91,19 +92,19 @@ def test_killed_at_random_moments_until_it_is_done(tmp_path, uninterrupted):
         kills += 1
         assert not out.exists() or (out / MANIFEST).is_file()
     if not out.exists():
-        train.run(config(), None, out, resume=True)
+        train.run(config(), out, how=How(resume=True))
     assert_same_bits(out, uninterrupted)
 
 
 def test_resume_without_a_state_starts_anew(tmp_path, uninterrupted):
-    train.run(config(), None, tmp_path / "out", resume=True)
+    train.run(config(), tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", uninterrupted)
 
 
 def test_a_failed_run_without_a_state_leaves_nothing(tmp_path, monkeypatch):
     interrupt_after(monkeypatch, 2)
     with pytest.raises(PulledPlug):
-        train.run(config(**{"training.save_every_steps": 0}), None, tmp_path / "deep/er/out")
+        train.run(config(**{"training.save_every_steps": 0}), tmp_path / "deep/er/out")
     assert not list(tmp_path.iterdir())
 
 
@@ -112,12 +113,12 @@ def interrupted(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
         with pytest.raises(PulledPlug):
-            train.run(config(), None, tmp_path / "out")
+            train.run(config(), tmp_path / "out")
     return next((tmp_path / "out.partial").glob("state-*"))
 
 
 def resume(state, **changes):
-    return train.run(config(**changes), None, state.parent.with_name("out"), resume=True)
+    return train.run(config(**changes), state.parent.with_name("out"), how=How(resume=True))
 
 
 def test_a_state_of_another_config_is_refused(interrupted):
@@ -133,10 +134,10 @@ def test_a_state_of_other_traces_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
         with pytest.raises(PulledPlug):
-            train.run(config(**changes), None, tmp_path / "out")
+            train.run(config(**changes), tmp_path / "out")
     write_jsonl(generate(12, 9, 1, 3), tmp_path / "traces.jsonl")
     with pytest.raises(CheckpointError, match="other traces"):
-        train.run(config(**changes), None, tmp_path / "out", resume=True)
+        train.run(config(**changes), tmp_path / "out", how=How(resume=True))
 
 
 def truncated(state):
@@ -192,7 +193,7 @@ def test_a_torn_log_is_named(interrupted):
 def test_without_resume_the_interrupted_work_is_dropped(interrupted, uninterrupted):
     out = interrupted.parent.with_name("out")
     (interrupted.parent / "metrics.jsonl").write_text("")
-    train.run(config(), None, out)
+    train.run(config(), out)
     assert_same_bits(out, uninterrupted)
 
 
@@ -241,6 +242,6 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
 
 
 def test_validation_and_logging_do_not_touch_the_training(tmp_path, uninterrupted):
-    train.run(config(**{"training.validate_every_steps": 1, "training.save_every_steps": 0}), None, tmp_path / "out")
+    train.run(config(**{"training.validate_every_steps": 1, "training.save_every_steps": 0}), tmp_path / "out")
     mine, theirs = metrics_of(tmp_path / "out"), metrics_of(uninterrupted)
     assert [line["loss"] for line in mine] == [line["loss"] for line in theirs]

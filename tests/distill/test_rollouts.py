@@ -25,6 +25,7 @@ from limbeck.ledger import decoding_flops, flop_counter
 from limbeck.models.anatomy import sizes_of
 from limbeck.models.generate import SamplingConfig, generate
 from limbeck.models.load import load_model
+from limbeck.stage import How
 
 STEPS = 6
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -132,12 +133,12 @@ def test_special_tokens_carry_no_loss_but_those_that_must_be_learnt(teacher):
 
 
 def test_buffer_is_refreshed_when_it_is_older_than_allowed(teacher, tmp_path):
-    train.run(config(teacher), None, tmp_path / "out")
+    train.run(config(teacher), tmp_path / "out")
     rows = metrics_of(tmp_path / "out")
     assert [row["on_policy"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert [row["rollout_age_steps"] for row in rows[2:]] == [0, 1, 2, 0]
     assert all(row["ce_term"] == 0 and row["kd_term"] > 0 for row in rows[2:])
-    train.run(config(teacher, **{"on_policy.max_staleness_steps": None}), None, tmp_path / "offline")
+    train.run(config(teacher, **{"on_policy.max_staleness_steps": None}), tmp_path / "offline")
     assert [row["rollout_age_steps"] for row in metrics_of(tmp_path / "offline")[2:]] == [0, 1, 2, 3]
     ledger = Checkpoint(tmp_path / "out").manifest["ledger"]
     assert ledger["rollout_tokens"] > 0 and ledger["flops"]["sampling"] > 0 and ledger["seconds"]["sampling"] > 0
@@ -145,8 +146,8 @@ def test_buffer_is_refreshed_when_it_is_older_than_allowed(teacher, tmp_path):
 
 @pytest.mark.parametrize("start_fraction", [1.0, None])
 def test_never_on_policy_is_the_run_on_given_traces(teacher, tmp_path, start_fraction):
-    train.run(config(teacher, **{"on_policy.start_fraction": start_fraction}), None, tmp_path / "never")
-    train.run(config(teacher, on_policy=None), None, tmp_path / "given")
+    train.run(config(teacher, **{"on_policy.start_fraction": start_fraction}), tmp_path / "never")
+    train.run(config(teacher, on_policy=None), tmp_path / "given")
     mine, theirs = weights_of(tmp_path / "never"), weights_of(tmp_path / "given")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -158,7 +159,7 @@ def test_resumed_with_rollouts_in_use_is_the_same_run(teacher, tmp_path, monkeyp
 
     changes = {"on_policy.max_staleness_steps": 3, "on_policy.fraction": 0.75, "training.microbatch_tokens": 90}
     run = config(teacher, **changes)
-    train.run(run, None, tmp_path / "whole")
+    train.run(run, tmp_path / "whole")
     whole_step = train._step
 
     def step(setup, number):
@@ -169,10 +170,10 @@ def test_resumed_with_rollouts_in_use_is_the_same_run(teacher, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(train, "_step", step)
         with pytest.raises(PulledPlug):
-            train.run(run, None, tmp_path / "out")
+            train.run(run, tmp_path / "out")
     state = json.loads((tmp_path / f"out.partial/state-{steps:08d}/state.json").read_text())
     assert state["rollouts"]["completions"]
-    train.run(run, None, tmp_path / "out", resume=True)
+    train.run(run, tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
     costs = [Checkpoint(tmp_path / name).manifest["ledger"] for name in ("out", "whole")]
     assert costs[0]["flops"] == costs[1]["flops"]
@@ -205,7 +206,7 @@ def test_no_gradient_passes_through_the_sampling(teacher):
 
 def test_two_ranks_are_one(teacher, tmp_path):
     run = config(teacher, **{"training.save_every_steps": 2})
-    train.run(run, None, tmp_path / "one")
+    train.run(run, tmp_path / "one")
     train_on_ranks(run, tmp_path / "two")
     for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
@@ -223,7 +224,7 @@ def test_length_inflation_is_said_once(teacher, tmp_path, capsys, monkeypatch):
 
     said = []
     monkeypatch.setattr(rollouts.console, "print", lambda text, **_: said.append(text))
-    train.run(config(teacher, **{"on_policy.length_warning_factor": 0.01}), None, tmp_path / "out")
+    train.run(config(teacher, **{"on_policy.length_warning_factor": 0.01}), tmp_path / "out")
     assert len(said) == 1 and "length inflation" in said[0]
     rows = [row for row in metrics_of(tmp_path / "out") if row["on_policy"]]
     assert all(0 < row["rollout_tokens"] <= 12 and 0 <= row["rollout_stopped"] <= 1 for row in rows)

@@ -12,6 +12,7 @@ from limbeck.checkpoint import Checkpoint
 from limbeck.config import build, to_dict
 from limbeck.distill import caching, train
 from limbeck.models.load import load_model
+from limbeck.stage import How
 
 STEPS, CUTS = 6, (2, 4)
 SHARD = {"strategy": "shard"}
@@ -99,7 +100,7 @@ def alone(models, tmp_path_factory):
         key = str(sorted(changes.items()))
         if key not in made:
             made[key] = folder / str(len(made))
-            train.run(config(models, changes), None, made[key])
+            train.run(config(models, changes), made[key])
         return made[key]
 
     return run
@@ -134,7 +135,7 @@ def test_goes_on_with_fewer_processes(models, alone, tmp_path):
     out, run = tmp_path / "out", config(models, {}, HEAD)
     distill(run, out, 2, stop=CUTS[0])
     assert len(metrics_of(tmp_path / "out.partial")) == CUTS[0]
-    train.run(run, None, out, resume=True)
+    train.run(run, out, how=How(resume=True))
     assert_same(out, alone({}))
 
 
@@ -164,7 +165,7 @@ def test_zeros_of_a_pruned_student_stay_in_parts(models, tmp_path):
     weights |= {name: weights[name].masked_fill(zero, 0) for name, zero in zeros.items()}
     save_file(weights, pruned / "model.safetensors", {"format": "pt"})
     changes = {"student.model": str(pruned), "student.keep_zeros": True, **LANGEVIN}
-    train.run(config(models, changes), None, tmp_path / "one")
+    train.run(config(models, changes), tmp_path / "one")
     out = distill(config(models, changes, HEAD), tmp_path / "out", 2)
     assert_same(out, tmp_path / "one")
     for name, weight in weights_of(out).items():

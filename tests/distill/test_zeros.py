@@ -13,6 +13,7 @@ from limbeck.distill.zeros import KeptZeros
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_model
 from limbeck.optim.build import OptimizerName
+from limbeck.stage import How
 
 SETTINGS = {
     "adamw": {"learning_rate": 1e-2, "weight_decay": 0.5},
@@ -61,13 +62,13 @@ def test_every_optimizer_keeps_them(tmp_path, pruned, name):
     model, zeros = pruned
     noise = SETTINGS.get(name, LOUD if "perturb" in name or name in ("asgld", "agld") else {"learning_rate": 1e-2})
     settings = {f"optimizer.{key}": value for key, value in noise.items()}
-    train.run(sparse_config(model, **{"optimizer.name": name}, **settings), None, tmp_path / "out")
+    train.run(sparse_config(model, **{"optimizer.name": name}, **settings), tmp_path / "out")
     assert_zeros_kept(tmp_path / "out", model, zeros)
 
 
 def test_without_the_flag_they_fill(tmp_path, pruned):
     model, zeros = pruned
-    train.run(run_config({"student.model": model}), None, tmp_path / "out")
+    train.run(run_config({"student.model": model}), tmp_path / "out")
     assert all(float((weights_of(tmp_path / "out")[name] == 0).float().mean()) < 0.01 for name in zeros)
 
 
@@ -75,7 +76,7 @@ def test_their_gradients_count_for_nothing(tmp_path, pruned):
     """The norm that is logged and clipped is that of the weights that can move."""
     model, zeros = pruned
     config = sparse_config(model, **{"training.batch_size": 9, "training.max_steps": 1})
-    train.run(config, None, tmp_path / "out")
+    train.run(config, tmp_path / "out")
     gradients = one_step(config).gradients
     free = {name: g.masked_fill(zeros[name], 0) if name in zeros else g for name, g in gradients.items()}
     whole, expected = (sum(float(g.square().sum()) for g in gs.values()) ** 0.5 for gs in (gradients, free))
@@ -86,7 +87,7 @@ def test_their_gradients_count_for_nothing(tmp_path, pruned):
 def test_resumed_run_is_the_same(tmp_path, pruned, monkeypatch):
     model, zeros = pruned
     config = sparse_config(model, **{"training.save_every_steps": 1})
-    train.run(config, None, tmp_path / "whole")
+    train.run(config, tmp_path / "whole")
     step = train._step
 
     def interrupted(setup, number):
@@ -97,8 +98,8 @@ def test_resumed_run_is_the_same(tmp_path, pruned, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config, None, tmp_path / "out")
-    train.run(config, None, tmp_path / "out", resume=True)
+            train.run(config, tmp_path / "out")
+    train.run(config, tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
     assert_zeros_kept(tmp_path / "out", model, zeros)
 
@@ -106,7 +107,7 @@ def test_resumed_run_is_the_same(tmp_path, pruned, monkeypatch):
 def test_two_ranks_keep_the_same(tmp_path, pruned):
     model, zeros = pruned
     config = sparse_config(model)
-    train.run(config, None, tmp_path / "one")
+    train.run(config, tmp_path / "one")
     train_on_ranks(config, tmp_path / "two")
     assert_zeros_kept(tmp_path / "two", model, zeros)
     for name, weight in weights_of(tmp_path / "one").items():
@@ -132,7 +133,7 @@ def test_only_layers_with_enough_zeros_count(tmp_path):
 
 def test_a_dense_student_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no layer of the student has 5% zeros or more; start from a pruned model"):
-        train.run(sparse_config(save_model(tmp_path / "dense")), None, tmp_path / "out")
+        train.run(sparse_config(save_model(tmp_path / "dense")), tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -142,6 +143,6 @@ def test_adapters_are_refused():
 
 
 def test_it_stands_in_the_manifest(tmp_path, pruned):
-    train.run(sparse_config(pruned[0], **{"training.max_steps": 1}), None, tmp_path / "out")
+    train.run(sparse_config(pruned[0], **{"training.max_steps": 1}), tmp_path / "out")
     tree = json.loads((tmp_path / "out" / "limbeck.json").read_text())
     assert tree["config"]["student"]["keep_zeros"] is True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.cli import COMMANDS
+from limbeck.commands import COMMANDS
 from limbeck.config import build
 from limbeck.sweep.plan import SweepConfig, plan_runs
 from limbeck.yaml_values import read_recipe

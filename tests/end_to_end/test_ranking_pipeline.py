@@ -97,7 +97,7 @@ def test_goes_on_from_what_changed(made):
     same = slice(0, len(MODELS))
     assert [row["auc"] for row in after["rows"][same]] == [row["auc"] for row in before["rows"][same]]
     assert after["rows"][-1]["parameters"] > before["rows"][-1]["parameters"]
-    text = report.run([out], out / "page").parent.joinpath("report.md").read_text()
+    text = report.write_report([out], out / "page").parent.joinpath("report.md").read_text()
     assert "## Ranking" in text and "| w4a16 |" in text
     assert (out / "page/plots/ranking.png").stat().st_size > 10_000
 

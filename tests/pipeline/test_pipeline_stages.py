@@ -10,7 +10,7 @@ from limbeck.checkpoint import Checkpoint, output_directory, write_manifest
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.pipeline.advance import Pipeline
 from limbeck.pipeline.record import begin, key_of, read_record, record_file
-from limbeck.pipeline.stage import Stage, named, resolved
+from limbeck.pipeline.task import Task, named, resolved
 
 CALLS = []
 
@@ -45,10 +45,10 @@ def stages(source, words="", threads=1, second_words=""):
     second = Text(source="OUT/first", words=second_words)
     third = Text(source="OUT/second/text.txt")
     made = [
-        Stage(name, config, write, name, is_isolated=False)
+        Task(name, config, write, name, is_isolated=False)
         for name, config in (("first", first), ("second", second), ("third", third))
     ]
-    told = Stage("told", Text(source="OUT/third"), write, "told", follows=("first", "third"), is_isolated=False)
+    told = Task("told", Text(source="OUT/third"), write, "told", follows=("first", "third"), is_isolated=False)
     return [*made, told]
 
 

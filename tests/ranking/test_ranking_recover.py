@@ -12,6 +12,7 @@ from limbeck.errors import CheckpointError, ConfigError
 from limbeck.ranking import recover, train
 from limbeck.ranking.recover import RankRecoverConfig
 from limbeck.ranking.train import RankTrainConfig
+from limbeck.stage import How
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,8 @@ def test_a_stopped_run_goes_on_with_the_same_bits(scorer, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             recover.run(config(scorer), parts)
     with pytest.raises(CheckpointError, match="another config"):
-        recover.run(config(scorer, rank__loss={"kd_ratio": 0.2}), parts, resume=True)
-    recover.run(config(scorer), parts, resume=True)
+        recover.run(config(scorer, rank__loss={"kd_ratio": 0.2}), parts, how=How(resume=True))
+    recover.run(config(scorer), parts, how=How(resume=True))
     assert_same_bits(whole / "round-2/recovered", parts / "round-2/recovered")
 
 

@@ -27,6 +27,7 @@ from limbeck.ranking.examples import plan_requests
 from limbeck.ranking.featurize import EncodedRequest
 from limbeck.ranking.objective import RankingObjective
 from limbeck.ranking.train import RankTrainConfig
+from limbeck.stage import How
 from limbeck.traces.batch import collate
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -224,8 +225,8 @@ def test_resumed_is_the_same_run_and_another_loss_is_refused(teacher, tmp_path, 
         with pytest.raises(PulledPlug):
             train.run(run, tmp_path / "out")
     with pytest.raises(CheckpointError, match="another config"):
-        train.run(with_teacher(teacher, ranking__listwise_ratio=0.6), tmp_path / "out", resume=True)
-    train.run(run, tmp_path / "out", resume=True)
+        train.run(with_teacher(teacher, ranking__listwise_ratio=0.6), tmp_path / "out", how=How(resume=True))
+    train.run(run, tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
 
 

@@ -18,7 +18,7 @@ from limbeck.errors import CheckpointError
 from limbeck.report.collect import collect
 from limbeck.report.findings import findings
 from limbeck.report.groups import group_rows, lines_of, uncut_of
-from limbeck.report.page import run
+from limbeck.report.page import write_report as run
 from limbeck.report.tables import console_table, markdown, score_table
 
 

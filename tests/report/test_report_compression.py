@@ -17,7 +17,7 @@ from limbeck.errors import CheckpointError, ModelError
 from limbeck.models.packing import pack
 from limbeck.report.collect import collect
 from limbeck.report.compression import compression_findings, compression_table, layer_plots
-from limbeck.report.page import run
+from limbeck.report.page import write_report as run
 from limbeck.report.tables import for_console
 
 NAMES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -52,7 +52,7 @@ def written(directory, rows):
 
 def test_rows_findings_and_figure(tmp_path):
     out = tmp_path / "report"
-    page.run([written(tmp_path / "films", [TEACHER, SMALL])], out)
+    page.write_report([written(tmp_path / "films", [TEACHER, SMALL])], out)
     text = (out / "report.md").read_text()
     assert text.startswith("# Ranking models\n") and "2 models of ranking pipelines" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
@@ -69,10 +69,10 @@ def test_rows_findings_and_figure(tmp_path):
 
 def test_several_pipelines_are_told_apart(tmp_path):
     paths = [written(tmp_path / name, [TEACHER]) for name in ("films", "books")]
-    text = page.run(paths, tmp_path / "report").with_suffix(".md").read_text()
+    text = page.write_report(paths, tmp_path / "report").with_suffix(".md").read_text()
     assert re.search(r"\| films: teacher ", text) and re.search(r"\| books: teacher ", text)
 
 
 def test_a_manifest_without_a_table_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="run the pipeline again"):
-        page.run([written(tmp_path / "films", [{"model": "teacher"}])], tmp_path / "report")
+        page.write_report([written(tmp_path / "films", [{"model": "teacher"}])], tmp_path / "report")

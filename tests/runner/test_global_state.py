@@ -36,7 +36,7 @@ def test_threads_are_put_back_behind_an_error(two_threads):
 
 
 def test_a_run_leaves_the_threads_as_they_were(two_threads, tmp_path):
-    train.run(run_config({"training.num_threads": 1, "training.max_steps": 1}), None, tmp_path / "out")
+    train.run(run_config({"training.num_threads": 1, "training.max_steps": 1}), tmp_path / "out")
     assert torch.get_num_threads() == 2
 
 

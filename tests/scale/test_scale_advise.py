@@ -6,9 +6,9 @@ import pytest
 
 from limbeck.cli import main
 from limbeck.config import build
+from limbeck.cost.hardware import DEVICES, measure
 from limbeck.errors import ConfigError
 from limbeck.scale.advise import AdviseConfig, advise
-from limbeck.scale.hardware import DEVICES, measure
 from limbeck.scale.roofline import Requests
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from limbeck.cli import main
 from limbeck.config import build, to_dict
+from limbeck.cost.hardware import DEVICES, hardware_of
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import ConfigError
 from limbeck.flags import apply_flags
 from limbeck.scale.cluster import Models, estimate, trace_flops
-from limbeck.scale.hardware import DEVICES, hardware_of
 from limbeck.scale.planner import AssumedTraces, PlanConfig, changes, flags_of, models_of, plan, run
 
 H100 = DEVICES["h100"]

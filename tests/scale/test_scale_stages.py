@@ -5,27 +5,22 @@ from test_scale_training import HERE
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.compress import recover
+from limbeck.compress.predict import predict_prune, predict_quantize, predict_recover, pruned_shape
 from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.prune.stage import run as prune
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.compress.recover import RecoverConfig
 from limbeck.config import build
+from limbeck.cost.shapes import config_of, frozen_sizes
 from limbeck.distill import caching
 from limbeck.distill.caching import CacheStageConfig
+from limbeck.distill.caching_cost import predict_cache
+from limbeck.evaluate.cost import predict_evaluate
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.ledger import FLOP_PARTS, decoding_flops
 from limbeck.models.load import load_tokenizer, vocabulary_size
-from limbeck.scale.shapes import config_of, frozen_sizes
-from limbeck.scale.stages import (
-    predict_cache,
-    predict_evaluate,
-    predict_generate,
-    predict_prune,
-    predict_quantize,
-    predict_recover,
-    pruned_shape,
-)
 from limbeck.traces.generation import GenerateConfig
+from limbeck.traces.generation_cost import predict_generate
 
 TRACES = {"source": "builtin:chain", "num_traces": 30, "chain_min_steps": 1, "chain_max_steps": 3}
 CALIBRATION = {"sequences": 4, "sequence_length_tokens": 64}

@@ -6,14 +6,14 @@ import pytest
 from tiny_runs import run_config, save_model
 
 from limbeck.cli import main
+from limbeck.cost.hardware import DEVICES, Hardware
+from limbeck.cost.prediction import Prediction, flops_of, total
+from limbeck.cost.shapes import config_of
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
+from limbeck.distill.predict import assumed_samples, predict_distill
 from limbeck.ledger import FLOP_PARTS
 from limbeck.models.tiny import symbol_tokenizer
-from limbeck.scale.hardware import DEVICES, Hardware
-from limbeck.scale.prediction import Prediction, flops_of, total
-from limbeck.scale.shapes import config_of
-from limbeck.scale.training import assumed_samples, predict_distill
 
 HERE = Hardware("here", {"float32": 5e10}, 1e10, 8e9)
 CASES = {
@@ -37,7 +37,7 @@ CASES = {
 
 
 def measured(config: DistillConfig, out) -> dict:
-    return train.run(config, None, out).manifest["ledger"]
+    return train.run(config, out).manifest["ledger"]
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())

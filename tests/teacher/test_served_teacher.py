@@ -187,8 +187,8 @@ def test_a_server_scores_rollouts_as_the_live_teacher_does(tmp_path):
     }
     with ModelServer("vllm") as server:
         served = run_config({**changes, "teacher.server": server.url, "teacher.top_n": 56})
-        train.run(served, None, tmp_path / "served")
-    train.run(run_config({**changes, "teacher.model": "tiny-teacher"}), None, tmp_path / "live")
+        train.run(served, tmp_path / "served")
+    train.run(run_config({**changes, "teacher.model": "tiny-teacher"}), tmp_path / "live")
     for one, other in zip(metrics_of(tmp_path / "served"), metrics_of(tmp_path / "live"), strict=True):
         assert one["on_policy"] == other["on_policy"] == 1.0
         assert one["rollout_tokens"] == other["rollout_tokens"] > 0

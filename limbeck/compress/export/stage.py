@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from limbeck.checkpoint import output_directory, write_manifest
+from limbeck.checkpoint import Checkpoint, output_directory, write_manifest
 from limbeck.compress.export.certificate import Probes, certify_directory, certify_gguf
 from limbeck.compress.export.compressed_tensors import write_compressed
 from limbeck.compress.export.dense import write_dense
@@ -21,6 +21,7 @@ from limbeck.errors import ConfigError, nearest
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, locate, model_hash
 from limbeck.models.schemes import scheme_of
+from limbeck.stage import How
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sources import TraceConfig, read_traces
 
@@ -99,13 +100,13 @@ class ExportConfig:
             raise ConfigError(f"scheme and kv_cache belong to format compressed-tensors, not {self.format}")
 
 
-def run(config: ExportConfig, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write the export, its certificate and its manifest; returns the metrics.
+def run(config: ExportConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Write the export, its certificate and its manifest.
 
     Raises: ConfigError, ModelError or CompressionError when the model cannot be exported as asked.
     """
     ledger, key = Ledger(), model_hash(config.model)
-    with output_directory(out, overwrite=overwrite) as working:
+    with output_directory(out, overwrite=how.overwrite) as working:
         probes = probes_of(config.probe, load_tokenizer(config.model))
         with ledger.phase("export"):
             counts = _write(config, working, probes)
@@ -126,7 +127,7 @@ def run(config: ExportConfig, out: Path, *, overwrite: bool = False) -> dict[str
             metrics=metrics,
             counts=counts,
         )
-    return {"out": str(out), **metrics}
+    return Checkpoint(out)
 
 
 def probes_of(config: ProbeConfig, tokenizer: Any) -> Probes:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from limbeck.checkpoint import Checkpoint
 from limbeck.compress.blocks import Blocks
 from limbeck.compress.budget import BudgetConfig, choose
 from limbeck.compress.calibrate import CalibrationConfig, Rows, split_rows
@@ -33,6 +34,7 @@ from limbeck.compress.weights import SafetensorSource
 from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.models.load import load_model, load_tokenizer
+from limbeck.stage import How
 
 SOLVERS: dict[str, Callable[..., torch.Tensor]] = {
     "magnitude": magnitude.solve,
@@ -104,10 +106,8 @@ class PruneConfig:
             raise ConfigError("dense_targets needs the walk; stored moments are those of the dense model already.")
 
 
-def run(
-    config: PruneConfig, out: Path, *, overwrite: bool = False, resume: bool = False, dry_run: bool = False
-) -> dict[str, Any]:
-    """Prune a model and write the checkpoint; returns its metrics, or with `dry_run` an estimate.
+def run(config: PruneConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Prune a model and write the checkpoint.
 
     Raises: ConfigError, ModelError or CompressionError when the model cannot be pruned as asked.
     """
@@ -133,7 +133,7 @@ def run(
         blocks = Blocks(config.model, shape.layers)
         method = Structured(blocks.config, shape.neurons, shape.kv_groups, config.osscar)
         finish = _smaller_config(blocks.config, shape, metrics)
-    return compress(job, blocks, method, out, overwrite=overwrite, resume=resume, dry_run=dry_run, finish=finish)
+    return compress(job, blocks, method, out, how=how, finish=finish)
 
 
 def _shape(config: PruneConfig) -> tuple[Shape, dict[str, Any]]:

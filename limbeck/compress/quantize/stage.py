@@ -8,7 +8,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from limbeck.checkpoint import write_json
+from limbeck.checkpoint import Checkpoint, write_json
 from limbeck.compress.blocks import Blocks
 from limbeck.compress.calibrate import CalibrationConfig
 from limbeck.compress.fidelity import GateConfig
@@ -30,6 +30,7 @@ from limbeck.compress.walk import Record, WalkOptions
 from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.models.schemes import Scheme, config_of, scheme_of
+from limbeck.stage import How
 
 SOLVERS: dict[str, Callable[..., Quantized]] = {"rtn": rtn.solve, "gptq": gptq.solve, "quantease": quantease.solve}
 EQUALIZERS: dict[str, Callable[..., Any]] = {"awq": awq.factors, "smoothquant": smoothquant.factors}
@@ -99,10 +100,8 @@ class QuantizeConfig:
         )
 
 
-def run(
-    config: QuantizeConfig, out: Path, *, overwrite: bool = False, resume: bool = False, dry_run: bool = False
-) -> dict[str, Any]:
-    """Quantise a model and write the checkpoint; returns its metrics, or with `dry_run` an estimate.
+def run(config: QuantizeConfig, out: Path, *, how: How = How()) -> Checkpoint:
+    """Quantise a model and write the checkpoint.
 
     Raises: ConfigError, ModelError or CompressionError when the model cannot be quantised as asked.
     """
@@ -134,7 +133,7 @@ def run(
         write_json(path, tree | {"quantization_config": stored})
         return {"scheme": config.scheme if config.mixed is None else "mixed"}
 
-    return compress(job, blocks, method, out, overwrite=overwrite, resume=resume, dry_run=dry_run, finish=finish)
+    return compress(job, blocks, method, out, how=how, finish=finish)
 
 
 def _schemes(config: QuantizeConfig, blocks: Blocks, options: WalkOptions) -> dict[str, Scheme]:

@@ -9,10 +9,10 @@ from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from limbeck import __version__
 from limbeck.serve.errors import Invalid
 from limbeck.serve.service import Service
 from limbeck.serve.ticket import Refusal
+from limbeck.version import __version__
 
 PAGE = Path(__file__).parents[1] / "page.html"
 PAGE_HEADERS = {

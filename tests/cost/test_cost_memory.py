@@ -5,11 +5,11 @@ import pytest
 import torch
 from tiny_runs import run_config, save_model
 
+from limbeck.cost.memory import ALLOCATOR_FRACTION, PROGRAM_BYTES, saved_bytes, states_of, training_memory
+from limbeck.cost.shapes import config_of
 from limbeck.distill.pair import load_student
+from limbeck.distill.predict import charge_of, data_of, set_up
 from limbeck.models.anatomy import hidden_rows
-from limbeck.scale.memory import ALLOCATOR_FRACTION, PROGRAM_BYTES, saved_bytes, states_of, training_memory
-from limbeck.scale.shapes import config_of
-from limbeck.scale.training import charge_of, data_of, set_up
 from limbeck.traces.batch import collate
 from limbeck.traces.sample import Sample
 

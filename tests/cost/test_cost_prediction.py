@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import one_step, run_config
 
+from limbeck.cost.hardware import DEVICES
+from limbeck.cost.memory import Pass, saved_bytes, training_memory
+from limbeck.distill.predict import charge_of, set_up
 from limbeck.ledger import FLOP_PARTS
 from limbeck.models.anatomy import Computed
 from limbeck.models.load import vocabulary_size
 from limbeck.models.tiny import symbol_tokenizer
 from limbeck.scale.cluster import Load, device_memory, estimate
-from limbeck.scale.hardware import DEVICES
-from limbeck.scale.memory import Pass, saved_bytes, training_memory
 from limbeck.scale.planner import models_of
-from limbeck.scale.training import charge_of, set_up
 
 SHAPES = st.fixed_dictionaries(
     {

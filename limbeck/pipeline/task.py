@@ -1,4 +1,4 @@
-"""A stage of a pipeline: a config, the call that carries it out, where it writes, and which of its files others read.
+"""A task of a pipeline: a config, the stage that carries it out, where it writes, and which of its files others read.
 
 Configs name the outputs of other stages as `OUT/PLACE`, so that a stage's key does not depend on where the pipeline
 works; `resolved` puts the directory there when the stage runs.
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from limbeck.checkpoint import RECORDS, STATE_PREFIX
 from limbeck.config import build, to_dict
+from limbeck.stage import Stage
 
 OUT = "OUT/"
 """Begins the path of what another stage wrote."""
@@ -20,11 +21,11 @@ NAMING = frozenset(
 )
 """Fields of stage configs that name a model, a file or a directory."""
 
-Call = Callable[[Any, Path, bool], Any]
-"""call(config, directory, resume); with `resume`, an interrupted attempt of the same config is there to go on with."""
+Call = Stage | Callable[[Any, Path, bool], Any]
+"""A stage, or call(config, directory, resume); with `resume`, an attempt of the same config is there to go on with."""
 
 
-class Stage(NamedTuple):
+class Task(NamedTuple):
     """One line of the plan."""
 
     name: str

@@ -6,22 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from limbeck.cost.hardware import Hardware
+from limbeck.cost.prediction import Prediction
+from limbeck.cost.shapes import config_of, scratch_shape
+from limbeck.distill.caching_cost import predict_stored
 from limbeck.distill.config import DistillConfig
+from limbeck.distill.predict import predict_distill
+from limbeck.evaluate.cost import predict_evaluate
 from limbeck.models.load import load_tokenizer, vocabulary_size
-from limbeck.scale.hardware import Hardware
-from limbeck.scale.prediction import Prediction
-from limbeck.scale.shapes import config_of, scratch_shape
-from limbeck.scale.stages import predict_evaluate, predict_stored
-from limbeck.scale.training import predict_distill
-from limbeck.sweep.execute import asked_of_teacher, has_cache, match_tokens, scoring_of, with_cache
+from limbeck.stage import Stage
+from limbeck.sweep.execute import asked_of_teacher, has_cache, match_tokens, run, scoring_of, with_cache
 from limbeck.sweep.plan import SweepConfig, plan_runs, tokenizer_name
 
 SCORE_OF = "score of "
 """Begins the name of what scoring a model costs."""
 
 
-def predict_sweep(sweep: SweepConfig, hardware: Hardware) -> list[Prediction]:
+def predict_sweep(config: SweepConfig, *, hardware: Hardware) -> list[Prediction]:
     """What `limbeck sweep` will cost, as if nothing of it were done: one prediction a pass, run and score."""
+    sweep = config
     runs = match_tokens(sweep, plan_runs(sweep))
     tokenizer = load_tokenizer(tokenizer_name(sweep.distill))
     found = []
@@ -32,8 +35,8 @@ def predict_sweep(sweep: SweepConfig, hardware: Hardware) -> list[Prediction]:
     # A directory that cannot exist: what a cache will hold is known from the sweep.
     nowhere = Path("a sweep that has not begun")
     for planned in runs:
-        config = with_cache(sweep, planned, nowhere).config
-        found.append(replace(predict_distill(config, tokenizer=tokenizer, hardware=hardware), stage=planned.name))
+        run_config = with_cache(sweep, planned, nowhere).config
+        found.append(replace(predict_distill(run_config, tokenizer=tokenizer, hardware=hardware), stage=planned.name))
     scored = [(f"{SCORE_OF}{planned.name}", _student(planned.config)) for planned in runs]
     scored.append((f"{SCORE_OF}the base", _student(sweep.distill)))
     if sweep.evaluate_teacher and teacher is not None:
@@ -48,3 +51,6 @@ def predict_sweep(sweep: SweepConfig, hardware: Hardware) -> list[Prediction]:
 def _student(config: DistillConfig) -> Any:
     scratch = config.student.scratch
     return scratch_shape(scratch) if scratch is not None else config_of(config.student.model or "")
+
+
+SWEEP = Stage(name="sweep", config=SweepConfig, run=run, takes=("on",), predict=predict_sweep)

@@ -26,9 +26,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from limbeck.distill.fused import CPU_BLOCK_BYTES, CPU_CHUNK_ROWS, DEVICE_BLOCK_BYTES
+from limbeck.cost.shapes import Dims
 from limbeck.models.anatomy import Computed, Sizes
-from limbeck.scale.shapes import Dims
+
+# On a CPU more rows than this make the products no faster.
+CPU_CHUNK_ROWS = 256
+# Size of one [rows V] temporary of the elementwise work: a thread's share of it fits its second-level cache on a
+# CPU; on an accelerator it is large enough to hide the launches.
+CPU_BLOCK_BYTES = 2**19
+DEVICE_BLOCK_BYTES = 64 * 2**20
+HEAD_ROWS = 256
+"""Rows of logits that scoring holds at once."""
 
 PROGRAM_BYTES = 36 * 2**20
 """Resident bytes of code and tables that are loaded between the ledger's baseline and the end of the first step, in a

@@ -16,6 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limbeck.cost.hardware import Hardware, measure
+from limbeck.cost.memory import Loss, Pass, Student, Teacher, Way, saved_bytes, states_of, training_memory
+from limbeck.cost.prediction import Prediction, flops_of
+from limbeck.cost.shapes import Dims, config_of, on_meta, scratch_shape
 from limbeck.distill.config import DistillConfig, TeacherConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.pair import student_tokenizer_name, trainable
@@ -32,10 +36,6 @@ from limbeck.ledger import (
 from limbeck.models.anatomy import Computed, backbone_of, sizes_of
 from limbeck.models.lean import has_plain_layers, plan_packed
 from limbeck.models.load import load_tokenizer, vocabulary_size
-from limbeck.scale.hardware import Hardware, measure
-from limbeck.scale.memory import Loss, Pass, Student, Teacher, Way, saved_bytes, states_of, training_memory
-from limbeck.scale.prediction import Prediction, flops_of
-from limbeck.scale.shapes import Dims, config_of, on_meta, scratch_shape
 from limbeck.teacher.cache import SPEC, CacheConfig, Spec
 from limbeck.traces.batch import Batch, Example, collate, make_example
 from limbeck.traces.sample import PROMPT, Sample

@@ -3,10 +3,10 @@
 import pytest
 from tiny_runs import save_model
 
+from limbeck.cost.shapes import PUBLISHED, Dims, config_of, frozen_sizes, published_name
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.models.anatomy import sizes_of
 from limbeck.models.load import load_model
-from limbeck.scale.shapes import PUBLISHED, Dims, config_of, frozen_sizes, published_name
 
 BILLIONS = {
     "qwen3-0.6b": 0.596,

@@ -1,0 +1,1 @@
+"""What a stage costs, from shapes alone: FLOPs, memory, seconds; every stage predicts by it."""

@@ -1,0 +1,88 @@
+"""`limbeck teacher cache` before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from limbeck.cost.hardware import Hardware, measure
+from limbeck.cost.memory import HEAD_ROWS, Way, forward_bytes, with_program
+from limbeck.cost.prediction import Prediction, flops_of
+from limbeck.cost.shapes import Dims, config_of, frozen_sizes, on_meta
+from limbeck.distill.caching import CacheStageConfig
+from limbeck.ledger import backbone_forward_flops, head_forward_flops
+from limbeck.models.anatomy import Computed, backbone_of
+from limbeck.models.lean import has_plain_layers, plan_packed
+from limbeck.models.load import load_tokenizer, vocabulary_size
+from limbeck.teacher.build import cut_shards, share_prefixes
+from limbeck.teacher.score import forward_groups
+from limbeck.teacher.shard import Stored
+from limbeck.traces.batch import make_example
+from limbeck.traces.rendering import render_traces
+from limbeck.traces.sample import Sample
+from limbeck.traces.select import select_traces
+from limbeck.traces.sources import read_traces
+from limbeck.traces.supervise import SupervisionConfig
+
+
+def predict_cache(
+    config: CacheStageConfig,
+    *,
+    teacher: Any = None,
+    tokenizer: Any = None,
+    samples: Sequence[Sample] | None = None,
+    hardware: Hardware | None = None,
+) -> Prediction:
+    """Cost of `limbeck teacher cache`, as of an empty directory; FLOPs as the ledger will count them.
+
+    Args:
+      config: the stage.
+      teacher: transformers config of the teacher, where `config.teacher` does not exist yet.
+      tokenizer: of the teacher; loaded when None.
+      samples: rendered traces, where `config.traces` do not exist yet.
+      hardware: this machine, measured, when None.
+    """
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.teacher)
+    if samples is None:
+        traces, _ = select_traces(read_traces(config.traces)[0], config.select)
+        samples = render_traces(traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad).samples
+    supervision = SupervisionConfig(preset=config.segments)
+    examples = [make_example(sample, config.truncation, supervision) for sample in samples]
+    asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
+    shape = teacher if teacher is not None else config_of(config.teacher)
+    return predict_stored(shape, asked, vocabulary_size(tokenizer), config.cache.mode == "hidden", hardware)
+
+
+def predict_stored(
+    shape: Any, asked: Sequence[Stored], vocab_size: int, is_hidden: bool, hardware: Hardware | None = None
+) -> Prediction:
+    """Cost of storing what a teacher says at the positions asked for."""
+    hardware, sizes, dims = hardware or measure(), frozen_sizes(shape, vocab_size), Dims.of(shape)
+    is_lean = not hardware.is_accelerator and has_plain_layers(backbone_of(on_meta(shape).eval()))
+    way = Way(is_lean, False, False, False, not hardware.is_accelerator)
+    flops, tokens, largest = 0, 0, 0
+    for shard in cut_shards(share_prefixes(asked)):
+        for group in forward_groups(shard):
+            lengths = [len(member.ids) for member in group]
+            rows = np.nonzero(np.concatenate([member.positions for member in group]))[0] - 1
+            computed = Computed.whole(lengths)
+            if is_lean:
+                ids = np.concatenate([member.ids for member in group]).astype(np.int64)
+                plan = plan_packed(torch.from_numpy(ids), lengths, torch.from_numpy(rows))
+                computed = Computed(len(plan.kept), len(rows), plan.attention_pairs)
+            flops += backbone_forward_flops(sizes, computed)
+            flops += 0 if is_hidden else head_forward_flops(sizes, len(rows))
+            tokens += sum(lengths)
+            largest = max(largest, forward_bytes(dims, way, computed) + 4 * len(rows) * dims.width)
+    # Log-probabilities, what is sorted of them, and the logits they were made of.
+    memory = {"teacher": 4 * sizes.num_parameters, "workspace": largest, "loss": 4 * 4 * HEAD_ROWS * sizes.vocab_size}
+    return Prediction(
+        "teacher cache",
+        tokens=tokens,
+        flops=flops_of(teacher=flops),
+        memory=with_program(memory) if way.is_cpu else memory,
+        seconds=flops / hardware.rate("float32"),
+    )

@@ -1,0 +1,52 @@
+"""`limbeck evaluate` before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from limbeck.cost.hardware import Hardware, measure
+from limbeck.cost.memory import HEAD_ROWS, with_program
+from limbeck.cost.prediction import Prediction, flops_of, total
+from limbeck.cost.sampling import predict_sampling
+from limbeck.cost.shapes import config_of, frozen_sizes
+from limbeck.evaluate.perplexity import token_windows
+from limbeck.evaluate.stage import EvaluateStageConfig
+from limbeck.ledger import backbone_forward_flops, head_forward_flops
+from limbeck.models.anatomy import Computed
+from limbeck.models.load import load_tokenizer, vocabulary_size
+from limbeck.traces.generation_cost import response_tokens
+from limbeck.traces.render import render_prompt
+from limbeck.traces.sources import read_problems
+from limbeck.traces.trace import Trace
+
+
+def predict_evaluate(
+    config: EvaluateStageConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    problems: Sequence[Trace] | None = None,
+    new_tokens: int | None = None,
+    hardware: Hardware | None = None,
+) -> Prediction:
+    """Cost of `limbeck evaluate`; arguments as for `predict_generate`."""
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
+    shape = model if model is not None else config_of(config.model)
+    hardware, parts = hardware or measure(), []
+    if config.problems is not None:
+        asked = list(read_problems(config.problems)[0] if problems is None else problems)
+        written = new_tokens or response_tokens(asked, tokenizer, config.render, config.evaluate.max_new_tokens)
+        lengths = [len(render_prompt(tokenizer, trace.messages, config.render)) for trace in asked]
+        sampling, vocab = config.evaluate.sampling(), vocabulary_size(tokenizer)
+        parts.append(predict_sampling("evaluate", shape, lengths, written, sampling, hardware, vocab))
+    if config.perplexity is not None:
+        windows = [len(window) for window in token_windows(config.perplexity, tokenizer, config.render)]
+        sizes = frozen_sizes(shape, vocabulary_size(tokenizer))
+        flops = sum(backbone_forward_flops(sizes, Computed.whole([n])) + head_forward_flops(sizes, n) for n in windows)
+        memory = with_program({"weights": 4 * sizes.num_parameters, "loss": 12 * HEAD_ROWS * sizes.vocab_size})
+        seconds = flops / hardware.rate("float32")
+        parts.append(
+            Prediction("evaluate", tokens=sum(windows), flops=flops_of(student=flops), memory=memory, seconds=seconds)
+        )
+    return total("evaluate", parts)

@@ -1,0 +1,125 @@
+"""What `--help` prints: all commands, the fields of one that people change, or all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from limbeck.commands import COMMANDS
+from limbeck.config import classes_of, first_field, tags_of
+from limbeck.errors import ConfigError
+from limbeck.flags import FieldInfo, apply_flags, choices_of, describe
+from limbeck.stage import Stage, View
+
+OPTIONS = {
+    "--out": "directory to write; default runs/COMMAND",
+    "--overwrite": "replace an existing output",
+    "--resume": "go on with an interrupted run",
+    "--dry-run": "estimate time and memory, start nothing",
+    "--on": "where the parts of the job run: local (default), or ray (the cluster of RAY_ADDRESS, else these cores)",
+    "--json": "print the result as JSON",
+    "--debug": "show the stack of an error",
+    "--help": "this text; --help all has every field, --help GROUP those of a group",
+}
+LIMITED = ("--out", "--overwrite", "--resume", "--dry-run", "--on")
+"""Options that not every command takes."""
+HELP_COLUMN = 26
+"""Where the texts begin."""
+
+
+def print_overview() -> None:
+    """Every command, in a line or two."""
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, command in COMMANDS.items():
+        table.add_row(f"limbeck {name}", command.help)
+    out = Console()
+    out.print("limbeck: distil a large reasoning model into a small, fast one and see what every saving costs.\n")
+    out.print(table)
+    out.print("\nlimbeck COMMAND --help shows the fields of a command that people change, --help all every one.")
+
+
+def print_help(command: Stage | View, words: Sequence[str]) -> None:
+    """Help for a line that asks for it; choices on the line (`--method alps`) decide which fields there are.
+
+    Raises: ConfigError for a group that has no fields.
+    """
+    out = Console()
+    asked = [word for word in words if word not in ("--help", "-h")]
+    fields = describe(command.config, _chosen(command.config, asked))
+    groups = _groups_asked(command.config, asked)
+    if groups and groups != ["all"]:
+        shown = [info for info in fields if any(_is_of(info.path, group) for group in groups)]
+        if not shown:
+            raise ConfigError(
+                f"limbeck {command.name} --help: no fields in {', '.join(groups)}; "
+                f"limbeck {command.name} --help all has every one."
+            )
+        _print_fields(shown, out.width)
+        return
+    takes = "[RECIPE.yaml] [--FIELD value ...]"
+    takes = f"{command.subject.upper()} | {takes}" if command.subject else takes
+    help_text = COMMANDS[command.name].help
+    out.print(f"limbeck {command.name} {takes}\n\n{help_text}\n", markup=False, highlight=False)
+    for flag, text in OPTIONS.items():
+        if flag not in LIMITED or flag[2:].replace("-", "_") in command.options:
+            print(_help_line(flag, text, out.width))
+    first = command.first if not groups else ()
+    shown = [info for info in fields if not first or _is_shown(info.path, first)]
+    _print_fields(shown, out.width)
+    more = f"{len(fields) - len(shown)} more fields: limbeck {command.name} --help all.\n" if first else ""
+    out.print(
+        f"\n{more}Groups in front of a name that occurs once may be left out (--lead-fraction 0.5).\n"
+        f"limbeck {command.name} --help GROUP shows the fields of one group.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _chosen(config_class: type, words: Sequence[str]) -> dict[str, object]:
+    """The choices that a line makes: flag and value of every field that holds one of several classes."""
+    flags: list[str] = []
+    for path, hint in choices_of(config_class):
+        names = [name for option in classes_of(hint) for name in tags_of(option)]
+        flag = f"--{path.replace('_', '-')}"
+        for word, value in itertools.pairwise(words):
+            if word == flag and value in names:
+                flags += [f"{flag}.{first_field(classes_of(hint)[0])}", value]
+    return apply_flags(config_class, {}, flags)
+
+
+def _groups_asked(config_class: type, words: Sequence[str]) -> list[str]:
+    chosen = {f"--{path.replace('_', '-')}" for path, _ in choices_of(config_class)}
+    rest = [w for i, w in enumerate(words) if w not in chosen and (i == 0 or words[i - 1] not in chosen)]
+    return [word.lstrip("-").replace("-", "_") for word in rest]
+
+
+def _is_shown(path: str, first: Iterable[str]) -> bool:
+    return any(path == name or path.startswith(name + ".") for name in first)
+
+
+def _is_of(path: str, group: str) -> bool:
+    return path == group or path.startswith(group + ".")
+
+
+def _print_fields(fields: Sequence[FieldInfo], width: int) -> None:
+    for info in fields:
+        print(_help_line("--" + info.path.replace("_", "-"), _field_text(info), width))
+
+
+def _help_line(flag: str, text: str, width: int) -> str:
+    """A long flag has a line of its own, so that names of nested fields leave room for their text."""
+    indent = " " * HELP_COLUMN
+    body = textwrap.fill(text, max(width, 60), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return f"{flag:<{HELP_COLUMN}}{body.lstrip()}" if len(flag) < HELP_COLUMN - 1 else f"{flag}\n{body}"
+
+
+def _field_text(info: FieldInfo) -> str:
+    required = info.default is dataclasses.MISSING
+    default = "required" if required else f"default {json.dumps(info.default, default=str)}"
+    return f"{info.doc} ({info.type_name}; {default})"

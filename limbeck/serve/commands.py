@@ -1,0 +1,10 @@
+"""The commands that serve a model, and measure a server."""
+
+from __future__ import annotations
+
+from limbeck.serve import bench, command
+from limbeck.serve.config import ServeConfig
+from limbeck.stage import Stage, View
+
+SERVE = View(name="serve", config=ServeConfig, run=command.run, predict=command.check, subject="model")
+BENCH = Stage(name="bench serve", config=bench.BenchServeConfig, run=bench.run, subject="model")

@@ -1,0 +1,1 @@
+"""Targets: of a live model, of a cache on disk, of a server."""

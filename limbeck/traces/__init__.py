@@ -1,0 +1,1 @@
+"""Traces in and out: read, render to tokens with segments, cut, weigh, batch."""
