@@ -23,8 +23,9 @@ from limbeck.compress.recover import RecoverConfig
 from limbeck.config import build, checked, config_hash
 from limbeck.distill.config import DistillConfig, StudentConfig
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.evaluate.answers import Verdict, check_exact
+from limbeck.evaluate.answers import Verdict
 from limbeck.evaluate.commands import EVALUATE
+from limbeck.evaluate.compare import check_exact
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.models.generate import SamplingConfig, generate

@@ -1,4 +1,4 @@
-"""Finding the answer in what a model wrote, and comparing it with the reference as text or as a number.
+"""Finding the answer in what a model wrote, as people and graders write it.
 
 Everything here takes time linear in the text, whatever the text is.
 """
@@ -7,22 +7,54 @@ from __future__ import annotations
 
 import enum
 import re
-import unicodedata
 from collections import deque
 from collections.abc import Callable
-from decimal import Decimal
 from typing import Literal
 
-AnswerStyle = Literal["auto", "boxed", "hashes", "phrase", "number", "exact"]
-r"""Where the answer stands: last `\boxed{}`, after the last `####`, after the last "answer is", the last number, or the
-whole text; auto takes the first of these that is there."""
+from limbeck.evaluate.answer_forms import choice_of, is_mathematics, list_of, number_of, plain, range_of
 
-MOST_NUMBER_CHARACTERS = 1000
-"""Longer numerals are compared as text."""
-_PHRASE = re.compile(r"\banswer\s+is\b[\s:*]*", re.IGNORECASE)
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/[0-9]+)?")
-_NUMERAL = re.compile(r"\\?\$?([-+]?)\\?\$?([0-9]+(?:,[0-9]{3})*|(?=\.))(\.[0-9]+)?\.?")
+AnswerStyle = Literal["auto", "boxed", "tag", "hashes", "phrase", "number", "letter", "exact"]
+r"""Where the answer stands: last `\boxed{}`, last `<answer>`, after the last `####`, after the last "answer is" or
+"Answer:", the last number, the last letter of a choice, or the whole text; auto takes the first that is there."""
+
+_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
+_PHRASE = re.compile(
+    r"(?P<before>\b(?:if|whether|unless|hope|when|this|your|that|an|any|sure)\s+(?:that\s+)?(?:the\s+)?)?"
+    r"(?:\b(?:final|correct|right|best)[ \t]+)?\b(?:answer|option|choice)(?:\(s\)|s)?[*_`]{0,4}"
+    r"(?:[ \t]+(?:to|for|of)[ \t]+[^.:\n]{1,60}?)?"
+    r"(?:[ \t]{0,4}[*_]{0,3}[:=][*_]{0,3}"
+    r"|[ \t]{1,4}(?:is|are|would be|should be|must be|will be)(?:n['’]t|[ \t]+not)?\b[ \t]{0,4}:?)"
+    r"|答案[ \t]?(?:是|为|為|[:：])"
+    r"|\b(?:antwort|r[ée]ponse|respuesta|risposta|resposta|ответ)[ \t]?(?:ist|est|es|è|é)?[ \t]?[:：]",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(
+    r"^[ \t#*_]{0,12}(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t*_:.]{0,8}$", re.IGNORECASE | re.MULTILINE
+)
+_IS_NO_VALUE = re.compile(
+    r"(?:not|helpful|unclear|clear|correct|incorrect|right|wrong|obvious|below|above|that|as|in|to|of|the same|useful|"
+    r"therefore|thus|given|found|obtained|what|because)\b",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:[/:][0-9]+)?(?:\\?%)?")
+_LETTER = re.compile(r"\(([A-J])\)|(?<![\w'’\\{$])([A-J])(?=[).:]?(?:\s*$|[).:]))")
 _WORD = re.compile(r"(?<!\\)\b[^\W\d_]{2,}")
+_SENTENCE_END = re.compile(r"[.!?](?=[*_`\"')\]]{0,3}(?:\s|$))")
+_ABBREVIATED = re.compile(
+    r"\b(?:[Dd]r|[Mm]rs?|[Mm]s|[Ss]t|[JS]r|[Nn]o|vs|approx|e\.g|i\.e|(?:[A-Z]\.)+[A-Z]|Mt|Inc|Ltd)$"
+)
+_ASIDE = re.compile(
+    r",? \(?(?:because|since|rather than|instead of|and not|but not|not|so that|which|as shown|as required|where)\b"
+    r"|, (?:all told|in total|so|as)\b|\s+[-–—]{1,2}\s+(?=[A-Za-z])",
+    re.IGNORECASE,
+)
+MOST_VALUE_CHARACTERS = 80
+_DATE = re.compile(
+    r"\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{2,4}|^\d\d?:\d\d\b"
+    r"|^(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.? \d",
+    re.IGNORECASE,
+)
+_CHOICE = re.compile(r"\(?[A-J](?:[).:]|$)")
 
 
 class Verdict(enum.Enum):
@@ -31,7 +63,7 @@ class Verdict(enum.Enum):
     RIGHT = "right"
     WRONG = "wrong"
     UNKNOWN = "unknown"
-    """Not decided: no reference, or the check failed, hung or crashed."""
+    """Not decided: no reference, no rule that can tell, or the check failed, hung or crashed."""
 
 
 def answer_part(output: str, start_marker: str, end_marker: str, is_open: bool = False) -> str | None:
@@ -49,68 +81,52 @@ def answer_part(output: str, start_marker: str, end_marker: str, is_open: bool =
     return None if is_open or start_marker in output else output
 
 
-def extract_answer(text: str, style: AnswerStyle = "auto") -> str | None:
+def extract_answer(text: str, style: AnswerStyle = "auto", reference: str | None = None) -> str | None:
     r"""The short answer in the text that follows a thought.
 
     Args:
       text: what the model wrote after the end marker.
-      style: where the answer stands. `auto` takes the last \boxed{}, else what follows the last ####, else what follows
-        the last "answer is" on that line (its first number when it goes on in words), else the whole text when it holds
-        no words, else the last number, else the whole text.
+      style: where the answer stands. `auto` takes the last \boxed{} or <answer>, else what follows the last ####, else
+        what follows the last "answer is", "Answer:" or its like, up to the end of the sentence, else the whole text
+        when it holds no words or is a choice ("B. Paris"), else the last number, else the whole text.
+      reference: the right answer. Only its kind matters: of a choice (A to J), the last letter stands before a number.
     Returns: the answer without the blank space around it; None when there is none in that style.
     """
     if style != "auto":
         return _FINDERS[style](text) or None
-    for marked in ("boxed", "hashes", "phrase"):
+    for marked in ("marked", "hashes", "phrase"):
         found = _FINDERS[marked](text)
         if found:
             return found
-    whole = text.strip("*$ \t\n")
-    return (_last_number(text) if _WORD.search(whole) else None) or whole or None
+    whole = text.strip("* \t\n")
+    if _is_one_value(whole):
+        return whole
+    whole = whole.strip("*$ \t\n")
+    if reference is not None and re.fullmatch(r"\(?[A-Ja-j]\)?", reference.strip()) and (letter := _last_letter(text)):
+        return letter
+    return (None if is_mathematics(plain(whole)) else _last_number(text)) or whole or None
 
 
-def check_exact(candidate: object, reference: object) -> Verdict:
-    """Equal as text after trimming and joining runs of blank space, or equal as decimal numbers (1,000.0 is 1000).
-
-    Args:
-      candidate: the extracted answer; None (no answer) is wrong.
-      reference: the right answer; None is unknown.
-    """
-    right, given = _as_text(reference), _as_text(candidate)
-    if right is None or not right.strip():
-        return Verdict.UNKNOWN
-    if candidate is None:
-        return Verdict.WRONG
-    if given is None:
-        return Verdict.UNKNOWN
-    given, right = _normalised(given), _normalised(right)
-    if given == right:
-        return Verdict.RIGHT
-    numbers = _as_number(given), _as_number(right)
-    return Verdict.RIGHT if None not in numbers and numbers[0] == numbers[1] else Verdict.WRONG
-
-
-def _as_text(value: object) -> str | None:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not (isinstance(value, int) and value.bit_length() > 8192):
-        return str(value)
-    return None
-
-
-def _normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).replace("\u2212", "-").split())
-
-
-def _as_number(text: str) -> Decimal | None:
-    match = _NUMERAL.fullmatch(text) if len(text) <= MOST_NUMBER_CHARACTERS else None
-    if match is None or not (match[2] or match[3]):
-        return None
-    return Decimal(match[1] + (match[2].replace(",", "") or "0") + (match[3] or ""))
+def _is_one_value(text: str) -> bool:
+    """Whether a short line is a choice with its text, a number with its unit, a list, a range or a date."""
+    if "\n" in text or len(text) > MOST_VALUE_CHARACTERS:
+        return False
+    form = plain(text)
+    several = list_of(form)
+    is_list = several is not None and all(number_of(entry) or choice_of(entry) for entry in several.entries)
+    has_unit = number_of(form) is not None and re.search(r"[A-Za-z%$€£]", form) is not None
+    return (
+        bool(_CHOICE.match(text)) or is_list or has_unit or range_of(form) is not None or _DATE.search(text) is not None
+    )
 
 
 def _last_boxed(text: str) -> str | None:
     r"""The content of the \boxed{} (or \fbox{}) that begins last among those that are closed; one pass."""
+    found = _box(text)
+    return None if found is None else found[1].strip()
+
+
+def _box(text: str) -> tuple[int, str] | None:
     opened: list[int | None] = []
     begin, content = -1, None
     boxes = {match.end() for match in re.finditer(r"\\(?:boxed|fbox)[ \t]?\{", text)}
@@ -121,21 +137,64 @@ def _last_boxed(text: str) -> str | None:
             start = opened.pop()
             if start is not None and start > begin:
                 begin, content = start, text[start : match.start()]
-    return None if content is None else content.strip()
+    return None if content is None else (begin, content)
+
+
+def _last_tag(text: str) -> str | None:
+    match = _last_match(_TAG, text)
+    return None if match is None else match[1].strip()
+
+
+def _marked(text: str) -> str | None:
+    """The last box, or the last tag where that stands behind it; a box inside the tag is what the tag says."""
+    box, tag = _box(text), _last_match(_TAG, text)
+    if tag is not None and (box is None or box[0] < tag.start()):
+        inner = tag[1].strip()
+        return _after_phrase(inner) or inner
+    return None if box is None else box[1].strip()
 
 
 def _after_hashes(text: str) -> str | None:
     _, found, rest = text.rpartition("####")
-    return _first_line(rest) if found else None
+    line = _first_line(rest).strip("*_` ") if found else ""
+    # A heading of Markdown, not GSM8K's mark.
+    goes_on = "\n" in rest.strip() and not re.search(r"\d", line)
+    is_heading = bool(_HEADING.match(line)) or (goes_on and bool(_WORD.search(line)))
+    return line if line and not is_heading else None
 
 
 def _after_phrase(text: str) -> str | None:
-    match = _last_match(_PHRASE, text)
-    if match is None:
-        return None
-    line = _first_line(text[match.end() :]).rstrip(".*$").lstrip("$").strip()
-    number = _NUMBER.search(line) if _WORD.search(line) else None
-    return number[0] if number else line
+    """What the last phrase that commits itself says; phrases without a value behind them are passed over."""
+    matches = [*_PHRASE.finditer(text), *_HEADING.finditer(text)]
+    denied = None
+    for match in sorted(deque(matches, maxlen=200), key=lambda match: -match.end()):
+        value = _sentence(text[match.end() : match.end() + 400])
+        if re.search(r"n['’]t[ \t:]*$|\bnot[ \t:]*$", match[0], re.IGNORECASE):
+            denied = denied or f"not {value}"
+        elif value and not _IS_NO_VALUE.match(value) and not (match.re is _PHRASE and match["before"]):
+            return value
+    return denied
+
+
+def _sentence(text: str) -> str:
+    """The first sentence of a text, without the marks around it and what is said in passing."""
+    line = _first_line(text.lstrip("*_}: \t\n")).strip()
+    for end in _SENTENCE_END.finditer(line):
+        before, rest = line[: end.start()], line[end.end() :].strip(" *_`")
+        if _ABBREVIATED.search(before) or before.count("$") % 2 or before.count("(") > before.count(")"):
+            continue
+        if _CHOICE.fullmatch(before.strip("*_` ")) and rest and len(rest.split()) < 5 and not rest.endswith(("!", "?")):
+            continue
+        line = before
+        break
+    aside = _ASIDE.search(line)
+    line = line[: aside.start()] if aside and aside.start() else line
+    return _unmarked(line)
+
+
+def _unmarked(text: str) -> str:
+    text = text.strip().strip("*_` ").rstrip(".;,!。").strip("*_` ").strip()
+    return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == "$" and text.count("$") == 2 else text
 
 
 def _first_line(text: str) -> str:
@@ -147,14 +206,22 @@ def _last_number(text: str) -> str | None:
     return None if match is None else match[0]
 
 
+def _last_letter(text: str) -> str | None:
+    match = _last_match(_LETTER, text)
+    return None if match is None else match[1] or match[2]
+
+
 def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 _FINDERS: dict[str, Callable[[str], str | None]] = {
     "boxed": _last_boxed,
+    "tag": _last_tag,
+    "marked": _marked,
     "hashes": _after_hashes,
     "phrase": _after_phrase,
     "number": _last_number,
+    "letter": _last_letter,
     "exact": str.strip,
 }

@@ -22,6 +22,7 @@ from torch import nn
 from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.evaluate.answers import AnswerStyle, Verdict, answer_part, extract_answer
+from limbeck.evaluate.checking import CheckName, check_answers
 from limbeck.evaluate.metrics import (
     Interval,
     accuracy,
@@ -32,7 +33,6 @@ from limbeck.evaluate.metrics import (
     stop_rate,
 )
 from limbeck.evaluate.tasks import Task
-from limbeck.evaluate.workers import AnswerChecker, CheckName
 from limbeck.models.generate import SamplingConfig, generate
 
 RESULTS_FILE = "results.jsonl"
@@ -166,7 +166,10 @@ def evaluate(
         [answer_part(output, start_marker, end_marker, opened) for output in samples]
         for opened, samples in zip(is_open, outputs, strict=True)
     ]
-    answers = [[None if part is None else extract_answer(part, style) for part in samples] for samples in parts]
+    answers = [
+        [None if part is None else extract_answer(part, style, problem.reference) for part in samples]
+        for problem, samples in zip(task.problems, parts, strict=True)
+    ]
     verdicts = _check(task, answers, config)
     rows = [
         ProblemResult(
@@ -218,8 +221,7 @@ def _check(task: Task, answers: list[list[str | None]], config: EvaluateConfig) 
         for problem, samples in zip(task.problems, answers, strict=True)
         for answer in samples
     ]
-    with AnswerChecker(config.checker or task.checker, config.timeout_seconds, config.num_checkers) as checker:
-        flat = iter(checker.verdicts(pairs))
+    flat = iter(check_answers(pairs, config.checker or task.checker, config.timeout_seconds, config.num_checkers))
     return [[next(flat) for _ in samples] for samples in answers]
 
 

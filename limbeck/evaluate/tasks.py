@@ -8,7 +8,7 @@ from typing import Any
 
 from limbeck.errors import ConfigError
 from limbeck.evaluate.answers import AnswerStyle
-from limbeck.evaluate.workers import CheckName
+from limbeck.evaluate.checking import CheckName
 from limbeck.traces.trace import Trace
 
 
@@ -34,12 +34,12 @@ class Task:
     problems: tuple[Problem, ...]
     answer_style: AnswerStyle = "auto"
     """Where the answer stands in what the model writes after its thought."""
-    checker: CheckName = "exact"
+    checker: CheckName = "math"
     """How it is compared with the reference."""
 
 
 def task_from_traces(
-    name: str, traces: Iterable[Trace], answer_style: AnswerStyle = "auto", checker: CheckName = "exact"
+    name: str, traces: Iterable[Trace], answer_style: AnswerStyle = "auto", checker: CheckName = "math"
 ) -> Task:
     """The prompts of traces as problems, with `Trace.reference` as the right answer; their thoughts are not used.
 

@@ -23,12 +23,13 @@ from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_js
 from limbeck.config import checked
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.evaluate.answers import AnswerStyle, Verdict, extract_answer
-from limbeck.evaluate.workers import AnswerChecker, CheckName
+from limbeck.evaluate.checking import CheckName, Pair, check_answers
 from limbeck.models.load import load_tokenizer
 from limbeck.progress import bar
 from limbeck.runner.place import Prepared
 from limbeck.stage import How, Place
 from limbeck.traces.generation import SKIPPED_FILE, TRACES_FILE, read_prompts
+from limbeck.traces.record import REFERENCE_COLUMNS
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.trace import Trace, write_jsonl
@@ -98,7 +99,7 @@ def run(config: VerifyConfig, out: Path, *, how: How = How()) -> Checkpoint:
     kept = [trace for trace, reason in zip(checked, reasons, strict=True) if reason is None]
     dropped = Counter(reason for reason in reasons if reason is not None)
     if not kept:
-        raise ConfigError(f"{config.traces.source}: no trace is left of {len(traces)} ({dict(dropped)}); filter less.")
+        raise ConfigError(_nothing_left(config, traces, dropped))
     verdicts = Counter(_name(trace.correct) for trace in checked)
     counts = {"read": asdict(read), "verdicts": dict(verdicts), "kept": len(kept), "dropped": dict(dropped)}
     with output_directory(out, overwrite=how.overwrite) as working:
@@ -111,10 +112,24 @@ def run(config: VerifyConfig, out: Path, *, how: How = How()) -> Checkpoint:
     return Checkpoint(out)
 
 
+def _nothing_left(config: VerifyConfig, traces: Sequence[Trace], dropped: Mapping[str, int]) -> str:
+    text = f"{config.traces.source}: no trace is left of {len(traces)} ({dict(dropped)})"
+    if any(trace.reference is not None for trace in traces):
+        return f"{text}; filter less."
+    columns = ", ".join(sorted({name for trace in traces for name in trace.metadata})[:8]) or "none"
+    return (
+        f"{text}: none has a reference answer to check against. One is read from {', '.join(REFERENCE_COLUMNS)}; other "
+        f"columns here are {columns} (fields can rename one). keep not_wrong keeps what cannot be checked."
+    )
+
+
 def check(traces: Sequence[Trace], config: VerifyConfig, on: Place = "local") -> list[Trace]:
     """The traces with `correct` as the checker finds it; None where it cannot decide."""
     pairs = [
-        (None if trace.answer is None else extract_answer(trace.answer, config.answer_style), trace.reference)
+        (
+            None if trace.answer is None else extract_answer(trace.answer, config.answer_style, trace.reference),
+            trace.reference,
+        )
         for trace in traces
     ]
     with bar("checking", len(pairs)) as progress:
@@ -126,13 +141,8 @@ def check(traces: Sequence[Trace], config: VerifyConfig, on: Place = "local") ->
     return [replace(trace, correct=known.get(verdict)) for trace, verdict in zip(traces, verdicts, strict=True)]
 
 
-Pair = tuple[str | None, str | None]
-"""The extracted answer and the reference."""
-
-
 def _verdicts(config: VerifyConfig, pairs: Sequence[Pair], advance: Callable[[int], Any] | None) -> list[Verdict]:
-    with AnswerChecker(config.checker, config.timeout_seconds, config.num_checkers) as checker:
-        return checker.verdicts(pairs, advance)
+    return check_answers(pairs, config.checker, config.timeout_seconds, config.num_checkers, advance)
 
 
 def _verdicts_on_ray(config: VerifyConfig, pairs: Sequence[Pair], advance: Callable[[int], Any]) -> list[Verdict]:

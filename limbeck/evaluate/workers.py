@@ -20,14 +20,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.answers import Verdict
 
-CheckName = Literal["exact", "math"]
 CHECKS = {
-    "exact": ("limbeck.evaluate.answers", "check_exact"),
+    "exact": ("limbeck.evaluate.compare", "check_exact"),
     "math": ("limbeck.evaluate.math_answers", "check_math"),
 }
 STARTUP_SECONDS = 300.0
@@ -49,7 +48,7 @@ class AnswerChecker:
       num_workers: processes.
     """
 
-    def __init__(self, check: CheckName = "exact", timeout_seconds: float = 10.0, num_workers: int = 2) -> None:
+    def __init__(self, check: str = "exact", timeout_seconds: float = 10.0, num_workers: int = 2) -> None:
         self._check, self._timeout_seconds, self._num_workers = check, timeout_seconds, num_workers
         self._workers: list[_Worker] = []
 

@@ -14,7 +14,8 @@ import pytest
 
 from limbeck.errors import LimbeckError
 from limbeck.evaluate import workers
-from limbeck.evaluate.answers import Verdict, answer_part, check_exact, extract_answer
+from limbeck.evaluate.answers import Verdict, answer_part, extract_answer
+from limbeck.evaluate.compare import check_exact
 from limbeck.evaluate.workers import AnswerChecker
 
 RIGHT, WRONG, UNKNOWN = Verdict.RIGHT, Verdict.WRONG, Verdict.UNKNOWN
@@ -57,7 +58,7 @@ def test_answer_stands_behind_the_thought_or_is_everything(
         ("hashes", "####", None),
         ("phrase", "The answer is 42.", "42"),
         ("phrase", "**The final answer is: 3/4**", "3/4"),
-        ("phrase", "the answer is 42 apples, all told.", "42"),
+        ("phrase", "the answer is 42 apples, all told.", "42 apples"),
         ("phrase", "The answer is $x^2$.", "x^2"),
         ("phrase", "It is 42", None),
         ("number", "10-3=7", "7"),
@@ -126,10 +127,11 @@ def test_extraction_is_linear(text: str) -> None:
         ("1,00", "100", WRONG),
         (".", "0", WRONG),
         ("0  1\n2", "0 1 2", RIGHT),
-        ("a", "A", WRONG),
+        ("a", "A", RIGHT),
+        ("5 pieces", "5 apples", UNKNOWN),
         ("e\u0301", "\u00e9", RIGHT),
-        ("x\u00b2", "x2", WRONG),
-        ("1e3", "1000", WRONG),
+        ("x\u00b2", "x2", UNKNOWN),
+        ("1e3", "1000", RIGHT),
         ("9" * 2000, "9" * 2000, RIGHT),
         ("9" * 2000, "9" * 2001, WRONG),
         (4, "4", RIGHT),
@@ -169,7 +171,7 @@ def test_math_checks() -> None:
         ("x+1", "x-1", WRONG),
         ("0.5001", "0.5", WRONG),
         (None, "0.5", WRONG),
-        ("the cat", "0.5", WRONG),
+        ("the cat", "0.5", UNKNOWN),
         ("0.5", None, UNKNOWN),
     ]
     with AnswerChecker("math", timeout_seconds=60.0, num_workers=1) as checker:
@@ -221,7 +223,7 @@ def test_hostile_answers_get_a_verdict_in_time(num_hanging: int) -> None:
 def check_that_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     source = """
         import os, time
-        from limbeck.evaluate.answers import check_exact
+        from limbeck.evaluate.compare import check_exact
         print("noise on standard output")
         def check(candidate, reference):
             print("more noise")

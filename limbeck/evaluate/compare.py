@@ -1,0 +1,275 @@
+"""Comparing an answer with the reference by plain rules: text, numbers with units, choices, lists and ranges.
+
+What no rule decides is left open, for math-verify or as unknown: wrong means that a rule says so. Linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from limbeck.evaluate.answer_forms import (
+    MOST_CHARACTERS,
+    Listed,
+    Number,
+    choice_of,
+    date_of,
+    has_several_numbers,
+    is_mathematics,
+    list_of,
+    number_of,
+    plain,
+    range_of,
+    without_unit,
+)
+from limbeck.evaluate.answers import AnswerStyle, Verdict, extract_answer
+from limbeck.evaluate.units import is_unit
+
+_SCALES = {
+    ("km", "m"): 1000,
+    ("m", "cm"): 100,
+    ("m", "mm"): 1000,
+    ("cm", "mm"): 10,
+    ("km", "cm"): 100_000,
+    ("foot", "inch"): 12,
+    ("hour", "minute"): 60,
+    ("minute", "second"): 60,
+    ("hour", "second"): 3600,
+    ("day", "hour"): 24,
+    ("kg", "g"): 1000,
+    ("l", "ml"): 1000,
+    ("$", "cent"): 100,
+}
+_FLAGS = {"yes": "yes", "no": "no", "true": "true", "false": "false"}
+
+
+def check_exact(candidate: object, reference: object) -> Verdict:
+    """Compare an answer with the reference by plain rules.
+
+    Args:
+      candidate: the extracted answer; None (no answer) is wrong.
+      reference: the right answer, or a worked solution with a box or #### in it; None is unknown.
+    Returns: unknown where no rule decides.
+    """
+    return compare(candidate, reference) or Verdict.UNKNOWN
+
+
+def compare(candidate: object, reference: object) -> Verdict | None:
+    """As `check_exact`; None where no rule decides and mathematics might."""
+    right, given = _as_text(reference), _as_text(candidate)
+    if right is None or not right.strip():
+        return Verdict.UNKNOWN
+    if candidate is None:
+        return Verdict.WRONG
+    if given is None:
+        return Verdict.UNKNOWN
+    if " ".join(given.split()) == " ".join(right.split()):
+        return Verdict.RIGHT
+    if max(len(given), len(right)) > MOST_CHARACTERS and not re.search(r"\\boxed|####", right):
+        return Verdict.WRONG
+    return _compare_plain(plain(given), plain(short(right)))
+
+
+def _compare_plain(given: str, right: str) -> Verdict | None:
+    if not given:
+        return Verdict.WRONG
+    if _folded(given) == _folded(right):
+        return Verdict.RIGHT
+    for rule in (_by_choice, _by_flag, _by_date, _by_aside, _by_number, _by_unit, _by_list, _by_relation):
+        verdict = rule(given, right)
+        if verdict is not None:
+            return verdict
+    return _by_words(given, right)
+
+
+def _by_choice(given: str, right: str) -> Verdict | None:
+    """A letter against a letter, a letter with its text against either."""
+    theirs, ours = choice_of(right), choice_of(given)
+    if theirs is None and ours is not None and ours[1]:
+        return Verdict.RIGHT if _compare_plain(ours[1], right) is Verdict.RIGHT else None
+    if theirs is None:
+        return None
+    letters = _letters(given)
+    if len(letters) > 1:
+        return Verdict.WRONG
+    if ours is not None or letters:
+        return _verdict((ours[0] if ours else letters[0]) == theirs[0])
+    if theirs[1]:
+        return Verdict.RIGHT if _compare_plain(given, theirs[1]) is Verdict.RIGHT else Verdict.UNKNOWN
+    # It may be the text of the right choice, which is not known here.
+    return Verdict.UNKNOWN
+
+
+def _by_flag(given: str, right: str) -> Verdict | None:
+    theirs = _FLAGS.get(right.lower())
+    if theirs is None:
+        return None
+    first = re.match(r"[a-z]+", given.lower())
+    ours = _FLAGS.get(first[0]) if first else None
+    if ours is None or (ours in ("yes", "no")) != (theirs in ("yes", "no")):
+        return Verdict.UNKNOWN
+    return _verdict(ours == theirs)
+
+
+def _by_date(given: str, right: str) -> Verdict | None:
+    theirs, ours = date_of(right), date_of(given)
+    if theirs is None and ours is None:
+        return None
+    if theirs is not None and ours is not None:
+        return _verdict(theirs == ours)
+    return Verdict.WRONG if number_of(right) or number_of(given) else Verdict.UNKNOWN
+
+
+def _by_aside(given: str, right: str) -> Verdict | None:
+    """`7 (seven)` and `seven (7)`: right where one of both is."""
+    match = re.fullmatch(r"([^()]+) \(([^()]+)\)", given)
+    if match is None or not re.search(r"[A-Za-z]{2}", given) or "(" in right:
+        return None
+    return Verdict.RIGHT if any(_compare_plain(part, right) is Verdict.RIGHT for part in match.groups()) else None
+
+
+def _by_unit(given: str, right: str) -> Verdict | None:
+    """Formulas with units: the units first, then what stands in front of them."""
+    (ours, our_unit), (theirs, their_unit) = without_unit(given), without_unit(right)
+    if (not our_unit and not their_unit) or not is_mathematics(theirs):
+        return None
+    if our_unit and their_unit and our_unit != their_unit:
+        return Verdict.UNKNOWN
+    return _compare_plain(ours, theirs)
+
+
+def _by_relation(given: str, right: str) -> Verdict | None:
+    """An inequality and an interval may be the same set."""
+    relations = [re.search(r"[<>]", text) is not None for text in (given, right)]
+    return Verdict.UNKNOWN if relations[0] != relations[1] and re.search(r"[(\[]", given + right) else None
+
+
+def _by_number(given: str, right: str) -> Verdict | None:
+    theirs, ours = number_of(right), number_of(given)
+    if theirs is None:
+        return None
+    if ours is not None:
+        return _equal_numbers(ours, theirs)
+    if re.fullmatch(r"-?[0-9]+,[0-9]+", given) and number_of(given.replace(",", ".")) == theirs:
+        return Verdict.UNKNOWN  # A comma for a decimal point, or two numbers.
+    if range_of(given) is not None or (_is_hedged(given) and has_several_numbers(given)):
+        return Verdict.WRONG
+    several = list_of(given)
+    if several is not None:
+        values = {number.value if (number := number_of(entry)) else entry for entry in several.entries}
+        return _verdict(values == {theirs.value})
+    return None
+
+
+def _by_list(given: str, right: str) -> Verdict | None:
+    theirs, ours = list_of(right), list_of(given)
+    if theirs is not None and re.fullmatch("[A-J]{2,6}", given) and all(len(entry) == 1 for entry in theirs.entries):
+        ours = Listed(tuple(given), "")
+    if (ends := range_of(right)) is not None:
+        found = range_of(given)
+        return None if found is None else _all([_compare_plain(a, b) for a, b in zip(found, ends, strict=True)])
+    if theirs is None:
+        return None
+    if ours is None:
+        return Verdict.WRONG if number_of(given) is not None and len(theirs.entries) > 1 else None
+    return _equal_lists(ours, theirs)
+
+
+def _by_words(given: str, right: str) -> Verdict | None:
+    """Prose: equal words are right, no common word is wrong, anything between is open."""
+    if _is_row(given) and _is_row(right):
+        return Verdict.WRONG
+    if is_mathematics(given) and is_mathematics(right):
+        return None
+    if is_mathematics(right) and re.search(r"[\\^0-9]", right):
+        return Verdict.UNKNOWN
+    ours, theirs = _words(given), _words(right)
+    if ours == theirs:
+        return Verdict.RIGHT
+    return Verdict.UNKNOWN if set(ours) & set(theirs) else Verdict.WRONG
+
+
+def _equal_numbers(ours: Number, theirs: Number) -> Verdict:
+    if ours.unit == theirs.unit or not ours.unit or not theirs.unit:
+        if ours.value == theirs.value:
+            return Verdict.RIGHT
+        shares = (ours, theirs) if ours.unit == "%" else (theirs, ours)
+        is_share = shares[0].unit == "%" and not shares[1].unit and shares[0].value / 100 == shares[1].value
+        return _verdict(is_share)
+    for (large, small), factor in _SCALES.items():
+        for one, other in ((ours, theirs), (theirs, ours)):
+            if (one.unit, other.unit) == (large, small):
+                return _verdict(one.value * factor == other.value)
+    if ours.value != theirs.value or (is_unit(ours.unit) and is_unit(theirs.unit)):
+        return Verdict.WRONG
+    return Verdict.UNKNOWN
+
+
+def _equal_lists(ours: Listed, theirs: Listed) -> Verdict | None:
+    is_ordered = ours.brackets not in ("", "{}") and theirs.brackets not in ("", "{}")
+    if is_ordered and ours.brackets != theirs.brackets:
+        return Verdict.WRONG
+    if len(ours.entries) != len(theirs.entries):
+        return Verdict.WRONG
+    if is_ordered or theirs.brackets in ("()", "[]", "[)", "(]"):
+        return _all([_compare_plain(a, b) for a, b in zip(ours.entries, theirs.entries, strict=True)])
+    left = list(ours.entries)
+    for entry in theirs.entries:
+        found = next((other for other in left if _compare_plain(other, entry) is Verdict.RIGHT), None)
+        if found is None:
+            open_ones = any(_compare_plain(other, entry) in (None, Verdict.UNKNOWN) for other in left)
+            return None if open_ones else Verdict.WRONG
+        left.remove(found)
+    return Verdict.RIGHT
+
+
+def _all(verdicts: list[Verdict | None]) -> Verdict | None:
+    if Verdict.WRONG in verdicts:
+        return Verdict.WRONG
+    if None in verdicts:
+        return None
+    return Verdict.UNKNOWN if Verdict.UNKNOWN in verdicts else Verdict.RIGHT
+
+
+def _letters(text: str) -> list[str]:
+    """The letters of choices in a text: in brackets, or alone between blanks and commas."""
+    found = re.findall(r"\(([A-J])\)|(?<![\w'’\\])([B-HJ]|A(?=\s*(?:$|[,;.:)/&]|and\b|or\b)))(?![\w'’])", text)
+    return list(dict.fromkeys(first or second for first, second in found))
+
+
+def _is_hedged(text: str) -> bool:
+    return bool(re.search(r"\b(?:or|between|either|maybe|possibly|and|to)\b|,", text))
+
+
+def _words(text: str) -> list[str]:
+    words = re.findall(r"[^\W_]+", text.lower())
+    return [word for word in words if word not in ("the", "a", "an")] or words
+
+
+def _folded(text: str) -> str:
+    """Case is no matter in words and in a letter by itself; blanks are none in formulas."""
+    return text.lower() if not is_mathematics(text) or len(text) == 1 else text.replace(" ", "")
+
+
+def short(reference: str) -> str:
+    """The answer in a reference that is a worked solution; any other reference as it is."""
+    styles: dict[str, AnswerStyle] = {"\\boxed": "boxed", "####": "hashes"}
+    found = [extract_answer(reference, style) for mark, style in styles.items() if mark in reference]
+    return next((answer for answer in found if answer), reference)
+
+
+def _is_row(text: str) -> bool:
+    """Whether a text is numbers or letters in a row, such as a sequence; no two are equal but as texts."""
+    return re.fullmatch(r"-?(?:[A-Za-z]|\d+)(?: -?(?:[A-Za-z]|\d+))+", text) is not None
+
+
+def _as_text(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float | Fraction) and not (isinstance(value, int) and value.bit_length() > 8192):
+        return str(value)
+    return None
+
+
+def _verdict(is_right: bool) -> Verdict:
+    return Verdict.RIGHT if is_right else Verdict.WRONG
