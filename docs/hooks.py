@@ -13,8 +13,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from limbeck.commands import COMMANDS, Command
-from limbeck.flags import FieldInfo, describe
-from limbeck.help import LIMITED, OPTIONS
+from limbeck.flags import FieldInfo
+from limbeck.help import LIMITED, OPTIONS, fields_of
 from limbeck.stage import function_name
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def _section(name: str, entry: Command) -> str:
     options = [flag for flag in OPTIONS if flag not in LIMITED or flag[2:].replace("-", "_") in command.options]
     text = f"{entry.help[0].upper()}{entry.help[1:]}."
     head = f"## limbeck {name}\n\n{text}\n\n```text\n{usage}\n```\n\nOptions: {', '.join(f'`{o}`' for o in options)}"
-    rows = [_row(info) for info in describe(command.config)]
+    rows = [_row(info) for info in fields_of(command)]
     return f"{head}\n\n{_table(['field', 'meaning', 'type', 'default'], rows)}"
 
 

@@ -3,7 +3,8 @@
 1. `checked` makes a config class: its constructor refuses what `build` refuses, in the same one line.
 2. `build` takes plain values: it names unknown fields, lets text stand for a group's first field, keeps text as text
    where a field takes text, and lets pydantic convert and check the rest.
-3. A field that is a union of config classes is one of them, told by its first field: `method: {name: alps, ...}`.
+3. The path of a recipe stands for a group: `distill: recipes/student.yaml`. A field that is a union of config classes
+   is one of them, told by its first field: `method: {name: alps, ...}`.
 4. `config_hash` and `to_dict` are what manifests hold.
 
 `yaml_values.py` reads recipes, `flags.py` sets fields by name.
@@ -25,7 +26,7 @@ from typing import Any, TypeVar, cast
 import pydantic
 
 from limbeck.errors import ConfigError, nearest
-from limbeck.yaml_values import Number
+from limbeck.yaml_values import RECIPES, Number, read_recipe
 
 Config = TypeVar("Config")
 
@@ -206,6 +207,8 @@ def _value(hint: Any, value: Any, where: str, path: str) -> Any:
 def _nested(classes: list[type], value: Any, where: str, path: str) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if isinstance(value, str) and value.endswith(RECIPES):
+        value = read_recipe(Path(value))
     config_class = chosen_class(classes, value, f"{where}: {path}")
     if isinstance(value, str | Number) and hints_of(config_class) and takes_text(_first_hint(config_class)):
         value = {first_field(config_class): value}

@@ -193,10 +193,14 @@ def _describe(config_class: type, tree: Mapping[str, Any], prefix: str) -> Itera
         yield FieldInfo(prefix + field.name, _type_name(hint), default, docs.get(field.name, ""), hint)
 
 
-@functools.cache
 def field_docs(config_class: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
+    return _docs_in(textwrap.dedent(inspect.getsource(config_class)))
+
+
+@functools.cache
+def _docs_in(source: str) -> dict[str, str]:
+    body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
     for field, note in zip(body.body, body.body[1:], strict=False):

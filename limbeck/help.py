@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import json
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,7 @@ from rich.table import Table
 from limbeck.commands import COMMANDS
 from limbeck.config import classes_of, first_field, tags_of
 from limbeck.errors import ConfigError
-from limbeck.flags import FieldInfo, apply_flags, choices_of, describe
+from limbeck.flags import FieldInfo, apply_flags, choices_of, describe, field_docs
 from limbeck.stage import Stage, View
 
 OPTIONS = {
@@ -51,10 +52,10 @@ def print_help(command: Stage | View, words: Sequence[str]) -> None:
     """
     out = Console()
     asked = [word for word in words if word not in ("--help", "-h")]
-    fields = describe(command.config, _chosen(command.config, asked))
+    fields = fields_of(command, _chosen(command.config, asked))
     groups = _groups_asked(command.config, asked)
     if groups and groups != ["all"]:
-        shown = [info for info in fields if any(_is_of(info.path, group) for group in groups)]
+        shown = [info for info in describe(command.config) if any(_is_of(info.path, group) for group in groups)]
         if not shown:
             raise ConfigError(
                 f"limbeck {command.name} --help: no fields in {', '.join(groups)}; "
@@ -79,6 +80,23 @@ def print_help(command: Stage | View, words: Sequence[str]) -> None:
         markup=False,
         highlight=False,
     )
+
+
+def fields_of(command: Stage | View, tree: Mapping[str, Any] | None = None) -> list[FieldInfo]:
+    """Every field of a command; one that holds the recipe of another command stands for that one's fields.
+
+    Args:
+      tree: choices that are made already (`method: {name: alps}`).
+    """
+    docs, found = field_docs(command.config), {}
+    for info in describe(command.config, tree):
+        name = info.path.partition(".")[0]
+        if name in command.refers:
+            field = command.config.__dataclass_fields__[name]
+            other = f"fields of limbeck {command.refers[name]}, or its recipe"
+            info = FieldInfo(name, other, field.default, docs[name], None)
+        found[info.path] = info
+    return list(found.values())
 
 
 def _chosen(config_class: type, words: Sequence[str]) -> dict[str, object]:

@@ -11,7 +11,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from limbeck.commands import COMMANDS
 from limbeck.flags import describe, field_docs
@@ -64,7 +64,7 @@ def signature_of(command: Stage | View) -> inspect.Signature:
 
 def doc_of(name: str, command: Stage | View) -> str:
     """What the command does, and its fields."""
-    docs = field_docs(cast(Any, command.config))
+    docs = field_docs(command.config)
     lines = [f"  {field}: {docs.get(field, '')}" for field in command.config.__dataclass_fields__]
     total = len(describe(command.config))
     head = f"{COMMANDS[name].help[:1].upper()}{COMMANDS[name].help[1:]}."

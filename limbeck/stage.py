@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,8 @@ class Stage:
     """Field that a first argument without a name sets."""
     first: tuple[str, ...] = ()
     """Fields that people change, for the first page of help; none: all."""
+    refers: Mapping[str, str] = field(default_factory=dict)
+    """Fields that hold the recipe of another command -> that command; help does not repeat its fields."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -87,6 +89,8 @@ class View:
     """Whether the subject is a list, which takes all arguments without a name."""
     first: tuple[str, ...] = ()
     """Fields that people change, for the first page of help; none: all."""
+    refers: Mapping[str, str] = field(default_factory=dict)
+    """Fields that hold the recipe of another command -> that command; help does not repeat its fields."""
     reads: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """Makes the command's own recipe of one that may be another command's."""
 

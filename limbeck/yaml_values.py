@@ -15,6 +15,9 @@ import yaml
 
 from limbeck.errors import ConfigError
 
+RECIPES = (".yaml", ".yml")
+"""How the name of a recipe ends."""
+
 
 class Number:
     """A number that knows its text, so that a field of text gets what was written: `007`, `0.50`."""
@@ -37,8 +40,9 @@ class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (PyYAML's own way; filled below)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # A merge (`<<`) is written out by the call below; what it brings may be set again beside it.
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         mapping = super().construct_mapping(node, deep)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no field name", node.start_mark)

@@ -24,6 +24,26 @@ PRUNE = Stage(
     inputs=inputs_of,
     predict=predict_prune,
     subject="model",
+    first=(
+        "model",
+        "method",
+        "drop_layers",
+        "neuron_sparsity",
+        "kv_group_sparsity",
+        "budget.metric",
+        "budget.target",
+        "multiple_of",
+        "pattern",
+        "calibration.text",
+        "calibration.traces.source",
+        "calibration.sequences",
+        "calibration.sequence_length_tokens",
+        "moments",
+        "dense_targets",
+        "gate.sequences",
+        "gate.max_kl_nats",
+        "ignore",
+    ),
 )
 QUANTIZE = Stage(
     name="quantize",
@@ -33,6 +53,24 @@ QUANTIZE = Stage(
     inputs=inputs_of,
     predict=predict_quantize,
     subject="model",
+    first=(
+        "model",
+        "scheme",
+        "group_size",
+        "method",
+        "equalization",
+        "mixed.bits_per_weight",
+        "pattern",
+        "calibration.text",
+        "calibration.traces.source",
+        "calibration.sequences",
+        "calibration.sequence_length_tokens",
+        "moments",
+        "dense_targets",
+        "gate.sequences",
+        "gate.max_kl_nats",
+        "ignore",
+    ),
 )
 
 
@@ -48,6 +86,19 @@ RECOVER = Stage(
     inputs=_read_by_recovery,
     predict=predict_recover,
     subject="prune",
+    refers={"prune": "prune", "distill": "distill"},
 )
 MOMENTS = Stage(name="moments", config=moments.MomentsConfig, run=moments.run, takes=_RESUMES, subject="model")
-EXPORT = Stage(name="export", config=export.ExportConfig, run=export.run, subject="model")
+EXPORT = Stage(
+    name="export",
+    config=export.ExportConfig,
+    run=export.run,
+    subject="model",
+    first=(
+        "model",
+        "format",
+        "certify",
+        "probe.text",
+        "probe.sequences",
+    ),
+)

@@ -14,6 +14,23 @@ TRAIN = Stage(
     takes=_RESUMES,
     inputs=train.inputs_of,
     subject="student",
+    first=(
+        "student.model",
+        "teacher.model",
+        "data.source",
+        "data.path",
+        "data.fields",
+        "features.instruction",
+        "features.candidate",
+        "features.labels",
+        "loss.kd_ratio",
+        "ranking.support",
+        "ranking.listwise_ratio",
+        "optimizer.learning_rate",
+        "training.epochs",
+        "training.batch_size",
+        "training.seed",
+    ),
 )
 RECOVER = Stage(
     name="rank recover",
@@ -21,5 +38,22 @@ RECOVER = Stage(
     run=recover.run,
     takes=_RESUMES,
     subject="prune",
+    refers={"prune": "prune", "rank": "rank train"},
 )
-EVALUATE = Stage(name="rank evaluate", config=evaluate.RankEvaluateConfig, run=evaluate.run, subject="model")
+EVALUATE = Stage(
+    name="rank evaluate",
+    config=evaluate.RankEvaluateConfig,
+    run=evaluate.run,
+    subject="model",
+    first=(
+        "model",
+        "reference",
+        "like",
+        "part",
+        "data.source",
+        "data.path",
+        "features.labels",
+        "k",
+        "seed",
+    ),
+)

@@ -78,6 +78,7 @@ PLAN = View(
     show=lambda found: show_plan(found.own, found.best, found.flags, found.hardware),
     as_dict=Planned.as_dict,
     reads=from_recipe,
+    refers={"distill": "distill"},
 )
 ADVISE = View(
     name="advise",

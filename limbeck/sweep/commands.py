@@ -53,4 +53,27 @@ def _student(config: DistillConfig) -> Any:
     return scratch_shape(scratch) if scratch is not None else config_of(config.student.model or "")
 
 
-SWEEP = Stage(name="sweep", config=SweepConfig, run=run, takes=("on",), predict=predict_sweep)
+SWEEP = Stage(
+    name="sweep",
+    config=SweepConfig,
+    run=run,
+    takes=("on",),
+    predict=predict_sweep,
+    first=(
+        "distill",
+        "problems.source",
+        "problems.num_traces",
+        "problems.seed",
+        "title",
+        "grid",
+        "runs",
+        "match",
+        "evaluate.max_new_tokens",
+        "evaluate.temperature",
+        "evaluate.num_samples",
+        "evaluate.batch_size",
+        "top_k",
+        "evaluate_teacher",
+    ),
+    refers={"distill": "distill"},
+)

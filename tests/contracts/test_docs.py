@@ -24,7 +24,8 @@ from limbeck.cli import load_command, read_config, take_options
 from limbeck.commands import COMMANDS
 from limbeck.commands import named as command_named
 from limbeck.config import build
-from limbeck.flags import apply_flags, describe
+from limbeck.flags import apply_flags
+from limbeck.help import fields_of
 from limbeck.yaml_values import read_recipe
 from studies.command import read as read_study
 
@@ -210,7 +211,7 @@ def test_the_reference_has_every_command_and_field():
     for section, command in zip(sections, COMMANDS.values(), strict=True):
         rows = [line for line in section.splitlines() if line.startswith("| `")]
         command = command.load()
-        fields = describe(command.config)
+        fields = fields_of(command)
         assert [re.match(r"\| `(\S+)`", row)[1] for row in rows] == [field.path for field in fields]
         assert all(row.count(" | ") == 3 for row in rows)
         options = set(re.search(r"Options: (.*)", section)[1].replace("`", "").split(", "))

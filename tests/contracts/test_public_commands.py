@@ -10,8 +10,10 @@ from tiny_runs import SHAPE
 from limbeck import __version__
 from limbeck.cli import main
 from limbeck.commands import COMMANDS
-from limbeck.flags import describe
-from limbeck.help import LIMITED, OPTIONS
+from limbeck.config import build
+from limbeck.flags import apply_flags
+from limbeck.help import LIMITED, OPTIONS, fields_of
+from limbeck.scale.planner import PlanConfig
 
 WIDTH = 80
 
@@ -58,10 +60,10 @@ def test_help_shows_every_field_with_meaning_and_default(printed, name):
     assert "…" not in text and "\\[" not in text
     assert COMMANDS[name].help in words(text)
     entries = help_entries(text)
-    fields = {"--" + info.path.replace("_", "-") for info in describe(command.config)}
+    fields = {"--" + info.path.replace("_", "-") for info in fields_of(command)}
     options = {"--" + option.replace("_", "-") for option in command.options}
     assert entries.keys() == OPTIONS.keys() - set(LIMITED) | options | fields
-    for info in describe(command.config):
+    for info in fields_of(command):
         entry = entries["--" + info.path.replace("_", "-")]
         assert entry.replace(" ", "").startswith(info.doc.replace(" ", ""))
         if info.default is dataclasses.MISSING:
@@ -118,3 +120,25 @@ def test_help_of_one_group_and_of_none(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["pipeline", "--help", "quantise"])
     assert ended.value.code == 2 and "no fields in quantise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_first_page_of_help_is_short_and_says_how_to_see_the_rest(printed, name):
+    text, command = printed(*name.split(), "--help"), COMMANDS[name].load()
+    shown = help_entries(text).keys() - OPTIONS.keys()
+    assert len(shown) <= 25
+    assert shown <= {"--" + info.path.replace("_", "-") for info in fields_of(command)}
+    if command.first:
+        assert f"limbeck {name} --help all" in words(text)
+
+
+def test_a_field_that_is_another_commands_recipe_is_one_line_and_takes_its_path(tmp_path, printed):
+    text = printed("pipeline", "--help", "all")
+    assert "--distill.training.epochs" not in text and "fields of limbeck distill, or its recipe" in words(text)
+    (tmp_path / "student.yaml").write_text(
+        "student: {model: tiny-student}\ntraces: {source: builtin:chain, num_traces: 9}\n"
+    )
+    config = build(
+        PlanConfig, apply_flags(PlanConfig, {}, ["--distill", str(tmp_path / "student.yaml"), "--epochs", "3"])
+    )
+    assert config.distill.traces.num_traces == 9 and config.distill.training.epochs == 3
