@@ -21,6 +21,8 @@ from limbeck.models.load import (
     quantization_at,
     vocabulary_size,
 )
+from limbeck.models.parts import output_layer_of
+from limbeck.models.probe import ask
 from limbeck.models.sharded import load_in_parts
 from limbeck.models.tiny import symbol_tokenizer
 from limbeck.teacher.cache import Spec, TeacherCache
@@ -54,6 +56,7 @@ def load_student_in_parts(config: LoopConfig, ranks: Ranks) -> tuple[Any, Any, A
         ranks.device,
         _products(config),
     )
+    _refuse_uneven(config, "student", model)
     return model, empty, symbol_tokenizer() if name is None else load_tokenizer(name)
 
 
@@ -61,13 +64,37 @@ def _start(config: LoopConfig, tokenizer: Any) -> tuple[Any, Any]:
     """The weights that training starts from, and their tokenizer."""
     name = config.student.model
     if name is not None:
-        return load_model(name, torch.float32, config.training.layout), load_tokenizer(name)
+        return _laid_out(name, config), load_tokenizer(name)
     assert config.student.scratch is not None
     return load_scratch(config.student.scratch, config.training.layout, tokenizer)
 
 
+def _laid_out(name: str, config: LoopConfig) -> Any:
+    """A model for the layout of the batches.
+
+    Raises: ConfigError for padded batches of a model that padding changes.
+    """
+    model, layout = load_model(name, torch.float32, config.training.layout), config.training.layout
+    if layout == "padded" and not ask(model).pads:
+        raise ConfigError(
+            f"training.layout padded: padding changes what {name} computes; set packed, its sequences are "
+            "then run one at a time."
+        )
+    return model
+
+
 def _products(config: LoopConfig) -> torch.dtype:
     return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+
+def _refuse_uneven(config: LoopConfig, role: str, model: Any) -> None:
+    """Processes that share a model run it equally often, which sequences that cannot be packed would not allow."""
+    verdict = ask(model)
+    if config.training.layout == "packed" and verdict.way != "packed":
+        raise ConfigError(
+            f"{role}: is right {verdict.way} only ({verdict.reason}), and one in parts takes whole batches: set "
+            + ("training.layout padded." if verdict.pads else "the strategy of training.parallel to replicate.")
+        )
 
 
 def _refuse_quantized(name: str, field: str) -> None:
@@ -91,9 +118,22 @@ def trainable(model: Any, config: LoopConfig) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
-            return peft.get_peft_model(model, adapters)
+            adapted = peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from error
+    _refuse_adapted_ends(adapted)
+    return adapted
+
+
+def _refuse_adapted_ends(model: Any) -> None:
+    """The loss reads the head's own weight, and shared embeddings would carry an adapter into it."""
+    lm = model.get_base_model()
+    for layer, what in ((output_layer_of(lm), "head"), (lm.get_input_embeddings(), "embeddings")):
+        if hasattr(layer, "lora_A"):
+            raise ConfigError(
+                f"lora.target_modules: chooses the {what}, whose adapter would not be trained; leave it out (the "
+                "default adapts the layers between them)."
+            )
 
 
 def load_teacher(config: LoopConfig, ranks: Ranks) -> Teacher | None:
@@ -131,13 +171,15 @@ def _live(name: str, config: LoopConfig, ranks: Ranks) -> Any:
     parallel = config.training.parallel
 
     def load() -> Any:
-        return load_model(name, torch.float32, config.training.layout)
+        return _laid_out(name, config)
 
     if ranks.world_size == 1 or parallel.of_teacher == "replicate":
         return load().to(ranks.device)
     _refuse_quantized(name, "teacher_strategy")
     mesh = make_mesh(ranks, parallel.teacher_shard_size, "teacher_shard_size")
-    return load_in_parts(load, lambda model: model.requires_grad_(False), mesh, ranks.device, _products(config))[0]
+    model = load_in_parts(load, lambda model: model.requires_grad_(False), mesh, ranks.device, _products(config))[0]
+    _refuse_uneven(config, f"teacher {name}", model)
+    return model
 
 
 def student_tokenizer_name(config: LoopConfig) -> str:

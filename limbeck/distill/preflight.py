@@ -14,6 +14,7 @@ import numpy as np
 
 from limbeck.distill.config import DistillConfig
 from limbeck.errors import PairError, TemplateError
+from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.load import load_tokenizer, vocabulary_size
 from limbeck.progress import console
 from limbeck.traces.batch import Example
@@ -56,6 +57,29 @@ def compare_rendered(trace: Trace, name: str, teacher: Any, student: Any, config
         f"teacher {name}: its chat template makes other tokens of the first trace, from token {place} on "
         f"({_shown(teacher, theirs, place)} there, {_shown(student, ours, place)} for the student). Give one template "
         "for both as render.chat_template."
+    )
+
+
+def carry(config: RenderConfig, model: Any, tokenizer: Any) -> None:
+    """What a student is trained with goes where it goes: its chat template, and the tokens that end its turns.
+
+    Raises: TemplateError when the template cannot be read or ends no turn.
+    """
+    taught = set(stop_ids(tokenizer, config))
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+    generation = causal_lm_of(model).generation_config
+    known = generation.eos_token_id
+    known = set(known if isinstance(known, list) else [] if known is None else [known])
+    if taught <= known:
+        return
+    generation.eos_token_id = sorted(known | taught)
+    added = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(taught - known))))
+    console.print(
+        f"note: generation_config.json will stop at {added} too, which ends the turns that are trained.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -15,12 +15,12 @@ from limbeck.distill.objective import Distillation
 from limbeck.distill.pair import check_pair, load_student, load_student_in_parts, load_teacher
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import PlannedStep, plan_steps
-from limbeck.distill.preflight import check_templates
+from limbeck.distill.preflight import carry, check_templates
 from limbeck.distill.rollouts import Rollouts, make_rollouts
 from limbeck.distill.zeros import KeptZeros
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
-from limbeck.models.anatomy import causal_lm_of
+from limbeck.models.anatomy import context_tokens
 from limbeck.models.sharded import is_sharded
 from limbeck.optim.build import build_optimizer
 from limbeck.teacher.several import Teacher
@@ -85,9 +85,12 @@ def set_up(config: DistillConfig, ranks: Ranks) -> Run:
     teacher = load_teacher(config, ranks)
     check_pair(config, model, tokenizer)
     check_templates(config, tokenizer)
+    for student in (model, empty):
+        if student is not None:
+            carry(config.render, student, tokenizer)
     data = prepare(config, tokenizer)
     steps = planned_steps(config, data, ranks.readers)
-    _refuse_long(data, causal_lm_of(model).config.max_position_embeddings)
+    _refuse_long(data, context_tokens(model))
     return Run(
         config,
         Student.of(model, tokenizer, empty),

@@ -27,6 +27,7 @@ from limbeck.engine.states import KeyValues, Segment
 from limbeck.errors import ModelError
 from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.attention import PACKED_ATTENTION
+from limbeck.models.probe import ask
 
 Way = Literal["keys", "cache", "whole"]
 PASS_TOKENS = 8192
@@ -239,7 +240,7 @@ def _decoding(model: Any) -> Iterator[None]:
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     if attention == PACKED_ATTENTION:
-        model.config._attn_implementation = "sdpa"
+        model.config._attn_implementation = ask(model).attention
     try:
         yield
     finally:

@@ -163,12 +163,11 @@ def _batches(windows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 def _row_logits(model: nn.Module, batch: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """float32 [n V] logits before every predicted token of a batch, some rows at a time."""
     head = head_of(model)
-    width = max(map(len, batch))
-    padded = [[*ids, *[ids[-1]] * (width - len(ids))] for ids in batch]
-    input_ids = torch.tensor(padded, device=head.weight.device)
-    positions = torch.arange(width, device=head.weight.device).expand_as(input_ids)
-    hidden = hidden_states(model, input_ids, positions)
-    rows = torch.cat([states[: len(ids) - 1] for states, ids in zip(hidden, batch, strict=True)])
+    lengths, device = [len(ids) for ids in batch], head.weight.device
+    input_ids = torch.tensor([id for ids in batch for id in ids], device=device)[None]
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    hidden = hidden_states(model, input_ids, positions, lengths)[0]
+    rows = torch.cat([states[:-1] for states in hidden.split(lengths)])
     for part in rows.split(HEAD_ROWS):
         yield head.logits(part).float()
 

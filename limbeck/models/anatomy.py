@@ -66,6 +66,11 @@ class Sizes(NamedTuple):
     """Whether the head needs a gradient."""
 
 
+def context_tokens(model: Any) -> int:
+    """Tokens of the longest sequence that a model's positions allow; 2^31 for one without a limit."""
+    return getattr(text_config(causal_lm_of(model).config), "max_position_embeddings", None) or 2**31
+
+
 def backbone_of(model: nn.Module) -> nn.Module:
     """The decoder of a Llama-type model, whose layers are a list behind embeddings, for what goes through them.
 
@@ -91,18 +96,12 @@ def hidden_states(
       input_ids: int64 [B T].
       positions: int64 [B T], restarting with every sequence.
       sequence_lengths: lengths of the packed sequences of the one row, which are run in the fastest layout that is
-        right for the model; None for a right-padded batch, which is run as it is.
-    Raises: ModelError for a padded batch of a model that is right with its sequences alone only.
+        right for the model; None for rows of one length, and for right-padded ones of a model that `pads`.
     """
-    verdict, decoder = ask(model), decoder_of(model)
+    decoder = decoder_of(model)
     if sequence_lengths is not None:
-        hidden = layouts.run(decoder, input_ids, sequence_lengths, _way(model, verdict))
+        hidden = layouts.run(decoder, input_ids, sequence_lengths, _way(model, ask(model)))
     else:
-        if not verdict.pads and len(input_ids) > 1:
-            raise ModelError(
-                f"{type(causal_lm_of(model)).__name__}: padding changes its results ({verdict.reason}); set layout "
-                "packed, which then runs every sequence alone."
-            )
         hidden = layouts.call(decoder, input_ids, positions)
     scale = logit_scale(model)
     return hidden if scale == 1.0 else hidden * scale
@@ -148,14 +147,15 @@ def sizes_of(model: nn.Module, vocab_size: int | None = None) -> Sizes:
     linear = _linear_weights(backbone)
     whole, last = _count(linear), re.compile(_BEHIND_ATTENTION.format(config.num_hidden_layers - 1))
     is_recomputed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 0
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     return Sizes(
         linear_weights=whole,
         trainable_linear_weights=_count({name: w for name, w in linear.items() if w.requires_grad}),
         input_gradient_weights=whole - (0 if _trains_embeddings(backbone) else _count(linear, _FIRST_PRODUCTS)),
         # Nothing is saved behind the last product of a layer, so recomputation stops short of it.
         recomputed_linear_weights=whole - _count(linear, _LAST_PRODUCT) if is_recomputed else 0,
-        attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
+        attention_width=config.num_hidden_layers * heads * head_size,
         last_layer_weights=_count(linear, last),
         hidden_size=config.hidden_size,
         vocab_size=min(vocab_size or len(head.weight), len(head.weight)),

@@ -305,7 +305,7 @@ def _decoding(model: nn.Module) -> Iterator[None]:
     was_training, attention = model.training, config._attn_implementation
     model.eval()
     if attention == PACKED_ATTENTION:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = ask(model).attention
     try:
         yield
     finally:

@@ -225,8 +225,8 @@ def load_tokenizer(name: str) -> Any:
         except Exception as error:  # as above
             raise ModelError(f"{name}: cannot load the tokenizer ({_one_line(error)}).") from error
     if tokenizer.pad_token_id is None:
-        # Padding is told apart by its weight of 0 and by causality, never by its id, so EOS serves.
-        tokenizer.pad_token = tokenizer.eos_token
+        # Padding is told apart by its weight of 0 and by causality, never by its id, so EOS or any other token serves.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 

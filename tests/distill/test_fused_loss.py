@@ -438,3 +438,24 @@ def test_accelerator_equals_cpu(divergence, teacher):
     expected = torch.autograd.grad(fused_loss(**problem).total, leaves(problem))
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@every_teacher
+def test_capped_logits_of_student_and_teacher(teacher):
+    problem = make_problem(teacher, divergence=FORWARD_KL)
+    problem["targets"] = make_targets(teacher)
+    if isinstance(problem["targets"], DenseTargets):
+        problem["targets"] = dataclasses.replace(problem["targets"], head_softcap=1.5)
+    loss = fused_loss(**problem, head_softcap=2.0)
+    inputs = [problem["hidden"], problem["head_weight"]]
+    found = torch.autograd.grad(loss.total, inputs)
+    # The plain twin over an identity head, whose "hidden states" are the capped logits.
+    capped = 2.0 * torch.tanh(problem["hidden"] @ problem["head_weight"].T / 2.0)
+    targets = problem["targets"]
+    if isinstance(targets, DenseTargets):
+        targets = DenseTargets(targets.head.logits(targets.hidden), torch.eye(V, dtype=torch.float64))
+    plain = problem | {"hidden": capped, "head_weight": torch.eye(V, dtype=torch.float64), "targets": targets}
+    whole = fused_loss(**plain).total
+    assert torch.allclose(loss.total, whole, rtol=1e-10)
+    for mine, theirs in zip(found, torch.autograd.grad(whole, inputs), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-8, atol=1e-12)
