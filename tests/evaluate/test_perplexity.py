@@ -40,7 +40,7 @@ def dense_sums(model, reference, ids):  # type: ignore[no-untyped-def]
 def test_sums_are_those_of_the_dense_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     # Small enough that batches mix lengths and the head's rows cross windows.
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 40)
-    monkeypatch.setattr(perplexity, "_HEAD_ROWS", 7)
+    monkeypatch.setattr(perplexity, "HEAD_ROWS", 7)
     model, reference = (scratch_model(ScratchConfig(**SHAPE, seed=seed)).eval() for seed in (0, 1))
     windows = random_windows([2, 17, 9, 33, 17, 5])
     sums = window_sums(model, windows, reference)
