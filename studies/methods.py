@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError, nearest
-from limbeck.optim.injection import Gate, NoiseScale
 from limbeck.optim.langevin import AGLD, ASG, ASGLD
 from limbeck.optim.perturb import Perturb
 from limbeck.optim.perturbed import NoisySGD, PerturbedGD, PerturbedSGD
+from limbeck.optim.settings import Gate, NoiseScale
 from limbeck.optim.sgld import SGLD
 from limbeck.optim.theory import escape_window, radius_to_temperature
 

@@ -4,8 +4,9 @@ from limbeck.optim.growing_batch import AccumulationSchedule, BatchGrowth, Equal
 from limbeck.optim.langevin import AGLD, ASG, ASGLD
 from limbeck.optim.perturb import Perturb
 from limbeck.optim.perturbed import NoisySGD, PerturbedGD, PerturbedSGD
+from limbeck.optim.psgld import PSGLD
 from limbeck.optim.ranks import RankSquares
-from limbeck.optim.sgld import PSGLD, SGLD
+from limbeck.optim.sgld import SGLD
 
 __all__ = [
     "AGLD",

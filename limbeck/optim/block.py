@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,23 +19,23 @@ Draw = tuple[NoiseKey, Layout]
 
 
 class Traits(NamedTuple):
-    """What does not change between the steps of a group, found once."""
+    """What does not change between the steps of a group while its parameters are the same objects."""
 
-    num_params: int
+    params: list[Tensor]
+    """The parameters that it was found for."""
     is_plain: bool
     """All parameters are whole, real tensors, so that their local parts are themselves."""
-    numel: int
-    """Real numbers in all of its logical parameters."""
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """The parameters of one group that have a gradient, in the forms that a step needs."""
+    """The parameters of one group that train, in the forms that a step needs."""
 
     group: dict[str, Any]
-    traits: Traits
-    positions: list[int]
-    """Of its parameters, among all parameters of the optimizer."""
+    is_plain: bool
+    """As in Traits."""
+    indices: list[int]
+    """Where its parameters stand in the group."""
     params: list[Tensor]
     """As handed to the optimizer: DTensor, complex ..."""
     values: list[Tensor]
@@ -44,15 +45,16 @@ class Block:
     numel: int
     """Real numbers in the logical parameters."""
 
-    def draws(self, step: int) -> list[Draw]:
-        """What the noise of each parameter depends on at `step`."""
-        group, names = self.group, list[Any](self.positions)
-        if "param_names" in group:
-            known = {id(p): name for p, name in zip(group["params"], group["param_names"], strict=True)}
-            names = [known[id(p)] for p in self.params]
+    def draws(self, step: int, names: list[str]) -> list[Draw]:
+        """What the noise of each parameter depends on at `step`.
+
+        Args:
+          names: of all parameters of the group, from `noise_names`.
+        """
+        seed = self.group["seed"]
         return [
-            (NoiseKey(group["seed"], step, parameter_id(name)), layout(param))
-            for name, param in zip(names, self.params, strict=True)
+            (NoiseKey(seed, step, parameter_id(names[i])), layout(param))
+            for i, param in zip(self.indices, self.params, strict=True)
         ]
 
 
@@ -63,42 +65,65 @@ def gather(groups: list[dict[str, Any]], known: dict[int, Traits]) -> list[Block
       known: what earlier calls found out about the groups; kept by the caller, filled here.
     Raises: ConfigError for sparse gradients.
     """
-    blocks, first = [], 0
-    for i, group in enumerate(groups):
-        blocks.append(_block(group, _traits(i, group["params"], known), first))
-        first += len(group["params"])
-    return blocks
+    return [_block(group, _traits(i, group["params"], known)) for i, group in enumerate(groups)]
 
 
 def plain_grads(index: int, params: list[Tensor], known: dict[int, Traits]) -> list[Tensor] | None:
-    """The gradients of a group whose parameters are all whole and real and have a dense gradient; None for others."""
+    """The gradients of a group whose parameters are all whole and real and train densely; None for others."""
     if not params or not _traits(index, params, known).is_plain:
         return None
-    grads = [param.grad for param in params]
-    for grad in grads:
-        if grad is None or grad.layout is not torch.strided:
+    grads = []
+    for param in params:
+        grad = param.grad
+        if grad is None or grad.layout is not torch.strided or not param.requires_grad:
             return None
-    return grads  # type: ignore[return-value]
+        grads.append(grad)
+    return grads
+
+
+def noise_names(groups: list[dict[str, Any]], positions: dict[int, int] | None = None) -> list[list[str]]:
+    """What keys the noise of every parameter of every group, no two alike: its name, its position where it has none.
+
+    Two networks in one optimizer may both have a "weight"; the second is then another.
+
+    Args:
+      positions: where each parameter (by id) stands among all that are trained together; None: in this order.
+    """
+    seen: dict[str, int] = {}
+    names: list[list[str]] = []
+    for group in groups:
+        given, first = group.get("param_names", ()), sum(map(len, names))
+        found = []
+        for i, param in enumerate(group["params"]):
+            place = first + i if positions is None else positions[id(param)]
+            name = str(given[i]) if i < len(given) else str(place)
+            seen[name] = seen.get(name, 0) + 1
+            found.append(name if seen[name] == 1 else f"{name}\0{seen[name]}")
+        names.append(found)
+    return names
 
 
 def _traits(index: int, params: list[Tensor], known: dict[int, Traits]) -> Traits:
-    if index not in known or known[index].num_params != len(params):
+    found = known.get(index)
+    if found is None or len(found.params) != len(params) or not all(map(operator.is_, found.params, params)):
         is_plain = not any(isinstance(p, DTensor) or p.is_complex() for p in params)
-        known[index] = Traits(len(params), is_plain, sum(real_numel(p) for p in params))
-    return known[index]
+        found = known[index] = Traits(list(params), is_plain)
+    return found
 
 
-def _block(group: dict[str, Any], traits: Traits, first: int) -> Block:
-    kept = [i for i, param in enumerate(group["params"]) if _is_dense(param.grad)]
+def _block(group: dict[str, Any], traits: Traits) -> Block:
+    kept = [i for i, param in enumerate(group["params"]) if _trains_densely(param)]
     params = [group["params"][i] for i in kept]
     grads = [local_like(param.grad, param) for param in params]
     values = list(params) if traits.is_plain else [local(p.detach()) for p in params]
-    numel = traits.numel if len(params) == traits.num_params else sum(real_numel(param) for param in params)
-    return Block(group, traits, [first + i for i in kept], params, values, grads, numel)
+    numel = sum(real_numel(param) for param in params)
+    return Block(group, traits.is_plain, kept, params, values, grads, numel)
 
 
-def _is_dense(grad: Tensor | None) -> bool:
-    if grad is None:
+def _trains_densely(param: Tensor) -> bool:
+    grad = param.grad
+    # A parameter that was frozen may keep an old gradient.
+    if grad is None or not param.requires_grad:
         return False
     if grad.layout is not torch.strided:
         raise ConfigError(

@@ -15,7 +15,8 @@ from limbeck.errors import ConfigError
 from limbeck.optim.langevin import AGLD, ASG, ASGLD
 from limbeck.optim.perturb import Perturb
 from limbeck.optim.perturbed import NoisySGD
-from limbeck.optim.sgld import PSGLD, SGLD
+from limbeck.optim.psgld import PSGLD
+from limbeck.optim.sgld import SGLD
 
 OptimizerName = Literal[
     "adamw", "sgd", "asgld", "asg", "agld", "sgld", "psgld", "noisy_sgd", "perturb(adamw)", "perturb(sgd)"

@@ -16,8 +16,6 @@ FIRST_BLOCK, BLOCK = 4096, 65_536
 _NUMPY_TYPES = (torch.float32, torch.float64)
 MARGIN = 1e-3
 """Relative error that the quick sum may have; closer to the limit than this, the exact sum decides."""
-MEDIAN_STEP = 1.05
-"""Factor by which the running median moves towards a new value."""
 
 
 class Vector(NamedTuple):
@@ -40,8 +38,10 @@ def vector_norm(vectors: Sequence[Vector], limit: float, is_plain: bool) -> floa
     Args:
       is_plain: nothing is sharded.
     """
-    if vectors[0].tensors[0].device.type != "cpu":
+    if any(tensor.device.type != "cpu" for vector in vectors for tensor in vector.tensors):
         return _total(vectors, _device_squares(vectors)).sqrt()
+    if limit == math.inf:
+        return float(_total(vectors, _exact_squares(vectors)).sqrt().float())
     ceiling = (limit * (1 + MARGIN)) ** 2
     quick = _quick_sum(vectors, ceiling) if is_plain else float(_total(vectors, _quick_squares(vectors, ceiling)))
     if quick > ceiling:
@@ -102,16 +102,6 @@ def cross_product(params: list[Tensor], halves: list[Tensor]) -> Tensor:
         assert param.grad is not None
         products.append((first * (local_like(param.grad, param).double() - first)).sum())
     return 4 * sum_over_shards(params, torch.stack(products)).sum()
-
-
-def next_median(median: float | Tensor, value: float | Tensor) -> float | Tensor:
-    """The running median after one more value: a fixed factor towards it (0 stands for no value so far)."""
-    if isinstance(value, Tensor):
-        moved = median * MEDIAN_STEP ** (2.0 * (value > median) - 1)
-        return torch.where(torch.as_tensor(median, device=value.device) == 0, value, moved)
-    if median == 0:
-        return value
-    return median * (MEDIAN_STEP if value > median else 1 / MEDIAN_STEP)
 
 
 def exact_squares(tensors: list[Tensor]) -> Tensor:
@@ -177,7 +167,8 @@ def _exact_squares(vectors: Sequence[Vector]) -> Tensor:
 
 def _device_squares(vectors: Sequence[Vector]) -> Tensor:
     norms = [norm.float() * vector.scale for vector in vectors for norm in torch._foreach_norm(vector.tensors)]
-    return torch.stack(norms).square()
+    device = next((norm.device for norm in norms if norm.device.type != "cpu"), norms[0].device)
+    return torch.stack([norm.to(device) for norm in norms]).square()
 
 
 def _total(vectors: Sequence[Vector], squares: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class GrowingBatchSampler(Sampler[list[int]]):
     Args:
       size: samples in the dataset.
       growth: the batch sizes; `growth.iterations` and `growth.samples` count what was handed out.
-      steps: batches in one iteration over the sampler, counted from step 0; None: endless.
+      steps: batches in one iteration over the sampler; the sizes go on growing from one to the next. None: endless.
       seed: of the shuffling.
       rank, world_size: this rank takes every world_size-th entry of each batch, whose size is that of all
         ranks together (rounded up to a multiple of world_size).
@@ -137,23 +137,44 @@ class GrowingBatchSampler(Sampler[list[int]]):
         self.size, self.growth, self.steps, self.seed = size, growth, steps, seed
         self.rank, self.world_size = rank, world_size
         self._position = 0
+        self._done = self._resumed = self._first = 0
+
+    def __len__(self) -> int:
+        """Batches in one iteration.
+
+        Raises: TypeError when it is endless.
+        """
+        if self.steps is None:
+            raise TypeError("GrowingBatchSampler without steps is endless and has no length.")
+        return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        while self.steps is None or self.growth.iterations < self.steps:
+        # A sampler that was resumed in the middle of an iteration ends that one first.
+        self._done, self._resumed = self._resumed, 0
+        self._first = self.growth.iterations - self._done
+        while self.steps is None or self._done < self.steps:
             count = -(-self.growth.batch_size // self.world_size) * self.world_size
             batch = [self._entry(self._position + i) for i in range(self.rank, count, self.world_size)]
             self._position += count
+            self._done += 1
             self.growth.advance()
             yield batch
+        self._done = 0
 
     def state_dict(self, used: int | None = None) -> dict[str, Any]:
         """Where the sampler stands.
 
         Args:
-          used: batches used so far, when workers have fetched more; needs the mode linear.
+          used: batches used so far, in all iterations together, when workers have fetched more; needs the mode linear.
+        Raises: ConfigError for more batches than were handed out, and in the mode noise_scale.
         """
-        if used is None or used == self.growth.iterations:
-            return {"position": self._position, "growth": self.growth.state_dict()}
+        handed_out = self.growth.iterations
+        if used is None or used == handed_out:
+            return {"position": self._position, "done": self._done, "growth": self.growth.state_dict()}
+        if not self._first <= used < handed_out:
+            raise ConfigError(
+                f"GrowingBatchSampler: used={used}; this iteration handed out batches {self._first} to {handed_out}."
+            )
         if self.growth.mode != "linear":
             raise ConfigError(
                 "GrowingBatchSampler: with mode='noise_scale' the past sizes are not kept; use num_workers=0."
@@ -163,12 +184,14 @@ class GrowingBatchSampler(Sampler[list[int]]):
         for _ in range(used):
             position += -(-past.batch_size // self.world_size) * self.world_size
             past.advance()
-        return {"position": position, "growth": past.state_dict()}
+        return {"position": position, "done": used - self._first, "growth": past.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the world size may differ if it divides the same batches."""
         self._position = state["position"]
         self.growth.load_state_dict(state["growth"])
+        # Older states know of one iteration only, counted from the start.
+        self._done = self._resumed = state.get("done", self.growth.iterations)
 
     def _entry(self, position: int) -> int:
         epoch, index = divmod(position, self.size)

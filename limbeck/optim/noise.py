@@ -105,8 +105,8 @@ def add_noise_(
     Returns: the squared norm of std * noise.
     """
     total: Tensor | float = 0.0
-    for part, push, noise, bits in _segments(value, direction, key, layout, stochastic):
-        total = total + _square(noise, std)
+    for part, push, noise, bits in _rounded_segments(value, direction, key, layout, stochastic):
+        total = total + square_norm(noise, std)
         if bits is None and push is None:
             _add_scaled_(part, noise, std)
             continue
@@ -132,22 +132,56 @@ def round_stochastically(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Ten
     return torch.where(value.isfinite(), rounded, value).to(dtype)
 
 
-def _segments(
+def segments(tensors: list[Tensor], key: NoiseKey, layout: Layout) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Fresh noise for the local part of a parameter, chunk by chunk, beside the same windows of `tensors`.
+
+    Args:
+      tensors: of the parameter's local shape; the windows share their memory.
+    """
+    if not _is_flat(tensors, layout):
+        yield tensors, draw(key, layout, tensors[0].device)
+        return
+    for windows, chunk, length, low, high in _chunks(tensors, layout):
+        yield windows, gaussian_chunk(key, chunk, length, tensors[0].device)[low:high]
+
+
+def square_norm(noise: Tensor, std: float | Tensor) -> Tensor | float:
+    """||std * noise||^2."""
+    flat = noise.reshape(-1)
+    square = torch.dot(flat, flat)
+    if noise.device.type == "cpu" and not isinstance(std, Tensor):
+        return std * std * float(square)
+    return square * std * std
+
+
+def _rounded_segments(
     value: Tensor, direction: Tensor | None, key: NoiseKey, layout: Layout, stochastic: bool
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
+    """Windows of value and direction, their noise, and the bits of the stochastic rounding."""
+    tensors = [value] if direction is None else [value, direction]
     rounding = key._replace(stream=ROUNDING)
-    if not (value.is_contiguous() and layout.is_contiguous and (direction is None or direction.is_contiguous())):
+    if not _is_flat(tensors, layout):
         bits = layout.cut(_all_bits(rounding, layout, value.device)) if stochastic else None
         yield value, direction, draw(key, layout, value.device), bits
         return
-    flat, push = value.view(-1), None if direction is None else direction.view(-1)
-    start, stop = layout.span()
-    for chunk, length, low, high in _pieces(start, stop, layout.numel, value.device):
-        here = chunk * _chunk_elements(value.device) + low - start
-        window = slice(here, here + high - low)
+    for windows, chunk, length, low, high in _chunks(tensors, layout):
         noise = gaussian_chunk(key, chunk, length, value.device)[low:high]
         bits = _bits_chunk(rounding, chunk, length, value.device)[low:high] if stochastic else None
-        yield flat[window], None if push is None else push[window], noise, bits
+        yield windows[0], None if direction is None else windows[1], noise, bits
+
+
+def _is_flat(tensors: list[Tensor], layout: Layout) -> bool:
+    """Whether the local part is one run of the logical elements, in memory too."""
+    return layout.is_contiguous and all(tensor.is_contiguous() for tensor in tensors)
+
+
+def _chunks(tensors: list[Tensor], layout: Layout) -> Iterator[tuple[list[Tensor], int, int, int, int]]:
+    """Windows of the tensors, the chunk that each lies in, its length, and where in it the window lies."""
+    flat, device = [tensor.view(-1) for tensor in tensors], tensors[0].device
+    start, stop = layout.span()
+    for chunk, length, low, high in _pieces(start, stop, layout.numel, device):
+        here = chunk * _chunk_elements(device) + low - start
+        yield [tensor[here : here + high - low] for tensor in flat], chunk, length, low, high
 
 
 def _pieces(start: int, stop: int, numel: int, device: torch.device) -> Iterator[tuple[int, int, int, int]]:
@@ -200,11 +234,3 @@ def _add_scaled_(target: Tensor, change: Tensor, scale: float | Tensor) -> None:
         target.add_(change * scale)
     else:
         target.add_(change, alpha=scale)
-
-
-def _square(noise: Tensor, std: float | Tensor) -> Tensor | float:
-    flat = noise.reshape(-1)
-    square = torch.dot(flat, flat)
-    if noise.device.type == "cpu" and not isinstance(std, Tensor):
-        return std * std * float(square)
-    return square * std * std

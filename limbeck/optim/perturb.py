@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
-from limbeck.optim.injection import NoisyOptimizer, with_plain_counters
-from limbeck.optim.settings import Gate, LowPrecision, Mode, NoiseScale, NoiseShape, chosen
+from limbeck.optim.gated import GatedOptimizer
+from limbeck.optim.noisy import NoisyOptimizer, checked_seed, complete, keep_float32, with_plain_counters
+from limbeck.optim.seed import agreed_seed
+from limbeck.optim.settings import NOISE_DEFAULTS, Gate, LowPrecision, Mode, NoiseScale, NoiseShape, Threshold
 
 Groups = list[dict[str, Any]]
 
 
-class Perturb(NoisyOptimizer):
-    """Let `optimizer` take its step, then add the noise that ASGLD would add:  x <- optimizer(x) + r phi_t
-    zeta_t.
+class Perturb(GatedOptimizer):
+    """Let `optimizer` take its step, then add the noise that ASGLD would add:  x <- optimizer(x) + r phi_t zeta_t.
 
-    The noise never enters the optimizer's own state. Groups, state and defaults are the optimizer's; the
-    settings below are added to its groups, where schedulers and checkpoints find them.
+    The noise never enters the optimizer's own state. Groups, state and defaults are the optimizer's; the settings below
+    are added to its groups, where schedulers and checkpoints find them.
 
     Args:
-      optimizer: any torch optimizer whose parameters keep their `.grad` through its step (AdamW, Muon, SGD
-        ...).
+      optimizer: any torch optimizer without noise of its own, whose parameters keep their `.grad` through its step
+        (AdamW, Muon, SGD ...).
       The rest: as in ASGLD. There is no step boost: the optimizer's own steps are left alone.
-    Raises: ConfigError for settings that cannot work.
+    Raises: ConfigError for settings that cannot work; the optimizer is then as it was.
     """
 
     optimizer: Optimizer
@@ -36,7 +37,7 @@ class Perturb(NoisyOptimizer):
         self,
         optimizer: Optimizer,
         *,
-        grad_threshold: float | Literal["auto"] | None = None,
+        grad_threshold: Threshold = None,
         noise_radius: float | None = None,
         escape_steps: int | None = None,
         mode: Mode = "gated",
@@ -47,17 +48,44 @@ class Perturb(NoisyOptimizer):
         anneal_power: float = 0.55,
         noise_steps: int | None = None,
         low_precision: LowPrecision = "stochastic",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
-        settings = chosen(locals())
+        if isinstance(optimizer, NoisyOptimizer):
+            raise ConfigError(
+                f"Perturb: {type(optimizer).__name__} adds noise of its own; give the settings to it, or wrap a plain "
+                "optimizer."
+            )
         if low_precision == "master":
             raise ConfigError(
                 "Perturb: low_precision='master' is not possible, the optimizer steps the parameters themselves."
             )
-        # Optimizer.__init__ would make groups of its own; __setstate__ sets up hooks and profiling alone.
+        drawn = checked_seed("Perturb", seed)
+        settings = {
+            **NOISE_DEFAULTS,
+            "grad_threshold": grad_threshold,
+            "noise_radius": noise_radius,
+            "escape_steps": escape_steps,
+            "mode": mode,
+            "gate": gate,
+            "gate_beta": gate_beta,
+            "noise": noise,
+            "noise_scale": noise_scale,
+            "anneal_power": anneal_power,
+            "noise_steps": noise_steps,
+            "low_precision": low_precision,
+            "seed": agreed_seed(optimizer.param_groups) if drawn is None else drawn,
+        }
+        # Optimizer.__init__ would make groups of its own; torch's __setstate__ sets up hooks and profiling alone.
         Optimizer.__setstate__(self, {"optimizer": optimizer, "settings": settings})
-        for group in self.param_groups:
-            self._add_settings(group)
+        before = [dict(group) for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                self._prepare_group(group)
+        except ConfigError:
+            for group, kept in zip(self.param_groups, before, strict=True):
+                group.clear()
+                group.update(kept)
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,38 +102,89 @@ class Perturb(NoisyOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the optimizer; settings that it does not name are those given to `Perturb`."""
+        before = len(self.param_groups)
         self.optimizer.add_param_group(param_group)
-        self._add_settings(self.param_groups[-1])
+        try:
+            self._prepare_group(self.param_groups[-1])
+        except Exception:
+            del self.param_groups[before:]
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The optimizer's."""
+        self._half = None
+        self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, whose groups hold the settings and counters of the noise too."""
-        return with_plain_counters(self.optimizer.state_dict())
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = with_plain_counters(self.optimizer.state_dict())
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of `Perturb`, or one of the bare optimizer: the noise then starts at its step 0."""
+        """Load a state of `Perturb`, or one of the bare optimizer: the noise then starts at its step 0.
+
+        Settings that the state lacks stay as they are, group by group.
+
+        Raises: ConfigError for settings in it that cannot work; the optimizer is then as it was.
+        """
+        state_dict = dict(state_dict)
+        for before_load in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before_load(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups, state = self.param_groups, self.state
         self.optimizer.load_state_dict(state_dict)
-        for group in self.param_groups:
-            self._add_settings(group)
+        try:
+            for group, before in zip(self.param_groups, groups, strict=True):
+                complete(group, self._counters, before)
+                self._check_group(group)
+        except ConfigError:
+            self.param_groups, self.state = groups, state
+            raise
+        keep_float32(self, state_dict)
+        for after_load in self._optimizer_load_state_dict_post_hooks.values():
+            after_load(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "settings": self.settings}
+        kept = {name: self.__dict__[name] for name in self._transient if name in self.__dict__}
+        return {"optimizer": self.optimizer, "settings": self.settings, **kept}
 
-    def _add_settings(self, group: dict[str, Any]) -> None:
-        for name, value in self.settings.items():
-            group.setdefault(name, value)
-        self._prepare_group(group)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Optimizer.__setstate__(self, state)
+        for group in self.param_groups:
+            complete(group, self._counters, self.settings)
+
+    def _prepare_group(self, group: dict[str, Any]) -> None:
+        complete(group, (), self.settings)
+        super()._prepare_group(group)
 
     @property
-    def param_groups(self) -> Groups:  # type: ignore[override]
+    def param_groups(self) -> Groups:
         """The optimizer's."""
         return self.optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: Groups) -> None:
+        self.optimizer.param_groups = groups
+
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The optimizer's."""
         return self.optimizer.state
 
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The optimizer's."""
         return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults

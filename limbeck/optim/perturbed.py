@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -11,28 +10,28 @@ from torch import Tensor
 
 from limbeck.errors import ConfigError
 from limbeck.optim.langevin import Langevin, count
-from limbeck.optim.settings import LowPrecision, NoiseScale, chosen
+from limbeck.optim.settings import LowPrecision, NoiseScale, NoiseShape
 from limbeck.optim.sharding import local
 from limbeck.optim.theory import from_constants
 
 
 class PerturbedGD(Langevin):
-    """Perturbed gradient descent: where ||g|| <= g_thres and no kick was given for t_thres steps, add a
-    uniform ball's noise.
+    """Perturbed gradient descent: where ||g|| <= g_thres, at most once in t_thres steps, add a uniform ball's noise.
 
-    When t_thres steps after a kick the loss has dropped by less than f_thres, the parameters from before the
-    kick come back, `converged` turns true, and later steps do nothing.
+    When t_thres steps after a kick the loss has dropped by less than f_thres, the parameters from before the kick come
+    back, `converged` turns true, and later steps do nothing.
 
     Args:
-      params, lr, momentum, seed, maximize, foreach, low_precision: as in ASGLD; the gradients are full
-        gradients.
+      params, lr, momentum, seed, maximize, foreach, low_precision: as in ASGLD; the gradients are full gradients.
       grad_threshold: g_thres.
       noise_radius: radius of the ball.
       escape_steps: t_thres.
       loss_drop: f_thres. The test needs the loss, so it is made only by `step(closure)`; None turns it off.
-    Source: Jin, Ge, Netrapalli, Kakade, Jordan 2017, arXiv:1703.00887. Differs: the step that kicks uses the
-      gradient from before the kick, where theirs takes a second gradient.
+    Source: Jin, Ge, Netrapalli, Kakade, Jordan 2017, arXiv:1703.00887. Differs: the step that kicks uses the gradient
+      from before the kick, where theirs takes a second gradient.
     """
+
+    _counters = (*Langevin._counters, "kick_loss", "converged")
 
     def __init__(
         self,
@@ -45,12 +44,24 @@ class PerturbedGD(Langevin):
         loss_drop: float | None = None,
         momentum: float = 0.0,
         low_precision: LowPrecision = "stochastic",
-        seed: int = 0,
+        seed: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = chosen(locals())
-        super().__init__(params, {**settings, "noise": "ball", "kick_loss": math.inf, "converged": False})
+        settings = {
+            "lr": lr,
+            "grad_threshold": grad_threshold,
+            "noise_radius": noise_radius,
+            "escape_steps": escape_steps,
+            "loss_drop": loss_drop,
+            "momentum": momentum,
+            "low_precision": low_precision,
+            "seed": seed,
+            "maximize": maximize,
+            "foreach": foreach,
+            "noise": "ball",
+        }
+        super().__init__(params, settings)
 
     @classmethod
     def from_constants(
@@ -111,15 +122,16 @@ class PerturbedGD(Langevin):
 
     def _restore(self) -> None:
         for param in self._all_params():
-            local(param.detach()).copy_(local(self.state[param]["before_kick"]))
+            # A parameter that joined after the kick has nothing to go back to.
+            local(param.detach()).copy_(local(self.state[param].get("before_kick", param.detach())))
         for group in self.param_groups:
             group["converged"] = True
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _prepare_group(self, group: dict[str, Any]) -> None:
-        super()._prepare_group(group)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         first = self.param_groups[0]
         for field in ("grad_threshold", "escape_steps", "loss_drop", "maximize"):
             if group[field] != first[field]:
@@ -138,6 +150,8 @@ class PerturbedSGD(Langevin):
     Source: Jin, Netrapalli, Ge, Kakade, Jordan 2019, arXiv:1902.04811, from memory of it.
     """
 
+    _shape: NoiseShape = "gaussian"
+
     def __init__(
         self,
         params: Any,
@@ -149,12 +163,25 @@ class PerturbedSGD(Langevin):
         weight_decay: float = 0.0,
         noise_steps: int | None = None,
         low_precision: LowPrecision = "stochastic",
-        seed: int = 0,
+        seed: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = chosen(locals())
-        super().__init__(params, {**settings, "mode": "constant"})
+        settings = {
+            "lr": lr,
+            "noise_radius": noise_radius,
+            "noise_scale": noise_scale,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "noise_steps": noise_steps,
+            "low_precision": low_precision,
+            "seed": seed,
+            "maximize": maximize,
+            "foreach": foreach,
+            "mode": "constant",
+            "noise": self._shape,
+        }
+        super().__init__(params, settings)
 
     def _radius(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * float(group["noise_radius"])
@@ -167,9 +194,7 @@ class NoisySGD(PerturbedSGD):
     Source: Ge, Huang, Jin, Yuan 2015, arXiv:1503.02101, from memory of it.
     """
 
+    _shape = "sphere"
+
     def __init__(self, params: Any, lr: float, *, noise_radius: float = 1.0, **settings: Any) -> None:
         super().__init__(params, lr, noise_radius=noise_radius, **settings)
-
-    def _prepare_group(self, group: dict[str, Any]) -> None:
-        group["noise"] = "sphere"
-        super()._prepare_group(group)

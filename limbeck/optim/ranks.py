@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from limbeck.errors import ConfigError
+
 
 class RankSquares:
     """The cross gate from data-parallel ranks instead of half-batches, with DistributedDataParallel.
@@ -16,8 +18,7 @@ class RankSquares:
         ddp_model.register_comm_hook(ranks, RankSquares.hook)
         loss.backward();  optimizer.observe(ranks.estimate(ddp_model.parameters()));  optimizer.step()
 
-    With K ranks,  (K ||mean g||^2 - mean ||g_k||^2) / (K - 1)  is the average of <g_j, g_k> over pairs of
-    ranks.
+    With K ranks,  (K ||mean g||^2 - mean ||g_k||^2) / (K - 1)  is the average of <g_j, g_k> over pairs of ranks.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -30,8 +31,21 @@ class RankSquares:
         return allreduce_hook(self.process_group or dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
     def estimate(self, params: Any) -> Tensor:
-        """The estimate of ||grad f||^2 for `optimizer.observe`, the same on every rank; forgets the noted norms."""
+        """The estimate of ||grad f||^2 for `optimizer.observe`, the same on every rank; forgets the noted norms.
+
+        Raises: ConfigError with fewer than two ranks, and where no gradients were noted since the last call.
+        """
         ranks = dist.get_world_size(self.process_group)
+        if ranks < 2:
+            raise ConfigError(
+                "RankSquares: compares the gradients of ranks and needs two at least; this job has one. Use "
+                "observe_half() after each of two half-batches, or gate='norm'."
+            )
+        if not self._local:
+            raise ConfigError(
+                "RankSquares: no gradients were noted since the last estimate. Register it on the "
+                "DistributedDataParallel model, register_comm_hook(ranks, RankSquares.hook), and call backward()."
+            )
         squares = torch.stack(self._local).sum()
         self._local = []
         dist.all_reduce(squares, group=self.process_group)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from limbeck.errors import ConfigError
 
@@ -66,17 +67,47 @@ def local_like(grad: Tensor, param: Tensor) -> Tensor:
 def layout(param: Tensor) -> Layout:
     """Where the local part of `param` lies.
 
-    Raises: ConfigError for placements that are neither Shard nor Replicate.
+    Raises: ConfigError for placements whose local part is no box of the logical tensor.
     """
     pair = (2,) if param.is_complex() else ()
     shape = (*param.shape, *pair)
     if not isinstance(param, DTensor):
         return Layout(shape, shape, (0,) * len(shape))
-    for placement in param.placements:
-        if not placement.is_replicate() and type(placement) is not Shard:
-            raise ConfigError(f"a parameter placed as {placement} cannot get noise; use Shard or Replicate placements.")
-    local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if any(isinstance(placement, _StridedShard) for placement in param.placements):
+        local_shape, offset = _strided_box(param)
+    else:
+        for placement in param.placements:
+            if not placement.is_replicate() and type(placement) is not Shard:
+                raise _unknown(param)
+        local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
     return Layout(shape, (*local_shape, *pair), (*offset, *(0 for _ in pair)))
+
+
+def _strided_box(param: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The local part of a parameter that FSDP2 sharded after tensor parallelism did: plain shards are cut first."""
+    shape, offset = list(param.shape), [0] * param.ndim
+    coordinate = param.device_mesh.get_coordinate()
+    strided = [i for i, placement in enumerate(param.placements) if isinstance(placement, _StridedShard)]
+    plain = [i for i, placement in enumerate(param.placements) if isinstance(placement, Shard)]
+    if coordinate is None or len(strided) + len(plain) + sum(p.is_replicate() for p in param.placements) != len(
+        param.placements
+    ):
+        raise _unknown(param)
+    for i in (*plain, *reversed(strided)):
+        dim = param.placements[i].dim  # type: ignore[attr-defined]
+        chunk = -(-shape[dim] // param.device_mesh.size(i))
+        start = min(chunk * coordinate[i], shape[dim])
+        offset[dim], shape[dim] = offset[dim] + start, min(chunk, shape[dim] - start)
+    if tuple(shape) != tuple(param.to_local().shape):
+        raise _unknown(param)
+    return tuple(shape), tuple(offset)
+
+
+def _unknown(param: DTensor) -> ConfigError:
+    return ConfigError(
+        f"a parameter of shape {tuple(param.shape)} placed as {param.placements} cannot get noise; use Shard and "
+        "Replicate placements, or FSDP2 over tensor parallelism."
+    )
 
 
 def sum_over_shards(params: list[Tensor], values: Tensor) -> Tensor:
@@ -99,4 +130,8 @@ def sum_over_shards(params: list[Tensor], values: Tensor) -> Tensor:
 
 
 def _sharded(param: DTensor) -> list[int]:
-    return [i for i, placement in enumerate(param.placements) if placement.is_shard()]
+    return [i for i, placement in enumerate(param.placements) if _is_split(placement)]
+
+
+def _is_split(placement: Placement) -> bool:
+    return isinstance(placement, Shard | _StridedShard)

@@ -13,20 +13,29 @@ from limbeck.optim.noise import draw, uniform
 from limbeck.optim.sharding import sum_over_shards
 
 
-def unit_stds(domain: list[Block], noise_scale: str) -> dict[int, list[float | Tensor]]:
-    """A coordinate's standard deviation at radius 1, for every parameter of every block (by id)."""
+def unit_stds(blocks: list[Block], domain: list[Block], noise_scale: str) -> dict[int, list[float | Tensor]]:
+    """A coordinate's standard deviation at radius 1, for every parameter of every block (by id).
+
+    Args:
+      domain: the blocks that share the energy; those of other ranks too, where ranks hold different parameters.
+    """
     if noise_scale == "coordinate":
-        return {id(block): [1.0] * len(block.params) for block in domain}
+        return {id(block): [1.0] * len(block.params) for block in blocks}
     if noise_scale == "energy":
-        std = 1 / math.sqrt(sum(block.numel for block in domain))
-        return {id(block): [std] * len(block.params) for block in domain}
-    params = [p for block in domain for p in block.params]
-    squares = sum_over_shards(params, exact_squares([v for block in domain for v in block.values]))
-    if squares.device.type == "cpu" and not squares.any():
-        return unit_stds(domain, "energy")
-    sizes = torch.tensor([real_numel(p) for p in params], device=squares.device)
-    stds = iter((squares / squares.sum() / sizes).sqrt().float())
-    return {id(block): [plain(next(stds)) for _ in block.params] for block in domain}
+        std = 1 / math.sqrt(max(1, sum(block.numel for block in domain)))
+        return {id(block): [std] * len(block.params) for block in blocks}
+    total = _squares(domain).sum()
+    if total.device.type == "cpu" and not total:
+        return unit_stds(blocks, domain, "energy")
+    sizes = torch.tensor([real_numel(p) for block in blocks for p in block.params], device=total.device)
+    stds = iter((_squares(blocks) / total / sizes.clamp(min=1)).sqrt().float())
+    return {id(block): [plain(next(stds)) for _ in block.params] for block in blocks}
+
+
+def _squares(blocks: list[Block]) -> Tensor:
+    """[P] the squared norm of every parameter."""
+    params = [p for block in blocks for p in block.params]
+    return sum_over_shards(params, exact_squares([value for block in blocks for value in block.values]))
 
 
 def shape_factor(
@@ -43,6 +52,8 @@ def shape_factor(
             squares.append(square * stds[id(block)][j] ** 2)
     # float32 hides the order in which shards were added up.
     norm = sum_over_shards(params, torch.stack(squares)).sum().sqrt().float()
+    if not any(block.numel for block in domain):
+        return 1.0
     if noise == "sphere":
         return 1.0 / plain(norm)
     first, _ = draws[id(domain[0])][0]

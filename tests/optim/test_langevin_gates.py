@@ -96,6 +96,8 @@ def test_the_scale_of_a_grad_scaler_is_taken_out():
     for gradient in ([4.0, 0.0, 0.0], [8.0, 0.0, 0.0]):
         p.grad = torch.tensor(gradient) * 1024 / 2 + (0 if p.grad is None else p.grad)
         optimizer.observe_half(scale=1024.0)
+    p.grad /= 1024.0
+    optimizer.step()
     assert optimizer.param_groups[0]["gate_mean"] == pytest.approx(32.0)
 
 

@@ -1,8 +1,7 @@
 """The gate and the noise, for any optimizer: the common part of the Langevin family and of `Perturb`.
 
-A step of it is: the descent (the subclass's own), then `_measure` (how stationary), `_decide` (how much noise
-a group gets, and whether the gate fired), `_add_noise`. Every hyperparameter and counter lies in
-`param_groups` as a plain number, so that checkpoints of any kind carry them and schedulers can reach them.
+A step of it is: the descent (the subclass's own), then `_decide` (how stationary, did the gate fire, how much noise a
+group gets), `_add_noise`.
 """
 
 from __future__ import annotations
@@ -15,39 +14,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
-from limbeck.optim import gates
-from limbeck.optim.block import Block, Traits, gather, plain_grads
+from limbeck.optim import gates, rule
+from limbeck.optim.block import Block, Draw, gather, noise_names, plain_grads
 from limbeck.optim.noise import add_noise_
-from limbeck.optim.settings import AUTO_FRACTION, COUNTERS, LOW_PRECISION, NOISE_DEFAULTS, WHOLE, check_group
-from limbeck.optim.settings import Gate as Gate
-from limbeck.optim.settings import NoiseScale as NoiseScale
+from limbeck.optim.noisy import NoisyOptimizer
+from limbeck.optim.settings import LOW_PRECISION, check_gate
 from limbeck.optim.sharding import local, sum_over_shards
 from limbeck.optim.spread import plain, shape_factor, unit_stds
 from limbeck.optim.theory import escape_window
 
+Half = list[tuple[Tensor, Tensor]]
+"""Parameters, and their gradients after the first half-batch."""
 
-class NoisyOptimizer(Optimizer):
+
+class GatedOptimizer(NoisyOptimizer):
     """An optimizer with a gate and noise; a subclass writes `step` out of the parts below."""
 
-    _needs_radius = True
-    """Whether modes without a gate need `noise_radius`; False where the subclass has its own measure of noise."""
-    _half: list[Tensor] | None = None
-    _observed = False
+    _counters: tuple[str, ...] = (
+        "noise_step",
+        "last_fire",
+        "fires",
+        "gate_weight",
+        "gate_mean",
+        "gate_square",
+        "gate_median",
+        "gate_median_steps",
+    )
+    _transient = ("_half", "_pending")
+    _half: Half | None = None
+    _pending: float | Tensor | None = None
+    """The estimate that `observe` was told since the last step."""
     _statistic: float | Tensor = math.inf
-    _noise_square: float | Tensor = 0.0
     _warned = False
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; it starts at the step that the others have reached.
-
-        Raises: ConfigError for hyperparameters that cannot work, or that must agree with the other groups'
-          and do not.
-        """
-        super().add_param_group(param_group)
-        self._prepare_group(self.param_groups[-1])
+    _told_no_scale = False
 
     def stats(self) -> dict[str, Tensor]:
         """What the last step measured and did; reading it is up to the caller, nothing is synchronised here.
@@ -69,51 +70,51 @@ class NoisyOptimizer(Optimizer):
         }
 
     def observe(self, square: float | Tensor) -> None:
-        """Tell the gates cross and snr an unbiased estimate of ||grad f||^2, once before each step."""
+        """Tell the gates cross and snr an unbiased estimate of ||grad f||^2, once before each step.
+
+        It counts in that step; one that is never taken, because GradScaler skipped it, leaves no trace.
+        """
         value = torch.as_tensor(square, dtype=torch.float64)
-        estimate: float | Tensor = value if value.device.type != "cpu" else float(value)
-        first = self.param_groups[0]
-        beta = first["gate_beta"]
-        averages = {
-            "gate_weight": beta * first["gate_weight"] + (1 - beta),
-            "gate_mean": beta * first["gate_mean"] + (1 - beta) * estimate,
-            "gate_square": beta * first["gate_square"] + (1 - beta) * estimate**2,
-        }
-        for group in self.param_groups:
-            group.update(averages)
-        self._observed = True
+        self._pending = value if value.device.type != "cpu" else float(value)
 
     @torch.no_grad()
     def observe_half(self, scale: float = 1.0) -> None:
         """Call after the backward pass of the first half-batch, and again after that of the second; clip then.
 
-        The halves' losses are each divided by 2, as gradient accumulation does.
+        The halves' losses are each divided by 2, as gradient accumulation does. `zero_grad` forgets a first half whose
+        second never came.
 
         Args:
           scale: GradScaler's scale while the gradients are still multiplied by it.
+        Raises: ConfigError when the halves gave gradients to different parameters.
         """
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.requires_grad]
         if self._half is None:
-            self._half = [p.grad.detach().clone() for p in params]
+            self._half = [(p, p.grad.detach().clone()) for p in params]
             return
-        if len(params) != len(self._half):
+        half, self._half = self._half, None
+        if len(half) != len(params) or any(a is not b for (a, _), b in zip(half, params, strict=True)):
             raise ConfigError(
                 "observe_half: the two half-batches gave gradients to different parameters; use gate='norm'."
             )
-        self.observe(gates.cross_product(params, self._half) / scale**2)
+        self.observe(gates.cross_product(params, [first for _, first in half]) / scale**2)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; a first half-batch that was observed is forgotten with its gradients."""
         self._half = None
+        super().zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, with every counter as a plain number."""
-        return with_plain_counters(super().state_dict())
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        name = type(self).__name__
+        check_gate(name, group, needs_radius=True)
+        if self._owner is not None and group["gate"] != "norm":
+            raise ConfigError(
+                f"{name}: gate={group['gate']!r} keeps averages of all gradients, of which ZeroRedundancyOptimizer "
+                "hands each rank a part; use gate='norm', or shard with FSDP2."
+            )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in COUNTERS.items():
-                group.setdefault(name, value)
-
-    def _radius(self, group: dict[str, Any]) -> float:
+    def _radius(self, group: dict[str, Any]) -> Any:
         """r of this step, before the gate; a coordinate's standard deviation when noise_scale is "coordinate"."""
         if group["noise_radius"] is not None:
             return float(group["noise_radius"])
@@ -126,43 +127,52 @@ class NoisyOptimizer(Optimizer):
             beta, states = block.group["gate_beta"], [self.state[p] for p in block.params]
             for state, param in zip(states, block.params, strict=True):
                 if "gradient_ema" not in state:
-                    state["gradient_ema"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                    # float32, or a small share of a new gradient would vanish in a low-precision average.
+                    dtype = torch.float32 if param.dtype in LOW_PRECISION else None
+                    state["gradient_ema"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
                     state["gradient_ema_steps"] = 0
                 state["gradient_ema_steps"] += 1
             averages = [local(state["gradient_ema"]) for state in states]
-            torch._foreach_lerp_(averages, block.grads, 1 - beta)
+            grads = [grad.to(average.dtype) for grad, average in zip(block.grads, averages, strict=True)]
+            if averages:
+                torch._foreach_lerp_(averages, grads, 1 - beta)
             vectors += [
                 gates.Vector([param], [average], 1 / (1 - beta ** state["gradient_ema_steps"]))
                 for param, average, state in zip(block.params, averages, states, strict=True)
             ]
         return vectors
 
-    def _gather(self) -> list[Block]:
-        return gather(self.param_groups, self._known_traits())
-
-    def _known_traits(self) -> dict[int, Traits]:
-        # Not an attribute from __init__, because deepcopy and unpickling do not call it.
-        return self.__dict__.setdefault("_traits", {})
+    def _domain(self, blocks: list[Block]) -> list[Block]:
+        """The blocks that the gate and the noise's energy speak of: those of all ranks that share this optimizer."""
+        owner = self._owner_of_all()
+        if owner is None:
+            return blocks
+        groups = [
+            {**mine, "params": all_ranks["params"]}
+            for mine, all_ranks in zip(self.param_groups, owner.param_groups, strict=True)
+        ]
+        return gather(groups, self.__dict__.setdefault("_owner_traits", {}))
 
     def _boost(self, group: dict[str, Any]) -> float | Tensor:
         """psi of the coming step."""
-        boost = group["step_boost"]
-        if boost == 1.0:
+        if group["step_boost"] == 1.0:
             return 1.0
-        since = group["noise_step"] - group["last_fire"]
-        boosted = (since > 0) & (since <= group["boost_steps"])
-        if isinstance(boosted, Tensor):
-            return torch.where(boosted, boost, 1.0)
-        return float(boost) if boosted else 1.0
+        return rule.psi(group["noise_step"] - group["last_fire"], group["step_boost"], group["boost_steps"])
 
     def _decide(self, blocks: list[Block]) -> list[float | Tensor]:
         """Measure, fire, count the step; the noise radius r * phi of each block comes back."""
-        numel = sum(block.numel for block in blocks if not self._is_quiet(block.group))
-        numel = numel or sum(block.numel for block in blocks)
-        asking = [block for block in blocks if block.params and self._asks(block.group, numel)]
-        self._statistic = self._measure(blocks, asking) if asking else math.inf
-        self._observed = False
-        amounts = [self._amount(block.group, block in asking, numel) for block in blocks]
+        if self._is_frozen():
+            return [0.0] * len(blocks)
+        if self._half is not None:
+            self._half = None
+            raise ConfigError("observe_half was called after one half-batch only; call it after each of the two.")
+        domain = self._domain(blocks)
+        numel = sum(block.numel for block in domain if not self._is_quiet(block.group))
+        numel = numel or sum(block.numel for block in domain)
+        was_told = self._fold_observation()
+        asking = [self._asks(block.group, numel) for block in blocks]
+        self._statistic = self._measure(domain, asking, was_told) if any(asking) else math.inf
+        amounts = [self._amount(block.group, asks, numel) for block, asks in zip(blocks, asking, strict=True)]
         for block in blocks:
             block.group["noise_step"] += 1
         return amounts
@@ -172,10 +182,16 @@ class NoisyOptimizer(Optimizer):
 
         Returns: None if the gate may open, or asks for more than this rank's whole, dense gradients.
         """
+        if self._owner is not None:
+            return None
         limit = 0.0
         for group in self.param_groups:
             threshold = group["grad_threshold"]
-            if group["gate"] != "norm" or group["mode"] not in ("gated", "smooth") or not isinstance(threshold, float):
+            if group["gate"] != "norm" or group["mode"] not in ("gated", "smooth") or group["lr"] == 0:
+                return None
+            if threshold == "auto" and not rule.auto_weight(group["noise_step"]):
+                threshold = self._threshold(group)
+            if not isinstance(threshold, float | int):
                 return None
             limit = max(limit, threshold)
         known, grads = self._known_traits(), []
@@ -192,55 +208,81 @@ class NoisyOptimizer(Optimizer):
         return grads
 
     def _amount(self, group: dict[str, Any], asks: bool, numel: int) -> float | Tensor:
-        step = group["noise_step"]
-        if group["mode"] in ("annealed", "constant"):
-            fade = 1.0 if group["mode"] == "constant" else (1 + step) ** (-group["anneal_power"] / 2)
+        """r * phi of one group; the counters of its fires move."""
+        step, mode = group["noise_step"], group["mode"]
+        if mode in ("annealed", "constant"):
+            fade = 1.0 if mode == "constant" else rule.phi_annealed(step, group["anneal_power"])
             return self._radius(group) * fade if self._is_on(group) else 0.0
         if not asks:
             return 0.0
-        threshold = self._threshold(group)
+        threshold, wait = self._threshold(group), self._escape_steps(group, numel)
         if isinstance(self._statistic, float) and not self._statistic <= threshold:
             return 0.0
-        fired = (self._statistic <= threshold) & (step - group["last_fire"] > self._escape_steps(group, numel))
+        fired = rule.fires(self._statistic, threshold, step - group["last_fire"], wait)
         group["last_fire"] = group["last_fire"] + fired * (step - group["last_fire"])
         group["fires"] = group["fires"] + fired * 1
         if self._is_quiet(group):
             return 0.0
-        return self._radius(group) * (fired * 1.0 if group["mode"] == "gated" else _smooth(self._statistic, threshold))
+        phi = rule.phi_gated(fired) if mode == "gated" else rule.phi_smooth(self._statistic, threshold)
+        radius = self._radius(group)
+        self._warn_without_scale(radius, phi)
+        return radius * phi
 
     def _asks(self, group: dict[str, Any], numel: int) -> bool:
         """Whether the group wants to know S at this step."""
-        if group["mode"] not in ("gated", "smooth") or not self._is_on(group):
+        if group["mode"] not in ("gated", "smooth") or not self._is_on(group) or not numel:
             return False
         if self._is_quiet(group) and group["step_boost"] == 1.0:
             return False
-        if group["mode"] == "smooth" or group["grad_threshold"] == "auto" or group["gate"] == "ema":
-            # Running values must see every step.
+        if group["mode"] == "smooth" or group["gate"] == "ema":
+            # The noise, or the average, needs every step.
+            return True
+        if group["grad_threshold"] == "auto" and rule.auto_weight(group["noise_step"]):
             return True
         since = group["noise_step"] - group["last_fire"]
         return isinstance(since, Tensor) or since > self._escape_steps(group, numel)
 
-    def _measure(self, blocks: list[Block], asking: list[Block]) -> float | Tensor:
+    def _measure(self, domain: list[Block], asking: list[bool], was_told: bool) -> float | Tensor:
         first = self.param_groups[0]
+        groups = [group for group, asks in zip(self.param_groups, asking, strict=True) if asks]
+        weight = rule.auto_weight(first["noise_step"]) if "auto" in [g["grad_threshold"] for g in groups] else 0
         if first["gate"] in ("cross", "snr"):
-            return self._observation(first)
-        automatic = "auto" in [block.group["grad_threshold"] for block in asking]
-        limit = math.inf if automatic else max([self._threshold(block.group) for block in asking])
-        blocks = [block for block in blocks if block.params]
-        is_plain = all(block.traits.is_plain for block in blocks)
-        if first["gate"] == "norm":
-            vectors = [gates.Vector(block.params, block.grads) for block in blocks]
+            statistic = self._observation(first, was_told)
         else:
-            vectors = self._averages(blocks)
-        statistic = gates.vector_norm(vectors, limit, is_plain)
-        if automatic:
-            median = gates.next_median(first["gate_median"], statistic)
+            limits = [self._threshold(group) for group in groups]
+            limit = math.inf if weight or not self._on_host() else max(limits)
+            blocks = [block for block in domain if block.params]
+            if first["gate"] == "norm":
+                vectors = [gates.Vector(block.params, block.grads) for block in blocks]
+            else:
+                vectors = self._averages(blocks)
+            statistic = gates.vector_norm(vectors, limit, all(block.is_plain for block in blocks))
+        if weight:
+            median, steps = rule.next_median(first["gate_median"], first["gate_median_steps"], statistic, weight)
             for group in self.param_groups:
-                group["gate_median"] = median
+                group["gate_median"], group["gate_median_steps"] = median, steps
         return statistic
 
-    def _observation(self, first: dict[str, Any]) -> float | Tensor:
-        if not self._observed:
+    def _fold_observation(self) -> bool:
+        """Let the estimate that `observe` was told enter the averages of cross and snr, unless it is not finite.
+
+        Returns: whether there was one.
+        """
+        value, self._pending = self._pending, None
+        if value is None or (not isinstance(value, Tensor) and not math.isfinite(value)):
+            return value is not None
+        first = self.param_groups[0]
+        beta = first["gate_beta"]
+        new = {"gate_weight": 1.0, "gate_mean": value, "gate_square": value**2}
+        averages = {name: beta * first[name] + (1 - beta) * update for name, update in new.items()}
+        if isinstance(value, Tensor):
+            averages = {name: torch.where(value.isfinite(), mean, first[name]) for name, mean in averages.items()}
+        for group in self.param_groups:
+            group.update(averages)
+        return True
+
+    def _observation(self, first: dict[str, Any], was_told: bool) -> float | Tensor:
+        if not was_told:
             raise ConfigError(
                 f"gate={first['gate']!r} got no estimate since the last step. Call observe_half() after each of two "
                 "half-batches' backward passes, or observe(), before step()."
@@ -257,19 +299,17 @@ class NoisyOptimizer(Optimizer):
         if group["gate"] == "snr":
             return 1.0
         if group["grad_threshold"] == "auto":
-            return AUTO_FRACTION * group["gate_median"]
+            return rule.AUTO_FRACTION * group["gate_median"]
         return float(group["grad_threshold"])
 
     def _escape_steps(self, group: dict[str, Any], numel: int) -> int:
         return escape_window(numel) if group["escape_steps"] is None else int(group["escape_steps"])
 
     def _is_quiet(self, group: dict[str, Any]) -> bool:
-        """Whether the group is outside the noise domain."""
         return group["noise_radius"] == 0 or float(group["lr"]) == 0
 
     def _is_on(self, group: dict[str, Any]) -> bool:
-        # A learning rate of 0 freezes a group. torch's distributed checkpoints rely on it: they take such a step, with
-        # zero gradients, to make an optimizer create its state.
+        # A learning rate of 0 freezes a group.
         if float(group["lr"]) == 0:
             return False
         return group["noise_steps"] is None or group["noise_step"] < group["noise_steps"]
@@ -284,27 +324,36 @@ class NoisyOptimizer(Optimizer):
         joint: Sequence[Joint | None] | None = None,
     ) -> None:
         """Add noise of radius `amounts[i]` to block i; a Joint descent is done in the same float32 sum."""
-        noisy = [
-            i for i, amount in enumerate(amounts) if blocks[i].params and (isinstance(amount, Tensor) or amount != 0.0)
-        ]
+        noisy = [i for i, block in enumerate(blocks) if block.params and is_noise(amounts[i])]
         if not noisy:
             return
         self._warn_if_lost(blocks, amounts)
-        first = self.param_groups[0]
-        domain = [block for block in blocks if block.params and not self._is_quiet(block.group)]
-        stds = unit_stds(domain, first["noise_scale"])
-        draws = {id(block): block.draws(first["noise_step"] - 1) for block in domain}
-        factor = shape_factor(domain, first["noise"], stds, draws)
+        first, names = self.param_groups[0], self._noise_names()
+        domain = [block for block in self._domain(blocks) if block.params and not self._is_quiet(block.group)]
+        stds = unit_stds(blocks, domain, first["noise_scale"])
+        factor = self._shape_factor(domain)
         params, squares = [], []
         for i in noisy:
             block, descent = blocks[i], joint[i] if joint else None
-            for j, (key, where) in enumerate(draws[id(block)]):
+            for j, (key, where) in enumerate(block.draws(first["noise_step"] - 1, names[i])):
                 value, std = block.values[j], amounts[i] * (stds[id(block)][j] * factor)
                 extra = descent.of(j) if descent and value.dtype in LOW_PRECISION else {}
                 stochastic = value.dtype in LOW_PRECISION and block.group["low_precision"] == "stochastic"
                 squares.append(add_noise_(value, key, where, std, stochastic=stochastic, **extra))
                 params.append(block.params[j])
         self._noise_square = _total(params, squares)
+
+    def _shape_factor(self, domain: list[Block]) -> float | Tensor:
+        first = self.param_groups[0]
+        if first["noise"] == "gaussian":
+            return 1.0
+        owner = self._owner_of_all()
+        names = self._noise_names() if owner is None else noise_names(owner.param_groups)
+        order = {id(group["params"]): i for i, group in enumerate((owner or self).param_groups)}
+        draws: dict[int, list[Draw]] = {
+            id(block): block.draws(first["noise_step"] - 1, names[order[id(block.group["params"])]]) for block in domain
+        }
+        return shape_factor(domain, first["noise"], unit_stds(domain, domain, first["noise_scale"]), draws)
 
     def _warn_if_lost(self, blocks: list[Block], amounts: Sequence[float | Tensor]) -> None:
         low = [v for b in blocks for v in b.values if v.dtype in LOW_PRECISION and b.group["low_precision"] != "master"]
@@ -324,17 +373,15 @@ class NoisyOptimizer(Optimizer):
                 stacklevel=4,
             )
 
-    def _prepare_group(self, group: dict[str, Any]) -> None:
-        for name, value in {**NOISE_DEFAULTS, **COUNTERS}.items():
-            group.setdefault(name, value)
-        first = self.param_groups[0]
-        group["noise_step"] = first["noise_step"]
-        for name in WHOLE:
-            if group[name] != first[name]:
-                raise ConfigError(
-                    f"{name} is {group[name]!r} in one group and {first[name]!r} in another; it must be the same."
-                )
-        check_group(type(self).__name__, group, self._needs_radius)
+    def _warn_without_scale(self, radius: float | Tensor, phi: float | Tensor) -> None:
+        if self._told_no_scale or isinstance(radius, Tensor) or isinstance(phi, Tensor) or radius or not phi:
+            return
+        self._told_no_scale = True
+        warnings.warn(
+            f"{type(self).__name__}: every gradient so far is exactly 0, so grad_threshold='auto' has no scale and the "
+            "kick's default radius is 0; set noise_radius.",
+            stacklevel=5,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,21 +397,9 @@ class Joint:
         return {"direction": self.directions[index], "lr": self.lr, "decay": self.decay}
 
 
-def with_plain_counters(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict` with the counters that an accelerator holds as scalars turned into numbers, in place."""
-    for group in state_dict["param_groups"]:
-        for name in COUNTERS:
-            if isinstance(group[name], Tensor):
-                group[name] = group[name].item()
-    return state_dict
-
-
-def _smooth(statistic: float | Tensor, threshold: float | Tensor) -> float | Tensor:
-    if isinstance(statistic, Tensor):
-        return (1 - (statistic / threshold) ** 2).clamp(min=0).nan_to_num(1.0)
-    if statistic <= 0 or threshold <= 0:
-        return float(statistic <= 0)
-    return max(0.0, 1 - (statistic / threshold) ** 2)
+def is_noise(amount: float | Tensor) -> bool:
+    """Whether noise of this radius is to be drawn; an accelerator's radius may be 0, which only it knows."""
+    return isinstance(amount, Tensor) or amount != 0.0
 
 
 def _total(params: list[Tensor], squares: list[float | Tensor]) -> float | Tensor:
