@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from limbeck.errors import ConfigError
 from limbeck.optim.noise import NoiseKey, parameter_id
+from limbeck.optim.settings import LOW_PRECISION
 from limbeck.optim.sharding import Layout, layout, local, local_like
 
 Draw = tuple[NoiseKey, Layout]
@@ -19,10 +20,14 @@ Draw = tuple[NoiseKey, Layout]
 
 
 class Traits(NamedTuple):
-    """What does not change between the steps of a group while its parameters are the same objects."""
+    """What does not change between the steps of a group while its parameters are the same objects of the same types."""
 
     params: list[Tensor]
     """The parameters that it was found for."""
+    dtype: torch.dtype | None
+    """Of the first."""
+    is_low: bool
+    """Some are of low precision."""
     is_plain: bool
     """All parameters are whole, real tensors, so that their local parts are themselves."""
 
@@ -105,9 +110,15 @@ def noise_names(groups: list[dict[str, Any]], positions: dict[int, int] | None =
 
 def _traits(index: int, params: list[Tensor], known: dict[int, Traits]) -> Traits:
     found = known.get(index)
-    if found is None or len(found.params) != len(params) or not all(map(operator.is_, found.params, params)):
+    dtype = params[0].dtype if params else None
+    if (
+        found is None
+        or found.dtype is not dtype  # model.half() changes parameters in place, all of them
+        or len(found.params) != len(params)
+        or not all(map(operator.is_, found.params, params))
+    ):
         is_plain = not any(isinstance(p, DTensor) or p.is_complex() for p in params)
-        found = known[index] = Traits(list(params), is_plain)
+        found = known[index] = Traits(list(params), dtype, any(p.dtype in LOW_PRECISION for p in params), is_plain)
     return found
 
 

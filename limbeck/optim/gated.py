@@ -108,10 +108,11 @@ class GatedOptimizer(NoisyOptimizer):
         super()._check_group(group)
         name = type(self).__name__
         check_gate(name, group, needs_radius=True)
-        if self._owner is not None and group["gate"] != "norm":
+        if self._owner is not None and (group["gate"] != "norm" or group["noise_scale"] == "relative"):
             raise ConfigError(
-                f"{name}: gate={group['gate']!r} keeps averages of all gradients, of which ZeroRedundancyOptimizer "
-                "hands each rank a part; use gate='norm', or shard with FSDP2."
+                f"{name}: gate={group['gate']!r} with noise_scale={group['noise_scale']!r} needs the gradients and new "
+                "values of all parameters, and ZeroRedundancyOptimizer hands each rank a share; use gate='norm' and "
+                "noise_scale='energy', or shard with FSDP2."
             )
 
     def _radius(self, group: dict[str, Any]) -> Any:

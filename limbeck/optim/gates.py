@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,20 +107,19 @@ def cross_product(params: list[Tensor], halves: list[Tensor]) -> Tensor:
 
 def exact_squares(tensors: list[Tensor]) -> Tensor:
     """[P] squared norms in float64, which rounding to float32 makes independent of how a tensor was split."""
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([_exact_square(tensor) for tensor in tensors])
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return torch.tensor([_exact_square(tensor) for tensor in tensors], dtype=torch.float64)
+    return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64).square() for tensor in tensors])
 
 
-def _exact_square(tensor: Tensor) -> Tensor:
-    if tensor.device.type != "cpu":
-        return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
-    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.flatten()
-    square = torch.zeros((), dtype=torch.float64)
-    for start in range(0, flat.numel(), BLOCK):
-        # A block's float64 copy stays in the cache: several times faster than a norm over the whole.
-        block = flat[start : start + BLOCK].double()
-        square += torch.dot(block, block)
+def _exact_square(tensor: Tensor) -> float:
+    flat = tensor.detach().flatten()
+    # NumPy, as above; a block's float64 copy stays in the cache, which is faster than a norm over the whole.
+    values = flat.numpy() if flat.dtype in _NUMPY_TYPES else flat.double().numpy()
+    square = 0.0
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK].astype(np.float64)
+        square += float(block.dot(block))
     return square
 
 

@@ -89,8 +89,12 @@ class Langevin(GatedOptimizer):
         grads = self._shut_grads()
         if grads is None:
             return False
-        for group, found in zip(self.param_groups, grads, strict=True):
-            _add_(group["params"], found, -float(group["lr"]), group["foreach"])
+        known = self._known_traits()
+        for i, (group, found) in enumerate(zip(self.param_groups, grads, strict=True)):
+            if group["foreach"] is False or known[i].is_low:
+                _add_(group["params"], found, -float(group["lr"]), group["foreach"])
+            else:
+                torch._foreach_add_(group["params"], found, alpha=-float(group["lr"]))
             group["noise_step"] += 1
         return True
 

@@ -6,6 +6,7 @@ float32 masters: rounding at every step, stochastic or not, would heat or freeze
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ SAMPLER_DEFAULTS: dict[str, Any] = {
 class Sampler(NoisyOptimizer):
     """An optimizer that adds noise at every step, so that its parameters are samples of exp(-f / T)."""
 
+    _counters = ("noise_step", "fires")
     _state_names: ClassVar[tuple[str, ...]] = ()
     """Tensors of a parameter's size that the rule keeps; they start at 0."""
 
@@ -72,8 +74,14 @@ class Sampler(NoisyOptimizer):
         return loss
 
     def stats(self) -> dict[str, Tensor]:
-        """`noise_norm`: the norm of the noise that the last step added."""
-        return {"noise_norm": torch.as_tensor(self._noise_square).sqrt()}
+        """As the gated optimizers' `stats`, so that one log fits all; without a gate only `noise_norm` speaks."""
+        return {
+            "statistic": torch.tensor(math.inf),
+            "fires": torch.as_tensor(self.param_groups[0]["fires"]),
+            "steps_since_fire": torch.tensor(math.inf, dtype=torch.float64),
+            "noise_norm": torch.as_tensor(self._noise_square).sqrt(),
+            "boosted_next": torch.tensor(False),
+        }
 
     def _update(
         self, x: Tensor, grad: Tensor, noise: Tensor | None, states: list[Tensor], settings: Mapping[str, Any]

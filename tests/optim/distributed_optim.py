@@ -9,9 +9,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from limbeck.errors import ConfigError
 from limbeck.optim import ASGLD, SGLD, Perturb, RankSquares
 
 STEPS, CUT = 12, 5
@@ -45,10 +48,30 @@ def loss_of(model, step, rank):
     return ((model(inputs) - targets) ** 2).mean()
 
 
+IN_SHARES = {
+    "gated": (ASGLD, {"grad_threshold": 0.8, "escape_steps": 2, "noise_radius": 0.1, "momentum": 0.9}),
+    "smooth sphere": (ASGLD, {"grad_threshold": 2.0, "mode": "smooth", "noise_radius": 0.1, "noise": "sphere"}),
+    "ball": (ASGLD, {"mode": "constant", "noise_radius": 0.1, "noise": "ball"}),
+    "auto": (ASGLD, {"grad_threshold": "auto", "noise_radius": 0.1}),
+    "sgld": (SGLD, {"temperature": 0.01}),
+}
+"""Members that ZeroRedundancyOptimizer makes, which hands each rank a share of the parameters, without names."""
+
+
 def run_single(name, steps=STEPS):
     """One process that adds up both halves."""
     model = make_model()
-    optimizer = MAKE[name](model.named_parameters())
+    return train_alone(model, MAKE[name](model.named_parameters()), steps)
+
+
+def run_unshared(name):
+    """What a ZeroRedundancyOptimizer on any number of ranks must do."""
+    model = make_model()
+    kind, settings = IN_SHARES[name]
+    return train_alone(model, kind(model.parameters(), lr=0.05, **settings), STEPS)
+
+
+def train_alone(model, optimizer, steps):
     for step in range(steps):
         optimizer.zero_grad()
         for rank in range(2):
@@ -114,6 +137,62 @@ def run_columns(mesh):
     return value.full_tensor().detach()
 
 
+def run_shares(name, rank):
+    """ZeRO-1, and the state of rank 0, where all shares come together."""
+    model = make_model()
+    kind, settings = IN_SHARES[name]
+    ddp = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(ddp.parameters(), optimizer_class=kind, lr=0.05, **settings)
+    run_parallel(ddp, optimizer, rank, range(STEPS))
+    return full_values(model)
+
+
+def run_drawn_seeds(rank):
+    """Ranks whose global seeds differ: the seed of each of three optimizers."""
+    torch.manual_seed(100 + rank)
+    params = [torch.nn.Parameter(torch.zeros(3))]
+    return [ASGLD(params, 0.1, grad_threshold=1.0).param_groups[0]["seed"] for _ in range(3)]
+
+
+def run_refused_shares():
+    """What the shares of ZeRO-1 cannot know."""
+    said = []
+    for settings in ({"gate": "ema"}, {"gate": "snr"}, {"noise_scale": "relative"}):
+        params = list(make_model().parameters())
+        try:
+            ZeroRedundancyOptimizer(
+                params, optimizer_class=ASGLD, lr=0.1, grad_threshold=1.0, noise_radius=0.1, **settings
+            )
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def make_wide_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.ReLU(), torch.nn.Linear(10, 6))
+
+
+def step_on_noise(model, momentum):
+    """A gradient of noise alone, twice, under the gate and under constant noise."""
+    settings = {"mode": "smooth", "grad_threshold": 30.0, "noise_radius": 0.5, "noise": "sphere", "seed": 4}
+    optimizer = ASGLD(model.named_parameters(), 0.05, momentum=momentum, **settings)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = p.detach() * 0.5
+        optimizer.step()
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for p in model.parameters()]
+
+
+def run_two_dimensions():
+    """FSDP2 over tensor parallelism, on four ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = make_wide_model()
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    return step_on_noise(model, 0.9)
+
+
 def run_cross(rank):
     """The estimate of RankSquares, which is that of two half-batches."""
     model = make_model()
@@ -127,8 +206,15 @@ def main():
     rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    if world_size == 4:
+        torch.save(run_two_dimensions(), folder / f"two_dimensions{rank}.pt")
+        dist.destroy_process_group()
+        return
     mesh = init_device_mesh("cpu", (world_size,))
     result = {"ddp": {}, "fsdp": {}, "columns": run_columns(mesh), "cross": run_cross(rank)}
+    result["shares"] = {name: run_shares(name, rank) for name in IN_SHARES}
+    result["seeds"] = run_drawn_seeds(rank)
+    result["refused"] = run_refused_shares()
     for name in MAKE:
         result["ddp"][name] = run_ddp(name, rank)
         result["fsdp"][name] = run_fsdp(name, rank, mesh, folder)

@@ -120,3 +120,53 @@ def test_the_equal_learning_rate_falls_as_the_batch_would_grow():
 def test_growth_that_cannot_work_is_refused(wrong):
     with pytest.raises(ConfigError, match="BatchGrowth"):
         BatchGrowth(**wrong)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_epoch_over_a_loader_has_its_batches_and_the_sizes_go_on_growing(workers):
+    sampler = GrowingBatchSampler(40, BatchGrowth(2, 0.5), steps=6)
+    data = torch.utils.data.TensorDataset(torch.arange(40))
+    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=workers)
+    epochs = [[len(batch[0]) for batch in loader] for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [6, 6, 6]
+    assert len(loader) == len(sampler) == 6
+    assert [size for epoch in epochs for size in epoch] == [2 + step // 2 for step in range(18)]
+
+
+def test_an_iteration_that_was_left_early_is_not_counted_against_the_next():
+    sampler = GrowingBatchSampler(40, BatchGrowth(2), steps=5)
+    next(iter(sampler))
+    assert len(list(sampler)) == 5
+
+
+def test_an_endless_sampler_has_no_length():
+    with pytest.raises(TypeError, match="endless"):
+        len(GrowingBatchSampler(10, BatchGrowth(2)))
+
+
+@pytest.mark.parametrize("cut", [0, 3, 5, 7, 11])
+def test_a_sampler_resumed_in_any_epoch_ends_that_one_first(cut):
+    def batches(sampler, epochs):
+        return [list(sampler) for _ in range(epochs)]
+
+    whole = batches(GrowingBatchSampler(17, BatchGrowth(2, 0.3), steps=5), 3)
+    first = GrowingBatchSampler(17, BatchGrowth(2, 0.3), steps=5)
+    for _ in range(cut // 5):
+        list(first)
+    stream = iter(first)
+    head = [next(stream) for _ in range(cut % 5)]
+    second = GrowingBatchSampler(17, BatchGrowth(2, 0.3), steps=5)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    rest = batches(second, 3 - cut // 5)
+    assert [head + rest[0], *rest[1:]] == whole[cut // 5 :]
+
+
+def test_what_workers_fetched_ahead_in_a_later_epoch_is_given_back():
+    sampler = GrowingBatchSampler(17, BatchGrowth(2, 0.3), steps=5)
+    list(sampler)
+    second = list(sampler)
+    resumed = GrowingBatchSampler(17, BatchGrowth(2, 0.3), steps=5)
+    resumed.load_state_dict(sampler.state_dict(used=7))
+    assert list(resumed) == second[2:]
+    with pytest.raises(ConfigError, match="used=3"):
+        sampler.state_dict(used=3)

@@ -25,12 +25,18 @@ members = pytest.mark.parametrize("name", work.MAKE)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gloo")
+    return on_ranks(2, tmp_path_factory.mktemp("gloo"))
+
+
+def on_ranks(world_size, folder):
+    """Run the worker on so many processes; what they wrote is in the folder."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER)]
     workers = [
-        subprocess.Popen([*command, str(rank), "2", str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+        subprocess.Popen(
+            [*command, str(rank), str(world_size), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world_size)
     ]
     errors = [worker.communicate(timeout=280)[1] for worker in workers]
     for worker, error in zip(workers, errors, strict=True):
@@ -81,6 +87,33 @@ def test_a_checkpoint_of_two_processes_resumes_in_one(folder, ranks, name):
             (work.loss_of(model, step, rank) / 2).backward()
         optimizer.step()
     assert_same_bits(list(model.parameters()), ranks[0]["fsdp"][name][0])
+
+
+@pytest.mark.parametrize("name", work.IN_SHARES)
+def test_zero_redundancy_ends_with_the_bits_of_one_process(ranks, name):
+    model, _ = work.run_unshared(name)
+    for result in ranks:
+        assert_same_bits(result["shares"][name], list(model.parameters()))
+
+
+def test_what_shares_cannot_know_is_refused(ranks):
+    for result in ranks:
+        assert len(result["refused"]) == 3
+        assert all("ZeroRedundancyOptimizer" in text for text in result["refused"])
+
+
+def test_ranks_with_global_seeds_of_their_own_agree_on_the_seed_that_they_draw(ranks):
+    first, second = (result["seeds"] for result in ranks)
+    assert first == second
+    assert len(set(first)) == 3
+
+
+def test_fsdp_over_tensor_parallelism_ends_with_the_bits_of_one_process(tmp_path):
+    folder = on_ranks(4, tmp_path)
+    expected = work.step_on_noise(work.make_wide_model(), 0.9)
+    for rank in range(4):
+        for found, whole in zip(torch.load(folder / f"two_dimensions{rank}.pt"), expected, strict=True):
+            assert torch.equal(found, whole)
 
 
 def test_the_gated_members_did_fire(ranks):
