@@ -1,10 +1,11 @@
-"""Tokens a second of limbeck's batched sampler over those of transformers' `generate`, 64 sequences at once.
+"""Tokens a second of limbeck's engine over those of transformers' `generate`, 64 sequences at once.
 
 Two regimes at temperature 0.9, float32 on a CPU, up to a limit of new tokens or the end of turn: 8 prompts with 8
 samples each, as an on-policy step draws them, and 64 prompts with one sample each. Prompts are chains of the built-in
 task for tiny-teacher and gsm_symbolic problems for smollm2-135m. Only tokens written up to the end of turn count. Both
 sides have the same model, prompts and limits in one process, warmed up, alternating; medians over the repeats. The key
-without a suffix is the smallest of all ratios.
+without a suffix is the smallest of all float32 ratios. A third arm writes with int8 products, the rounding of the
+weights included.
 
 Peer: `generate(do_sample=True, num_return_sequences=SAMPLES)` of transformers with its own dynamic cache, left padding,
 one call. It reads every prompt once a sample, and decodes all rows until the last one has ended.
@@ -20,13 +21,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _process import conditions, markdown, publish
 
-from limbeck.models.generate import SamplingConfig, generate
+from limbeck.engine.complete import complete
+from limbeck.engine.sampling import SamplingConfig
 from limbeck.models.load import load_model, load_tokenizer
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig, read_traces
@@ -50,16 +53,16 @@ class Side:
         self.stops = list(stop_ids(tokenizer, RenderConfig()))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stops[0]
 
-    def ours(self, limit: int, seed: int) -> int:
-        """Tokens written by limbeck's sampler."""
+    def ours(self, limit: int, seed: int, precision: Literal["float32", "int8"] = "float32") -> int:
+        """Tokens written by limbeck's engine; int8 rounds the weights anew, as it has to after every update."""
         config = SamplingConfig(
             max_new_tokens=limit,
             temperature=TEMPERATURE,
             num_samples=self.samples,
             batch_size=BATCH,
-            seed=seed,
+            precision=precision,
         )
-        found = generate(self.model, self.prompts, config, self.stops, self.pad)
+        found = complete(self.model, self.prompts, config, self.stops, seed)
         return sum(len(completion.token_ids) for samples in found for completion in samples)
 
     def theirs(self, limit: int, seed: int) -> int:
@@ -90,10 +93,10 @@ def _written(row: list[int], stops: list[int]) -> int:
 def measure(name: str, samples: int, limit: int, repeats: int) -> dict[str, Any]:
     """Tokens and seconds of both sides, alternating."""
     side = Side(name, samples)
-    calls = {"ours": side.ours, "theirs": side.theirs}
+    calls = {"ours": side.ours, "int8": partial(side.ours, precision="int8"), "theirs": side.theirs}
     for call in calls.values():
         call(4, 0)
-    rows: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+    rows: dict[str, list[dict[str, float]]] = {key: [] for key in calls}
     for repeat in range(repeats):
         for key in calls if repeat % 2 == 0 else reversed(calls):
             start = time.perf_counter()
@@ -107,9 +110,9 @@ def rate(rows: list[dict[str, float]]) -> float:
     return statistics.median(row["tokens"] / row["seconds"] for row in rows)
 
 
-def ratio(one: dict[str, Any]) -> float:
+def ratio(one: dict[str, Any], ours: str = "ours") -> float:
     """Our rate over theirs."""
-    return rate(one["ours"]) / rate(one["theirs"])
+    return rate(one[ours]) / rate(one["theirs"])
 
 
 def table_of(found: list[dict[str, Any]]) -> str:
@@ -120,13 +123,14 @@ def table_of(found: list[dict[str, Any]]) -> str:
             f"{one['prompts']} x {one['samples']}",
             str(one["limit"]),
             f"{statistics.mean(row['tokens'] for row in one['ours']):.0f}",
-            *(f"{rate(one[key]):,.0f} ({_spread(one[key])})" for key in ("ours", "theirs")),
+            *(f"{rate(one[key]):,.0f} ({_spread(one[key])})" for key in ("ours", "int8", "theirs")),
             f"{ratio(one):.2f}",
+            f"{ratio(one, 'int8'):.2f}",
         ]
         for one in found
     ]
-    columns = ["model", "prompts x samples", "limit", "tokens written", "ours, tokens/s (range)"]
-    return markdown([*columns, "generate, tokens/s (range)", "ratio"], rows)
+    columns = ["model", "prompts x samples", "limit", "tokens written", "ours, tokens/s (range)", "int8"]
+    return markdown([*columns, "generate, tokens/s (range)", "ratio", "int8"], rows)
 
 
 def _spread(rows: list[dict[str, float]]) -> str:
@@ -148,10 +152,13 @@ def main() -> None:
         for name in TASKS
         for samples in SAMPLES
     ]
-    ratios = {f"{one['model']}_{one['prompts']}x{one['samples']}": round(ratio(one), 3) for one in found}
+    names = [f"{one['model']}_{one['prompts']}x{one['samples']}" for one in found]
+    ratios = {name: round(ratio(one), 3) for name, one in zip(names, found, strict=True)}
+    rounded = {name: round(ratio(one, "int8"), 3) for name, one in zip(names, found, strict=True)}
     keys = {
         "tokens_per_second_over_generate": min(ratios.values()),
         **{f"tokens_per_second_over_generate_{name}": value for name, value in ratios.items()},
+        **{f"int8_tokens_per_second_over_generate_{name}": value for name, value in rounded.items()},
     }
     publish("rollouts", __doc__, header, table_of(found), keys, found, options.out)
 

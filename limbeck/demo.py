@@ -22,13 +22,14 @@ from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.compress.recover import RecoverConfig
 from limbeck.config import build, checked, config_hash
 from limbeck.distill.config import DistillConfig, StudentConfig
+from limbeck.engine.complete import complete
+from limbeck.engine.sampling import SeededSampling
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.evaluate.answers import Verdict
 from limbeck.evaluate.commands import EVALUATE
 from limbeck.evaluate.compare import check_exact
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig
-from limbeck.models.generate import SamplingConfig, generate
 from limbeck.models.load import load_model, load_tokenizer
 from limbeck.progress import bar, console
 from limbeck.report import page
@@ -151,7 +152,7 @@ def sample_traces(config: DemoConfig, out: Path) -> Path:
     problems = make_problems(config.num_traces, config.seed, config.min_steps, config.max_steps)
     problems = [problem for problem in problems if problem.prompt_key not in taken]
     answered = answer(
-        problems, TEACHER, SamplingConfig(max_new_tokens=320, temperature=config.temperature, seed=config.seed)
+        problems, TEACHER, SeededSampling(max_new_tokens=320, temperature=config.temperature, seed=config.seed)
     )
     right = [trace for trace in answered if trace is not None and trace.correct]
     if not right:
@@ -168,14 +169,14 @@ def sample_traces(config: DemoConfig, out: Path) -> Path:
     return file
 
 
-def answer(problems: list[Trace], model_name: str, sampling: SamplingConfig) -> list[Trace | None]:
+def answer(problems: list[Trace], model_name: str, sampling: SeededSampling) -> list[Trace | None]:
     """One sampled trace a problem, checked against its reference; None where no thought and answer could be read."""
     tokenizer, render = load_tokenizer(model_name), RenderConfig()
     stops = stop_ids(tokenizer, render)
     prompts = [render_prompt(tokenizer, problem.messages, render) for problem in problems]
     with bar("teacher traces", len(prompts)) as progress:
-        completions = generate(
-            load_model(model_name), prompts, sampling, stops, tokenizer.pad_token_id, advance=progress.advance
+        completions = complete(
+            load_model(model_name), prompts, sampling, stops, sampling.seed, advance=progress.advance
         )
     traces: list[Trace | None] = []
     for problem, (completion,) in zip(problems, completions, strict=True):

@@ -194,8 +194,11 @@ def _describe(config_class: type, tree: Mapping[str, Any], prefix: str) -> Itera
 
 
 def field_docs(config_class: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, read from its source."""
-    return _docs_in(textwrap.dedent(inspect.getsource(config_class)))
+    """The docstring under each field of a dataclass and its bases, read from their source."""
+    docs: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
+        docs |= _docs_in(textwrap.dedent(inspect.getsource(base)))
+    return docs
 
 
 @functools.cache

@@ -9,9 +9,10 @@ from limbeck.cost.hardware import Hardware, measure
 from limbeck.cost.memory import Way, forward_bytes, with_program
 from limbeck.cost.prediction import Prediction, flops_of
 from limbeck.cost.shapes import Dims, frozen_sizes
+from limbeck.engine.complete import PREFILL_TOKENS
+from limbeck.engine.sampling import SamplingConfig
 from limbeck.ledger import decoding_flops
 from limbeck.models.anatomy import Computed
-from limbeck.models.generate import PREFILL_TOKENS, SamplingConfig
 
 DECODE_CALL_SECONDS = 1.5e-4
 """Time of one layer's decoding step beside its work, on a CPU."""

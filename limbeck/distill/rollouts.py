@@ -29,10 +29,11 @@ from limbeck.config import checked
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import PlannedStep
+from limbeck.engine.complete import Completion, complete
+from limbeck.engine.sampling import SamplingConfig
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger, decoding_flops
 from limbeck.models.anatomy import Sizes
-from limbeck.models.generate import Completion, SamplingConfig, generate
 from limbeck.progress import console
 from limbeck.traces.batch import Example
 from limbeck.traces.render import RenderConfig, stop_ids
@@ -40,7 +41,7 @@ from limbeck.traces.sample import COT, PROMPT, Sample
 
 
 @checked
-class OnPolicyConfig:
+class OnPolicyConfig(SamplingConfig):
     """Training on what the student writes itself. One recipe holds both stages: given traces first, then rollouts."""
 
     start_fraction: float | None = 0.5
@@ -49,12 +50,8 @@ class OnPolicyConfig:
     """Share of the steps after that that train on rollouts, 0 < x <= 1; the others keep to the given traces."""
     temperature: float = 0.9
     """Sampling temperature of the rollouts, > 0; 0.8 to 0.9 serve best (2502.14305)."""
-    top_p: float = 1.0
-    """Nucleus of the sampling; 1 keeps every token."""
     max_new_tokens: int = 300
     """Longest rollout in tokens. A few tokens are rollouts of prefixes only (2602.15260)."""
-    num_samples: int = 1
-    """Rollouts of each prompt of a step."""
     max_staleness_steps: int | None = 0
     """Most optimizer steps between the weights that wrote a rollout and those it trains; null writes all rollouts once,
     at the first on-policy step (offline on-policy distillation)."""
@@ -68,6 +65,7 @@ class OnPolicyConfig:
     """Say so when rollouts are longer in the mean than this many times the given responses (length inflation)."""
 
     def __post_init__(self) -> None:
+        SamplingConfig.__post_init__(self)
         if self.start_fraction is not None and not 0 <= self.start_fraction <= 1:
             raise ConfigError(f"on_policy.start_fraction must be in [0, 1] or null; found {self.start_fraction}")
         if not 0 < self.fraction <= 1:
@@ -80,18 +78,6 @@ class OnPolicyConfig:
             )
         if not self.length_warning_factor > 0:
             raise ConfigError(f"on_policy.length_warning_factor must be above 0; found {self.length_warning_factor}")
-        self.sampling(0)
-
-    def sampling(self, seed: int) -> SamplingConfig:
-        """The part that the sampler reads."""
-        return SamplingConfig(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            num_samples=self.num_samples,
-            batch_size=self.batch_size,
-            seed=seed,
-        )
 
     def first_step(self, total_steps: int) -> int:
         """The step (0-based) at which the second stage begins; `total_steps` when there is none."""
@@ -127,7 +113,6 @@ class Rollouts:
     config: OnPolicyConfig
     steps: Sequence[PlannedStep]
     prompts: Prompts
-    pad_id: int
     stop_ids: tuple[int, ...]
     masked_ids: np.ndarray
     seed: int
@@ -152,9 +137,8 @@ class Rollouts:
         needed = sorted({i for number in window if self.is_due(number) for i in self.steps[number].indices})
         mine = needed[ranks.rank :: ranks.world_size]
         prompts = [self.prompts.ids[i] for i in mine]
-        sampling = self.config.sampling(self.seed * 1_000_003 + step)
         with ledger.phase("sampling"):
-            found = generate(model, prompts, sampling, self.stop_ids, self.pad_id, keys=mine)
+            found = complete(model, prompts, self.config, self.stop_ids, self.seed * 1_000_003 + step, keys=mine)
         parts = [dict(zip(mine, found, strict=True))]
         self._charge(ledger, sizes, prompts, found)
         if ranks.world_size > 1:
@@ -251,4 +235,4 @@ def make_rollouts(
     }
     masked = set(tokenizer.all_special_ids) - set(stops) - markers if config.mask_special_tokens else set()
     masked_ids = np.array(sorted(masked), dtype=np.int32)
-    return Rollouts(config, steps, prompts, tokenizer.pad_token_id, stops, masked_ids, seed)
+    return Rollouts(config, steps, prompts, stops, masked_ids, seed)

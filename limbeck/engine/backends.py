@@ -10,15 +10,22 @@ Another engine is one more class with the methods of `Decoder`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from limbeck.engine.backend import Backend
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.plain import PlainDecoder
-from limbeck.engine.weights import Precision, stored_layers, unsupported, weights_of
+from limbeck.engine.states import Segment
+from limbeck.engine.weights import Precision, stored_layers, unreadable, weights_of
 from limbeck.errors import ModelError
 from limbeck.models.load import load_model
+from limbeck.models.parts import LogitForm, causal_lm_of
+from limbeck.models.probe import agrees, ask
 from limbeck.models.quantized import Layer
 from limbeck.progress import console
 
@@ -47,6 +54,37 @@ def decoder_of(
         raise ModelError(f"precision int8: {reason}; take float32.")
     _tell(reason)
     return PlainDecoder(model, max_tokens)
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the lean decoder does not run a model; None where it does, which its miniature is asked."""
+    reason = unreadable(model)
+    if reason is not None:
+        return reason
+    try:
+        form = ask(model).form
+    except ModelError as error:
+        return str(error)
+    answer = agrees(model, _question(), lambda small, sequences: _lean_logits(small, sequences, form))
+    return None if answer.agrees else f"{type(causal_lm_of(model)).__name__}: in the lean decoder: {answer.reason}"
+
+
+def _lean_logits(model: Any, sequences: Sequence[Tensor], form: LogitForm) -> list[Tensor]:
+    """Logits [T V] of each sequence, read in blocks."""
+    decoder, found = Decoder(weights_of(model, form=form)), []
+    for sequence in sequences:
+        ids = sequence.flatten().tolist()
+        states = decoder.states(len(ids))
+        blocks = [Segment(ids[start : start + 64], states, start, grows=True) for start in range(0, len(ids), 64)]
+        found.append(decoder.logits(decoder.run(blocks, every_row=True)))
+    return found
+
+
+@functools.cache
+def _question() -> str:
+    """What is asked, by the code that answers."""
+    sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in ("attention", "decoder", "weights")]
+    return f"engine {hashlib.blake2b(b''.join(sources), digest_size=8).hexdigest()}"
 
 
 @functools.cache

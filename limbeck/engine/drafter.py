@@ -12,7 +12,7 @@ from limbeck.engine.backend import Backend
 from limbeck.engine.backends import load_decoder
 from limbeck.engine.context import Behind, Context, Prompt, Prompts, Span, plan_reading
 from limbeck.engine.decoder import Decoder
-from limbeck.engine.drawing import distribution_of
+from limbeck.engine.drawing import distribution_of, invert_cumulative
 from limbeck.engine.jobs import Job
 from limbeck.engine.prefix_cache import PrefixCache
 from limbeck.engine.run import Run
@@ -21,7 +21,6 @@ from limbeck.engine.states import Segment
 from limbeck.engine.steps import Kernels, Steps
 from limbeck.errors import ConfigError, ModelError
 from limbeck.models.load import load_tokenizer
-from limbeck.models.sampling import invert_cumulative
 
 SELF = "self"
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from limbeck.engine.jobs import Drawn
 from limbeck.engine.sampling import Sampling
-from limbeck.models.sampling import NUCLEUS_CANDIDATES, invert_cumulative
+
+NUCLEUS_CANDIDATES = 512
+"""Tokens that filters rank before they fall back to the whole vocabulary; enough for nearly every step."""
 
 
 def draw_tokens(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
@@ -104,3 +106,10 @@ def drawn_of(tokens: Sequence[int], logits: Tensor, top: int) -> list[Drawn]:
         Drawn(token, log_prob, list(zip(ids, values, strict=True)))
         for token, log_prob, (ids, values) in zip(tokens, own, pairs, strict=True)
     ]
+
+
+def invert_cumulative(cumulative: Tensor, targets: Tensor) -> Tensor:
+    """The first index [R] whose cumulative mass [R K] is above the row's target [R]."""
+    # right=True passes over entries without mass: their cumulative value equals their predecessor's.
+    index = torch.searchsorted(cumulative, targets[:, None].contiguous(), right=True).squeeze(-1)
+    return index.clamp(max=cumulative.shape[-1] - 1)

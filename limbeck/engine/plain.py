@@ -25,8 +25,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from limbeck.engine.states import KeyValues, Segment
 from limbeck.errors import ModelError
-from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.attention import PACKED_ATTENTION
+from limbeck.models.parts import causal_lm_of
 from limbeck.models.probe import ask
 
 Way = Literal["keys", "cache", "whole"]

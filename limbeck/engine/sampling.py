@@ -74,3 +74,16 @@ class SamplingConfig:
     def draws(self, *seed: int) -> Sampling:
         """The way of one text."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=seed)
+
+
+@checked
+class SeededSampling(SamplingConfig):
+    """The same with a seed of its own."""
+
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        SamplingConfig.__post_init__(self)
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more; found {self.seed}")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from limbeck.config import checked
+from limbeck.engine.drawing import invert_cumulative
 from limbeck.errors import ConfigError
-from limbeck.models.sampling import invert_cumulative
 
 
 @checked

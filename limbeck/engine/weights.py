@@ -1,6 +1,7 @@
 """Weights of the lean decoder: those of a transformers model, with products over the same input together.
 
-Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma 3 (text). Int8 layers of a W8A8 checkpoint are taken as they are stored.
+Any model whose layers are laid out as those of Llama, with the norms of Qwen3 and Gemma 3. Int8 layers of a W8A8
+checkpoint are taken as they are stored.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 
 from limbeck.engine.int8 import Int8Linear
 from limbeck.errors import ModelError
-from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.load import locate, quantization_at
+from limbeck.models.parts import LogitForm, causal_lm_of, decoder_of, output_layer_of, text_config
+from limbeck.models.probe import ask
 from limbeck.models.quantized import Layer, RoundedLinear, read_tensors, split_tensors
 
-KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3")
-MOVING_ROPES = ("dynamic", "longrope")
+MOVING_ROPES = {"dynamic", "longrope"}
 """Rotations that depend on the length of the prompt, so that no prefix can be shared."""
 
 Precision = Literal["auto", "float32", "int8"]
@@ -114,15 +115,13 @@ def stored_layers(name: str) -> Mapping[str, Layer]:
     return split_tensors(read_tensors(Path(locate(name).path)), quantization)[0]
 
 
-def unsupported(model: Any) -> str | None:
-    """Why the weights of a model cannot be read for the lean decoder; None where they can."""
+def unreadable(model: Any) -> str | None:
+    """Why weights cannot be read where they are; None where they can, if the rest is laid out as here."""
     lm = causal_lm_of(model)
-    kind, config = type(lm).__name__, lm.config
-    if kind.removesuffix("ForCausalLM") not in KINDS:
-        return f"{kind} is none of {', '.join(KINDS)}"
-    if getattr(config, "use_bidirectional_attention", False):
-        return f"{kind}: its attention looks ahead"
-    moving = [form["rope_type"] for form in _rope_forms(config) if form.get("rope_type") in MOVING_ROPES]
+    kind = type(lm).__name__
+    moving = [
+        form["rope_type"] for form in _rope_forms(text_config(lm.config)) if form.get("rope_type") in MOVING_ROPES
+    ]
     if moving:
         return f"{kind}: its rotation ({moving[0]}) depends on the text's length, so that prefixes cannot be shared"
     if any(module._forward_pre_hooks for module in lm.modules()):
@@ -130,11 +129,8 @@ def unsupported(model: Any) -> str | None:
     others = {
         type(module).__name__
         for module in lm.modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.ndim == 2
-        and type(module) not in (nn.Linear, RoundedLinear)
-        and not isinstance(module, nn.Embedding)
-    }
+        if isinstance(module, nn.Linear) and type(module) not in (nn.Linear, RoundedLinear)
+    } | {type(module).__name__ for module in lm.modules() if hasattr(module, "base_layer")}
     if others:
         return f"{kind} has layers of the class {', '.join(sorted(others))}"
     weights = {(weight.dtype, weight.device.type, hasattr(weight, "placements")) for weight in lm.parameters()}
@@ -149,7 +145,11 @@ def _rope_forms(config: Any) -> list[Mapping[str, Any]]:
 
 
 def weights_of(
-    model: Any, precision: Precision = "float32", max_tokens: int = 32768, stored: Mapping[str, Layer] | None = None
+    model: Any,
+    precision: Precision = "float32",
+    max_tokens: int = 32768,
+    stored: Mapping[str, Layer] | None = None,
+    form: LogitForm | None = None,
 ) -> Weights:
     """Weights of a transformers model in memory, which are read where they are.
 
@@ -157,16 +157,15 @@ def weights_of(
       precision: float32, int8 (every linear layer but the head), or auto: int8 for what is stored so.
       max_tokens: longest prompt; the model's own limit where that is less.
       stored: the quantised layers of its file.
-    Raises: ModelError for a model that is `unsupported`.
+      form: what the model does to its logits; it is asked when None.
+    Raises: ModelError for a model whose weights are not readable; AttributeError for one that is laid out otherwise.
     """
-    reason = unsupported(model)
+    reason = unreadable(model)
     if reason is not None:
         raise ModelError(f"{reason}; the lean decoder does not read it.")
-    model = causal_lm_of(model)
-    config = model.config
-    kind = type(model).__name__.removesuffix("ForCausalLM")
-    backbone = model.model
-    source = _Source(precision, stored or {}, 1.0 if kind.startswith("Gemma") else 0.0, kind)
+    lm = causal_lm_of(model)
+    config, backbone, head, form = text_config(lm.config), decoder_of(lm), output_layer_of(lm), form or ask(lm).form
+    source = _Source(precision, stored or {}, 1.0 if "Gemma" in type(backbone.norm).__name__ else 0.0)
     types = list(getattr(backbone.rotary_emb, "layer_types", None) or [None])
     limit = min(max_tokens, config.max_position_embeddings)
     with torch.inference_mode():
@@ -176,10 +175,10 @@ def weights_of(
             blocks=[source.block(layer, number, types) for number, layer in enumerate(backbone.layers)],
             ropes=[_rope_table(backbone.rotary_emb, layer_type, limit) for layer_type in types],
             activation=backbone.layers[0].mlp.act_fn,
-            norm=source.norm(backbone.norm),
-            head=model.lm_head.weight.detach(),
-            head_bias=None if model.lm_head.bias is None else model.lm_head.bias.detach(),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            norm=source.norm(backbone.norm) * form.scale(config),
+            head=head.weight.detach(),
+            head_bias=None if getattr(head, "bias", None) is None else head.bias.detach(),
+            softcap=form.softcap(config),
         )
 
 
@@ -189,7 +188,6 @@ class _Source(NamedTuple):
     precision: Precision
     stored: Mapping[str, Layer]
     norm_offset: float
-    kind: str
 
     def block(self, layer: Any, number: int, types: Sequence[str | None]) -> Block:
         attention, mlp, name = layer.self_attn, layer.mlp, f"model.layers.{number}"
@@ -216,8 +214,10 @@ class _Source(NamedTuple):
         """Its factor [D]; None for None."""
         return None if module is None else module.weight.detach() + self.norm_offset
 
-    def _window(self, attention: Any) -> int | None:
-        if self.kind == "Mistral":
+    @staticmethod
+    def _window(attention: Any) -> int | None:
+        # Mistral's layers leave it to their config; others that have it there may not use it.
+        if type(attention).__name__.startswith("Mistral"):
             return getattr(attention.config, "sliding_window", None)
         return getattr(attention, "sliding_window", None)
 

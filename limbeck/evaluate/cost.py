@@ -38,7 +38,7 @@ def predict_evaluate(
         asked = list(read_problems(config.problems)[0] if problems is None else problems)
         written = new_tokens or response_tokens(asked, tokenizer, config.render, config.evaluate.max_new_tokens)
         lengths = [len(render_prompt(tokenizer, trace.messages, config.render)) for trace in asked]
-        sampling, vocab = config.evaluate.sampling(), vocabulary_size(tokenizer)
+        sampling, vocab = config.evaluate, vocabulary_size(tokenizer)
         parts.append(predict_sampling("evaluate", shape, lengths, written, sampling, hardware, vocab))
     if config.perplexity is not None:
         windows = [len(window) for window in token_windows(config.perplexity, tokenizer, config.render)]

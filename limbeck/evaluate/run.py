@@ -20,6 +20,8 @@ import numpy as np
 from torch import nn
 
 from limbeck.config import checked
+from limbeck.engine.complete import complete
+from limbeck.engine.sampling import SamplingConfig
 from limbeck.errors import ConfigError
 from limbeck.evaluate.answers import AnswerStyle, Verdict, answer_part, extract_answer
 from limbeck.evaluate.checking import CheckName, check_answers
@@ -33,27 +35,16 @@ from limbeck.evaluate.metrics import (
     stop_rate,
 )
 from limbeck.evaluate.tasks import Task
-from limbeck.models.generate import SamplingConfig, generate
 
 RESULTS_FILE = "results.jsonl"
 
 
 @checked
-class EvaluateConfig:
+class EvaluateConfig(SamplingConfig):
     """How a model is sampled and its answers are checked."""
 
-    max_new_tokens: int = 512
-    """Longest output in tokens; longer ones are cut and count as not stopped."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus of sampling; 1 keeps every token."""
-    num_samples: int = 1
-    """Outputs a problem; above 1 needs a temperature above 0."""
     pass_k: int | None = None
     """k of pass@k, at most num_samples; num_samples when null."""
-    batch_size: int = 128
-    """Sequences generated at once."""
     seed: int = 0
     """Seed of sampling and of the bootstrap."""
     answer_style: AnswerStyle | None = None
@@ -66,24 +57,15 @@ class EvaluateConfig:
     """Processes that check answers."""
 
     def __post_init__(self) -> None:
-        self.sampling()
+        SamplingConfig.__post_init__(self)
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more; found {self.seed}")
         if self.pass_k is not None and not 1 <= self.pass_k <= self.num_samples:
             raise ConfigError(f"pass_k must lie in 1 to num_samples ({self.num_samples}); found {self.pass_k}")
         if not 0 < self.timeout_seconds < float("inf"):
             raise ConfigError(f"timeout_seconds must be above 0; found {self.timeout_seconds}")
         if self.num_checkers < 1:
             raise ConfigError(f"num_checkers must be at least 1; found {self.num_checkers}")
-
-    def sampling(self) -> SamplingConfig:
-        """The part that the sampler reads."""
-        return SamplingConfig(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            num_samples=self.num_samples,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +119,7 @@ def evaluate(
     stop_ids: Sequence[int],
     start_marker: str = "<think>",
     end_marker: str = "</think>",
-    advance: Callable[[int], Any] | None = None,
+    advance: Callable[[int], Any] = lambda _: None,
 ) -> EvaluationResult:
     """Score `model` on `task`.
 
@@ -154,9 +136,8 @@ def evaluate(
       advance: called with the number of outputs that have just ended.
     """
     prompts = [list(render_prompt(problem.messages)) for problem in task.problems]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     start = time.perf_counter()
-    completions = generate(model, prompts, config.sampling(), stop_ids, pad_id, advance)
+    completions = complete(model, prompts, config, stop_ids, config.seed, advance=advance)
     generated = time.perf_counter()
     style = config.answer_style or task.answer_style
     texts = [_decoded(tokenizer, prompt) for prompt in prompts]

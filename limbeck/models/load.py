@@ -185,6 +185,9 @@ def _say_slower(name: str, verdict: Verdict) -> None:
 @torch.no_grad()
 def _without_padding_rows(model: Any, name: str) -> Any:
     """Head and embeddings cut to the ids that the tokenizer has: the rows beyond are never trained, drawn or read."""
+    place = locate(name)
+    if place.is_local and not place.gguf_file and not any(Path(place.path).glob("tokenizer*")):
+        return model  # transformers would make up a tokenizer of the model's kind
     try:
         rows = vocabulary_size(load_tokenizer(name))
     except ModelError:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from limbeck.checkpoint import STATE_PREFIX, Checkpoint, output_directory, write_json, write_manifest
 from limbeck.client import Client, ClientConfig, api_key, server_root
 from limbeck.config import checked, config_hash, to_dict
+from limbeck.engine.sampling import SeededSampling
 from limbeck.errors import ConfigError, LimbeckError, TraceFormatError
-from limbeck.models.generate import SamplingConfig
 from limbeck.progress import bar
 from limbeck.stage import How, Place
 from limbeck.traces.counts import tell
@@ -50,7 +50,7 @@ class GenerateConfig:
     """Address of an OpenAI-compatible server instead (http://HOST:PORT)."""
     server_model: str | None = None
     """The model's name at the server; null takes the only one there."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SeededSampling = field(default_factory=SeededSampling)
     """Samples a prompt, temperature, top-p, length and seed."""
     group_prompts: int = 64
     """Prompts that a local model answers between two writes to the journal: what an interruption can cost."""

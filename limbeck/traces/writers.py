@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from limbeck.client import Client, ServerRefusal, map_concurrently
-from limbeck.models.generate import SamplingConfig, generate
+from limbeck.engine.complete import complete
+from limbeck.engine.sampling import SeededSampling
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.runner.place import Prepared
 from limbeck.stage import Place
@@ -33,7 +34,7 @@ class LocalWriter:
     """
 
     model: str
-    sampling: SamplingConfig
+    sampling: SeededSampling
     render: RenderConfig
     group_prompts: int
     on: Place = "local"
@@ -62,13 +63,12 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _sample_group(
-    sampling: SamplingConfig, rendering: RenderConfig, loaded: tuple[Any, Any], item: tuple[int, Sequence[Trace]]
+    sampling: SeededSampling, rendering: RenderConfig, loaded: tuple[Any, Any], item: tuple[int, Sequence[Trace]]
 ) -> Records:
     (model, tokenizer), (number, group) = loaded, item
     ids = [render_prompt(tokenizer, prompt.messages, rendering) for prompt in group]
     # Seeds of groups are far apart: the sampler adds no number to them, it hashes (seed, prompt, sample).
-    sampling = replace(sampling, seed=sampling.seed * 2**32 + number)
-    completions = generate(model, ids, sampling, stop_ids(tokenizer, rendering), tokenizer.pad_token_id)
+    completions = complete(model, ids, sampling, stop_ids(tokenizer, rendering), sampling.seed * 2**32 + number)
     return {
         (prompt.prompt_key, sample): {
             "text": tokenizer.decode(completion.text_ids, skip_special_tokens=False),
@@ -88,7 +88,7 @@ class ServedWriter:
 
     client: Client
     model: str
-    sampling: SamplingConfig
+    sampling: SeededSampling
 
     @property
     def identity(self) -> str:

@@ -23,14 +23,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from limbeck.engine.backends import decoder_of
+from limbeck.engine.backends import decoder_of, unsupported
 from limbeck.engine.complete import complete
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.plain import PlainDecoder
 from limbeck.engine.requests import Request
 from limbeck.engine.sampling import SamplingConfig
 from limbeck.engine.scoring import Scorer, ScoringConfig
-from limbeck.engine.weights import unsupported
 from limbeck.errors import ConfigError, ModelError
 from limbeck.models.attention import PACKED_ATTENTION
 

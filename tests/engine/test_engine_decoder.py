@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 from made_models import made_model
+from peft import LoraConfig, get_peft_model
 from written_models import schemes_for, write_quantized
 
 from limbeck.engine.attention import attend
-from limbeck.engine.backends import load_decoder
+from limbeck.engine.backends import load_decoder, unsupported
 from limbeck.engine.decoder import Decoder, KeyValues, Segment
 from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.weights import weights_of
@@ -116,10 +117,23 @@ def test_what_cannot_run_says_why(segments, message):
         Decoder(weights_of(made_model("llama"))).run(segments)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gemma2"])
-def test_other_models_are_refused(family):
-    with pytest.raises(ModelError, match="is not served; supported are Llama"):
-        weights_of(made_model(family))
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "gemma2"])
+def test_a_model_is_asked_whether_it_is_laid_out_so(family):
+    """A mixture has other layers; Gemma 2 caps what attention multiplies."""
+    reason = unsupported(made_model(family))
+    assert (reason is None) == (family not in ("mixtral", "gemma2")), reason
+
+
+def test_changed_layers_are_not_read_over():
+    lm = made_model("llama")
+    adapted = get_peft_model(lm, LoraConfig(target_modules=["q_proj"]))
+    assert "class Linear" in unsupported(adapted)
+    hooked = made_model("llama")
+    hooked.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: None)
+    assert "what enters its modules" in unsupported(hooked)
+    mixed = made_model("llama")
+    mixed.lm_head.to(torch.bfloat16)
+    assert "several types" in unsupported(mixed)
 
 
 def test_attention_equals_its_formula():
