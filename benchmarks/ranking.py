@@ -179,7 +179,7 @@ def main() -> None:
     steps = [Step(row["model"], row) for row in result["rows"]]
     table = ranking_table(steps)
     rounds = [
-        [str(n), f"{row['parameters']:,}", f"{row['pruned_auc']:.4f}", f"{row['auc']:.4f}"]
+        [str(n), f"{row['parameters']:,}", f"{row['pruned']['auc']:.4f}", f"{row['recovered']['auc']:.4f}"]
         for n, row in enumerate(result["rounds"], 1)
     ]
     text = "\n\n".join(

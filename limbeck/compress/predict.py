@@ -104,7 +104,7 @@ def predict_recover(
         parts.append(predict_prune(planned.prune, model=student, tokenizer=tokenizer, hardware=hardware))
         student = pruned_shape(student, planned.prune)
         vocab = vocabulary_size(tokenizer)
-        setup = set_up(planned.distill, data, vocab, student, teacher, hardware.is_accelerator)
+        setup = set_up(planned.training, data, vocab, student, teacher, hardware.is_accelerator)
         parts.append(predict_run(setup, hardware))
     # All rounds share a process, and a comparison of the unpruned model comes before the first.
     return total("recover", [replace(part, memory=without_program(part.memory)) for part in parts])

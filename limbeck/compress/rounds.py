@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from limbeck.compress.budget import BudgetConfig
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig, sizes_after
 from limbeck.compress.shape_cost import Shape, ShapeCost, whole_shape
-from limbeck.config import config_hash, to_dict
+from limbeck.config import config_hash
 from limbeck.distill.config import DistillConfig, TrainingConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.train import planned_steps
@@ -25,8 +25,8 @@ from limbeck.distill.zeros import PRUNED_FROM
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.models.load import load_tokenizer, model_hash
 
-_SEED_STRIDE = 1_000_003
-"""Between the seeds of two rounds, so that each sees the traces in another order."""
+SEED_STRIDE = 1_000_003
+"""Between the seeds of two rounds, so that each sees its data in another order."""
 
 
 class Round(NamedTuple):
@@ -34,7 +34,8 @@ class Round(NamedTuple):
 
     prune: PruneConfig
     """Its cut, by the shares of what the round before left; `model` is still the first round's."""
-    distill: DistillConfig
+    training: Any
+    """Config of its share of the training."""
 
 
 def plan_rounds(
@@ -142,19 +143,19 @@ def _trainings(distill: DistillConfig, model: str, rounds: int, given: Data | No
 
     total, planned, trainings = tokens(distill.training), 0, []
     for number in range(1, rounds + 1):
-        seed = (distill.training.seed + _SEED_STRIDE * (number - 1)) % 2**32
+        seed = (distill.training.seed + SEED_STRIDE * (number - 1)) % 2**32
         share = max(round(total * number / rounds) - planned, 1)
         trainings.append(replace(distill.training, max_tokens=share, max_steps=None, seed=seed))
         planned += tokens(trainings[-1])
     return trainings
 
 
-def claim(state: Path, config: Any, model: str) -> None:
+def claim(state: Path, config: Mapping[str, Any], model: str) -> None:
     """Mark a working directory with what decides the result, so that a failure leaves the finished rounds for --resume.
 
     Raises: CheckpointError when the mark there is of another config or model.
     """
-    identity = config_hash({"config": to_dict(config), "model": model_hash(model)})
+    identity = config_hash({"config": dict(config), "model": model_hash(model)})
     if state.exists() and json.loads(state.read_text(encoding="utf-8"))["identity"] != identity:
         raise CheckpointError(
             f"{state.parent}: the interrupted run there has another config or model; use the same ones, or drop "

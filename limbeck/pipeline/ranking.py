@@ -168,7 +168,7 @@ def models_of(config: RankPipelineConfig) -> list[Model]:
         name = f"{kind}-{seed}"
         models.append(Model(name, f"{STUDENTS}/{name}", "teacher" if kind == SFT else f"{SFT}-{seed}"))
     models.append(Model(UNPRUNED, UNPRUNED, STUDENT))
-    models.append(Model(PRUNED, f"{PRUNED}/round-{config.cut.rounds}/recovered", UNPRUNED, is_compressed=True))
+    models.append(Model(PRUNED, PRUNED, UNPRUNED, is_compressed=True))
     models += [Model(scheme, f"quantized/{scheme}", PRUNED, is_compressed=True) for scheme in config.schemes]
     return models
 
@@ -180,8 +180,7 @@ def stages_of(config: RankPipelineConfig) -> list[Task]:
         stage = student_config(config, kind, seed, OUT + TEACHER)
         stages.append(Task(f"student-{kind}-{seed}", stage, TRAIN, f"{STUDENTS}/{kind}-{seed}"))
     stages.append(Task(UNPRUNED, _further(config), TRAIN, UNPRUNED))
-    given = ("round-*/recovered/*.safetensors", CALIBRATION)
-    stages.append(Task(PRUNED, _recovery(config), RECOVER, PRUNED, gives=given))
+    stages.append(Task(PRUNED, _recovery(config), RECOVER, PRUNED, gives=("model*.safetensors", CALIBRATION)))
     for scheme in config.schemes:
         stages.append(Task(scheme, _quantization(config, scheme), QUANTIZE, f"quantized/{scheme}"))
     data, features = config.teacher.data, config.teacher.features
@@ -230,7 +229,7 @@ def _recovery(config: RankPipelineConfig) -> RankRecoverConfig:
 
 
 def _quantization(config: RankPipelineConfig, scheme: str) -> QuantizeConfig:
-    model = f"{OUT}{PRUNED}/round-{config.cut.rounds}/recovered"
+    model = OUT + PRUNED
     gate = GateConfig(labels=config.teacher.features.labels)
     calibration = CalibrationConfig(text=Path(f"{OUT}{PRUNED}/{CALIBRATION}"))
     return QuantizeConfig(model=model, scheme=scheme, group_size=config.group_size, calibration=calibration, gate=gate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -93,3 +94,9 @@ def _read(config: RankingDataConfig) -> tuple[list[Request], dict[str, Any]]:
         rows, members = read_table(config.path, config.fields)
     requests, counts = group_log(rows, members, config.grouping)
     return requests, {"requests": len(requests), **counts}
+
+
+def training_of(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config by which a scorer was trained, from its manifest; empty for another stage's output."""
+    fields = {"rank train": manifest["config"], "rank recover": manifest["config"].get("rank")}
+    return fields.get(manifest["stage"]) or {}

@@ -24,7 +24,7 @@ from limbeck.models.load import Layout, load_model, load_tokenizer, model_hash, 
 from limbeck.progress import track
 from limbeck.ranking import metrics
 from limbeck.ranking.auc import delong_test
-from limbeck.ranking.data import RankingDataConfig, best_auc, read_requests
+from limbeck.ranking.data import RankingDataConfig, best_auc, read_requests, training_of
 from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, encode_requests
 from limbeck.ranking.request import Request
 from limbeck.ranking.score import score_request
@@ -40,10 +40,8 @@ def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     like = tree.get("like") or tree.get("model")
     if tree.get("data") or not isinstance(like, str) or not Checkpoint(Path(like)).is_finished:
         return tree
-    manifest = Checkpoint(Path(like)).manifest
-    if manifest["stage"] != "rank train":
-        return tree
-    return {"features": manifest["config"]["features"], **tree, "data": manifest["config"]["data"]}
+    trained = training_of(Checkpoint(Path(like)).manifest)
+    return {"features": trained["features"], **tree, "data": trained["data"]} if trained else tree
 
 
 @completed_by(completed)

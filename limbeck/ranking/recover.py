@@ -1,51 +1,37 @@
-"""The stage `rank recover`: prune a scorer and distil it in turns, with its AUC beside its size after every step.
+"""The stage `rank recover`: prune a scorer and distil it in turns, with its AUC beside its size after every round.
 
-    model -> round 1: prune to 1/n of the target, train 1/n of the steps -> ... -> round n: at the target
-
-The ranking twin of `limbeck recover`: the same cuts, planned from the unpruned model, and the training of `rank train`.
-Layers are calibrated on the run's own pairs, since scorers are pruned best on what they read in service.
-
-    OUT/calibration.txt   OUT/round-1/pruned/   OUT/round-1/recovered/   OUT/round-2/ ...   OUT/rounds.json
-
-The last round's `recovered` is the result; OUT itself holds the table and the manifest.
-
-Source: 2502.14305, section on pruning with distillation: cutting in stages won back more AUC than a single cut.
+The turns are those of `limbeck recover` (`compress.turns`), the training is that of `rank train`. Layers are calibrated
+on the run's own pairs (OUT/calibration.txt), since scorers are pruned best on what they read in service.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from limbeck.checkpoint import STATE_PREFIX, Checkpoint, output_directory, write_json, write_manifest
+from limbeck.checkpoint import Checkpoint
+from limbeck.compress import turns
 from limbeck.compress.calibrate import CalibrationConfig
-from limbeck.compress.prune import stage as prune
-from limbeck.compress.prune.stage import SOLVERS, PruneConfig
-from limbeck.compress.rounds import claim, once, plan_cuts
-from limbeck.config import completed_by
+from limbeck.compress.prune.stage import PruneConfig
+from limbeck.compress.rounds import SEED_STRIDE, Round, plan_cuts
+from limbeck.config import completed_by, to_dict
 from limbeck.distill.config import StudentConfig, TrainingConfig
-from limbeck.distill.parallel import join
 from limbeck.errors import ConfigError
-from limbeck.ledger import Ledger
 from limbeck.models.load import load_tokenizer, model_hash
-from limbeck.progress import console
 from limbeck.ranking import train
-from limbeck.ranking.data import read_requests
+from limbeck.ranking.data import read_requests, training_of
 from limbeck.ranking.examples import plan_requests
 from limbeck.ranking.featurize import encode_requests, write_request
 from limbeck.ranking.train import RankTrainConfig
 from limbeck.stage import How
 
-STATE = STATE_PREFIX + "rank-recover.json"
-TABLE, CALIBRATION = "rounds.json", "calibration.txt"
+CALIBRATION = "calibration.txt"
 _CALIBRATION_REQUESTS = 512
-_SEED_STRIDE = 1_000_003
-"""Between the seeds of two rounds, so that each sees the requests in another order."""
+_MEASURES = ("auc", "auc_low", "auc_high", "request_auc", "log_loss", "calibration_error")
 
 
 def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -78,59 +64,62 @@ class RankRecoverConfig:
     """1: prune once, then train. n: n times an n-th of the cut, then an n-th of the steps."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ConfigError(f"rounds must be at least 1; found {self.rounds}")
-        if self.rank.student.model != self.prune.model:
-            raise ConfigError(f"rank.student: recovery trains prune.model ({self.prune.model}); leave the student out")
-        if self.prune.moments is not None and self.rounds > 1:
-            raise ConfigError("prune.moments are those of the unpruned model; with more than one round, leave them out")
-        if self.prune.method in SOLVERS and self.rank.lora is not None:
-            raise ConfigError("rank.lora: merging adapters fills the zeros of a sparse model; leave it out")
+        turns.check_turns(self.prune, self.rounds, self.rank.student.model, self.rank.lora is not None, "rank")
 
 
 def run(config: RankRecoverConfig, out: Path, *, how: How = How()) -> Checkpoint:
-    """Do all rounds; returns the table's last row beside that of the unpruned model. Arguments as for `rank train`.
+    """Do all rounds and write the recovered scorer; see `turns.recover`."""
+    return turns.recover(TrainedBack(config), out, how)
 
-    Raises: ConfigError when a round would remove nothing, and what pruning and training raise.
-    """
-    if join().world_size > 1:
-        raise ConfigError("limbeck rank recover runs in one process; on several, call prune and rank train in turn.")
-    with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
-        claim(working / STATE, config, config.prune.model)
-        cuts, trainings = plan_cuts(config.prune, config.rounds), _trainings(config)
-        calibration = _calibration(config, working)
-        rows = [once(working / "unpruned.json", partial(_held_out, config, config.prune.model))]
-        model, ledger = config.prune.model, Ledger()
-        for number, (cut, training) in enumerate(zip(cuts, trainings, strict=True), start=1):
-            directory = working / f"round-{number}"
-            pruned, recovered = directory / "pruned", directory / "recovered"
-            if not Checkpoint(pruned).is_finished:
-                prune.run(replace(cut, model=model, calibration=calibration), pruned, how=How(resume=True))
-            if not Checkpoint(recovered).is_finished:
-                student = StudentConfig(model=str(pruned), keep_zeros=config.prune.method in SOLVERS)
-                train.run(replace(config.rank, student=student, training=training), recovered, how=How(resume=True))
-            rows.append(once(directory / "round.json", partial(_row, config, pruned, recovered)))
-            for part in (pruned, recovered):
-                ledger.restore(Checkpoint(part).manifest["ledger"])
-            _say(number, rows[-1])
-            model = str(recovered)
-        write_json(working / TABLE, rows)
-        metrics = {"unpruned": rows[0], "rounds": rows[1:], **rows[-1]}
-        inputs = {"model": model_hash(config.prune.model), **train.inputs_of(config.rank)}
-        write_manifest(
-            working, stage="rank recover", config=config, inputs=inputs, ledger=ledger.as_dict(), metrics=metrics
+
+@dataclass(frozen=True, slots=True)
+class TrainedBack:
+    """Recovery of a scorer, measured on held-out requests."""
+
+    stage: ClassVar[str] = "rank recover"
+    trainer: ClassVar[str] = "rank train"
+
+    config: RankRecoverConfig
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        # Rounds were recorded in another form once; such a run is not gone on with.
+        return {"config": to_dict(self.config), "records": 2}
+
+    def turns(self, working: Path) -> list[Round]:
+        calibration = _calibration(self.config, working)
+        cuts, trainings = plan_cuts(self.config.prune, self.config.rounds), _trainings(self.config)
+        return [
+            Round(replace(cut, calibration=calibration), replace(self.config.rank, training=training))
+            for cut, training in zip(cuts, trainings, strict=True)
+        ]
+
+    def train(self, turn: Round, student: StudentConfig, out: Path) -> None:
+        train.run(replace(turn.training, student=student), out, how=How(resume=True))
+
+    def measure(self, model: str) -> dict[str, Any]:
+        found = train.measure(self.config.rank, model)
+        return {name: found.get(name) for name in _MEASURES}
+
+    def inputs(self) -> dict[str, str]:
+        return {"model": model_hash(self.config.prune.model), **train.inputs_of(self.config.rank)}
+
+    def summary(self, measured: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(measured)
+
+    def line(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+        return (
+            f"held-out AUC {before['auc']:.4f} -> {after['auc']:.4f}, log-loss {before['log_loss']:.4f} -> "
+            f"{after['log_loss']:.4f}"
         )
-        (working / "unpruned.json").unlink()
-        (working / STATE).unlink()
-    return Checkpoint(out)
 
 
 def _own_data(model: Any) -> dict[str, Any]:
     """Data and features of a scorer, by its manifest."""
     if not isinstance(model, str) or not Checkpoint(Path(model)).is_finished:
         return {}
-    config = Checkpoint(Path(model)).manifest["config"]
-    return {name: config[name] for name in ("data", "features") if name in config}
+    trained = training_of(Checkpoint(Path(model)).manifest)
+    return {name: trained[name] for name in ("data", "features") if name in trained}
 
 
 def _trainings(config: RankRecoverConfig) -> list[TrainingConfig]:
@@ -147,7 +136,7 @@ def _trainings(config: RankRecoverConfig) -> list[TrainingConfig]:
             training,
             max_steps=int(steps),
             max_tokens=None,
-            seed=(training.seed + _SEED_STRIDE * number) % 2**32,
+            seed=(training.seed + SEED_STRIDE * number) % 2**32,
         )
         for number, steps in enumerate(np.diff(ends))
     ]
@@ -167,30 +156,3 @@ def _calibration(config: RankRecoverConfig, working: Path) -> CalibrationConfig:
     path = working / CALIBRATION
     path.write_text("\n\n".join(pairs), encoding="utf-8")
     return replace(own, text=path)
-
-
-def _row(config: RankRecoverConfig, pruned: Path, recovered: Path) -> dict[str, Any]:
-    cut, trained = Checkpoint(pruned).manifest, Checkpoint(recovered).manifest
-    sizes = ("parameters", "neurons", "kv_groups", "sparsity")
-    before = _held_out(config, str(pruned))
-    return {
-        **{key: cut["metrics"][key] for key in sizes if key in cut["metrics"]},
-        **{f"pruned_{name}": value for name, value in before.items()},
-        **_held_out(config, str(recovered)),
-        "steps": trained["ledger"]["steps"],
-        "train_seconds": trained["ledger"]["train_seconds"],
-    }
-
-
-def _held_out(config: RankRecoverConfig, model: str) -> dict[str, Any]:
-    found = train.measure(config.rank, model)
-    names = ("auc", "auc_low", "auc_high", "request_auc", "log_loss", "calibration_error")
-    return {name: found.get(name) for name in names}
-
-
-def _say(number: int, row: Mapping[str, Any]) -> None:
-    console.print(
-        f"round {number}: {row.get('parameters', 0):,} parameters; held-out AUC {row['pruned_auc']:.4f} -> "
-        f"{row['auc']:.4f}, log-loss {row['pruned_log_loss']:.4f} -> {row['log_loss']:.4f}",
-        highlight=False,
-    )

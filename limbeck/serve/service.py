@@ -17,6 +17,7 @@ from limbeck.engine.requests import label_ids
 from limbeck.engine.scoring import Scorer
 from limbeck.errors import ModelError
 from limbeck.models.load import load_tokenizer, locate, model_hash
+from limbeck.ranking.data import training_of
 from limbeck.ranking.featurize import FeaturizeConfig
 from limbeck.serve.config import ServeConfig
 from limbeck.serve.dispatch import Dispatcher
@@ -121,5 +122,5 @@ def _trained_features(model: str) -> FeaturizeConfig | None:
     place = locate(model)
     if not place.is_local or not (Path(place.path) / MANIFEST).is_file():
         return None
-    tree: Any = Checkpoint(Path(place.path)).manifest.get("config", {}).get("features")
+    tree: Any = training_of(Checkpoint(Path(place.path)).manifest).get("features")
     return build(FeaturizeConfig, tree, f"{model}/{MANIFEST}: features") if isinstance(tree, dict) else None

@@ -1,15 +1,19 @@
 """rank recover: cuts and steps add up, the scorer's own pairs calibrate it, and a killed run goes on."""
 
-import json
 from pathlib import Path
 
 import pytest
-from tiny_runs import SHAPE, assert_same_bits
+import torch
+from safetensors.torch import load_file
+from tiny_runs import SHAPE, weights_of
 
 from limbeck.checkpoint import Checkpoint
+from limbeck.compress.masks import read_masks
 from limbeck.config import build
 from limbeck.errors import CheckpointError, ConfigError
+from limbeck.models.load import load_model
 from limbeck.ranking import recover, train
+from limbeck.ranking.evaluate import RankEvaluateConfig
 from limbeck.ranking.recover import RankRecoverConfig
 from limbeck.ranking.train import RankTrainConfig
 from limbeck.stage import How
@@ -48,16 +52,31 @@ def test_rounds_end_at_the_target_with_all_steps(scorer, tmp_path):
     made = config(scorer)
     assert made.rank.data == build(RankTrainConfig, Checkpoint(Path(scorer)).manifest["config"]).data
     assert made.rank.teacher.model == scorer
-    result = recover.run(made, tmp_path / "out")
-    rows = json.loads((tmp_path / "out/rounds.json").read_text())
-    assert [row["neurons"] for row in rows[1:]] == [[32, 24], [24, 16]]
-    assert sum(row["steps"] for row in rows[1:]) == 5
-    assert result["auc"] == rows[-1]["auc"] and 0 <= rows[1]["pruned_auc"] <= 1
-    assert Checkpoint(tmp_path / "out").manifest["ledger"]["steps"] == 5
-    assert Checkpoint(Path(result["model"])).manifest["stage"] == "rank train"
+    out = recover.run(made, tmp_path / "out")
+    metrics, rows = out.manifest["metrics"], out.manifest["metrics"]["rounds"]
+    assert [row["neurons"] for row in rows] == [[32, 24], [24, 16]]
+    assert sum(row["steps"] for row in rows) == out.manifest["ledger"]["steps"] == 5
+    assert metrics["auc"] == rows[-1]["recovered"]["auc"] and 0 <= rows[0]["pruned"]["auc"] <= 1
+    assert metrics["unpruned"].keys() == rows[0]["recovered"].keys()
+    assert load_model(str(out.path)).config.intermediate_size == 16
+    asked = build(RankEvaluateConfig, {"model": str(out.path)})
+    assert asked.data == made.rank.data and asked.features == made.rank.features
+    assert build(RankRecoverConfig, {"prune": str(out.path), "rank": {}}).rank.data == made.rank.data
     text = (tmp_path / "out/calibration.txt").read_text()
     pairs = text.split("\n\n")
     assert len(pairs) == 28 * 3 and all(pair.endswith(("Answer: yes", "Answer: no")) for pair in pairs)
+
+
+def assert_same_weights(one, other):
+    mine, theirs = weights_of(one), weights_of(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_single_weights_stay_zero(scorer, tmp_path):
+    out = recover.run(config(scorer, prune__method="wanda", prune__pattern="0.5", rounds=1), tmp_path / "out").path
+    masks, weights = read_masks(out), load_file(next(out.glob("model-*.safetensors")))
+    assert masks and all(torch.equal(weights[name] != 0, mask) for name, mask in masks.items())
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(scorer, tmp_path, monkeypatch):
@@ -78,7 +97,9 @@ def test_a_stopped_run_goes_on_with_the_same_bits(scorer, tmp_path, monkeypatch)
     with pytest.raises(CheckpointError, match="another config"):
         recover.run(config(scorer, rank__loss={"kd_ratio": 0.2}), parts, how=How(resume=True))
     recover.run(config(scorer), parts, how=How(resume=True))
-    assert_same_bits(whole / "round-2/recovered", parts / "round-2/recovered")
+    assert_same_weights(whole, parts)
+    metrics = [(out / "round-2/recovered/metrics.jsonl").read_bytes() for out in (whole, parts)]
+    assert metrics[0] == metrics[1]
 
 
 def test_what_cannot_work_is_refused(scorer, tmp_path):
