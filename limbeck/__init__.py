@@ -55,6 +55,7 @@ _FUNCTIONS = (
     "count_traces",
     "demo",
     "describe_teacher_cache",
+    "show_evaluation",
     "evaluate_ranker",
     "export",
     "generate_traces",

@@ -56,6 +56,9 @@ COMMANDS: dict[str, Command] = {
         "say which number format and which cut suit a machine and a workload, and what they save",
     ),
     "evaluate": Command("evaluate.commands:EVALUATE", "score a model on problems, with intervals"),
+    "evaluate show": Command(
+        "evaluate.commands:SHOW", "print what a scored model was asked, wrote and how it was judged, wrong ones first"
+    ),
     "moments": Command(
         "compress.commands:MOMENTS",
         "collect what prune and quantize need of a model's layers, once for any number of solvers",

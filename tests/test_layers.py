@@ -46,6 +46,7 @@ LAZY_IMPORTS_ALLOWED = {
     "limbeck/serve/command.py",
     "limbeck/runner/cluster.py",
     "limbeck/engine/constraints.py",
+    "limbeck/evaluate/benchmarks.py",
 }
 
 

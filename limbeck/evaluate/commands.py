@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from limbeck.evaluate import stage, verify
+from limbeck.evaluate import show, stage, verify
 from limbeck.evaluate.cost import predict_evaluate
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.models.load import model_hash
-from limbeck.stage import Stage
+from limbeck.stage import Stage, View
 
 
 def _read_by_evaluation(config: EvaluateStageConfig) -> dict[str, str]:
@@ -26,6 +26,10 @@ EVALUATE = Stage(
         "problems.format",
         "problems.num_traces",
         "problems.seed",
+        "benchmark.name",
+        "benchmark.data",
+        "benchmark.num_shots",
+        "benchmark.num_problems",
         "perplexity.text",
         "perplexity.reference",
         "evaluate.max_new_tokens",
@@ -55,4 +59,12 @@ VERIFY = Stage(
         "tokenizer",
         "evaluation",
     ),
+)
+SHOW = View(
+    name="evaluate show",
+    config=show.ShowResultsConfig,
+    run=show.run,
+    show=show.print_results,
+    as_dict=show.Shown.as_dict,
+    subject="run",
 )

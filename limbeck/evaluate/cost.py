@@ -10,6 +10,7 @@ from limbeck.cost.memory import HEAD_ROWS, with_program
 from limbeck.cost.prediction import Prediction, flops_of, total
 from limbeck.cost.sampling import predict_sampling
 from limbeck.cost.shapes import config_of, frozen_sizes
+from limbeck.evaluate.benchmark_data import benchmark_task
 from limbeck.evaluate.perplexity import token_windows
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.ledger import backbone_forward_flops, head_forward_flops
@@ -39,6 +40,14 @@ def predict_evaluate(
         written = new_tokens or response_tokens(asked, tokenizer, config.render, config.evaluate.max_new_tokens)
         lengths = [len(render_prompt(tokenizer, trace.messages, config.render)) for trace in asked]
         sampling, vocab = config.evaluate, vocabulary_size(tokenizer)
+        parts.append(predict_sampling("evaluate", shape, lengths, written, sampling, hardware, vocab))
+    if config.benchmark is not None:
+        lengths = [
+            len(render_prompt(tokenizer, problem.messages, config.render))
+            for problem in benchmark_task(config.benchmark).problems
+        ]
+        written = new_tokens or config.evaluate.max_new_tokens
+        sampling, vocab = config.evaluate.sampling(), vocabulary_size(tokenizer)
         parts.append(predict_sampling("evaluate", shape, lengths, written, sampling, hardware, vocab))
     if config.perplexity is not None:
         windows = [len(window) for window in token_windows(config.perplexity, tokenizer, config.render)]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
 from limbeck.config import checked
 from limbeck.errors import ConfigError
+from limbeck.evaluate.answers import Verdict, answer_part
+from limbeck.evaluate.benchmark_data import BenchmarkConfig, benchmark_task
+from limbeck.evaluate.benchmarks import BENCHMARKS
+from limbeck.evaluate.metrics import mean_interval
 from limbeck.evaluate.perplexity import PerplexityConfig, token_windows, window_sums
-from limbeck.evaluate.run import EvaluateConfig, evaluate
-from limbeck.evaluate.tasks import task_from_traces
+from limbeck.evaluate.run import EvaluateConfig, EvaluationResult, evaluate, summarise
+from limbeck.evaluate.tasks import Task, task_from_traces
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.progress import bar
 from limbeck.stage import How
@@ -32,6 +36,8 @@ class EvaluateStageConfig:
     """Directory, alias (tiny-teacher, tiny-student, smollm2-135m) or hub id."""
     problems: TraceConfig | None = None
     """Traces whose prompts are the problems and whose references are the right answers."""
+    benchmark: BenchmarkConfig | None = None
+    """A public benchmark by name, instead of problems."""
     perplexity: PerplexityConfig | None = None
     """Perplexity on a text, beside the problems or alone."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -40,8 +46,12 @@ class EvaluateStageConfig:
     """How prompts become tokens."""
 
     def __post_init__(self) -> None:
-        if self.problems is None and self.perplexity is None:
-            raise ConfigError("evaluate: set problems.source, or perplexity.text (`prose` or a file), or both")
+        if self.problems is None and self.benchmark is None and self.perplexity is None:
+            raise ConfigError(
+                "evaluate: set problems.source, benchmark.name and benchmark.data, or perplexity.text (prose or a file)"
+            )
+        if self.problems is not None and self.benchmark is not None:
+            raise ConfigError("evaluate: problems and benchmark are both set; score them one after the other")
 
 
 def run(config: EvaluateStageConfig, out: Path, *, how: How = How()) -> Checkpoint:
@@ -49,7 +59,7 @@ def run(config: EvaluateStageConfig, out: Path, *, how: How = How()) -> Checkpoi
     name = config.model
     with output_directory(out, overwrite=how.overwrite) as working:
         summary: dict[str, Any] = {"model": Path(name).name}
-        if config.problems is not None:
+        if config.problems is not None or config.benchmark is not None:
             summary = score(name, config, working)
         if config.perplexity is not None:
             summary |= measure_perplexity(name, config.perplexity, config.render)
@@ -66,11 +76,9 @@ def run(config: EvaluateStageConfig, out: Path, *, how: How = How()) -> Checkpoi
 
 def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, Any]:
     """Generate, check and write the rows and the summary of one model into an existing directory."""
-    assert config.problems is not None
-    traces = problems_of(name, config.problems, config.render)
-    task = task_from_traces(config.problems.source, traces)
+    task = task_of(name, config)
     tokenizer = load_tokenizer(name)
-    with bar(f"evaluating {Path(name).name}", len(traces) * config.evaluate.num_samples) as progress:
+    with bar(f"evaluating {Path(name).name}", len(task.problems) * config.evaluate.num_samples) as progress:
         result = evaluate(
             load_model(name),
             tokenizer,
@@ -82,10 +90,50 @@ def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, 
             end_marker=config.render.end_marker,
             advance=progress.advance,
         )
+    result, measured = with_benchmark(config, task, result)
     result.write(directory)
-    summary = {"model": Path(name).name, "num_problems": len(traces), **result.summary}
+    summary = {"model": Path(name).name, "num_problems": len(task.problems), **result.summary, **measured}
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def task_of(name: str, config: EvaluateStageConfig) -> Task:
+    """What a model is to be scored on."""
+    if config.benchmark is not None:
+        return benchmark_task(config.benchmark)
+    assert config.problems is not None
+    return task_from_traces(config.problems.source, problems_of(name, config.problems, config.render))
+
+
+def with_benchmark(
+    config: EvaluateStageConfig, task: Task, result: EvaluationResult
+) -> tuple[EvaluationResult, dict[str, float]]:
+    """The result, and the benchmark's own metrics with intervals. A metric is the verdict where nothing else is."""
+    measure = None if config.benchmark is None else BENCHMARKS[config.benchmark.name].measure
+    if measure is None:
+        return result, {}
+    markers = (config.render.start_marker, config.render.end_marker)
+    found = [
+        [
+            measure(problem.metadata, answer_part(output, *markers, row.prompt.rstrip().endswith(markers[0])) or "")
+            for output in row.outputs
+        ]
+        for problem, row in zip(task.problems, result.rows, strict=True)
+    ]
+    measured: dict[str, float] = {}
+    for metric in found[0][0]:
+        interval = mean_interval([[sample[metric] for sample in samples] for samples in found], config.evaluate.seed)
+        measured |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+    if all(problem.reference is None for problem in task.problems):
+        first = next(iter(found[0][0]))
+        names = (Verdict.WRONG.value, Verdict.RIGHT.value)
+        rows = [
+            replace(row, verdicts=[names[int(sample[first])] for sample in samples])
+            for row, samples in zip(result.rows, found, strict=True)
+        ]
+        seconds = {name: value for name, value in result.summary.items() if name.endswith("seconds")}
+        result = EvaluationResult(rows, summarise(rows, config.evaluate) | seconds)
+    return result, measured
 
 
 def problems_of(model: str, source: TraceConfig, rendering: RenderConfig) -> list[Trace]:
