@@ -47,7 +47,7 @@ def predict_evaluate(
             for problem in benchmark_task(config.benchmark).problems
         ]
         written = new_tokens or config.evaluate.max_new_tokens
-        sampling, vocab = config.evaluate.sampling(), vocabulary_size(tokenizer)
+        sampling, vocab = config.evaluate, vocabulary_size(tokenizer)
         parts.append(predict_sampling("evaluate", shape, lengths, written, sampling, hardware, vocab))
     if config.perplexity is not None:
         windows = [len(window) for window in token_windows(config.perplexity, tokenizer, config.render)]
