@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from limbeck.serve import errors
 from limbeck.serve.api import about, chat, completions, prefilling, reranking, scoring, tokens
@@ -23,6 +24,10 @@ def make_app(service: Service) -> FastAPI:
         await service.stop()
 
     app = FastAPI(title="limbeck", version=__version__, lifespan=lifespan)
+    if service.config.allow_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(service.config.allow_origin), allow_methods=["*"], allow_headers=["*"]
+        )
     for endpoints in (about, scoring, reranking, prefilling, completions, chat, tokens):
         app.include_router(endpoints.router(service))
     errors.install(app, service.metrics)

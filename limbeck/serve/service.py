@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from pathlib import Path
@@ -64,9 +65,12 @@ class Service:
         self.worker = Worker(self.scorer, self.generator, self.config, asyncio.get_running_loop())
         self.dispatcher = Dispatcher(self.worker, self.limits, self.metrics)
         self.worker.start()
+        gc.collect()
+        gc.freeze()  # else each collection that a large body sets off goes through the libraries' objects as well
 
     async def stop(self) -> None:
         """End it."""
+        gc.unfreeze()
         self.worker.stop()
         await self.forms.stop()
         await asyncio.to_thread(self.worker.join, JOIN_SECONDS)

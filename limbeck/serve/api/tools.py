@@ -128,6 +128,8 @@ class ToolSplitter:
             keep = len(self._held) if may_be else 0
         else:
             keep = max(overlap(self._held, start) for start in self._form.starts)
+            while self._held[: len(self._held) - keep].endswith("\n"):  # in front of a call it goes with it
+                keep += 1
         passed, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self._has_begun = self._has_begun or bool(passed.strip())
         return passed
