@@ -103,15 +103,11 @@ class Weights(NamedTuple):
 
 
 def stored_layers(name: str) -> Mapping[str, Layer]:
-    """The quantised layers of a directory as they are stored; none of a dense one.
-
-    Raises: ModelError for a cache in 8 bits.
-    """
+    """The quantised layers of a directory as they are stored; none of a dense one, or of one with a cache in 8 bits,
+    which transformers runs."""
     quantization = quantization_at(name)
-    if quantization is None:
+    if quantization is None or quantization.kv_cache:
         return {}
-    if quantization.kv_cache:
-        raise ModelError(f"{name}: keys and values in 8 bits are not served; export without kv_cache_scheme.")
     return split_tensors(read_tensors(Path(locate(name).path)), quantization)[0]
 
 

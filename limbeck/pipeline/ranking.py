@@ -35,7 +35,6 @@ from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.config import checked, completed_by
 from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.engine.backends import load_decoder
-from limbeck.engine.requests import Request
 from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_model, load_tokenizer, model_hash
@@ -44,8 +43,8 @@ from limbeck.pipeline.advance import Pipeline
 from limbeck.pipeline.task import OUT, Task
 from limbeck.ranking.commands import EVALUATE, RECOVER, TRAIN
 from limbeck.ranking.data import read_requests
-from limbeck.ranking.evaluate import SCORES, RankEvaluateConfig, compare, read_scores
-from limbeck.ranking.featurize import EncodedRequest, Labels, encode_requests
+from limbeck.ranking.evaluate import SCORES, RankEvaluateConfig, compare, engine_request, read_scores
+from limbeck.ranking.featurize import encode_requests
 from limbeck.ranking.recover import CALIBRATION, RankRecoverConfig
 from limbeck.ranking.train import RankTrainConfig
 from limbeck.report.page import write_report
@@ -252,7 +251,7 @@ def _latencies(config: RankPipelineConfig, models: Sequence[Model], out: Path) -
     }
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for request in encoded:
-        asked = _engine_request(request, labels)
+        asked = engine_request(request, labels)._replace(full=False)
         for name, scorer in scorers.items():
             start = time.perf_counter()
             scorer.score([asked])
@@ -264,7 +263,3 @@ def _latencies(config: RankPipelineConfig, models: Sequence[Model], out: Path) -
         }
         for name, values in seconds.items()
     }
-
-
-def _engine_request(request: EncodedRequest, labels: Labels) -> Request:
-    return Request(request.prefix.tolist(), [ids.tolist() for ids in request.candidates], labels)

@@ -17,22 +17,28 @@ import torch
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
 from limbeck.config import completed_by
+from limbeck.engine.backend import Backend
+from limbeck.engine.backends import load_decoder
+from limbeck.engine.plan import Costs
+from limbeck.engine.requests import Request as EngineRequest
+from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.errors import ConfigError
 from limbeck.evaluate.metrics import Interval
 from limbeck.ledger import Ledger
-from limbeck.models.load import Layout, load_model, load_tokenizer, model_hash, vocabulary_size
+from limbeck.models.load import load_tokenizer, model_hash
 from limbeck.progress import track
 from limbeck.ranking import metrics
 from limbeck.ranking.auc import delong_test
 from limbeck.ranking.data import RankingDataConfig, best_auc, read_requests, training_of
 from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, encode_requests
 from limbeck.ranking.request import Request
-from limbeck.ranking.score import score_request
 from limbeck.stage import How
 
 SCORES = "scores.jsonl"
 K = 5
 """Ranks of NDCG and of the churn."""
+PASS_TOKENS = 2048
+"""Of prefixes and candidates that are computed together."""
 
 
 def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -60,8 +66,6 @@ class RankEvaluateConfig:
     """Part of the split that is scored."""
     reference: str | None = None
     """Another model to compare with on the same requests, such as the teacher or the scorer before pruning."""
-    layout: Layout = "packed"
-    """packed: the prefix of a request is computed once; padded: pair by pair, for models with a sliding window."""
     k: int = K
     """Ranks of NDCG and of the churn of the best k."""
     seed: int = 0
@@ -123,12 +127,25 @@ def run(config: RankEvaluateConfig, out: Path, *, how: How = How()) -> Checkpoin
     return Checkpoint(out)
 
 
-def score_all(model: Any, requests: Sequence[EncodedRequest], labels: Labels, vocab_size: int) -> Scored:
-    """Scores of all candidates of all requests; arguments as for `score_request`."""
-    scores = [score_request(model, request, labels, vocab_size) for request in track(requests, "scoring")]
+def score_all(decoder: Backend, requests: Sequence[EncodedRequest], labels: Labels) -> Scored:
+    """Scores of all candidates of all requests, by the engine that serves them.
+
+    Args:
+      decoder: of the model; its head has the tokenizer's tokens and no rows beyond.
+    """
+    one_pass = ScoringConfig(cache_bytes=0, path="packed", pass_tokens=PASS_TOKENS)
+    scorer = Scorer(decoder, one_pass, costs=Costs((PASS_TOKENS,), (1.0,), 0.0))
+    found = [scorer.score([engine_request(request, labels)])[0] for request in track(requests, "scoring")]
     owner = np.repeat(np.arange(len(requests)), [len(request.candidates) for request in requests])
     labels_of = np.concatenate([request.labels for request in requests])
-    return Scored(owner, labels_of, *(torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True)))
+    log_odds = torch.cat([scores.logits[:, 0] - scores.logits[:, 1] for scores in found]).cpu()
+    mass = torch.cat([scores.label_mass for scores in found]).cpu()
+    return Scored(owner, labels_of, log_odds.numpy(), log_odds.sigmoid().numpy(), mass.numpy())
+
+
+def engine_request(request: EncodedRequest, labels: Labels) -> EngineRequest:
+    """What the engine is asked: prefix and candidates as token ids, yes before no."""
+    return EngineRequest(request.prefix.tolist(), [ids.tolist() for ids in request.candidates], labels, full=True)
 
 
 def read_scores(out: Path) -> Scored:
@@ -173,9 +190,9 @@ def compare(scored: Scored, other: Scored, k: int = K, seed: int = 0) -> dict[st
 def _score(config: RankEvaluateConfig, name: str, requests: Sequence[Request], ledger: Ledger) -> Scored:
     tokenizer = load_tokenizer(name)
     encoded, labels = encode_requests(requests, tokenizer, config.features)
-    model = load_model(name, torch.float32, config.layout)
+    decoder = load_decoder(name)
     with ledger.phase("scoring"):
-        scored = score_all(model, encoded, labels, vocabulary_size(tokenizer))
+        scored = score_all(decoder, encoded, labels)
     ledger.count(
         sequences=len(scored.log_odds),
         tokens=sum(len(request.prefix) + sum(map(len, request.candidates)) for request in encoded),

@@ -36,10 +36,11 @@ from limbeck.distill.pair import check_pair, load_student, load_teacher
 from limbeck.distill.parallel import Ranks, total_cost
 from limbeck.distill.setup import Run
 from limbeck.distill.zeros import KeptZeros
+from limbeck.engine.backends import decoder_of, load_decoder
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
 from limbeck.models.anatomy import causal_lm_of
-from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
+from limbeck.models.load import load_tokenizer, model_hash
 from limbeck.optim.build import OptimizerConfig, build_optimizer
 from limbeck.optim.schedules import ScheduleConfig
 from limbeck.ranking.data import RankingDataConfig, read_requests
@@ -230,7 +231,7 @@ def _measure(setup: Run, requests: Sequence[EncodedRequest], labels: Labels) -> 
         return {}
     model = setup.student.model.eval()
     with setup.ledger.phase("validation"):
-        scored = score_all(model, requests, labels, setup.student.vocab_size)
+        scored = score_all(decoder_of(model), requests, labels)
     return {f"validation_{name}": value for name, value in measures(scored).items()}
 
 
@@ -239,6 +240,4 @@ def measure(config: RankTrainConfig, model: str) -> dict[str, Any]:
     split, _ = read_requests(config.data)
     tokenizer = load_tokenizer(model)
     requests, labels = encode_requests(split.validation, tokenizer, config.features)
-    return measures(
-        score_all(load_model(model, layout=config.training.layout), requests, labels, vocabulary_size(tokenizer))
-    )
+    return measures(score_all(load_decoder(model), requests, labels))
