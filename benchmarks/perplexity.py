@@ -46,9 +46,12 @@ import torch
 from _process import MODEL, conditions, markdown, publish
 from torch import Tensor
 
+from limbeck.compress import journal
 from limbeck.compress.blocks import Blocks, Group
 from limbeck.compress.calibrate import CalibrationConfig, calibration_rows
 from limbeck.compress.fidelity import GateConfig
+from limbeck.compress.folds import Fold
+from limbeck.compress.method import Solution, stored_state
 from limbeck.compress.problem import LayerProblem
 from limbeck.compress.prune import osscar
 from limbeck.compress.prune import stage as prune
@@ -56,7 +59,7 @@ from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.quantize import stage as quantize
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.compress.shrink import shrink_model
-from limbeck.compress.walk import Solution, WalkOptions, stored_state, walk, write_rest
+from limbeck.compress.walk import WalkOptions, walk, write_rest
 from limbeck.compress.weights import ShardWriter
 from limbeck.evaluate.perplexity import PROSE, read_text, window_sums
 from limbeck.models.load import load_model, load_tokenizer
@@ -131,10 +134,15 @@ class Chosen:
         self._role, self._size, self._keep, self._how, self._refit = role, group_size, keep, how, refit
         self._generator = torch.Generator().manual_seed(0)
 
+    folds = False
+
     def wants(self, group: Group) -> bool:
         return group.role == self._role
 
-    def solve(self, group: Group, problems: Sequence[LayerProblem]) -> Solution:
+    def check(self, blocks: Blocks, groups: Sequence[Group]) -> None:
+        pass
+
+    def solve(self, group: Group, problems: Sequence[LayerProblem], fold: Fold | None) -> Solution:
         (problem,) = problems
         if self._how == "random":
             groups = torch.randperm(problem.weight.shape[1] // self._size, generator=self._generator)[: self._keep]
@@ -143,8 +151,8 @@ class Chosen:
         inputs = osscar.inputs_of(problem, groups.sort().values, self._size)
         return Solution([osscar.refit(problem, inputs) if self._refit else problem.weight * inputs])
 
-    def tensors(self, number: int, block: Any, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
-        return stored_state(block, dtypes)
+    def tensors(self, number: int, block: Any, blocks: Blocks) -> dict[str, Tensor]:
+        return blocks.stored(number, stored_state(block, blocks.dtypes))
 
 
 def chosen(role: str, share: float, how: str, refit: bool, setup: Setup, out: Path) -> None:
@@ -161,6 +169,7 @@ def chosen(role: str, share: float, how: str, refit: bool, setup: Setup, out: Pa
     writer = ShardWriter(out, len(blocks) + 1)
     walk(blocks, rows, method, WalkOptions("prune"), writer, "benchmark", torch.device("cpu"))
     write_rest(blocks, writer)
+    journal.remove(out)
     config.save_pretrained(out)
 
 

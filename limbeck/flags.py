@@ -93,7 +93,9 @@ def _read(hint: Any, text: str) -> Any:
     is_group = bool(classes_of(hint))
     if takes_only_text(hint) or (is_group and not text.startswith("{")):
         is_optional = type(None) in typing.get_args(hint)
-        return None if text == "null" and (is_optional or is_group) else text
+        # Quoted as in YAML, it is what the quotes hold.
+        value = read_value(text) if text[:1] in ("'", '"') else text
+        return None if text == "null" and (is_optional or is_group) else value if isinstance(value, str) else text
     if typing.get_origin(hint) in (list, tuple) and takes_only_text(typing.get_args(hint)[0]):
         return read_value(text) if text.startswith("[") else text
     return read_value(text)

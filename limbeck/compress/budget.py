@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from limbeck.compress.calibrate import Rows
 from limbeck.compress.passes import LossName, Passes
 from limbeck.compress.problem import Moments
@@ -30,7 +32,7 @@ class BudgetConfig:
     """How small or how fast the model has to become, and what may be cut for it."""
 
     metric: Literal["parameters", "bytes", "milliseconds"] = "parameters"
-    """What the target counts: all parameters, their bytes in the model's dtype, or the time of one prompt."""
+    """What the target counts: all parameters, the bytes of the files that are written, or the time of one prompt."""
     target: float
     """Most of it that the smaller model may have."""
     prompt_tokens: int = 512
@@ -70,7 +72,9 @@ class Step(NamedTuple):
 Moves = Callable[[Shape], Iterable[Shape]]
 
 
-def choose(model: Any, rows: Rows, moments: Mapping[str, Moments], config: BudgetConfig) -> list[Step]:
+def choose(
+    model: Any, rows: Rows, moments: Mapping[str, Moments], config: BudgetConfig, dtype: torch.dtype
+) -> list[Step]:
     """The shapes from the whole model to one within the target; the last is the choice.
 
     Args:
@@ -79,10 +83,11 @@ def choose(model: Any, rows: Rows, moments: Mapping[str, Moments], config: Budge
       moments: of the inputs of o_proj and down_proj, named `layers.<n>.attention_out` and `layers.<n>.mlp_out`
         (`layers.<n>.mlp_out.<e>` for expert e).
       config: target and units.
+      dtype: that the model is stored in, and will be.
     Raises: CompressionError when the target is out of reach.
     """
     units = _Units(model.config, config)
-    cost = ShapeCost(model.config, model.dtype, model.device, config.metric, config.prompt_tokens, config.repeats)
+    cost = ShapeCost(model.config, dtype, model.device, config.metric, config.prompt_tokens, config.repeats)
     passes = Passes(model, rows, config.loss)
     with ShapeLoss(model, passes, moments, config.osscar, units.levels) as loss:
         steps = search(units.whole, lambda shape: units.smaller(shape, loss), cost, loss, config.target)

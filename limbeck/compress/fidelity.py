@@ -7,7 +7,8 @@ probability of a label among the labels, and how often the likeliest one changes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,6 @@ from torch import Tensor
 from limbeck.compress.calibrate import Rows
 from limbeck.config import checked
 from limbeck.errors import ConfigError
-from limbeck.models.anatomy import head_of, hidden_states
-
-_ROWS_AT_ONCE = 4
 
 
 @checked
@@ -60,58 +58,64 @@ def label_ids(labels: Sequence[str], tokenizer: Any) -> list[int]:
 
 
 @torch.no_grad()
-def compare(original: Any, compressed: Any, rows: Rows, labels: Sequence[int] = ()) -> dict[str, float]:
+def compare(original: Any, compressed: Any, rows: Rows, labels: Sequence[int] = ()) -> dict[str, float | None]:
     """Differences over all predicted tokens of some sequences.
 
     Args:
       original, compressed: causal LMs of one vocabulary.
       rows: held-out tokens.
       labels: token ids of the labels.
-    Returns: `kl_nats`, `perplexity` of the compressed model, `perplexity_ratio`, `top1_agreement`; with labels also
-      `label_change` and `label_swaps`.
+    Returns: `nll_nats`, a token of the compressed model; `kl_nats`, `perplexity`, `perplexity_ratio`,
+      `top1_agreement`; with labels also `label_change` and `label_swaps`. None is beyond what a number holds.
     """
     sums: dict[str, float] = {}
     count = 0
-    for start in range(0, len(rows.input_ids), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        ids, valid = rows.input_ids[part], rows.valid[part]
-        predicted = (valid[:, 1:] & valid[:, :-1]).flatten()
-        targets = ids[:, 1:].flatten()[predicted]
+    for ids, valid in zip(rows.input_ids, rows.valid, strict=True):
+        ids = ids[valid][None]
+        targets = ids[0, 1:]
         count += len(targets)
-        log_p, log_q = (_log_probs(model, ids, predicted) for model in (original, compressed))
+        log_p, log_q = (log_probs_of(model, ids) for model in (original, compressed))
         for name, value in _sums(log_p, log_q, targets, labels).items():
             sums[name] = sums.get(name, 0.0) + value
     means = {name: value / max(count, 1) for name, value in sums.items()}
-    original_nll, nll = means.pop("original_nll"), means.pop("nll")
-    return {"perplexity": math.exp(nll), "perplexity_ratio": math.exp(nll - original_nll), **means}
+    original_nll = means.pop("original_nll")
+    found = {"perplexity": _exp(means["nll_nats"]), "perplexity_ratio": _exp(means["nll_nats"] - original_nll), **means}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
-def check(found: dict[str, float], gate: GateConfig) -> list[str]:
+def log_probs_of(model: Any, ids: Tensor) -> Tensor:
+    """Log-probabilities [T - 1, V] of the token after each prefix of one sequence [1 T], float32."""
+    return model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < math.log(sys.float_info.max) else math.inf
+
+
+def check(found: Mapping[str, float | None], gate: GateConfig) -> list[str]:
     """What a model fails of its gate, in words; empty when it passes."""
-    limits = {
+    return [
+        f"{name} {'is not finite' if value is None else format(value, '.4g')} > {limit:g}"
+        for name, limit in limits_of(gate).items()
+        # Written so that NaN fails.
+        if limit is not None and ((value := found[name]) is None or not value <= limit)
+    ]
+
+
+def limits_of(gate: GateConfig) -> dict[str, float | None]:
+    """The limits by the names of what they limit."""
+    return {
         "kl_nats": gate.max_kl_nats,
         "perplexity_ratio": gate.max_perplexity_ratio,
         "label_change": gate.max_label_change,
         "label_swaps": gate.max_label_swaps,
     }
-    return [
-        f"{name} {found[name]:.4g} > {limit:g}"
-        for name, limit in limits.items()
-        # Written so that NaN fails.
-        if limit is not None and not found[name] <= limit
-    ]
-
-
-def _log_probs(model: Any, ids: Tensor, predicted: Tensor) -> Tensor:
-    positions = torch.arange(ids.shape[1])[None].expand_as(ids)
-    hidden = hidden_states(model, ids, positions)[:, :-1].flatten(0, 1)[predicted]
-    return head_of(model).logits(hidden).float().log_softmax(-1)
 
 
 def _sums(log_p: Tensor, log_q: Tensor, targets: Tensor, labels: Sequence[int]) -> dict[str, float]:
     found = {
         "original_nll": float(-log_p.gather(1, targets[:, None]).sum()),
-        "nll": float(-log_q.gather(1, targets[:, None]).sum()),
+        "nll_nats": float(-log_q.gather(1, targets[:, None]).sum()),
         "kl_nats": float((log_p.exp() * (log_p - log_q)).sum()),
         "top1_agreement": float((log_p.argmax(1) == log_q.argmax(1)).sum()),
     }

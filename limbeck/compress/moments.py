@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_manifest
+from limbeck.compress import journal
 from limbeck.compress.blocks import Blocks, Group
 from limbeck.compress.calibrate import CalibrationConfig, calibration_rows
+from limbeck.compress.folds import Fold
+from limbeck.compress.method import Solution
 from limbeck.compress.problem import LayerProblem, Moments
-from limbeck.compress.walk import Solution, WalkOptions, walk
+from limbeck.compress.vocabulary import check_tokens
+from limbeck.compress.walk import WalkOptions, walk
 from limbeck.compress.weights import SafetensorSource, ShardWriter
 from limbeck.config import checked, config_hash
 from limbeck.errors import CheckpointError
@@ -47,34 +51,39 @@ class _Collect:
     def __init__(self) -> None:
         self._seen: dict[str, Tensor] = {}
 
+    folds = False
+
     def wants(self, group: Group) -> bool:
         return True
 
-    def solve(self, group: Group, problems: Sequence[LayerProblem]) -> Solution:
+    def check(self, blocks: Blocks, groups: Sequence[Group]) -> None:
+        pass
+
+    def solve(self, group: Group, problems: Sequence[LayerProblem], fold: Fold | None) -> Solution:
         moments = problems[0].moments
         for part in _PARTS:
             self._seen[f"{group.name}.{part}"] = getattr(moments, part)
         self._seen[f"{group.name}.tokens"] = torch.tensor(moments.tokens)
         return Solution([problem.weight for problem in problems])
 
-    def tensors(self, number: int, block: Any, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    def tensors(self, number: int, block: Any, blocks: Blocks) -> dict[str, Tensor]:
         seen, self._seen = self._seen, {}
-        return seen
+        return {blocks.prefix(number) + name: tensor.cpu() for name, tensor in seen.items()}
 
 
 def run(config: MomentsConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Write the moments of all layers of a model into `out`."""
     ledger, key = Ledger(), model_hash(config.model)
     blocks = Blocks(config.model)
-    rows = calibration_rows(config.calibration, load_tokenizer(config.model), config.model)
+    tokenizer = load_tokenizer(config.model)
+    rows = calibration_rows(config.calibration, tokenizer, config.model)
+    check_tokens(config.model, tokenizer, blocks.config.get_text_config().vocab_size, rows.input_ids)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
         writer = ShardWriter(working, len(blocks), stem="moments")
         fingerprint = config_hash({"config": config_hash(config), "model": key})
         with ledger.phase("calibration"):
             records = walk(blocks, rows, _Collect(), WalkOptions("moments"), writer, fingerprint, device)
-        for file in working.glob("state-*"):
-            file.unlink()
         metrics = {"layers": len(records), "calibration_tokens": rows.tokens}
         write_manifest(
             working,
@@ -84,6 +93,7 @@ def run(config: MomentsConfig, out: Path, *, how: How = How()) -> Checkpoint:
             ledger=ledger.as_dict(),
             metrics=metrics,
         )
+        journal.remove(working)
     return Checkpoint(out)
 
 

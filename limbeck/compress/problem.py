@@ -16,6 +16,8 @@ from limbeck.errors import CompressionError
 
 DAMPING = 0.01
 """Share of H's mean diagonal that is added to its diagonal (GPTQ, OSSCAR and ALPS use the same)."""
+PRUNED_FROM = 0.05
+"""Share of zeros from which a layer counts as pruned: its zeros stay."""
 _PANEL = 192
 """Columns of a triangular matrix that are computed together; products of this width run at full speed."""
 _TOGETHER = 32

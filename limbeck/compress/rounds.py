@@ -17,6 +17,7 @@ from limbeck.compress.budget import BudgetConfig
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig, sizes_after
 from limbeck.compress.shape_cost import Shape, ShapeCost, whole_shape
+from limbeck.compress.weights import dtype_of
 from limbeck.config import config_hash
 from limbeck.distill.config import DistillConfig, TrainingConfig
 from limbeck.distill.data import Data, prepare
@@ -124,7 +125,9 @@ def _structured_cuts(prune: PruneConfig, config: Any, rounds: int) -> Iterator[P
 
 def _budget_cuts(prune: PruneConfig, budget: BudgetConfig, config: Any, rounds: int) -> Iterator[PruneConfig]:
     """Targets that fall evenly from what the unpruned model costs."""
-    cost = ShapeCost(config, torch.float32, torch.device("cpu"), budget.metric, budget.prompt_tokens, budget.repeats)
+    cost = ShapeCost(
+        config, dtype_of(prune.model), torch.device("cpu"), budget.metric, budget.prompt_tokens, budget.repeats
+    )
     start = cost(whole_shape(config)) if rounds > 1 else budget.target
     for number in range(1, rounds + 1):
         target = start + (budget.target - start) * number / rounds

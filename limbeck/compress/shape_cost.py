@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import statistics
 import time
 from typing import Any, Literal, NamedTuple
@@ -10,6 +12,9 @@ import torch
 import transformers
 
 from limbeck.compress.shrink import shrunk_config
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_BLOCK = re.compile(r"layers\.\d+\.")
 
 
 class Shape(NamedTuple):
@@ -56,15 +61,37 @@ class ShapeCost:
         config = shrunk_config(self._config, neurons=shape.neurons, kv_groups=shape.kv_groups, layers=shape.layers)
         if self._metric == "milliseconds":
             return prompt_milliseconds(config, self._dtype, self._device, self._prompt_tokens, self._repeats)
-        count = parameters_of(config)
-        return count * (self._dtype.itemsize if self._metric == "bytes" else 1)
+        return file_bytes(config, self._dtype) if self._metric == "bytes" else parameters_of(config)
 
 
 def parameters_of(config: Any) -> int:
     """Parameters of a causal LM with that config, shared ones once."""
+    return sum(parameter.numel() for parameter in _skeleton(config).parameters())
+
+
+def file_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a model's safetensors files: the weights, and a header for the shard of each block and of the rest."""
+    shards: dict[str, list[tuple[str, Any]]] = {}
+    for name, parameter in _skeleton(config).named_parameters():
+        block = found[0] if (found := _BLOCK.search(name)) else ""
+        shards.setdefault(block, []).append((name, parameter))
+    return sum(_shard_bytes(parameters, dtype) for parameters in shards.values())
+
+
+def _shard_bytes(parameters: list[tuple[str, Any]], dtype: torch.dtype) -> int:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    size = 0
+    for name, parameter in parameters:
+        end = size + parameter.numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(parameter.shape), "data_offsets": [size, end]}
+        size = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + size
+
+
+def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 @torch.no_grad()

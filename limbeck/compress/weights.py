@@ -5,22 +5,22 @@ A model larger than memory is never whole in it: a block is read, worked on, wri
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import transformers
+from safetensors import safe_open
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
-from limbeck.compress.masks import MASK_FILE
-from limbeck.errors import ModelError
+from limbeck.checkpoint import write_json
+from limbeck.errors import CompressionError, ModelError
 from limbeck.models.load import load_model, locate, quantization_at
-
-INDEX = "model.safetensors.index.json"
+from limbeck.models.weight_files import INDEX, names_in, stored_dtype, tensor_files, write_tensors
 
 
 class WeightSource(Protocol):
@@ -30,18 +30,18 @@ class WeightSource(Protocol):
 
     def tensor(self, name: str) -> Tensor: ...
 
+    def shape(self, name: str) -> list[int]: ...
+
+    def as_stored(self, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors under the names of the checkpoint that they came from."""
+        ...
+
 
 class SafetensorSource:
     """The safetensors files of a directory; a tensor is read when it is asked for."""
 
     def __init__(self, directory: Path) -> None:
-        self._file_of: dict[str, Path] = {}
-        for file in sorted(directory.glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    self._file_of.update(dict.fromkeys(opened.keys(), file))
-            except SafetensorError as error:
-                raise ModelError(f"{file}: cannot be read ({error}); fetch or make it again.") from error
+        self._file_of = tensor_files(directory)
 
     def names(self) -> set[str]:
         """All names."""
@@ -52,12 +52,21 @@ class SafetensorSource:
         with safe_open(self._file_of[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
+    def shape(self, name: str) -> list[int]:
+        """The shape of one tensor, from the header."""
+        with safe_open(self._file_of[name], framework="pt") as opened:
+            return list(opened.get_slice(name).get_shape())
+
+    def as_stored(self, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The names are those of the files already."""
+        return tensors
+
 
 class LoadedSource:
     """A model in memory, for formats whose names differ from the model's (GGUF, experts in one file each)."""
 
-    def __init__(self, model: Any) -> None:
-        self._state = model.state_dict()
+    def __init__(self, model: Any, *, has_own_names: bool) -> None:
+        self._state, self._has_own_names = model.state_dict(), has_own_names
 
     def names(self) -> set[str]:
         """All names."""
@@ -66,6 +75,14 @@ class LoadedSource:
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
         return self._state[name]
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of one tensor."""
+        return list(self._state[name].shape)
+
+    def as_stored(self, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By the names that engines know: transformers' own way back from what it made of them."""
+        return revert_weight_conversion(model, tensors) if self._has_own_names else tensors
 
 
 class StoredSize(NamedTuple):
@@ -78,20 +95,16 @@ class StoredSize(NamedTuple):
 
 
 def stored_size(directory: Path) -> StoredSize:
-    """Size of what the safetensors files of a directory hold, packed or not; only their headers are read.
+    """Size of what a model's safetensors files hold, packed or not; only their headers are read.
 
     Raises: ModelError for a damaged file.
     """
-    parameters, size = 0, 0
-    for file in sorted(set(directory.glob("*.safetensors")) - {directory / MASK_FILE}):
-        size += file.stat().st_size
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    parameters += _count(opened, name)
-        except SafetensorError as error:
-            raise ModelError(f"{file}: cannot be read ({error}); fetch or make it again.") from error
-    return StoredSize(parameters, size)
+    files = tensor_files(directory)
+    parameters = 0
+    for file in set(files.values()):
+        with safe_open(file, framework="pt") as opened:
+            parameters += sum(_count(opened, name) for name, place in files.items() if place == file)
+    return StoredSize(parameters, sum(file.stat().st_size for file in set(files.values())))
 
 
 def _count(opened: Any, name: str) -> int:
@@ -103,10 +116,25 @@ def _count(opened: Any, name: str) -> int:
     return math.prod(opened.get_slice(name).get_shape())
 
 
-def open_weights(name: str, needed: Iterable[str]) -> WeightSource:
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that a model's weights are stored in: by its files, for the hub by its config, float32 for GGUF."""
+    place = locate(name)
+    if place.gguf_file is not None:
+        return torch.float32
+    if place.is_local:
+        return stored_dtype(Path(place.path))
+    config = transformers.AutoConfig.from_pretrained(place.path)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def open_weights(name: str, model: Any, needed: set[str]) -> WeightSource:
     """Stream from the files where they hold all the needed names, else load the model once.
 
-    Raises: ModelError for a quantised model, whose int8 codes would pass for weights.
+    Args:
+      name: of the model; `model` is its skeleton.
+      needed: names of its state dict.
+    Raises: ModelError for a quantised model, whose int8 codes would pass for weights, and for weights of another model
+      than config.json describes.
     """
     if quantization_at(name) is not None:
         raise ModelError(
@@ -116,9 +144,42 @@ def open_weights(name: str, needed: Iterable[str]) -> WeightSource:
     place = locate(name)
     if place.is_local and place.gguf_file is None:
         source = SafetensorSource(Path(place.path))
-        if set(needed) <= source.names():
+        if needed <= source.names():
+            _check_fit(name, model, source, needed)
             return source
-    return LoadedSource(load_model(name, dtype=torch.float32))
+    return LoadedSource(load_model(name, dtype=dtype_of(name)), has_own_names=place.gguf_file is None)
+
+
+def _check_fit(name: str, model: Any, source: SafetensorSource, needed: set[str]) -> None:
+    """What loading the model would check, from headers: every tensor has a place, and the shape of its place."""
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    for key in sorted(needed):
+        if source.shape(key) != shapes[key]:
+            raise ModelError(
+                f"{name}: {key} has shape {source.shape(key)} in the file and {shapes[key]} by config.json; they are "
+                "of different models."
+            )
+    ignored = ("rotary_emb.inv_freq", *(model._keys_to_ignore_on_load_unexpected or ()))  # as in from_pretrained
+    extra = [key for key in source.names() - shapes.keys() if not any(re.search(pattern, key) for pattern in ignored)]
+    if extra:
+        raise ModelError(
+            f"{name}: its config has no place for weight {min(extra)} ({len(extra)} in all); config.json and the "
+            "weights are of different models."
+        )
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises: CompressionError where that has no number as large.
+    """
+    stored = tensor.to(dtype)
+    if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(tensor).all()):
+        raise CompressionError(
+            f"{name}: holds {float(tensor.abs().max()):.4g}, beyond what {str(dtype).removeprefix('torch.')} holds "
+            f"({torch.finfo(dtype).max:.4g}); choose bfloat16 or float32."
+        )
+    return stored
 
 
 class ShardWriter:
@@ -133,20 +194,13 @@ class ShardWriter:
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard."""
-        path = self.path(number)
-        partial = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-        partial.replace(path)
+        write_tensors(self.path(number), tensors)
 
     def finish(self) -> int:
-        """Write the index; returns the bytes of all tensors."""
-        weight_map, total = {}, 0
-        for number in range(self._count):
-            path = self.path(number)
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    weight_map[name] = path.name
-            total += path.stat().st_size
+        """Write the index; returns the bytes of all files."""
+        paths = [self.path(number) for number in range(self._count)]
+        weight_map = {name: path.name for path in paths for name in names_in(path)}
+        total = sum(path.stat().st_size for path in paths)
         tree = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.directory / INDEX).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        write_json(self.directory / INDEX, tree)
         return total

@@ -214,8 +214,8 @@ def cut_rows(model: Any, rows: int) -> None:
             config.vocab_size = rows
 
 
-def load_tokenizer(name: str) -> Any:
-    """The fast tokenizer beside a model.
+def load_tokenizer(name: str, *, pads: bool = True) -> Any:
+    """The fast tokenizer beside a model; `pads`: with a token for padding where it names none.
 
     Raises: ModelError when there is none.
     """
@@ -227,7 +227,7 @@ def load_tokenizer(name: str) -> Any:
             )
         except Exception as error:  # as above
             raise ModelError(f"{name}: cannot load the tokenizer ({_one_line(error)}).") from error
-    if tokenizer.pad_token_id is None:
+    if pads and tokenizer.pad_token_id is None:
         # Padding is told apart by its weight of 0 and by causality, never by its id, so EOS or any other token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

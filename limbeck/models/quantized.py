@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from limbeck.errors import ModelError
 from limbeck.models.kv_quant import FP8_LARGEST, Rounding, attention_layers, round_cache
 from limbeck.models.schemes import KV_CACHE_SCHEME, STATUS, SUFFIXES, Scheme, Stored, stored_weight, weight_of
+from limbeck.models.weight_files import tensor_files
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
 
@@ -178,17 +179,15 @@ def _round_inputs(
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory's safetensors files, as they are stored.
+    """All tensors of a directory's model, as they are stored.
 
     Raises: ModelError for a file that cannot be read.
     """
+    files = tensor_files(directory)
     tensors: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ModelError(f"{file}: cannot be read ({error}); fetch or make it again.") from error
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name, place in files.items() if place == file}
     return tensors
 
 

@@ -38,6 +38,7 @@ from limbeck.engine.backends import load_decoder
 from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_model, load_tokenizer, model_hash
+from limbeck.models.schemes import scheme_of
 from limbeck.optim.build import OptimizerConfig
 from limbeck.pipeline.advance import Pipeline
 from limbeck.pipeline.task import OUT, Task
@@ -231,7 +232,8 @@ def _quantization(config: RankPipelineConfig, scheme: str) -> QuantizeConfig:
     model = OUT + PRUNED
     gate = GateConfig(labels=config.teacher.features.labels)
     calibration = CalibrationConfig(text=Path(f"{OUT}{PRUNED}/{CALIBRATION}"))
-    return QuantizeConfig(model=model, scheme=scheme, group_size=config.group_size, calibration=calibration, gate=gate)
+    groups = scheme_of(scheme, config.group_size).group_size
+    return QuantizeConfig(model=model, scheme=scheme, group_size=groups, calibration=calibration, gate=gate)
 
 
 def _size(path: Path) -> dict[str, int]:

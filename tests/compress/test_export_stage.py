@@ -10,13 +10,13 @@ from written_models import save_exportable
 
 from limbeck.checkpoint import MANIFEST
 from limbeck.cli import main
+from limbeck.compress.blocks import Blocks
 from limbeck.compress.export import consumers
 from limbeck.compress.export.consumers import compare
 from limbeck.compress.export.lint import lint
 from limbeck.compress.export.shards import write_shards
 from limbeck.compress.export.stage import ExportConfig, ProbeConfig, run
 from limbeck.compress.masks import MASK_FILE, read_masks, write_masks
-from limbeck.compress.weights import open_weights
 from limbeck.config import build
 from limbeck.errors import CompressionError, ConfigError, ModelError
 from limbeck.models.load import load_model
@@ -64,8 +64,8 @@ def test_a_quantised_model_is_carried_over_and_made_dense(model, tmp_path):
     for name, weight in expected.state_dict().items():
         assert torch.equal(weight, found.state_dict()[name])
     with pytest.raises(ModelError, match="is quantised; compress the model that it was made of"):
-        open_weights(str(tmp_path / "q"), expected.state_dict())
-    assert open_weights(str(tmp_path / "dense"), found.state_dict()).names() >= {"model.norm.weight"}
+        Blocks(str(tmp_path / "q"))
+    assert Blocks(str(tmp_path / "dense")).source.names() >= {"model.norm.weight"}
     manifest = json.loads((tmp_path / "dense" / MANIFEST).read_text())
     assert manifest["counts"]["schemes_with_rounded_inputs"] == 1
     with pytest.raises(CompressionError, match="is quantised already"):

@@ -197,7 +197,7 @@ def test_damaged_and_unfit_models_are_refused(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(CompressionError, match=r"layers.1.mlp.up_proj: .* NaN"):
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight: .* NaN"):
         run(
             PruneConfig(model=str(tmp_path / "model"), calibration=calibration, method="magnitude", gate=QUIET),
             tmp_path / "out",

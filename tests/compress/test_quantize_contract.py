@@ -25,7 +25,7 @@ SOLVERS = {
     "quantease": lambda p, g: quantease.solve(p, g, QuantEaseConfig()),
     "quantease-from-rtn": lambda p, g: quantease.solve(p, g, QuantEaseConfig(start="rtn", clip="none")),
     "outliers": lambda p, g: quantease.solve_with_outliers(p, g, QuantEaseConfig(), OutlierConfig())[0],
-    "joint": lambda p, g: joint.solve(p, Pattern.parse("0.25"), g, JointConfig()),
+    "joint": lambda p, g: joint.solve(p, g, JointConfig(), pattern=Pattern.parse("0.25")),
 }
 FACTORS = {
     "awq": lambda ps, g: awq.factors(ps, g, AwqConfig()),

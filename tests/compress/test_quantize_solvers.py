@@ -230,7 +230,7 @@ def test_outliers_lower_the_error_and_are_as_many_as_asked(whole_inputs):
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_joint_is_no_worse_than_one_after_the_other(pattern):
     problem, grid, pattern = layer(), Grid(bits=4, group_size=32), Pattern.parse(pattern)
-    together = joint.solve(problem, pattern, grid, JointConfig())
+    together = joint.solve(problem, grid, JointConfig(), pattern=pattern)
     pruned = alps.solve(problem, pattern, AlpsConfig())
     after = quantease.solve(replace(problem, weight=pruned, mask=pruned != 0), grid, QuantEaseConfig())
     assert error(problem, together) < 1.01 * error(problem, after)

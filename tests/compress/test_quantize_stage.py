@@ -19,7 +19,8 @@ from limbeck.models.packing import unpack
 
 def quantized(tmp_path, family="llama", **fields):
     saved(family, tmp_path / "model")
-    fields = {"group_size": 16, "calibration": text(tmp_path / "text"), "gate": QUIET} | fields
+    groups = {"group_size": 16} if fields.get("scheme", "w4a16").endswith("a16") else {}
+    fields = groups | {"calibration": text(tmp_path / "text"), "gate": QUIET} | fields
     return run(QuantizeConfig(model=str(tmp_path / "model"), **fields), tmp_path / "out")
 
 

@@ -1,15 +1,19 @@
 """The walk: blocks one at a time, behind the changed ones before them, resumable."""
 
 import json
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
 import transformers
 from made_models import FAMILIES, made_model
 
+from limbeck.compress import journal
 from limbeck.compress.blocks import Blocks, groups_of
 from limbeck.compress.calibrate import Rows
-from limbeck.compress.walk import JOURNAL, Solution, WalkOptions, stored_state, write_rest
+from limbeck.compress.method import Solution, stored_state
+from limbeck.compress.walk import WalkOptions, write_rest
 from limbeck.compress.walk import walk as walk_blocks
 from limbeck.compress.weights import ShardWriter
 from limbeck.errors import CheckpointError
@@ -21,6 +25,7 @@ def walk(blocks, rows, method, options, out, fingerprint, device):
     writer = ShardWriter(out, len(blocks) + 1)
     records = walk_blocks(blocks, rows, method, options, writer, fingerprint, device)
     write_rest(blocks, writer)
+    journal.remove(out)
     return records
 
 
@@ -30,17 +35,22 @@ class Change:
     def __init__(self, scale=1.0, fail_at=None):
         self.scale, self.fail_at, self.seen = scale, fail_at, []
 
+    folds = False
+
     def wants(self, group):
         return True
 
-    def solve(self, group, problems):
+    def check(self, blocks, groups):
+        pass
+
+    def solve(self, group, problems, fold):
         if self.fail_at == group.block:
             raise KeyboardInterrupt
         self.seen.append((group.name, [problem.name for problem in problems], problems[0].moments))
         return Solution([problem.weight * self.scale for problem in problems])
 
-    def tensors(self, number, block, dtypes):
-        return stored_state(block, dtypes)
+    def tensors(self, number, block, blocks):
+        return blocks.stored(number, stored_state(block, blocks.dtypes))
 
 
 def made_directory(family, path):
@@ -160,7 +170,7 @@ def test_a_killed_walk_goes_on_with_the_same_bits(tmp_path):
     walk(Blocks(str(tmp_path / "model")), rows(), Change(0.9), options, whole, "f", CPU)
     with pytest.raises(KeyboardInterrupt):
         walk(Blocks(str(tmp_path / "model")), rows(), Change(0.9, fail_at=2), options, parts, "f", CPU)
-    assert json.loads((parts / JOURNAL).read_text())["blocks"] == 2
+    assert json.loads((parts / journal.JOURNAL).read_text())["blocks"] == 2
     method = Change(0.9)
     walk(Blocks(str(tmp_path / "model")), rows(), method, options, parts, "f", CPU)
     assert {name.split(".")[1] for name, _, _ in method.seen} == {"2"}
@@ -172,19 +182,24 @@ def test_a_killed_walk_goes_on_with_the_same_bits(tmp_path):
 def test_one_block_at_a_time_has_weights(tmp_path):
     made_directory("llama", tmp_path / "model")
     blocks = Blocks(str(tmp_path / "model"))
-    loaded = []
+    alive, counts, own = weakref.WeakSet(), [], blocks.block
+
+    @contextmanager
+    def watched(number, device):
+        with own(number, device) as block:
+            alive.add(block)
+            yield block
 
     class Look(Change):
-        def solve(self, group, problems):
-            loaded.append(
-                [number for number, layer in enumerate(blocks.layers) if not next(layer.parameters()).is_meta]
-            )
-            return super().solve(group, problems)
+        def solve(self, group, problems, fold):
+            counts.append(len(alive))
+            return super().solve(group, problems, fold)
 
+    blocks.block = watched
     out = tmp_path / "out"
     out.mkdir()
     walk(blocks, rows(), Look(), WalkOptions(), out, "f", CPU)
-    assert loaded == [[number] for number in range(3) for _ in range(4)]
+    assert counts == [1] * 12
     assert all(parameter.is_meta for layer in blocks.layers for parameter in layer.parameters())
 
 

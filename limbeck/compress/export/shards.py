@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,9 @@ from torch import Tensor
 
 from limbeck.checkpoint import write_json
 from limbeck.compress.weights import INDEX
-from limbeck.models.load import load_tokenizer, locate
+from limbeck.models.load import locate
 
 SHARD_BYTES = 4_000_000_000
-_BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What is copied as it stands."""
 
 
 def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
@@ -74,18 +61,6 @@ def write_index(directory: Path) -> None:
 
 def _part(directory: Path, number: int) -> Path:
     return directory / f"part-{number}.partial"
-
-
-def copy_beside(model: str, directory: Path) -> None:
-    """Tokenizer and generation config: the files of a local model as they stand, else what its tokenizer writes."""
-    place = locate(model)
-    source = Path(place.path)
-    if place.is_local and place.gguf_file is None:
-        for file in _BESIDE:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, directory / file)
-    else:
-        load_tokenizer(model).save_pretrained(directory)
 
 
 def config_tree(model: str, loaded: Any) -> dict[str, Any]:

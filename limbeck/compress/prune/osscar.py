@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from limbeck.compress.problem import DAMPING, LayerProblem
+from limbeck.compress.problem import DAMPING, PRUNED_FROM, LayerProblem
 from limbeck.compress.prune.sweep import Sweep
 from limbeck.config import checked
 from limbeck.errors import CompressionError, ConfigError
@@ -126,7 +126,7 @@ def _search(sweep: Sweep, swap: int, steps: int) -> None:
 
 def _check(problem: LayerProblem, group_size: int, keeps: Sequence[int]) -> int:
     inputs = problem.weight.shape[1]
-    if problem.mask is not None:
+    if problem.mask is not None and _has_single_zeros(problem.mask):
         raise CompressionError(
             f"{problem.name}: has single weights pruned already, and a refit would bring them back; prune groups first."
         )
@@ -137,3 +137,9 @@ def _check(problem: LayerProblem, group_size: int, keeps: Sequence[int]) -> int:
         if not 1 <= keep <= groups:
             raise CompressionError(f"{problem.name}: keep {keep} of {groups} groups; expected 1 to {groups}.")
     return groups
+
+
+def _has_single_zeros(mask: Tensor) -> bool:
+    """Whether a mask forbids more than whole inputs and outputs, which are dead and stay so by themselves."""
+    alive = mask[mask.any(1)][:, mask.any(0)]
+    return float(alive.float().mean()) < 1 - PRUNED_FROM if alive.numel() else False

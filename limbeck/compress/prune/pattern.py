@@ -48,12 +48,12 @@ class Pattern(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}" if self.group else f"{self.sparsity:g}"
 
-    def check(self, inputs: int) -> None:
+    def check(self, inputs: int, name: str = "layer") -> None:
         """Raises: CompressionError when the group does not divide the inputs."""
         if self.group and inputs % self.group:
             raise CompressionError(
-                f"pattern {self}: {inputs} inputs are no multiple of {self.group}; choose another pattern, or "
-                "leave this layer out with `ignore`."
+                f"{name}: pattern {self}, but its {inputs} inputs are no multiple of {self.group}; choose another "
+                "pattern, or leave this layer out with `ignore`."
             )
 
     def largest(self, scores: Tensor, mask: Tensor | None = None, *, per_row: bool = False) -> Tensor:

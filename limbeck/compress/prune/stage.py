@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,24 @@ import torch
 from limbeck.checkpoint import Checkpoint
 from limbeck.compress.blocks import Blocks
 from limbeck.compress.budget import BudgetConfig, choose
-from limbeck.compress.calibrate import CalibrationConfig, Rows, split_rows
-from limbeck.compress.fidelity import GateConfig
+from limbeck.compress.calibrate import Rows, split_rows
 from limbeck.compress.masks import write_masks
+from limbeck.compress.method import Method, Record
 from limbeck.compress.moments import stored_or_collected
 from limbeck.compress.passes import Passes
 from limbeck.compress.prune import alps, magnitude, sparsegpt, wanda
 from limbeck.compress.prune.alps import AlpsConfig
 from limbeck.compress.prune.depth import remove_layers
 from limbeck.compress.prune.magnitude import MagnitudeConfig
-from limbeck.compress.prune.methods import Solve, Sparsify, Structured
+from limbeck.compress.prune.methods import Sparsify, Structured
 from limbeck.compress.prune.osscar import OsscarConfig
 from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.sparsegpt import SparseGptConfig
 from limbeck.compress.prune.wanda import WandaConfig
 from limbeck.compress.shape_cost import Shape, whole_shape
 from limbeck.compress.shrink import kv_group_choices, round_size, shrunk_config
-from limbeck.compress.stage import Finish, Job, compress, parameters_of
-from limbeck.compress.walk import Method, Record, WalkOptions
-from limbeck.compress.weights import SafetensorSource
+from limbeck.compress.stage import CompressConfig, Finish, Job, compress
+from limbeck.compress.weights import SafetensorSource, dtype_of, stored_size
 from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.models.load import load_model, load_tokenizer
@@ -46,11 +46,9 @@ METHODS = (*SOLVERS, "osscar", "depth")
 
 
 @checked
-class PruneConfig:
+class PruneConfig(CompressConfig):
     """Prune a model: whole layers, neurons and KV groups (osscar, depth), or single weights (the other methods)."""
 
-    model: str
-    """Directory, alias (tiny-teacher, tiny-student, smollm2-135m) or hub id."""
     method: str = "osscar"
     """osscar | depth | alps | sparsegpt | wanda | magnitude."""
     drop_layers: int = 0
@@ -66,16 +64,6 @@ class PruneConfig:
     """The neurons that stay are a multiple of this, for the kernels of engines (osscar)."""
     pattern: str = "0.5"
     """Share of zeros, or N:M, N of every M inputs stay (single weights)."""
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    """Tokens that the layers are shown."""
-    moments: Path | None = None
-    """Moments collected by `limbeck moments`: solve from them, without passing through the model again."""
-    dense_targets: bool = False
-    """Let every layer aim at the dense model's output, so that later layers repair earlier damage."""
-    gate: GateConfig = field(default_factory=GateConfig)
-    """What the compressed model may lose on held-out text."""
-    ignore: tuple[str, ...] = ()
-    """Layers whose name contains one of these are left as they are."""
     alps: AlpsConfig = field(default_factory=AlpsConfig)
     """Settings of alps."""
     sparsegpt: SparseGptConfig = field(default_factory=SparseGptConfig)
@@ -88,6 +76,7 @@ class PruneConfig:
     """Settings of osscar."""
 
     def __post_init__(self) -> None:
+        CompressConfig.__post_init__(self)
         if self.method not in METHODS:
             raise ConfigError(f"method: unknown {self.method!r}; {nearest(self.method, METHODS)}")
         Pattern.parse(self.pattern)
@@ -102,8 +91,6 @@ class PruneConfig:
             raise ConfigError(f"budget: method {self.method} does not change shapes; set method to osscar")
         if self.multiple_of < 1:
             raise ConfigError(f"multiple_of must be 1 or more; found {self.multiple_of}")
-        if self.moments is not None and self.dense_targets:
-            raise ConfigError("dense_targets needs the walk; stored moments are those of the dense model already.")
 
 
 def run(config: PruneConfig, out: Path, *, how: How = How()) -> Checkpoint:
@@ -111,29 +98,20 @@ def run(config: PruneConfig, out: Path, *, how: How = How()) -> Checkpoint:
 
     Raises: ConfigError, ModelError or CompressionError when the model cannot be pruned as asked.
     """
-    options = WalkOptions("prune", config.dense_targets, config.ignore)
     needs_data = config.method != "magnitude"
-    job = Job(
-        "prune",
-        config.model,
-        config,
-        config.calibration,
-        config.moments,
-        options,
-        config.gate,
-        config.method,
-        needs_data,
-    )
     method: Method
     finish: Finish
     if config.method in SOLVERS:
-        blocks, method, finish = Blocks(config.model), Sparsify(_solver(config)), _write_mask
+        solve, settings = SOLVERS[config.method], getattr(config, config.method)
+        blocks, method = Blocks(config.model), Sparsify(solve, Pattern.parse(config.pattern), settings)
+        finish = partial(_write_mask, blocks)
     else:
         shape, metrics = _shape(config)
         blocks = Blocks(config.model, shape.layers)
         method = Structured(blocks.config, shape.neurons, shape.kv_groups, config.osscar)
-        finish = _smaller_config(blocks.config, shape, metrics)
-    return compress(job, blocks, method, out, how=how, finish=finish)
+        finish = partial(_write_config, smaller_config(blocks.config, shape), blocks.config, shape, metrics)
+    job = Job("prune", config, blocks, method, needs_data, finish)
+    return compress(job, out, how)
 
 
 def _shape(config: PruneConfig) -> tuple[Shape, dict[str, Any]]:
@@ -143,7 +121,7 @@ def _shape(config: PruneConfig) -> tuple[Shape, dict[str, Any]]:
     if config.budget is not None:
         with stored_or_collected(config.moments, config.model, config.calibration) as stored:
             moments = stored.named(("attention_out", "mlp_out"))
-        steps = choose(load_model(config.model), _apart(config), moments, config.budget)
+        steps = choose(load_model(config.model), _apart(config), moments, config.budget, dtype_of(config.model))
         return steps[-1].shape, {"search": [[*step.shape, step.cost, step.loss] for step in steps]}
     metrics: dict[str, Any] = {}
     if config.drop_layers:
@@ -171,35 +149,38 @@ def _apart(config: PruneConfig) -> Rows:
     return apart or rows
 
 
-def _solver(config: PruneConfig) -> Solve:
-    solve, settings, pattern = SOLVERS[config.method], getattr(config, config.method), Pattern.parse(config.pattern)
-
-    return lambda problem: solve(problem, pattern, settings)
-
-
-def _write_mask(directory: Path, records: list[Record]) -> dict[str, Any]:
+def _write_mask(blocks: Blocks, directory: Path, records: list[Record]) -> dict[str, Any]:
     """The mask beside the weights, which stay dense: no engine reads sparse files any more."""
     source = SafetensorSource(directory)
-    masks = {f"model.{record.name}.weight": source.tensor(f"model.{record.name}.weight") != 0 for record in records}
+    masks = {name: source.tensor(name) != 0 for name in blocks.stored_names([record.name for record in records])}
     write_masks(directory, masks)
     zeros = sum(int((~mask).sum()) for mask in masks.values())
     return {
-        "parameters": parameters_of(directory),
+        "parameters": stored_size(directory).parameters,
         "sparsity": zeros / max(sum(mask.numel() for mask in masks.values()), 1),
     }
 
 
-def _smaller_config(whole: Any, shape: Shape, metrics: dict[str, Any]) -> Finish:
-    def finish(directory: Path, records: list[Record]) -> dict[str, Any]:
-        smaller = shrunk_config(whole, neurons=shape.neurons, kv_groups=shape.kv_groups, layers=shape.layers)
-        smaller.save_pretrained(directory)
-        before = whole_shape(whole)
-        return {
-            "parameters": parameters_of(directory),
-            "neurons": [before.neurons, shape.neurons],
-            "kv_groups": [before.kv_groups, shape.kv_groups],
-            "removed_layers": sorted(set(before.layers) - set(shape.layers)),
-            **metrics,
-        }
+def smaller_config(whole: Any, shape: Shape) -> Any:
+    """The config of a model in a shape; a size that stays is not asked for, since some models have no one number."""
+    before = whole_shape(whole)
+    return shrunk_config(
+        whole,
+        neurons=None if shape.neurons == before.neurons else shape.neurons,
+        kv_groups=None if shape.kv_groups == before.kv_groups else shape.kv_groups,
+        layers=shape.layers,
+    )
 
-    return finish
+
+def _write_config(
+    smaller: Any, whole: Any, shape: Shape, metrics: dict[str, Any], directory: Path, records: list[Record]
+) -> dict[str, Any]:
+    smaller.save_pretrained(directory)
+    before = whole_shape(whole)
+    return {
+        "parameters": stored_size(directory).parameters,
+        "neurons": [before.neurons, shape.neurons],
+        "kv_groups": [before.kv_groups, shape.kv_groups],
+        "removed_layers": sorted(set(before.layers) - set(shape.layers)),
+        **metrics,
+    }

@@ -42,7 +42,7 @@ def choose_schemes(
     moments: Callable[[Group], Moments],
     config: MixedConfig,
     group_size: int | None,
-    wants: Callable[[Group], Group | None],
+    ignore: Sequence[str],
 ) -> dict[str, Scheme]:
     """The scheme of every layer by its name, such as `layers.0.mlp.down_proj`.
 
@@ -54,7 +54,7 @@ def choose_schemes(
       moments: of a group's input.
       config: schemes and budget.
       group_size: of the schemes.
-      wants: the part of a group that is quantised, or None.
+      ignore: parts of the names of layers that are not quantised.
     Raises: CompressionError when the narrowest schemes exceed the budget.
     """
     schemes = [scheme_of(name, group_size) for name in config.schemes]
@@ -64,7 +64,7 @@ def choose_schemes(
     with bar("widths", len(blocks)) as progress:
         for number in range(len(blocks)):
             with blocks.block(number, torch.device("cpu")) as block:
-                for group in filter(None, map(wants, groups_of(block, number))):
+                for group in filter(None, (group.without(ignore) for group in groups_of(block, number))):
                     seen = moments(group._replace(block=blocks.kept[number]))
                     problems = [
                         LayerProblem(linear.weight.data, seen, f"layers.{number}.{name}")

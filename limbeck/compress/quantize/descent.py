@@ -57,12 +57,12 @@ class Descent:
             if refit and self.short:
                 slopes = (old - target) * self.diagonal[rows, None] + self.hessian[rows, rows] @ moves
             self._set(rows, new)
-            if refit and self.short:
-                self._refit(rows, slopes)
-        if refit and not self.short:
-            self._refit(slice(0, len(self.target)), self.hessian @ self.off)
+            if grid is not None and refit and self.short:
+                self._refit(rows, slopes, grid)
+        if grid is not None and refit and not self.short:
+            self._refit(slice(0, len(self.target)), self.hessian @ self.off, grid)
 
-    def _refit(self, rows: slice, slopes: Tensor) -> None:
+    def _refit(self, rows: slice, slopes: Tensor, grid: Grid) -> None:
         """The scales of the groups in `rows` in turn, codes as they are; slopes [rows O] are those of the error, H off.
 
         Along one scale the error is a parabola: s moves by -slope / curvature.
@@ -76,7 +76,7 @@ class Descent:
             slope, curvature = (codes * slopes[part]).sum(0), (codes * answer[part]).sum(0)
             move = -slope / curvature
             # A group of zeros has no curvature, and a scale must stay positive.
-            move = torch.where((curvature > 0) & (move > -scale), move, 0.0)
+            move = torch.where((curvature > 0) & (move > -scale), grid.storable(scale + move) - scale, 0.0)
             self.error += move * (2 * slope + move * curvature)
             scale += move
             slopes += answer * move

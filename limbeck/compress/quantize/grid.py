@@ -16,7 +16,8 @@ from limbeck.errors import CompressionError, ConfigError
 
 FP8_LARGEST = 448.0
 """Largest value of float8 E4M3."""
-_SMALLEST_SCALE = 1e-10
+SMALLEST_SCALE = 1e-10
+"""Of a group of zeros."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,8 @@ class Grid:
     largest_code: int | None = None
     """Codes stay in -largest_code..largest_code; null: the whole width, -2^(bits-1)..2^(bits-1)-1. 63 at 8 bits keeps
     AVX2's 16-bit sums from overflowing, and costs little."""
+    scale_dtype: torch.dtype = torch.float32
+    """What scales are stored in: they are rounded to it before codes are chosen, so that codes suit what is read."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("int", "float"):
@@ -74,12 +77,29 @@ class Grid:
         return values.round().clamp_(low, high)
 
     def scales(self, weight: Tensor, name: str = "layer") -> Tensor:
-        """Scales [O G] that just reach the largest weight of every group; exactly 1 code step for a group of zeros.
+        """Scales [O G] that just reach the largest weight of every group, and are never zero.
 
         Symmetric: the largest magnitude meets the largest positive code.
         """
         grouped = weight.float().view(len(weight), self.groups(weight.shape[1], name), -1)
-        return (grouped.abs().amax(-1) / self.range[1]).clamp(min=_SMALLEST_SCALE)
+        return self.storable((grouped.abs().amax(-1) / self.range[1]).clamp(min=SMALLEST_SCALE))
+
+    def storable(self, scales: Tensor) -> Tensor:
+        """Scales as `storable` gives them for this grid's dtype."""
+        return storable(scales, self.scale_dtype)
+
+
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Positive scales as a dtype holds them, float32: the nearest, or the next above where its steps are wide.
+
+    Below the smallest normal number a scale that is rounded down, or to zero, would cut off the largest weights.
+    """
+    if dtype == torch.float32:
+        return scales
+    smallest = torch.finfo(dtype).smallest_normal
+    step = smallest * torch.finfo(dtype).eps
+    raised = (scales / step).ceil().clamp(min=1) * step
+    return torch.where(scales < smallest, raised, scales.to(dtype).float())
 
 
 class Quantized(NamedTuple):

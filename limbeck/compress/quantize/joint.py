@@ -38,7 +38,7 @@ class JointConfig:
             raise ConfigError(f"rounds must be 1 or more; found {self.rounds}")
 
 
-def solve(problem: LayerProblem, pattern: Pattern, grid: Grid, config: JointConfig) -> Quantized:
+def solve(problem: LayerProblem, grid: Grid, config: JointConfig, *, pattern: Pattern) -> Quantized:
     """min tr((B - W) H (B - W)') over B with the pattern's zeros and codes on the grid, W dense.
 
     The projection on the pattern keeps the weights whose loss would cost most, H_jj u_j^2, of those that each would

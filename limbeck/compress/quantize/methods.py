@@ -8,20 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.compress.blocks import Group
+from limbeck.compress.blocks import Blocks, Group
+from limbeck.compress.folds import Fold
+from limbeck.compress.method import Solution, stored_state
 from limbeck.compress.problem import LayerProblem
-from limbeck.compress.quantize.grid import Grid, Quantized, encode
-from limbeck.compress.walk import Solution, stored_state
+from limbeck.compress.quantize.grid import FP8_LARGEST, SMALLEST_SCALE, Grid, Quantized, encode, storable
 from limbeck.errors import CompressionError
 from limbeck.models.schemes import Scheme, tensors_of
 
-Round = Callable[[LayerProblem, Grid], Quantized]
+Round = Callable[[LayerProblem, Grid, Any], Quantized]
 Equalize = Callable[[Sequence[LayerProblem], Grid], Tensor]
 
 
-def grid_of(scheme: Scheme) -> Grid:
+def grid_of(scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Grid:
     """The grid of a scheme's weights."""
-    return Grid(bits=scheme.bits, kind=scheme.kind, group_size=scheme.group_size, largest_code=scheme.largest_code)
+    return Grid(
+        bits=scheme.bits,
+        kind=scheme.kind,
+        group_size=scheme.group_size,
+        largest_code=scheme.largest_code,
+        scale_dtype=scale_dtype,
+    )
 
 
 class Quantize:
@@ -29,8 +36,9 @@ class Quantize:
 
     def __init__(
         self,
-        schemes: Callable[[str], Scheme],
+        schemes: Mapping[str, Scheme],
         rounding: Round,
+        settings: Any,
         equalize: Equalize | None = None,
         dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32,
     ) -> None:
@@ -38,12 +46,13 @@ class Quantize:
 
         Args:
           schemes: the scheme of a layer by its name, such as `layers.0.mlp.down_proj`.
-          rounding: the solver.
+          rounding: the solver, and its settings.
           equalize: factors for the inputs of a group; None for none.
-          dtype_of: dtype that a layer's scales are stored in, by the name of its weight within the block. The walk
-            goes on with what will be read back, so scales are rounded at once.
+          dtype_of: dtype that a weight is stored in, by its name within the block; a layer's scales have the same.
         """
-        self._schemes, self._round, self._equalize, self._dtype_of = schemes, rounding, equalize, dtype_of
+        self._schemes, self._round, self._settings = schemes, rounding, settings
+        self._equalize, self._dtype_of = equalize, dtype_of
+        self.folds = equalize is not None
         self._done: dict[str, tuple[Quantized, Scheme, float]] = {}
 
     def wants(self, group: Group) -> bool:
@@ -57,45 +66,55 @@ class Quantize:
             )
         return True
 
-    def solve(self, group: Group, problems: Sequence[LayerProblem]) -> Solution:
+    def check(self, blocks: Blocks, groups: Sequence[Group]) -> None:
+        """Raises: CompressionError when nothing is left to round, or a layer's inputs do not divide into groups."""
+        if not groups:
+            raise CompressionError("every linear layer is to be ignored; there is nothing to quantise.")
+        for group in groups:
+            for name, linear in group.linears.items():
+                layer = f"layers.{group.block}.{name}"
+                grid_of(self._schemes[layer]).groups(linear.in_features, layer)
+
+    def solve(self, group: Group, problems: Sequence[LayerProblem], fold: Fold | None) -> Solution:
         """Layers of one input and one scheme are rounded as one: their rows are independent of each other."""
+        names = {problem.name: problem.name.partition(f"layers.{group.block}.")[2] for problem in problems}
+        dtypes = {problem.name: self._dtype_of(f"{names[problem.name]}.weight") for problem in problems}
         factors = None
-        if self._equalize is not None and group.norm is not None:
-            factors = self._equalize(problems, grid_of(self._schemes(problems[0].name)))
+        if self._equalize is not None and fold is not None:
+            factors = self._equalize(problems, grid_of(self._schemes[problems[0].name], dtypes[problems[0].name]))
+            weight, factors = fold.folded(factors, self._dtype_of(fold.name))
+            fold.apply(factors, weight)
             moments = problems[0].moments.scaled(1 / factors)
             problems = [LayerProblem(p.weight * factors, moments, p.name, p.mask) for p in problems]
         weights: dict[str, Tensor] = {}
-        for scheme in dict.fromkeys(self._schemes(problem.name) for problem in problems):
-            members = [problem for problem in problems if self._schemes(problem.name) == scheme]
-            quantized = self._rounded(_stacked(members), scheme)
+        for scheme, dtype in dict.fromkeys((self._schemes[p.name], dtypes[p.name]) for p in problems):
+            members = [p for p in problems if (self._schemes[p.name], dtypes[p.name]) == (scheme, dtype)]
+            stacked, grid = _stacked(members), grid_of(scheme, dtype)
+            # One scale for the layer leaves nothing to solve but rounding.
+            is_one_scale = scheme.strategy == "tensor"
+            quantized = _one_scale(stacked, grid) if is_one_scale else self._round(stacked, grid, self._settings)
             rows = [len(problem.weight) for problem in members]
             parts = zip(quantized.codes.split(rows), quantized.scales.split(rows), strict=True)
             for problem, (codes, scales) in zip(members, parts, strict=True):
-                name = problem.name.partition(f"layers.{group.block}.")[2]
-                stored = scales.to(self._dtype_of(f"{name}.weight")).float()
-                own = Quantized(codes, stored, quantized.grid)
-                self._done[name] = own, scheme, _input_scale(problem)
+                own = Quantized(codes, scales, quantized.grid)
+                self._done[names[problem.name]] = own, scheme, _input_scale(problem, dtype)
                 weights[problem.name] = own.dequantize()
         return Solution([weights[problem.name] for problem in problems], factors)
 
-    def tensors(self, number: int, block: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    def tensors(self, number: int, block: Any, blocks: Blocks) -> dict[str, Tensor]:
         """The block's tensors, codes and scales in place of the weights that were rounded."""
-        tensors = stored_state(block, dict(dtypes))
+        tensors = stored_state(block, blocks.dtypes, without=[f"{name}.weight" for name in self._done])
         for name, (quantized, scheme, input_scale) in self._done.items():
-            dtype = dtypes[f"{name}.weight"]
-            del tensors[f"{name}.weight"]
+            dtype = blocks.dtypes[f"{name}.weight"]
             scale = input_scale if scheme.activations == "static" else None
             tensors |= tensors_of(name, quantized.codes, quantized.scales, scheme, dtype, scale)
         self._done = {}
-        return tensors
+        return blocks.stored(number, tensors)
 
-    def _rounded(self, problem: LayerProblem, scheme: Scheme) -> Quantized:
-        grid = grid_of(scheme)
-        if scheme.strategy != "tensor":
-            return self._round(problem, grid)
-        # One scale for the layer leaves nothing to solve but rounding.
-        largest = grid.scales(problem.weight, problem.name).max()
-        return encode(problem.weight, largest.expand(len(problem.weight), 1).contiguous(), grid)
+
+def _one_scale(problem: LayerProblem, grid: Grid) -> Quantized:
+    largest = grid.scales(problem.weight, problem.name).max()
+    return encode(problem.weight, largest.expand(len(problem.weight), 1).contiguous(), grid)
 
 
 def _stacked(problems: Sequence[LayerProblem]) -> LayerProblem:
@@ -108,6 +127,7 @@ def _stacked(problems: Sequence[LayerProblem]) -> LayerProblem:
     return LayerProblem(weight, problems[0].moments, problems[0].name, masks)
 
 
-def _input_scale(problem: LayerProblem) -> float:
+def _input_scale(problem: LayerProblem, dtype: torch.dtype) -> float:
     """For fixed activations: the largest input seen meets the largest E4M3 value."""
-    return max(float(problem.moments.absolute_max.max()) / 448.0, 1e-10)
+    scale = (problem.moments.absolute_max.max() / FP8_LARGEST).clamp(min=SMALLEST_SCALE)
+    return float(storable(scale, dtype))

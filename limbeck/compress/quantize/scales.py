@@ -49,7 +49,7 @@ def _search(grouped: Tensor, reaching: Tensor, cost: Tensor, grid: Grid) -> Tens
     """Best scales [O G] for weights [O G each], where a squared error costs [G each]."""
     best, least = reaching, torch.full_like(reaching, torch.inf)
     for share in torch.linspace(1.0, _SMALLEST_SHARE, _SHARES + 1).tolist():
-        scales = reaching * share
+        scales = grid.storable(reaching * share)
         units = grouped / scales[..., None]
         error = grid.round(units).sub_(units).square_().mul_(cost).sum(-1).mul_(scales.square())
         better = error < least
