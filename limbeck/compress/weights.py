@@ -147,7 +147,10 @@ def open_weights(name: str, model: Any, needed: set[str]) -> WeightSource:
         if needed <= source.names():
             _check_fit(name, model, source, needed)
             return source
-    return LoadedSource(load_model(name, dtype=dtype_of(name)), has_own_names=place.gguf_file is None)
+    loaded = LoadedSource(load_model(name, dtype=dtype_of(name), whole=True), has_own_names=place.gguf_file is None)
+    if missing := needed - loaded.names():
+        raise ModelError(f"{name}: its text part has no weight {min(missing)}; such a model is not compressed.")
+    return loaded
 
 
 def _check_fit(name: str, model: Any, source: SafetensorSource, needed: set[str]) -> None:

@@ -88,7 +88,14 @@ def quantization_at(name: str) -> Quantization | None:
     return quantization_of(json.loads(config.read_text(encoding="utf-8")), str(config))
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "padded", *, rounds: bool = True) -> Any:
+def load_model(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    layout: Layout = "padded",
+    *,
+    rounds: bool = True,
+    whole: bool = False,
+) -> Any:
     """A causal language model in evaluation mode; a quantised directory as the dense model that computes the same.
 
     Args:
@@ -96,6 +103,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "
       dtype: of the weights.
       layout: `packed` loads the packed attention (see models/attention.py), `padded` torch's own.
       rounds: False leaves out what a quantised directory says of inputs and cache, for its weights alone.
+      whole: keep the rows of head and embeddings beyond the tokenizer's ids, for a model that is written again.
     Raises: ModelError when the directory is damaged, of no causal-LM kind, or holds pickled weights only.
     """
     place = locate(name)
@@ -128,7 +136,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, layout: Layout = "
     _check_finite(model, name)
     if layout == "packed" and not packs:
         _say_slower(name, verdict)
-    return _without_padding_rows(text_part(model, name), name).eval()
+    model = text_part(model, name)
+    return (model if whole else _without_padding_rows(model, name)).eval()
 
 
 class _Kind(NamedTuple):

@@ -21,7 +21,7 @@ EVERY = {
 
 def theirs_and_ours(directory, dtype=torch.float32):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-    ours = load_model(str(directory), dtype=dtype)
+    ours = load_model(str(directory), dtype=dtype, whole=True)
     with torch.inference_mode():
         return theirs(IDS, use_cache=False).logits.float(), ours(IDS, use_cache=False).logits.float()
 

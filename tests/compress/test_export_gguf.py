@@ -64,7 +64,7 @@ def test_names_types_and_rows(tmp_path):
     reader, tensors = read_file(tmp_path / "m.gguf")
     # Embedding and head stay at 8 bits; every row of this model is a multiple of 32.
     assert counts == {"carried_over": 0, "f32": 5, "q4_0": 14, "q8_0": 2}
-    state = load_model(source).state_dict()
+    state = load_model(source, whole=True).state_dict()
     weights = Weights(source)
     for name, place in (("self_attn.v_proj", "attn_v"), ("mlp.down_proj", "ffn_down")):
         found = gguf.quants.dequantize(tensors[f"blk.1.{place}.weight"].data, gguf.GGMLQuantizationType.Q4_0)
@@ -80,7 +80,7 @@ def test_names_types_and_rows(tmp_path):
 
 def test_a_quantised_directory_gives_its_own_codes(tmp_path):
     source = save_exportable(tmp_path / "model", "llama-tied")
-    model = load_model(source)
+    model = load_model(source, whole=True)
     dense = write_quantized(tmp_path / "q", model, schemes_for(model, scheme_of("w4a16", 32)), torch.bfloat16)
     load_tokenizer(source).save_pretrained(tmp_path / "q")
     counts = write_gguf(tmp_path / "m.gguf", str(tmp_path / "q"), "q4_0")
@@ -105,7 +105,7 @@ def test_tokenizer_and_template(tmp_path):
     tokens = value("ggml.tokens")
     # The embedding has more rows than there are tokens.
     assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    assert tokens[-1].startswith("[PAD") and len(tokens) == load_model(source).config.vocab_size
+    assert tokens[-1].startswith("[PAD") and len(tokens) == load_model(source, whole=True).config.vocab_size
     assert value("ggml.token_type")[:4] == [3, 3, 3, 3] and value("ggml.token_type")[-1] == 5
     # transformers gives its Qwen2 tokenizer the Qwen2 split, whatever the file says.
     assert value("ggml.merges")[3] == "Ġt he" and value("ggml.pre") == "qwen2"

@@ -30,7 +30,7 @@ def export(model, out, **settings):
 
 def logits(directory):
     with torch.inference_mode():
-        return load_model(str(directory))(IDS).logits
+        return load_model(str(directory), whole=True)(IDS).logits
 
 
 @pytest.fixture
@@ -60,7 +60,10 @@ def test_a_quantised_model_is_carried_over_and_made_dense(model, tmp_path):
     one, other = (load_file(tmp_path / part / "model.safetensors") for part in ("q", "again"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     export(tmp_path / "q", tmp_path / "dense", format="dense")
-    expected, found = load_model(str(tmp_path / "q"), rounds=False), load_model(str(tmp_path / "dense"))
+    expected, found = (
+        load_model(str(tmp_path / "q"), rounds=False, whole=True),
+        load_model(str(tmp_path / "dense"), whole=True),
+    )
     for name, weight in expected.state_dict().items():
         assert torch.equal(weight, found.state_dict()[name])
     with pytest.raises(ModelError, match="is quantised; compress the model that it was made of"):

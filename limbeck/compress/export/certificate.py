@@ -1,27 +1,23 @@
-"""The hand-over certificate: the proof, beside an export, that others read what we wrote.
+"""The hand-over certificate: the proof, beside an export, of what others read in it and how far it is from its source.
 
-Every consumer that is at hand loads the export, and its next-token log-probabilities on a probe set are compared with
-ours; the rest is listed as not run. `certificate.json` is for machines, `certificate.md` for people.
+The export's next-token log-probabilities on a probe set are compared with those of the model that went in, and, where
+one is named, of the one before that. Then every consumer that is at hand loads the export, and is compared with what we
+read in it; the rest is listed as not run. `certificate.json` is for machines, `certificate.md` for people.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from limbeck.checkpoint import hash_path, write_json
-from limbeck.compress.export.consumers import (
-    Verdict,
-    in_llama_cpp,
-    in_transformers,
-    in_vllm,
-    log_probs_of,
-)
-from limbeck.compress.export.gguf import Weights
-from limbeck.compress.export.lint import Finding, lint
-from limbeck.models.load import load_model
+from limbeck.compress.export.consumers import Verdict
+from limbeck.compress.export.lint import Finding
 
 
 class Probes(NamedTuple):
@@ -35,37 +31,57 @@ class Probes(NamedTuple):
     """Texts and our tokenizer's ids for them, without special tokens; for consumers with a tokenizer of their own."""
 
 
-def certify_directory(directory: Path, probes: Probes, vllm_python: Path | None) -> dict[str, Any]:
-    """Certify a Hugging Face directory: transformers and, where its Python is named, vLLM."""
-    ours = log_probs_of(load_model(str(directory)), probes.ids)
-    verdicts = [in_transformers(directory, ours, probes.ids), in_vllm(directory, ours, probes.ids, vllm_python)]
-    return _write(directory, directory, probes, verdicts, lint(directory))
+class Distance(NamedTuple):
+    """How far the export is from another model, over all positions."""
+
+    model: str
+    kl_nats: float | None
+    """Mean KL(model || export) a token; None where it is not finite."""
+    same_best: float
+    """Share of the positions with the same most likely token."""
+    limit_nats: float | None
+    """More is no longer what such rounding does; None has no limit."""
+
+    @property
+    def is_near(self) -> bool:
+        """Whether it keeps to its limit."""
+        return self.limit_nats is None or (self.kl_nats is not None and self.kl_nats <= self.limit_nats)
 
 
-def certify_gguf(file: Path, source: str, gguf_type: str, probes: Probes) -> dict[str, Any]:
-    """Certify a GGUF file in llama.cpp, against the source model with its weights rounded as the file has them.
-
-    Computed from the source's own names and layout, so that a mistake in the file's shows.
-    """
-    weights = Weights(source)
-    rounded = {name: weights.rounded(name, gguf_type).view_as(tensor) for name, tensor in weights.state.items()}
-    weights.model.load_state_dict(rounded, strict=False)
-    ours = log_probs_of(weights.model, probes.ids)
-    fallback = [
-        name
-        for name, tensor in weights.state.items()
-        if tensor.ndim > 1 and gguf_type != "f16" and weights.block_type(name, gguf_type) == "f16"
-    ]
-    findings = []
-    if fallback:
-        text = f"{len(fallback)} tensors stay F16: their rows are no multiple of 32 ({fallback[0]})"
-        findings.append(Finding("sizes", "warning", text))
-    return _write(file.parent, file, probes, [in_llama_cpp(file, ours, probes.ids, probes.texts)], findings)
+def distance(
+    name: str, model: Sequence[torch.Tensor], export: Sequence[torch.Tensor], limit_nats: float | None = None
+) -> Distance:
+    """Compare log-probabilities [T - 1, V] of each probe; ids that only one of the two has do not count."""
+    kl = 0.0
+    same = positions = 0
+    for log_p, log_q in zip(model, export, strict=True):
+        width = min(log_p.shape[1], log_q.shape[1])
+        p, q = log_p[:, :width], log_q[:, :width]
+        kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        same += int((p.argmax(1) == q.argmax(1)).sum())
+        positions += len(p)
+    mean = kl / positions
+    return Distance(name, mean if math.isfinite(mean) else None, same / positions, limit_nats)
 
 
-def _write(
-    directory: Path, export: Path, probes: Probes, verdicts: Sequence[Verdict], findings: Sequence[Finding]
+def is_clean(verdicts: Sequence[Verdict], findings: Sequence[Finding], distances: Sequence[Distance]) -> bool | None:
+    """Whether nothing differs, fails, is far from its source or known as a trap; None if nobody could be asked."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    is_sound = outcomes <= {"agrees", "not run"} and all(finding.severity != "error" for finding in findings)
+    if not is_sound or not all(found.is_near for found in distances):
+        return False
+    return True if "agrees" in outcomes else None
+
+
+def write_certificate(
+    directory: Path,
+    export: Path,
+    probes: Probes,
+    verdicts: Sequence[Verdict],
+    findings: Sequence[Finding],
+    distances: Sequence[Distance],
 ) -> dict[str, Any]:
+    """Write both files; returns what stands in the one for machines."""
     tree = {
         "export_hash": hash_path(export),
         "probes": {
@@ -73,19 +89,17 @@ def _write(
             "sequences": len(probes.ids),
             "tokens": sum(map(len, probes.ids)),
         },
+        "distances": [found._asdict() for found in distances],
         "consumers": [asdict(verdict) for verdict in verdicts],
         "findings": [finding._asdict() for finding in findings],
-        "is_clean": _is_clean(verdicts, findings),
+        "is_clean": is_clean(verdicts, findings, distances),
     }
     write_json(directory / "certificate.json", tree)
     (directory / "certificate.md").write_text(_page(tree), encoding="utf-8")
     return tree
 
 
-def _is_clean(verdicts: Sequence[Verdict], findings: Sequence[Finding]) -> bool:
-    """At least one consumer agreed, none disagreed, and no known trap was found."""
-    outcomes = {verdict.outcome for verdict in verdicts}
-    return "agrees" in outcomes and outcomes <= {"agrees", "not run"} and all(f.severity != "error" for f in findings)
+_RESULTS = {True: "clean", False: "not clean", None: "not proved: no consumer was at hand"}
 
 
 def _page(tree: dict[str, Any]) -> str:
@@ -93,8 +107,16 @@ def _page(tree: dict[str, Any]) -> str:
     lines = [
         "# Hand-over certificate",
         "",
-        f"Result: **{'clean' if tree['is_clean'] else 'not clean'}**. Export {tree['export_hash']}; compared on "
+        f"Result: **{_RESULTS[tree['is_clean']]}**. Export {tree['export_hash']}; compared on "
         f"{probes['tokens']} tokens in {probes['sequences']} sequences ({probes['origin']}).",
+        "",
+        "| from | KL a token, nats | at most | same best token |",
+        "|---|---|---|---|",
+    ]
+    for found in tree["distances"]:
+        numbers = [_number(found[key]) for key in ("kl_nats", "limit_nats", "same_best")]
+        lines.append(f"| {found['model']} | {' | '.join(numbers)} |")
+    lines += [
         "",
         "| consumer | outcome | positions | largest difference, nats | mean, nats | same best token | note |",
         "|---|---|---|---|---|---|---|",
@@ -106,8 +128,8 @@ def _page(tree: dict[str, Any]) -> str:
             f"| {found['consumer']} | {found['outcome']} | {found['positions']} | {' | '.join(numbers)} | {note} |"
         )
     lines += ["", "Findings:", ""] if tree["findings"] else ["", "No known trap was found."]
-    lines += [f"- {found['severity']}, {found['code']}: {found['text']}" for found in tree["findings"]]
-    lines += ["", "Differences are of log-probabilities of the consumer's ten most likely next tokens."]
+    lines += [f"- {finding['severity']}, {finding['code']}: {finding['text']}" for finding in tree["findings"]]
+    lines += ["", "A consumer's differences are of log-probabilities of its ten most likely next tokens from ours."]
     return "\n".join(lines) + "\n"
 
 

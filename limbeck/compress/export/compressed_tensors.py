@@ -6,7 +6,7 @@ needs no data; that is good enough for 8 bits, and for 4 bits `limbeck quantize`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.checkpoint import write_json
-from limbeck.compress.export.shards import config_tree, write_shards
-from limbeck.compress.quantize.grid import encode
+from limbeck.compress.export.shards import config_tree, is_tied, write_shards
+from limbeck.compress.quantize.grid import encode, storable
 from limbeck.compress.quantize.methods import grid_of
+from limbeck.compress.weights import narrowed
 from limbeck.errors import CompressionError
 from limbeck.models.anatomy import backbone_of
 from limbeck.models.kv_quant import cache_scales
@@ -39,7 +40,7 @@ def write_compressed(
       directory: an existing one.
       name: of the model; `model` is what `load_model` made of it.
       scheme: to round a dense model to; None for one that is quantised.
-      dtype: of scales and of dense weights; None keeps that of the model.
+      dtype: of scales and of dense weights; None keeps that of the model or of its file.
       cache_batches: int64 [B T] each; with them keys and values get fixed E4M3 scales from what these contain.
     Returns: the bytes of all tensors.
     Raises: CompressionError when there is nothing to write, or a layer does not fit the scheme.
@@ -57,8 +58,11 @@ def write_compressed(
     scales = {} if cache_batches is None else cache_scales(model, cache_batches)
     tree = config_tree(name, model)
     if scheme is None:
-        stored = read_tensors(Path(locate(name).path))
-        tensors = iter((stored | scales).items())
+        stored = read_tensors(Path(locate(name).path)) | scales
+        tensors: Iterable[tuple[str, Tensor]] = stored.items()
+        if dtype is not None:
+            tensors = ((layer, _recast(layer, tensor, dtype)) for layer, tensor in stored.items())
+            tree = tree | {"dtype": str(dtype).removeprefix("torch.")}
     else:
         dtype = dtype or next(model.parameters()).dtype
         chosen = [layer for layer, module in backbone_of(model).named_modules() if isinstance(module, nn.Linear)]
@@ -77,19 +81,30 @@ def _rounded(
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         layer = name.removesuffix(".weight")
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if name == "lm_head.weight" and is_tied(model):
             continue
         if layer not in layers or not name.endswith(".weight"):
-            yield name, tensor.to(dtype)
+            yield name, narrowed(name, tensor, dtype)
             continue
         if scheme.activations == "static":
             raise CompressionError(f"{layer}: fixed activation scales need data; run limbeck quantize for fp8-static.")
-        grid = grid_of(scheme)
-        # Rounded to what the file can hold first, so that the codes are the nearest for the scales that are read.
-        stored = grid.scales(tensor, layer).to(dtype).float()
-        codes = encode(tensor, stored, grid).codes
-        yield from tensors_of(layer, codes, stored, scheme, dtype).items()
-    yield from ((name, scale.to(dtype)) for name, scale in scales.items())
+        grid = grid_of(scheme, dtype)
+        found = encode(tensor, grid.scales(tensor, layer), grid)
+        yield from tensors_of(layer, found.codes, found.scales, scheme, dtype).items()
+    yield from ((name, storable(scale, dtype).to(dtype)) for name, scale in scales.items())
+
+
+def _recast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A dense weight or a scale in another dtype; codes as they are.
+
+    Raises: CompressionError where the dtype has no number for it.
+    """
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return tensor
+    stored = narrowed(name, tensor, dtype)
+    if name.endswith("_scale") and bool((stored == 0).any()):
+        raise CompressionError(f"{name}: {float(tensor.min()):.3g} is zero in {dtype}; choose bfloat16 or float32.")
+    return stored
 
 
 def _refuse_experts(name: str, model: Any) -> None:

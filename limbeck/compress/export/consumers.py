@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from limbeck.compress import fidelity
 from limbeck.models.load import quiet
 
 TOP = 10
@@ -58,11 +59,8 @@ class Verdict:
 
 @torch.inference_mode()
 def log_probs_of(model: Any, probes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Log-probabilities [T - 1, V] of the token after each prefix, float32."""
-    return [
-        model(input_ids=torch.tensor([list(probe)]), use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        for probe in probes
-    ]
+    """Log-probabilities [T - 1, V] of the token after each prefix of every probe, float32."""
+    return [fidelity.log_probs_of(model, torch.tensor([list(probe)])) for probe in probes]
 
 
 def compare(consumer: str, ours: Sequence[torch.Tensor], theirs: Scores, note: str = "") -> Verdict:

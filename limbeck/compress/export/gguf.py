@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +21,24 @@ import torch
 from torch import Tensor
 
 from limbeck.compress.export.gguf_vocabulary import add_vocabulary
+from limbeck.compress.export.lint import Finding
+from limbeck.compress.export.shards import is_tied
 from limbeck.errors import CompressionError, nearest
 from limbeck.models.load import load_model, load_tokenizer, locate, quantization_at
 from limbeck.models.quantized import read_tensors, split_tensors
 from limbeck.models.schemes import Stored
+from limbeck.models.weight_files import writing
 
 TYPES = ("f16", "q8_0", "q4_0")
 BLOCK = 32
 """Weights of a row that share a scale."""
 _FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2}
+
+
+_LARGEST = {"f32": 3.4e38, "f16": 65504.0, "q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8}
+"""Largest weight that a type holds: scales are float16."""
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_ALL = (*_ATTENTION, "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Family(NamedTuple):
@@ -41,14 +50,19 @@ class Family(NamedTuple):
     norm_offset: float = 0.0
     """Added to the gain of a norm."""
     activation: str = "silu"
+    biases: tuple[str, ...] = ()
+    """Linear layers that may have one."""
+    ropes: tuple[str, ...] = ("default", "linear")
+    has_own_head: bool = True
+    """Whether it reads a head that is not the embedding."""
 
 
 FAMILIES = {
-    "llama": Family("llama", is_permuted=True),
-    "mistral": Family("llama", is_permuted=True),
-    "qwen2": Family("qwen2"),
+    "llama": Family("llama", is_permuted=True, biases=_ALL, ropes=("default", "linear", "llama3")),
+    "mistral": Family("llama", is_permuted=True, biases=_ALL, ropes=("default", "linear", "llama3")),
+    "qwen2": Family("qwen2", biases=_ATTENTION),
     "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", norm_offset=1.0, activation="gelu_pytorch_tanh"),
+    "gemma": Family("gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", has_own_head=False),
 }
 
 
@@ -66,10 +80,10 @@ class Weights:
     """The weights of a model by transformers' names: dense, and as codes where they are stored so."""
 
     def __init__(self, name: str) -> None:
-        self.model = load_model(name, rounds=False)
+        self.name, self.model = name, load_model(name, rounds=False, whole=True)
         self.config = self.model.config
         self.state: dict[str, Tensor] = self.model.state_dict()
-        if self.config.tie_word_embeddings:
+        if is_tied(self.model):
             self.state.pop("lm_head.weight", None)
         self.codes: dict[str, Stored] = {}
         quantization = quantization_at(name)
@@ -93,6 +107,12 @@ class Weights:
     def data(self, name: str, gguf_type: str) -> np.ndarray:
         """A tensor as stored in its type: uint8 rows of blocks, float16 or float32."""
         kind = self.block_type(name, gguf_type)
+        largest = float(self.state[name].abs().max())
+        if largest > _LARGEST[kind]:
+            raise CompressionError(
+                f"{name}: holds {largest:.4g}, beyond what {kind.upper()} holds ({_LARGEST[kind]:.4g}); no other "
+                "type is written for it."
+            )
         if name in self.codes and fits(self.codes[name], kind):
             return blocks_of(self.codes[name], kind)
         gguf = library()
@@ -109,7 +129,9 @@ def fits(stored: Stored, kind: str) -> bool:
     """Whether codes become blocks of a type without rounding."""
     bits = {"q8_0": 8, "q4_0": 4}.get(kind)
     group = stored.codes.shape[1] // stored.scales.shape[1]
-    return bits is not None and stored.scheme.kind == "int" and stored.scheme.bits <= bits and group % BLOCK == 0
+    scales = stored.scales.float()
+    is_exact = bool(torch.isclose(scales.half().float(), scales, rtol=2**-10, atol=0.0).all())
+    return is_exact and stored.scheme.kind == "int" and stored.scheme.bits <= (bits or 0) and group % BLOCK == 0
 
 
 def blocks_of(stored: Stored, kind: str) -> np.ndarray:
@@ -128,62 +150,103 @@ def blocks_of(stored: Stored, kind: str) -> np.ndarray:
     return np.concatenate([head, body], axis=-1).reshape(outputs, -1)
 
 
+class Written(NamedTuple):
+    """What came of a file."""
+
+    counts: dict[str, int]
+    """Tensors by type, and those whose codes were carried over."""
+    findings: list[Finding]
+    """What llama.cpp will do otherwise."""
+
+
 def write_gguf(path: Path, name: str, gguf_type: str, pre_tokenizer: str | None = None) -> dict[str, int]:
+    """Write one file with weights, sizes, tokenizer and chat template; the arguments of `write_weights`."""
+    if gguf_type not in TYPES:
+        raise CompressionError(f"gguf_type {gguf_type!r} is unknown; {nearest(gguf_type, TYPES)}.")
+    return write_weights(path, Weights(name), gguf_type, pre_tokenizer).counts
+
+
+def write_weights(path: Path, weights: Weights, gguf_type: str, pre_tokenizer: str | None = None) -> Written:
     """Write one file with weights, sizes, tokenizer and chat template.
 
     Args:
       path: of the file.
-      name: of the model.
+      weights: of the model.
       gguf_type: f16, q8_0 or q4_0, for the products.
       pre_tokenizer: llama.cpp's name for how the tokenizer splits text; None finds it out.
-    Returns: the number of tensors by type, and those whose codes were carried over.
-    Raises: CompressionError for a model or a tokenizer that has no place in the format.
+    Raises: CompressionError for a model or a tokenizer that has no place in the format; CheckpointError when the disk
+      takes no more.
     """
-    if gguf_type not in TYPES:
-        raise CompressionError(f"gguf_type {gguf_type!r} is unknown; {nearest(gguf_type, TYPES)}.")
     gguf = library()
-    weights = Weights(name)
-    family = family_of(weights.config)
+    family = family_of(weights.config, weights.state)
     writer = gguf.GGUFWriter(path, family.architecture)
     _add_sizes(writer, weights.config)
     writer.add_file_type(_FILE_TYPES[gguf_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_vocabulary(writer, load_tokenizer(name), weights.config.vocab_size, pre_tokenizer)
+    tokenizer = load_tokenizer(weights.name, pads=False)
+    findings = add_vocabulary(writer, tokenizer, weights.config.vocab_size, pre_tokenizer)
     counts = {"carried_over": 0}
     for place, data, kind, is_carried in _tensors(weights, family, gguf_type):
         writer.add_tensor(place, data, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
         counts[kind] = counts.get(kind, 0) + 1
         counts["carried_over"] += is_carried
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return counts
+    with writing(path):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return Written(counts, [*findings, *_stays_f16(weights, gguf_type)])
 
 
-def family_of(config: Any) -> Family:
-    """How llama.cpp computes a model.
+def _stays_f16(weights: Weights, gguf_type: str) -> list[Finding]:
+    names = [
+        name
+        for name, tensor in weights.state.items()
+        if tensor.ndim > 1 and gguf_type != "f16" and weights.block_type(name, gguf_type) == "f16"
+    ]
+    text = f"{len(names)} tensors stay F16: their rows are no multiple of 32 ({names[0]})" if names else ""
+    return [Finding("sizes", "warning", text)] if names else []
 
-    Raises: CompressionError for a model type, or an option of it, that it would compute otherwise.
+
+def family_of(config: Any, names: Iterable[str] = ()) -> Family:
+    """How llama.cpp computes a model of a config and of weights with some names.
+
+    Raises: CompressionError for a model type, or an option of it, that it would compute otherwise or not load.
     """
     if config.model_type not in FAMILIES:
         raise CompressionError(
             f"model type {config.model_type!r} has no GGUF mapping here; {nearest(config.model_type, FAMILIES)}."
         )
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):
-        raise CompressionError(f"rope_type {kind!r} has no GGUF mapping here; default, linear and llama3 have.")
-    family = FAMILIES[config.model_type]
+    family, rope = FAMILIES[config.model_type], config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in family.ropes:
+        raise CompressionError(
+            f"rope_type {kind!r}: llama.cpp's {family.architecture} computes {', '.join(family.ropes)} only."
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CompressionError("partial_rotary_factor: llama.cpp turns whole heads in such models.")
     if config.hidden_act != family.activation:
         raise CompressionError(f"llama.cpp computes {family.activation} in such models, not {config.hidden_act}.")
+    for name in names:
+        if name.endswith(".bias") and name.split(".")[-2] not in family.biases:
+            raise CompressionError(f"{name}: llama.cpp's {family.architecture} has no place for this bias.")
+        if name == "lm_head.weight" and not family.has_own_head:
+            raise CompressionError(f"{name}: llama.cpp's {family.architecture} has no head but the embedding.")
     return family
 
 
-def _add_sizes(writer: Any, config: Any) -> None:
+def context_length(config: Any) -> int:
+    """Tokens that the file says a model may read: within its window, where it has one.
+
+    There it is an ordinary one, and llama.cpp has no window for these architectures.
+    """
     window = getattr(config, "sliding_window", None)
     is_windowed = window and getattr(config, "use_sliding_window", True)
-    # Within the window the model is an ordinary one, and llama.cpp has no window for these architectures.
-    writer.add_context_length(min(config.max_position_embeddings, window if is_windowed else 1 << 30))
+    return int(min(config.max_position_embeddings, window if is_windowed else 1 << 30))
+
+
+def _add_sizes(writer: Any, config: Any) -> None:
+    writer.add_context_length(context_length(config))
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

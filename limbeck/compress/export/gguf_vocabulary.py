@@ -7,8 +7,10 @@ rule is known to be that one, since a wrong one tokenizes most texts right and s
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from limbeck.compress.export.lint import Finding
 from limbeck.errors import CompressionError
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -19,7 +21,7 @@ SPLITS = {_QWEN2: "qwen2", _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1): "llama-
 """Regular expression of the split -> llama.cpp's name."""
 
 
-def add_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, pre_tokenizer: str | None = None) -> None:
+def add_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, pre_tokenizer: str | None = None) -> list[Finding]:
     """Add tokens, merges, special ids and the chat template.
 
     Args:
@@ -27,6 +29,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, pre_tokenizer: 
       tokenizer: a fast tokenizer.
       vocab_size: rows of the embedding; ids without a token are filled up.
       pre_tokenizer: llama.cpp's name for the split; None finds it out.
+    Returns: what llama.cpp will tokenize otherwise.
     Raises: CompressionError for a tokenizer of another kind, or with a split of no known name.
     """
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -35,6 +38,8 @@ def add_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, pre_tokenizer: 
             f"the tokenizer is a {tree['model'].get('type')} model that is not byte-level BPE; GGUF export carries "
             "byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM)."
         )
+    findings = [*_of_normalizer(tree), *_of_added(tree)]
+    _check_model(tree["model"])
     tokens, types = _tokens(tree, tokenizer, vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer or split_name(tree["pre_tokenizer"]))
@@ -47,11 +52,49 @@ def add_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, pre_tokenizer: 
         token_id = getattr(tokenizer, f"{kind}_token_id")
         if token_id is not None:
             getattr(writer, f"add_{kind}_token_id")(token_id)
-    writer.add_add_bos_token(
-        tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
-    )
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    framing = tokenizer("")["input_ids"]
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and tokenizer.bos_token_id in framing)
+    if tokenizer.eos_token_id in framing and tokenizer.eos_token_id != tokenizer.bos_token_id:
+        writer.add_add_eos_token(True)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
+    return findings
+
+
+def _of_normalizer(tree: dict[str, Any]) -> Iterator[Finding]:
+    """GGUF has no place for what a tokenizer does to text before it splits it.
+
+    Raises: CompressionError for anything but the normal form, in which nearly all text is.
+    """
+    found = tree.get("normalizer")
+    if found is None:
+        return
+    kinds = [part["type"] for part in found.get("normalizers", [found])]
+    if kinds and set(kinds) != {"NFC"}:
+        raise CompressionError(
+            f"the tokenizer changes text before it splits it ({', '.join(kinds)}), which llama.cpp does not."
+        )
+    if kinds:
+        yield Finding("normalizer", "warning", "text is brought to NFC first, by llama.cpp not; other forms differ")
+
+
+def _of_added(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Added tokens that take the spaces beside them, or stand as whole words only."""
+    flags = ("lstrip", "rstrip", "single_word")
+    for entry in tree["added_tokens"]:
+        found = [flag for flag in flags if entry.get(flag)]
+        if found:
+            text = f"{entry['content']!r} is added with {', '.join(found)}, which llama.cpp does not know"
+            yield Finding("added-tokens", "error", text)
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "byte_fallback"):
+        if model.get(option):
+            raise CompressionError(f"the tokenizer's BPE has {option} {model[option]!r}, which llama.cpp's has not.")
 
 
 def split_name(pre_tokenizer: dict[str, Any]) -> str:

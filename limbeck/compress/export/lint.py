@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from limbeck.compress.masks import MASK_FILE
-from limbeck.compress.weights import INDEX
+from limbeck.compress.quantize.fused import parted
 from limbeck.errors import LimbeckError
 from limbeck.models.quantized import Layer, quantization_of, read_tensors, split_tensors
 from limbeck.models.schemes import STATUS
+from limbeck.models.weight_files import INDEX
 
 
 class Finding(NamedTuple):
@@ -35,6 +36,9 @@ def lint(directory: Path) -> list[Finding]:
         if quantization is not None:
             layers, _ = split_tensors(names, quantization)
             found += [finding for name, layer in layers.items() for finding in _of_layer(name, layer)]
+            linears = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+            schemes = {name: layer.stored.scheme for name, layer in layers.items()}
+            found += [Finding("fused", "error", text) for text in parted(dict.fromkeys([*linears, *layers]), schemes)]
             if quantization.kv_cache and not any(name.endswith(".k_scale") for name in names):
                 found.append(Finding("cache-scales", "error", "kv_cache_scheme is set, but there is no k_scale"))
     except LimbeckError as error:

@@ -30,6 +30,8 @@ def _next(server: xllamacpp.Server, prompt: list[int], top: int) -> dict[int, fl
     # character is drawn. The probabilities are those before the draw.
     asked = {"prompt": prompt, "max_tokens": 1, "logprobs": top, "temperature": 0.0, "grammar": "root ::= [ -~]"}
     answer = server.handle_completions(asked)
+    if "choices" not in answer:
+        raise SystemExit(f"error: llama.cpp does not answer a prompt of {len(prompt)} tokens: {answer}")
     (position,) = answer["choices"][0]["logprobs"]["content"]
     return {entry["id"]: entry["logprob"] for entry in position["top_logprobs"]}
 

@@ -121,7 +121,9 @@ def _shape(config: PruneConfig) -> tuple[Shape, dict[str, Any]]:
     if config.budget is not None:
         with stored_or_collected(config.moments, config.model, config.calibration) as stored:
             moments = stored.named(("attention_out", "mlp_out"))
-        steps = choose(load_model(config.model), _apart(config), moments, config.budget, dtype_of(config.model))
+        steps = choose(
+            load_model(config.model, whole=True), _apart(config), moments, config.budget, dtype_of(config.model)
+        )
         return steps[-1].shape, {"search": [[*step.shape, step.cost, step.loss] for step in steps]}
     metrics: dict[str, Any] = {}
     if config.drop_layers:
