@@ -82,7 +82,10 @@ def _dispatch(argv: list[str]) -> int:
         if answer is not None:
             _print_answer(answer, command, options)
     else:
-        _print_checkpoint(command.run(config, options.out, how=options.how), options)
+        checkpoint = command.run(config, options.out, how=options.how)
+        _print_checkpoint(checkpoint, options)
+        # What is written, but proved to be wrong elsewhere, must not pass in a script.
+        return int(checkpoint.is_finished and checkpoint.metrics.get("is_clean") is False)
     return 0
 
 

@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from limbeck.compress.blocks import Group
+import torch
+
+from limbeck.compress.blocks import Group, groups_of
 from limbeck.compress.calibrate import CalibrationConfig, split_rows
 from limbeck.compress.plan import count_work
+from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.prune.stage import SOLVERS, PruneConfig, sizes_after
+from limbeck.compress.quantize.methods import grid_of
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.compress.recover import RecoverConfig
 from limbeck.compress.rounds import plan_rounds
@@ -27,6 +31,7 @@ from limbeck.distill.data import Data, prepare
 from limbeck.distill.predict import data_of, predict_run, set_up
 from limbeck.models.anatomy import backbone_of
 from limbeck.models.load import load_tokenizer, vocabulary_size
+from limbeck.models.schemes import scheme_of
 from limbeck.traces.sample import Sample
 
 
@@ -126,6 +131,7 @@ def _compression(
     dense = config.dense_targets
     model = on_meta(shape)
     layers = backbone_of(model).layers
+    _check_sizes(layers, config)
     work = count_work(layers, shape, padded, tokens, wants, solver, dense_targets=dense, walks=walks)  # type: ignore[arg-type]
     compared = 2 * 2.0 * apart * sum(parameter.numel() for parameter in model.parameters())
     notes = [f"products of {tokens:,} calibration tokens and of the solver, which the ledger does not count"]
@@ -138,6 +144,18 @@ def _compression(
         seconds=(work.flops + compared) / hardware.rate("float32"),
         notes=tuple(notes),
     )
+
+
+def _check_sizes(layers: Any, config: PruneConfig | QuantizeConfig) -> None:
+    """Raises: CompressionError for groups or patterns that do not divide the inputs of a layer."""
+    for number, layer in enumerate(layers):
+        for group in filter(None, (group.without(config.ignore) for group in groups_of(layer, number))):
+            for name, linear in group.linears.items():
+                where = f"layers.{number}.{name}"
+                if isinstance(config, QuantizeConfig):
+                    grid_of(scheme_of(config.scheme, config.group_size)).groups(linear.in_features, where)
+                elif config.method in SOLVERS:
+                    Pattern.parse(config.pattern).check(linear.in_features, where)
 
 
 def _calibration(config: CalibrationConfig, model: str, tokenizer: Any, held_out: int) -> tuple[int, int, int]:
@@ -153,7 +171,8 @@ def _within(shape: Any, config: PruneConfig) -> Any:
     assert budget is not None
     if budget.metric == "milliseconds":
         return shape
-    target = budget.target / (4 if budget.metric == "bytes" else 1)
+    dtype = shape.dtype if isinstance(shape.dtype, torch.dtype) else torch.float32
+    target = budget.target / (dtype.itemsize if budget.metric == "bytes" else 1)
     dims, parameters = Dims.of(shape), frozen_sizes(shape).num_parameters
     surplus = max(0.0, parameters - target) / (3 * dims.width * dims.layers)
     neurons = max(budget.multiple_of, int((dims.neurons - surplus) // budget.multiple_of * budget.multiple_of))

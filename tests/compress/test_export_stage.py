@@ -25,7 +25,7 @@ IDS = torch.tensor([[5, 17, 80, 3, 42, 9, 61]])
 
 
 def export(model, out, **settings):
-    return run(build(ExportConfig, {"model": str(model), **settings}), out)
+    return run(build(ExportConfig, {"model": str(model), **settings}), out).metrics
 
 
 def logits(directory):

@@ -54,7 +54,7 @@ def test_the_smaller_model_is_the_masked_one(family, dense_targets, tmp_path):
         calibration=text(tmp_path / "text"),
         gate=QUIET,
     )
-    metrics = run(config, tmp_path / "out")
+    metrics = run(config, tmp_path / "out").metrics
     smaller = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert smaller.config.intermediate_size == metrics["neurons"][1] == 24
     assert smaller.config.num_key_value_heads == metrics["kv_groups"][1] == 1
@@ -90,7 +90,7 @@ def test_a_shorter_model_skips_layers(tmp_path):
     config = PruneConfig(
         model=str(tmp_path / "model"), method="depth", drop_layers=1, calibration=text(tmp_path / "text"), gate=QUIET
     )
-    removed = run(config, tmp_path / "out")["removed_layers"]
+    removed = run(config, tmp_path / "out").metrics["removed_layers"]
     shorter = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     kinds = [kind for number, kind in enumerate(model.config.layer_types) if number not in removed]
     assert shorter.config.layer_types == kinds
@@ -108,7 +108,7 @@ def test_the_pattern_holds_in_the_file(method, dtype, tmp_path):
     config = PruneConfig(
         model=str(tmp_path / "model"), method=method, pattern="2:4", calibration=text(tmp_path / "text"), gate=QUIET
     )
-    metrics = run(config, tmp_path / "out")
+    metrics = run(config, tmp_path / "out").metrics
     whole = SafetensorSource(tmp_path / "model")
     assert metrics["parameters"] == sum(whole.tensor(name).numel() for name in whole.names()), "the mask is no weight"
     source, masks = SafetensorSource(tmp_path / "out"), read_masks(tmp_path / "out")
@@ -166,7 +166,7 @@ def test_moments_of_another_model_are_refused(tmp_path):
 def test_the_gate_reports_what_fails(tmp_path):
     gate = GateConfig(sequences=4, labels=("1", "2"), max_kl_nats=0.0, max_label_change=0.0, max_perplexity_ratio=100)
     config = PruneConfig(model="tiny-student", neuron_sparsity=0.5, gate=gate)
-    metrics = run(config, tmp_path / "out")
+    metrics = run(config, tmp_path / "out").metrics
     assert [failure.split()[0] for failure in metrics["gate_failures"]] == ["kl_nats", "label_change"]
     assert 0 <= metrics["held_out"]["label_swaps"] <= 1
     assert json.loads((tmp_path / "out" / "limbeck.json").read_text())["metrics"]["gate_failures"]
@@ -227,11 +227,11 @@ def test_a_budget_of_parameters_is_met(tmp_path):
     budget = BudgetConfig(target=1_200_000, neuron_step=0.125)
     calibration = CalibrationConfig(sequences=12)
     config = PruneConfig(model="tiny-teacher", budget=budget, calibration=calibration, gate=GateConfig(sequences=2))
-    metrics = run(config, tmp_path / "out")
+    metrics = run(config, tmp_path / "out").metrics
     assert metrics["parameters"] <= 1_200_000
     costs = [step[3] for step in metrics["search"]]
     assert costs == sorted(costs, reverse=True)
-    smaller = load_model(str(tmp_path / "out"))
+    smaller = load_model(str(tmp_path / "out"), whole=True)
     assert sum(parameter.numel() for parameter in smaller.parameters()) == metrics["parameters"]
 
 

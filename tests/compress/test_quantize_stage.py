@@ -21,13 +21,13 @@ def quantized(tmp_path, family="llama", **fields):
     saved(family, tmp_path / "model")
     groups = {"group_size": 16} if fields.get("scheme", "w4a16").endswith("a16") else {}
     fields = groups | {"calibration": text(tmp_path / "text"), "gate": QUIET} | fields
-    return run(QuantizeConfig(model=str(tmp_path / "model"), **fields), tmp_path / "out")
+    return run(QuantizeConfig(model=str(tmp_path / "model"), **fields), tmp_path / "out").metrics
 
 
 def error_of(tmp_path, family="llama"):
     with torch.no_grad():
-        expected = load_model(str(tmp_path / "model"))(IDS).logits
-        found = load_model(str(tmp_path / "out"))(IDS).logits
+        expected = load_model(str(tmp_path / "model"), whole=True)(IDS).logits
+        found = load_model(str(tmp_path / "out"), whole=True)(IDS).logits
     return float((found - expected).norm() / expected.norm())
 
 
@@ -38,7 +38,7 @@ def test_transformers_reads_what_we_read(family, scheme, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(
-            load_model(str(tmp_path / "out"))(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4
+            load_model(str(tmp_path / "out"), whole=True)(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4
         )
     assert error_of(tmp_path) < {"w4a16": 0.6, "w8a8": 0.1, "fp8-dynamic": 0.25}[scheme]
 
@@ -83,7 +83,7 @@ def test_layers_of_one_input_round_as_apart(tmp_path):
     assert alone.tensor("model.layers.0.self_attn.q_proj.weight").shape == (32, 32)
     tree = json.loads((tmp_path / "alone" / "config.json").read_text())["quantization_config"]
     assert "model.layers.2.self_attn.v_proj" in tree["ignore"]
-    load_model(str(tmp_path / "alone"))
+    load_model(str(tmp_path / "alone"), whole=True)
 
 
 def test_zeros_of_a_sparse_model_stay_codes_of_zero(tmp_path):
@@ -128,7 +128,7 @@ def test_mixed_widths_keep_the_budget(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(
-            load_model(str(tmp_path / "out"))(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4
+            load_model(str(tmp_path / "out"), whole=True)(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4
         )
 
 
@@ -159,7 +159,7 @@ def test_scales_are_stored_in_the_dtype_of_the_model(tmp_path):
         model=str(tmp_path / "model"), method="rtn", group_size=16, calibration=calibration, gate=QUIET
     )
     run(config, tmp_path / "out")
-    read = load_model(str(tmp_path / "out")).model.layers[0].self_attn.q_proj.weight
+    read = load_model(str(tmp_path / "out"), whole=True).model.layers[0].self_attn.q_proj.weight
     weight = model.model.layers[0].self_attn.q_proj.weight.float()
     scales = SafetensorSource(tmp_path / "out").tensor("model.layers.0.self_attn.q_proj.weight_scale")
     assert scales.dtype == torch.bfloat16
