@@ -27,16 +27,11 @@ from types import CodeType, FrameType
 from typing import Any
 
 import httpx
-import uvicorn
 from _process import markdown
 
 import limbeck
-from limbeck.compress.prune import stage as prune
 from limbeck.compress.prune import wanda
-from limbeck.compress.walk import walk
 from limbeck.config import build
-from limbeck.distill import train
-from limbeck.distill.config import DistillConfig
 from limbeck.distill.divergence import forward_kl
 from limbeck.engine.attention import attend
 from limbeck.serve.app import make_app
@@ -85,34 +80,33 @@ def route_to(frame: FrameType) -> Route:
 
 def distillation(directory: Path) -> Route:
     """One step with a live teacher."""
-    config = {
-        "student": "tiny-student",
-        "teacher": "tiny-teacher",
-        "traces": {"source": "builtin:chain", "num_traces": 4},
-        "num_validation": 0,
-        "training": {"max_steps": 1, "batch_size": 2},
-    }
+    traces = {"source": "builtin:chain", "num_traces": 4}
     with watched(forward_kl) as found:
-        train.run(build(DistillConfig, config), directory / "student")
+        limbeck.distill(
+            "tiny-student",
+            teacher="tiny-teacher",
+            traces=traces,
+            num_validation=0,
+            max_steps=1,
+            out=directory / "student",
+        )
     return found[forward_kl.__code__]
 
 
 def pruning(directory: Path) -> Route:
     """Half of the weights of every layer, by wanda; from the walk on."""
-    config = {
-        "model": "tiny-student",
-        "method": "wanda",
-        "calibration": {
-            "traces": {"source": "builtin:chain", "num_traces": 8},
-            "sequences": 2,
-            "sequence_length_tokens": 64,
-        },
-        "gate": {"sequences": 0},
-    }
+    traces = {"source": "builtin:chain", "num_traces": 8}
+    calibration = {"traces": traces, "sequences": 2, "sequence_length_tokens": 64}
     with watched(wanda.solve) as found:
-        prune.run(build(prune.PruneConfig, config), directory / "pruned")
+        limbeck.prune(
+            "tiny-student",
+            method="wanda",
+            calibration=calibration,
+            gate={"sequences": 0},
+            out=directory / "pruned",
+        )
     route = found[wanda.solve.__code__]
-    return route[route.index(f"compress/walk.{walk.__qualname__}") :]
+    return route[next(i for i, name in enumerate(route) if name.startswith("compress/walk.")) :]
 
 
 def scoring(_: Path) -> Route:
@@ -129,8 +123,7 @@ def server(model: str) -> Iterator[str]:
     """A server in a thread of this process, and its address."""
     config = build(ServeConfig, {"model": model, "port": 0})
     service = Service(config)
-    gate = Gate(make_app(service), config.limits, config.api_key)
-    running = Server(uvicorn.Config(gate, log_level="warning", access_log=False), gate)
+    running = Server(Gate(make_app(service), config), service)
     socket = bind(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
@@ -139,7 +132,7 @@ def server(model: str) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{socket.getsockname()[1]}"
     finally:
-        gate.is_closing = True
+        running.close()
         thread.join()
 
 
