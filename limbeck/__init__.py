@@ -1,8 +1,11 @@
 """Distil a large reasoning model into a small, fast one and see what every saving costs.
 
+Example:
     import limbeck
-    student = limbeck.distill("tiny-student", teacher="tiny-teacher", traces="builtin:chain", num_traces=500)
+
+    student = limbeck.distill("tiny-student", traces="builtin:chain", num_traces=20, max_steps=2, out="runs/a")
     small = limbeck.prune(student, neuron_sparsity=0.5, out="runs/b")
+    small.metrics
 
 Every command is a function; `limbeck.traces`, `limbeck.distill`, `limbeck.compress`, `limbeck.optim` and the other
 packages hold the pieces. Nothing is imported before it is used.
@@ -35,6 +38,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 _PACKAGES = (
     "compress",
+    "cost",
     "distill",
     "engine",
     "evaluate",
@@ -43,6 +47,7 @@ _PACKAGES = (
     "pipeline",
     "ranking",
     "report",
+    "scale",
     "serve",
     "sweep",
     "teacher",
@@ -51,6 +56,7 @@ _PACKAGES = (
 _FUNCTIONS = (
     "advise",
     "bench_server",
+    "build_ranker",
     "cache_teacher",
     "count_traces",
     "demo",

@@ -30,6 +30,7 @@ from limbeck.evaluate.commands import EVALUATE
 from limbeck.evaluate.compare import check_exact
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig
+from limbeck.lazy import make_callable
 from limbeck.models.load import load_model, load_tokenizer
 from limbeck.progress import bar, console
 from limbeck.report import page
@@ -200,3 +201,5 @@ def _read(problem: Trace, text: str, model_name: str) -> Trace | None:
 
 
 DEMO = Stage(name="demo", config=DemoConfig, run=run, takes=())
+
+make_callable(__name__)

@@ -1,21 +1,20 @@
 """Commands as functions: `limbeck.prune(model, neuron_sparsity=0.5, out="runs/b")`.
 
 A function takes the command's fields by the names that its flags have, `out`, and what `How` says; what it returns goes
-into the next one. Where a package has a command's name, the package itself is the function: it can be called and
-imported from, in whatever order the two are done.
+into the next one. Where a package has a command's name, the package itself is the function; see `lazy.CommandPackage`.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
 from limbeck.commands import COMMANDS
 from limbeck.flags import describe, field_docs
 from limbeck.stage import Stage, View, call, function_name
+
+__all__ = ["FUNCTIONS", "call", "command_of", "doc_of", "function_of", "signature_of"]
 
 FUNCTIONS = {function_name(name): name for name in COMMANDS}
 """Function -> command."""
@@ -35,21 +34,9 @@ def function_of(name: str) -> Callable[..., Any]:
     return run
 
 
-class CommandPackage(types.ModuleType):
-    """A package that is also the function of the command of its name."""
-
-    def __call__(self, *subject: Any, **fields: Any) -> Any:
-        """Carry out the command; `limbeck.NAME.__signature__` and the docs list its fields."""
-        return call(COMMANDS[FUNCTIONS[self.__name__.rpartition(".")[2]]].load(), subject, fields)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return signature_of(COMMANDS[FUNCTIONS[self.__name__.rpartition(".")[2]]].load())
-
-
-def make_callable(package: str) -> None:
-    """Let a package be called as the command of its name; its `__init__` says so."""
-    sys.modules[package].__class__ = CommandPackage
+def command_of(function: str) -> Stage | View:
+    """The command of a function."""
+    return COMMANDS[FUNCTIONS[function]].load()
 
 
 def signature_of(command: Stage | View) -> inspect.Signature:

@@ -163,6 +163,7 @@ def function_name(name: str) -> str:
 _VERBS = {
     "rank train": "train_ranker",
     "rank recover": "recover_ranker",
+    "rank pipeline": "build_ranker",
     "rank evaluate": "evaluate_ranker",
     "rank show": "show_ranking",
     "traces stats": "count_traces",

@@ -9,7 +9,7 @@ import limbeck
 
 ROOT = Path(limbeck.__file__).parent
 LAYERS = [
-    ["errors", "version"],
+    ["errors", "lazy", "version"],
     ["yaml_values"],
     ["config"],
     ["flags", "progress", "client"],

@@ -1,26 +1,38 @@
-"""Optimizers of the Langevin family, noise for any optimizer, and growing batches."""
+"""Optimizers of the Langevin family, noise for any optimizer, and growing batches.
 
-from limbeck.optim.growing_batch import AccumulationSchedule, BatchGrowth, EqualLR, GrowingBatchSampler
-from limbeck.optim.langevin import AGLD, ASG, ASGLD
-from limbeck.optim.perturb import Perturb
-from limbeck.optim.perturbed import NoisySGD, PerturbedGD, PerturbedSGD
-from limbeck.optim.psgld import PSGLD
-from limbeck.optim.ranks import RankSquares
-from limbeck.optim.sgld import SGLD
+Example:
+    import torch
+    from limbeck.optim import ASGLD, Perturb
 
-__all__ = [
-    "AGLD",
-    "ASG",
-    "ASGLD",
-    "PSGLD",
-    "SGLD",
-    "AccumulationSchedule",
-    "BatchGrowth",
-    "EqualLR",
-    "GrowingBatchSampler",
-    "NoisySGD",
-    "Perturb",
-    "PerturbedGD",
-    "PerturbedSGD",
-    "RankSquares",
-]
+    model = torch.nn.Linear(3, 1)
+    optimizer = ASGLD(model.named_parameters(), lr=0.1, grad_threshold=1e-2)
+    noisy = Perturb(torch.optim.AdamW(model.parameters()), grad_threshold=1e-2, noise_radius=1e-3)
+    model(torch.randn(8, 3)).square().mean().backward()
+    optimizer.step()
+"""
+
+from limbeck.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "AGLD": "langevin",
+        "ASG": "langevin",
+        "ASGLD": "langevin",
+        "AccumulationSchedule": "growing_batch",
+        "BatchGrowth": "growing_batch",
+        "EqualLR": "growing_batch",
+        "GrowingBatchSampler": "growing_batch",
+        "NoisySGD": "perturbed",
+        "OptimizerConfig": "build",
+        "PSGLD": "psgld",
+        "Perturb": "perturb",
+        "PerturbedGD": "perturbed",
+        "PerturbedSGD": "perturbed",
+        "RankSquares": "ranks",
+        "SGLD": "sgld",
+        "ScheduleConfig": "schedules",
+        "build_optimizer": "build",
+        "second_order": "diagnostics",
+    },
+)

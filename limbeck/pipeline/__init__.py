@@ -1,5 +1,22 @@
-"""Stages in order, each skipped when nothing changed; `limbeck.pipeline(...)` runs a recipe."""
+"""Stages in order, each skipped when nothing changed; `limbeck.pipeline(...)` runs a recipe.
 
-from limbeck.library import make_callable
+Example:
+    from limbeck.pipeline import SmokeConfig
 
+    SmokeConfig(model="tiny-student")
+"""
+
+from limbeck.lazy import lazy, make_callable
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "CardConfig": "config",
+        "ChooseConfig": "choose",
+        "HubConfig": "config",
+        "PipelineConfig": "config",
+        "RankPipelineConfig": "ranking",
+        "SmokeConfig": "smoke",
+    },
+)
 make_callable(__name__)

@@ -1,1 +1,28 @@
-"""Export: what a model becomes for others, and the proof that they read it."""
+"""Export: what a model becomes for others, and the proof that they read it.
+
+Example:
+    from pathlib import Path
+    from limbeck.compress.export import write_dense
+
+    write_dense(directory := Path("exported"), "tiny-student")
+    sorted(file.name for file in directory.iterdir())
+"""
+
+from limbeck.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "ExportConfig": "stage",
+        "Finding": "lint",
+        "ProbeConfig": "stage",
+        "Probes": "certificate",
+        "certify_directory": "certificate",
+        "certify_gguf": "certificate",
+        "lint_directory": "lint:lint",
+        "probes_of": "stage",
+        "write_compressed": "compressed_tensors",
+        "write_dense": "dense",
+        "write_gguf": "gguf",
+    },
+)
