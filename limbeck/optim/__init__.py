@@ -1,4 +1,4 @@
-"""Optimizers of the Langevin family, noise for any optimizer, and growing batches.
+"""Optimizers of the Langevin family, samplers, noise for any optimizer, and growing batches.
 
 Example:
     import torch
@@ -21,8 +21,10 @@ __getattr__, __dir__, __all__ = lazy(
         "ASGLD": "langevin",
         "AccumulationSchedule": "growing_batch",
         "BatchGrowth": "growing_batch",
+        "CyclicalSampling": "cyclical",
         "EqualLR": "growing_batch",
         "GrowingBatchSampler": "growing_batch",
+        "NEON": "neon",
         "NoisySGD": "perturbed",
         "OptimizerConfig": "build",
         "PSGLD": "psgld",
@@ -30,9 +32,13 @@ __getattr__, __dir__, __all__ = lazy(
         "PerturbedGD": "perturbed",
         "PerturbedSGD": "perturbed",
         "RankSquares": "ranks",
+        "SAM": "sam",
+        "SGHMC": "sghmc",
         "SGLD": "sgld",
+        "SGNHT": "sgnht",
         "ScheduleConfig": "schedules",
         "build_optimizer": "build",
+        "jitter_": "jitter",
         "second_order": "diagnostics",
     },
 )

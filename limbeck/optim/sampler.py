@@ -32,7 +32,7 @@ SAMPLER_DEFAULTS: dict[str, Any] = {
 class Sampler(NoisyOptimizer):
     """An optimizer that adds noise at every step, so that its parameters are samples of exp(-f / T)."""
 
-    _counters = ("noise_step", "fires")
+    _counters: tuple[str, ...] = ("noise_step", "fires")
     _state_names: ClassVar[tuple[str, ...]] = ()
     """Tensors of a parameter's size that the rule keeps; they start at 0."""
 

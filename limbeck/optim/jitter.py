@@ -1,0 +1,37 @@
+"""One kick before training: the cheapest way off an exact saddle, and the control of every method that kicks later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from limbeck.optim.block import noise_names, real_numel
+from limbeck.optim.noise import NoiseKey, add_noise_, parameter_id
+from limbeck.optim.noisy import checked_seed
+from limbeck.optim.seed import agreed_seed
+from limbeck.optim.sharding import layout, local
+
+
+@torch.no_grad()
+def jitter_(params: Iterable[Tensor | tuple[str, Tensor]], noise_radius: float, seed: int | None = None) -> None:
+    """Move all parameters together, in place:  x <- x + r zeta,  E||zeta||^2 = 1.
+
+    Args:
+      params: tensors or (name, tensor) pairs; names key the noise, as in ASGLD. What is frozen stays.
+      noise_radius: r.
+      seed: None draws one from torch's generator.
+    """
+    pairs = [item if isinstance(item, tuple) else (None, item) for item in params]
+    tensors = [tensor for _, tensor in pairs]
+    group: dict = {"params": tensors}
+    if pairs and pairs[0][0] is not None:
+        group["param_names"] = [name for name, _ in pairs]
+    given = checked_seed("jitter_", seed)
+    drawn = agreed_seed(tensors) if given is None else given
+    moving = [(name, p) for name, p in zip(noise_names([group])[0], tensors, strict=True) if p.requires_grad]
+    std = noise_radius / math.sqrt(max(1, sum(real_numel(p) for _, p in moving)))
+    for name, param in moving:
+        add_noise_(local(param.detach()), NoiseKey(drawn, 0, parameter_id(name)), layout(param), std)
