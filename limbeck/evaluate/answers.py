@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from limbeck.evaluate.answer_forms import choice_of, is_mathematics, list_of, number_of, plain, range_of
+from limbeck.traces.boxed import last_box
 
 AnswerStyle = Literal["auto", "boxed", "tag", "hashes", "phrase", "number", "letter", "exact"]
 r"""Where the answer stands: last `\boxed{}`, last `<answer>`, after the last `####`, after the last "answer is" or
@@ -121,23 +122,8 @@ def _is_one_value(text: str) -> bool:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""The content of the \boxed{} (or \fbox{}) that begins last among those that are closed; one pass."""
-    found = _box(text)
-    return None if found is None else found[1].strip()
-
-
-def _box(text: str) -> tuple[int, str] | None:
-    opened: list[int | None] = []
-    begin, content = -1, None
-    boxes = {match.end() for match in re.finditer(r"\\(?:boxed|fbox)[ \t]?\{", text)}
-    for match in re.finditer(r"\\[{}\\]|[{}]", text):
-        if match[0] == "{":
-            opened.append(match.end() if match.end() in boxes else None)
-        elif match[0] == "}" and opened:
-            start = opened.pop()
-            if start is not None and start > begin:
-                begin, content = start, text[start : match.start()]
-    return None if content is None else (begin, content)
+    found = last_box(text)
+    return None if found is None else found.content.strip()
 
 
 def _last_tag(text: str) -> str | None:
@@ -147,11 +133,11 @@ def _last_tag(text: str) -> str | None:
 
 def _marked(text: str) -> str | None:
     """The last box, or the last tag where that stands behind it; a box inside the tag is what the tag says."""
-    box, tag = _box(text), _last_match(_TAG, text)
-    if tag is not None and (box is None or box[0] < tag.start()):
+    box, tag = last_box(text), _last_match(_TAG, text)
+    if tag is not None and (box is None or box.start < tag.start()):
         inner = tag[1].strip()
         return _after_phrase(inner) or inner
-    return None if box is None else box[1].strip()
+    return None if box is None else box.content.strip()
 
 
 def _after_hashes(text: str) -> str | None:

@@ -40,7 +40,7 @@ def parse_messages(record: Record, markers: Markers | None) -> list[Parsed]:
 
 def parse_sharegpt(record: Record, markers: Markers | None) -> list[Parsed]:
     """ShareGPT `conversations` of from and value, perhaps with a `system` column."""
-    name = first_present(record, ("conversations", "conversation"))
+    name = first_present(record, TURN_COLUMNS[1:])
     return [_parse_turns(record, record[name], markers, TURN_COLUMNS)]
 
 

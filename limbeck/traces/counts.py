@@ -62,7 +62,7 @@ class Tally:
         """Count one reply; whether its trace is used."""
         self.read += 1
         self._notes.update(parsed.notes)
-        self._unread.update(set(parsed.unread))
+        self._unread.update(dict.fromkeys(parsed.unread, 1))
         told = parsed.problem or (parsed.notes[-1] if parsed.trace is None and parsed.notes else None)
         if told is not None:
             self.first_problem = self.first_problem or f"{where}: {told}"

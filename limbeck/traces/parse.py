@@ -20,7 +20,7 @@ from limbeck.traces.chat_formats import (
     reply_column,
 )
 from limbeck.traces.column_formats import COT_COLUMNS, GSM8K_MARKER, parse_columns, parse_gsm8k, parse_reasoning_gym
-from limbeck.traces.prompts import is_prompt, parse_prompts
+from limbeck.traces.prompts import NO_REPLY, is_prompt, parse_prompts
 from limbeck.traces.record import (
     PROMPT_COLUMNS,
     REFERENCE_COLUMNS,
@@ -100,7 +100,10 @@ def parse_limbeck(record: Record, markers: Markers | None) -> list[Parsed]:
     if not record.get("cot_closed", True):
         if answer is not None:
             raise TraceFormatError("answer after an open thought: cot_closed is false, so answer must be null")
-        thought = unclosed_thought(cot or "", "missing end marker: cot_closed is false")
+        if cot is None:
+            thought = Thought(None, None, cot_closed=False, problem=f"{NO_REPLY}: cot and answer are null")
+        else:
+            thought = unclosed_thought(cot, "missing end marker: cot_closed is false")
     elif answer is None or not answer.strip():
         raise TraceFormatError("empty answer")
     elif cot is None:
@@ -162,7 +165,7 @@ _SIGNS: dict[str, Callable[[Record], bool]] = {
     "gsm8k": lambda record: _has(record, "question") and GSM8K_MARKER in str(record.get("answer")),
     "prompts": is_prompt,
     "messages": lambda record: _has(record, "messages"),
-    "sharegpt": lambda record: _has(record, "conversations", "conversation"),
+    "sharegpt": lambda record: _has(record, *TURN_COLUMNS[1:]),
     "prompt_completion": lambda record: _has(record, *PROMPT_COLUMNS) and reply_column(record) is not None,
     "text": lambda record: isinstance(record.get("text"), str) and untemplated(record["text"]) is not None,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from limbeck.errors import TraceFormatError
-from limbeck.traces.chat import is_open, without_reply
+from limbeck.traces.chat import is_open, prompt_messages, without_reply
 from limbeck.traces.chat_formats import reply_column
 from limbeck.traces.column_formats import COT_COLUMNS
 from limbeck.traces.record import (
@@ -36,14 +36,17 @@ def parse_prompts(record: Record, markers: Markers | None) -> list[Parsed]:
     if turns is None and not any(record.get(name) is not None for name in PROMPT_COLUMNS):
         keys = ", ".join(str(key) for key in record)[:200] or "none"
         raise TraceFormatError(f"missing field: one of {', '.join((*TURN_COLUMNS, *PROMPT_COLUMNS))}; found {keys}")
-    prompt = prompt_in(record) if turns is None else record[turns]
-    messages = user_prompt(prompt, system_in(record))
+    system = system_in(record)
+    messages = user_prompt(prompt_in(record), system) if turns is None else prompt_messages(record[turns], system)
+    used = (*TURN_COLUMNS, *(prompt_columns(record) if turns is None else ()), *REFERENCE_COLUMNS, *SYSTEM_COLUMNS)
     problem = f"{NO_REPLY}: the record holds a prompt only"
     references = [name for name in REFERENCE_COLUMNS if record.get(name) is not None]
+    others = [str(name) for name in record if record[name] is not None and name not in used]
     if references:
         problem += f" ({', '.join(references)}: read as its reference; fields can call one of them completion)"
+    elif others:
+        problem += f" (and {', '.join(others)[:80]}; fields can call one of them completion)"
     parsed = parsed_trace(messages, Thought(None, None, cot_closed=False, problem=problem), _reference(record))
-    used = (*TURN_COLUMNS, *(prompt_columns(record) if turns is None else ()), *REFERENCE_COLUMNS, *SYSTEM_COLUMNS)
     return [with_metadata(parsed, record, used)]
 
 

@@ -16,7 +16,7 @@ from limbeck.traces.trace import Trace
 
 Record = Mapping[str, Any]
 
-TURN_COLUMNS = ("messages", "conversations", "conversation")
+TURN_COLUMNS = ("messages", "conversations", "conversation", "contents")
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "query")
 REPLY_COLUMNS = ("completion", "response", "output", "generated_solution", "generation", "reply", "model_output")
 SYSTEM_COLUMNS = ("system", "system_prompt")
@@ -136,8 +136,8 @@ def reference_in(record: Record, names: Iterable[str]) -> str | None:
     """The reference answer in the first of `names` that is set; numbers and flags become text, a list of one is its
     entry."""
     value = next((record[name] for name in names if record.get(name) is not None), None)
-    if isinstance(value, Mapping):
-        value = value.get("ground_truth")
+    if isinstance(value, Mapping) and "ground_truth" in value:
+        value = value["ground_truth"]
     if isinstance(value, list | tuple):
         distinct = list(dict.fromkeys(str(entry) for entry in value if entry is not None))
         if len(distinct) > 1:

@@ -24,6 +24,7 @@ import numpy as np
 
 from limbeck.config import checked
 from limbeck.errors import ConfigError, TemplateError
+from limbeck.traces.boxed import last_box
 from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample
 from limbeck.traces.trace import Trace
 
@@ -232,7 +233,7 @@ def _generation_prompt(header: str, tokenizer: Tokenizer, config: RenderConfig) 
 
 
 def _derivation_end(trace: Trace, config: RenderConfig, thought_start: int, encoded: _Encoded) -> int | None:
-    answer = (trace.answer if trace.reference is None else trace.reference) or ""
+    answer = (_short_answer(trace.answer) if trace.reference is None else trace.reference) or ""
     if not answer.strip():
         return None
     pattern = config.derivation_pattern.replace("{answer}", re.escape(answer.strip()))
@@ -240,6 +241,12 @@ def _derivation_end(trace: Trace, config: RenderConfig, thought_start: int, enco
     if match is None:
         return None
     return int(np.searchsorted(encoded.starts, thought_start + match.end(), side="left"))
+
+
+def _short_answer(answer: str | None) -> str | None:
+    """What an answer says: its last box, or all of it."""
+    box = last_box(answer or "")
+    return answer if box is None else box.content
 
 
 def _encode_parts(header: str, response: str, tokenizer: Tokenizer) -> tuple[_Encoded, int]:

@@ -150,8 +150,13 @@ def _unwrapped(located: Located, parse: Callable[[Any], list[Parsed]]) -> Iterat
     """The replies of a record, or of the records inside it where it is none itself."""
     found = parse(located.record)
     if all(parsed.trace is None and parsed.problem is not None for parsed in found):
-        for names, records in inner_records(located.record):
+        for names, records, left_out in inner_records(located.record):
             if any(parsed.trace is not None for record in records[:20] for parsed in parse(record)):
+                if left_out:
+                    yield (
+                        NOTE,
+                        Parsed(None, f"{located.where}: not read, set a source of its own: {', '.join(left_out)}"),
+                    )
                 for name, record in zip(names, records, strict=True):
                     yield from ((f"{located.where}, {name}", parsed) for parsed in parse(record))
                 return
@@ -173,7 +178,10 @@ def _parse_problem(config: TraceConfig, record: Any) -> list[Parsed]:
     good = next((parsed for parsed in found if parsed.trace is not None), None)
     if good is None:
         try:
-            (good,) = prompt_alone(_rename(_read_text(record), config.fields))
+            renamed = _rename(_read_text(record), config.fields)
+            if not isinstance(renamed, Mapping):
+                return found[:1]
+            (good,) = prompt_alone(renamed)
         except TraceFormatError:
             return found[:1]
     return [good._replace(problem=None, notes=())]

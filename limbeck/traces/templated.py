@@ -97,5 +97,8 @@ def _turns(text: str, family: Family) -> list[dict[str, Any]]:
         content = text[header.end() : following.start() if following else len(text)]
         closed = content.rstrip()
         end = next((end for end in family.ends if closed.endswith(end)), None)
-        turns.append({"role": _ROLES.get(role, role.lower()), "content": closed[: -len(end)] if end else content})
+        content = closed[: -len(end)] if end else content
+        turns.append(
+            {"role": _ROLES.get(role, role.lower()), "content": content.strip() if role in _ROLES else content}
+        )
     return turns

@@ -106,7 +106,7 @@ def _without_thought(reply: str, pair: Markers | None) -> Thought:
         raise TraceFormatError("empty reply: neither thought nor answer")
     known = [pair] if pair else list(KNOWN_MARKERS)
     found = " or ".join(f"{markers.start} ... {markers.end}" for markers in known)
-    return Thought(None, answer, problem=f"{problem}: the reply does not hold {found}")
+    return Thought(None, answer, problem=f"{problem}: the reply does not hold {found}; markers can name another pair")
 
 
 def _strip_solution(text: str) -> tuple[str, str | None]:

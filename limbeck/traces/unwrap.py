@@ -11,6 +11,8 @@ class Inner(NamedTuple):
 
     names: list[str]
     records: list[Any]
+    left_out: list[str]
+    """Other lists of objects beside them."""
 
 
 def inner_records(value: Any) -> Iterator[Inner]:
@@ -25,14 +27,16 @@ def inner_records(value: Any) -> Iterator[Inner]:
     if len(lists) == 1 or "train" in lists:
         name = "train" if "train" in lists else next(iter(lists))
         rows = [_row(entry) for entry in lists[name]]
-        yield Inner([f"{name}[{number}]" for number in range(len(rows))], rows)
+        yield Inner(
+            [f"{name}[{number}]" for number in range(len(rows))], rows, [other for other in lists if other != name]
+        )
     if all(isinstance(entry, Mapping) for entry in value.values()):
-        yield Inner([str(key) for key in value], list(value.values()))
+        yield Inner([str(key) for key in value], list(value.values()), [])
     columns = {key: _column(entry) for key, entry in value.items()}
     lengths = {None if column is None else len(column) for column in columns.values()}
     if len(lengths) == 1 and None not in lengths and lengths != {0}:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        yield Inner([f"row {number}" for number in range(1, len(rows) + 1)], rows)
+        yield Inner([f"row {number}" for number in range(1, len(rows) + 1)], rows, [])
 
 
 def _are_objects(value: Any) -> bool:

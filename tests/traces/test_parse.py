@@ -101,7 +101,7 @@ def test_custom_markers_replace_the_known_ones() -> None:
     markers = Markers("<reason>", "</reason>")
     assert split_thought("<reason>c</reason>a <think>", markers) == Thought("c", "a <think>")
     assert split_thought("<think>c</think>a", markers).problem == (
-        "no thought: the reply does not hold <reason> ... </reason>"
+        "no thought: the reply does not hold <reason> ... </reason>; markers can name another pair"
     )
 
 
@@ -311,7 +311,8 @@ def test_reasoning_gym_task_without_solution_has_no_thought() -> None:
         ({"answer": None}, "empty answer"),
         ({"answer": " "}, "empty answer"),
         ({"cot_closed": False}, "answer after an open thought"),
-        ({"cot_closed": False, "answer": None, "cot": None}, "empty reply"),
+        ({"cot_closed": False, "answer": None, "cot": ""}, "empty reply"),
+        ({"cot_closed": False, "answer": None, "cot": None}, "no reply"),
         ({"cot": None}, "no thought"),
         ({"cot": "a </think> b"}, "marker inside the thought"),
     ],
