@@ -3,8 +3,8 @@
 1. Checkpoints are marked along the thought: ends of lines, ends of sentences, or every so many tokens.
 2. The teacher reads prompt and thought once, over a key-value cache.
 3. Behind each checkpoint the end marker is forced and the verified answer appended. These tails are laid side by side
-   in one pass over that cache, each attending to the prefix before its checkpoint and to itself: a block mask, so that
-   a probe costs its own few tokens and no more. Tails go in chunks, earliest first, until one is sure enough.
+   in one pass over that cache, each attending to the prefix before its checkpoint and to itself, so that a probe costs
+   its own few tokens and no more. Tails go in chunks, earliest first, until one is sure enough.
 4. The cut point is the first checkpoint whose answer has at least `min_probability`; it is stored in the trace's
    metadata as characters of the thought, so any tokenizer can use it: `truncation: {policy: probed}`.
 
@@ -21,16 +21,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
 from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_manifest
 from limbeck.config import checked
+from limbeck.engine.backend import Backend
+from limbeck.engine.backends import decoder_of
+from limbeck.engine.states import Segment
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
-from limbeck.models.anatomy import Computed, Sizes, backbone_of, head_of, sizes_of
+from limbeck.models.anatomy import Computed, Sizes, sizes_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
-from limbeck.models.probe import logit_scale
 from limbeck.progress import bar
 from limbeck.stage import How
 from limbeck.traces.counts import tell
@@ -91,14 +91,14 @@ def run(config: ProbeConfig, out: Path, *, how: How = How()) -> Checkpoint:
     traces, read = read_traces(config.traces)
     traces, selected = select_traces(traces, config.select)
     tell([*read.lines(), *selected.lines()])
-    model, tokenizer, ledger = load_model(config.teacher).eval(), load_tokenizer(config.teacher), Ledger()
-    sizes = sizes_of(model, vocabulary_size(tokenizer))
+    model, tokenizer, ledger = load_model(config.teacher), load_tokenizer(config.teacher), Ledger()
+    decoder, sizes = decoder_of(model), sizes_of(model, vocabulary_size(tokenizer))
     probed: list[Trace] = []
     shares: list[float] = []
     with output_directory(out, overwrite=how.overwrite) as working:
         with bar("probing", len(traces)) as progress, ledger.phase("teacher"):
             for trace in traces:
-                found = probe_trace(model, tokenizer, trace, config, sizes, ledger)
+                found = probe_trace(decoder, tokenizer, trace, config, sizes, ledger)
                 shares += [] if found is None else [found[1]]
                 metadata = {k: v for k, v in trace.metadata.items() if k != PROBED_CHARS}
                 probed.append(
@@ -122,7 +122,7 @@ def run(config: ProbeConfig, out: Path, *, how: How = How()) -> Checkpoint:
 
 
 def probe_trace(
-    model: Any, tokenizer: Any, trace: Trace, config: ProbeConfig, sizes: Sizes, ledger: Ledger
+    decoder: Backend, tokenizer: Any, trace: Trace, config: ProbeConfig, sizes: Sizes, ledger: Ledger
 ) -> tuple[int, float] | None:
     """Characters of the thought up to the cut point, and that prefix's share of the sequence; None without one."""
     answer = (trace.reference if trace.reference is not None else trace.answer) or ""
@@ -133,10 +133,10 @@ def probe_trace(
     if not marks:
         return None
     tails = [_tail(tokenizer, config, answer.strip(), _ends_line(located, mark)) for mark in marks]
-    ids = torch.from_numpy(located.sample.input_ids[: marks[-1]].astype(np.int64)).to(head_of(model).weight.device)
+    ids = located.sample.input_ids[: marks[-1]].tolist()
     ledger.count(tokens=len(ids), sequences=1)
     threshold = float(np.log(config.min_probability))
-    for number, log_prob in enumerate(answer_log_probs(model, ids, marks, tails, config.tail_tokens, sizes, ledger)):
+    for number, log_prob in enumerate(answer_log_probs(decoder, ids, marks, tails, config.tail_tokens, sizes, ledger)):
         if log_prob >= threshold:
             return int(located.ends[marks[number] - 1]), marks[number] / len(located.sample)
     return None
@@ -158,10 +158,9 @@ def checkpoints(located: LocatedSample, config: ProbeConfig) -> list[int]:
     return [*marks, sample.ending_start]
 
 
-@torch.inference_mode()
 def answer_log_probs(
-    model: Any,
-    ids: Tensor,
+    decoder: Backend,
+    ids: Sequence[int],
     marks: Sequence[int],
     tails: Sequence[Tail],
     tail_tokens: int,
@@ -171,42 +170,25 @@ def answer_log_probs(
     """Log-probability of the answer behind each checkpoint, one after the other; what is not asked for is not computed.
 
     Args:
-      model: a causal LM with an attention that takes masks (layout padded).
-      ids: int64 [T], prompt and thought.
+      decoder: of the teacher.
+      ids: prompt and thought, T tokens.
       marks: prefix lengths, the last T at most.
       tails: what is forced behind each.
     """
-    cache = DynamicCache()
-    backbone, head = backbone_of(model), head_of(model)
-    prefix = len(ids)
-    backbone(input_ids=ids[None], past_key_values=cache, use_cache=True)
-    ledger.add_flops(teacher=backbone_forward_flops(sizes, Computed.whole([prefix])))
+    states = decoder.states(len(ids))
+    decoder.run([Segment(ids, states, 0, grows=True)])
+    ledger.add_flops(teacher=backbone_forward_flops(sizes, Computed(len(ids), 1, len(ids) ** 2)))
     for group in _groups([len(tail.ids) for tail in tails], tail_tokens):
         part = [tails[i] for i in group]
-        flat = torch.tensor([t for tail in part for t in tail.ids], device=ids.device)
-        owner = torch.repeat_interleave(
-            torch.arange(len(part), device=ids.device),
-            torch.tensor([len(tail.ids) for tail in part], device=ids.device),
-        )
-        lengths = torch.tensor([marks[i] for i in group], device=ids.device)
-        offsets = torch.cat([torch.arange(len(tail.ids), device=ids.device) for tail in part])
-        past = torch.arange(prefix, device=ids.device) < lengths[owner][:, None]
-        itself = (owner[:, None] == owner) & (offsets[:, None] >= offsets)
-        hidden = backbone(
-            input_ids=flat[None],
-            position_ids=(lengths[owner] + offsets)[None],
-            attention_mask=torch.cat([past, itself], 1)[None, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[0]
-        cache.crop(-len(flat))
+        rows = decoder.run([Segment(tails[i].ids, states, marks[i]) for i in group], every_row=True)
         starts = np.cumsum([0, *(len(tail.ids) for tail in part)])
         places = torch.tensor([int(s) + i for s, tail in zip(starts, part, strict=False) for i in tail.scored])
-        logits = head.logits(hidden[places - 1] * logit_scale(model))[:, : sizes.vocab_size].float()
-        values = torch.log_softmax(logits, -1).gather(1, flat[places][:, None])[:, 0].double()
-        attention = 4 * sizes.attention_width * len(flat) * (prefix + len(flat))
-        products = 2 * sizes.linear_weights * len(flat)
-        ledger.add_flops(teacher=products + attention + head_forward_flops(sizes, len(places)))
+        flat = torch.tensor([token for tail in part for token in tail.ids])
+        logits = decoder.logits(rows[(places - 1).to(rows.device)])
+        values = torch.log_softmax(logits, -1).gather(1, flat[places, None].to(logits.device))[:, 0].double().cpu()
+        pairs = sum(len(tails[i].ids) * (marks[i] + len(tails[i].ids)) for i in group)
+        products = 2 * sizes.linear_weights * len(flat) + 4 * sizes.attention_width * pairs
+        ledger.add_flops(teacher=products + head_forward_flops(sizes, len(places)))
         ledger.count(supervised_tokens=len(places))
         yield from (float(v.sum()) for v in values.split([len(tail.scored) for tail in part]))
 

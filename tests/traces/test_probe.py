@@ -11,6 +11,7 @@ import torch
 from tiny_runs import save_model
 
 from limbeck.checkpoint import Checkpoint
+from limbeck.engine.backends import decoder_of
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger, flop_counter
 from limbeck.models.anatomy import sizes_of
@@ -51,9 +52,11 @@ def test_equal_to_reading_every_prefix_anew(teacher, fields):
     for trace in generate(3, 5, 3, 6):
         config, model, _, located, marks, tails = probed(teacher, trace, **fields)
         ids = torch.from_numpy(located.sample.input_ids[: marks[-1]].astype(np.int64))
-        ledger = Ledger()
+        ledger, decoder = Ledger(), decoder_of(model)
         with flop_counter() as counter:
-            found = list(answer_log_probs(model, ids, marks, tails, config.tail_tokens, sizes_of(model), ledger))
+            found = list(
+                answer_log_probs(decoder, ids.tolist(), marks, tails, config.tail_tokens, sizes_of(model), ledger)
+            )
         assert ledger.flops["teacher"] == pytest.approx(counter.get_total_flops(), rel=0.02)
         for mark, tail, log_prob in zip(marks, tails, found, strict=True):
             whole = torch.cat([ids[:mark], torch.tensor(tail.ids)])
@@ -119,17 +122,17 @@ def test_first_checkpoint_over_the_threshold_is_taken(teacher, monkeypatch):
             yield float(value)
 
     monkeypatch.setattr(probe, "answer_log_probs", fake)
-    found = probe_trace(model, tokenizer, trace, config, sizes_of(model), Ledger())
+    found = probe_trace(decoder_of(model), tokenizer, trace, config, sizes_of(model), Ledger())
     assert found == (int(located.ends[marks[2] - 1]), marks[2] / len(located.sample))
     assert len(asked) == 3
     wrong = dataclasses.replace(trace, correct=False)
-    assert probe_trace(model, tokenizer, wrong, config, sizes_of(model), Ledger()) is None
+    assert probe_trace(decoder_of(model), tokenizer, wrong, config, sizes_of(model), Ledger()) is None
 
 
 def test_command_writes_cut_points_and_cost(tmp_path):
     """The built-in teacher closes a thought when it has begun to check: not before the derivation, soon after it."""
     config = ProbeConfig(traces=CHAIN, teacher="tiny-teacher", every_tokens=1)
-    counts = probe.run(config, tmp_path / "out")
+    counts = probe.run(config, tmp_path / "out").manifest["counts"]
     assert counts["traces"] == counts["with_cut_point"] == 6
     traces, _ = read_traces(TraceConfig(source=str(tmp_path / "out")))
     for trace in traces:
