@@ -15,11 +15,12 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from limbeck.config import chosen_class, classes_of, first_field, hints_of, takes_only_text
 from limbeck.errors import ConfigError, nearest
-from limbeck.yaml_values import read_value
+from limbeck.yaml_values import RECIPES, read_recipe, read_value
 
 
 class FieldInfo(NamedTuple):
@@ -76,16 +77,23 @@ def set_field(
     place, hint = tree, None
     for depth, group in enumerate(groups):
         classes = classes_of(_hint_at(config_class, tree, ".".join(groups[: depth + 1])))
-        entry = place.get(group)
-        if dataclasses.is_dataclass(entry):
-            place[group] = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
-        elif not isinstance(entry, dict):
-            place[group] = {} if entry is None else {first_field(classes[0]): entry}
+        place[group] = _opened(place.get(group), classes[0])
         place = place[group]
     hint = _hint_at(config_class, tree, path)
     value = _read(hint, value) if is_text else value
     both = isinstance(value, Mapping) and isinstance(place.get(leaf), Mapping) and classes_of(hint)
     place[leaf] = {**place[leaf], **value} if both else value
+
+
+def _opened(entry: Any, config_class: type) -> dict[str, Any]:
+    """What a group holds, as a tree that more fields can be set in."""
+    if isinstance(entry, dict):
+        return entry
+    if dataclasses.is_dataclass(entry):
+        return {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
+    if isinstance(entry, str) and entry.endswith(RECIPES):
+        return read_recipe(Path(entry))
+    return {} if entry is None else {first_field(config_class): entry}
 
 
 def _read(hint: Any, text: str) -> Any:
