@@ -3,8 +3,8 @@
 1. `checked` makes a config class: its constructor refuses what `build` refuses, in the same one line.
 2. `build` takes plain values: it names unknown fields, lets text stand for a group's first field, keeps text as text
    where a field takes text, and lets pydantic convert and check the rest.
-3. The path of a recipe stands for a group: `distill: recipes/student.yaml`. A field that is a union of config classes
-   is one of them, told by its first field: `method: {name: alps, ...}`.
+3. The path of a recipe stands for a group: `distill: recipes/student.yaml`. A field may be `only` for some values of
+   another one, as the settings of a method are; set for other values, it is refused.
 4. `config_hash` and `to_dict` are what manifests hold.
 
 `yaml_values.py` reads recipes, `flags.py` sets fields by name.
@@ -72,7 +72,7 @@ def build(config_class: type[Config], tree: Mapping[str, Any], where: str = "con
     if config_class in _COMPLETE:
         plain = _group(config_class, _COMPLETE[config_class](plain), where, "")
     try:
-        return _adapter(cast(Any, config_class)).validate_python(plain)
+        made = _adapter(cast(Any, config_class)).validate_python(plain)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
@@ -80,6 +80,20 @@ def build(config_class: type[Config], tree: Mapping[str, Any], where: str = "con
         found = "" if first["type"] in ("missing", "value_error") else f"; found {_short(first['input'])}"
         text = f"{where}: {path + ': ' if path else ''}{message}{found}"
         raise ConfigError(text.removesuffix(".") + ("" if text.endswith("?") else ".")) from error
+    _refuse_foreign(made, where, "")
+    return made
+
+
+def _refuse_foreign(config: Any, where: str, prefix: str) -> None:
+    """Settings of something that was not chosen would be passed over; they are refused instead."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        tag, values = field.metadata.get("only", ("", ()))
+        if tag and getattr(config, tag) not in values and value != default_of(field):
+            found = f"{prefix}{field.name} is a setting of {tag} {' | '.join(values)}"
+            raise ConfigError(f"{where}: {found}; this is {tag} {getattr(config, tag)}. Leave it out, or set {tag}.")
+        if dataclasses.is_dataclass(value):
+            _refuse_foreign(value, where, f"{prefix}{field.name}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -113,9 +127,24 @@ def options_of(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def classes_of(hint: Any) -> list[type]:
-    """The config classes that a field may hold: none for a plain value, several for a choice among them."""
-    return [option for option in options_of(hint) if dataclasses.is_dataclass(option) and isinstance(option, type)]
+def class_of(hint: Any) -> type | None:
+    """The config class that a field holds; None for a plain value."""
+    return next((option for option in options_of(hint) if isinstance(option, type) and _is_config(option)), None)
+
+
+def _is_config(option: Any) -> bool:
+    return dataclasses.is_dataclass(option)
+
+
+def only(tag: str, *values: str, default: Any = dataclasses.MISSING, default_factory: Any = dataclasses.MISSING) -> Any:
+    """A field that means something only where the field `tag` beside it has one of `values`."""
+    given: Any = {"default_factory": default_factory} if default is dataclasses.MISSING else {"default": default}
+    return dataclasses.field(metadata={"only": (tag, values)}, **given)
+
+
+def default_of(field: Any) -> Any:
+    """The default of a dataclass field; MISSING where it is required."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def first_field(config_class: type) -> str:
@@ -125,28 +154,6 @@ def first_field(config_class: type) -> str:
 
 def _first_hint(config_class: type) -> Any:
     return hints_of(config_class)[first_field(config_class)]
-
-
-def tags_of(config_class: type) -> tuple[str, ...]:
-    """The names under which a class of a choice is known."""
-    return typing.get_args(_first_hint(config_class))
-
-
-def chosen_class(classes: list[type], value: Any, where: str) -> type:
-    """The class that a group's value is for: the only one, or the one that its first field names.
-
-    Raises: ConfigError where it names none.
-    """
-    if len(classes) == 1:
-        return classes[0]
-    if type(value) in classes:
-        return type(value)
-    tag = value.get(first_field(classes[0])) if isinstance(value, Mapping) else value
-    for config_class in classes:
-        if tag in tags_of(config_class):
-            return config_class
-    known = [name for config_class in classes for name in tags_of(config_class)]
-    raise ConfigError(f"{where}: unknown {tag!r}; {nearest(str(tag), known)}")
 
 
 def takes_text(hint: Any) -> bool:
@@ -175,24 +182,15 @@ def _group(config_class: type, tree: Mapping[str, Any], where: str, prefix: str)
     known = [field.name for field in dataclasses.fields(cast(Any, config_class))]
     for key in tree:
         if key not in known:
-            raise ConfigError(f"{where}: unknown field {prefix + str(key)!r}; {_meant(config_class, str(key), known)}")
+            raise ConfigError(f"{where}: unknown field {prefix + str(key)!r}; {nearest(str(key), known)}")
     return {key: _value(hints[key], value, where, prefix + key) for key, value in tree.items()}
-
-
-def _meant(config_class: type, key: str, known: list[str]) -> str:
-    """What an unknown field may have meant: the settings of a choice used to stand beside it, under its name."""
-    for field, hint in hints_of(config_class).items():
-        classes = classes_of(hint)
-        if len(classes) > 1 and any(key in tags_of(option) for option in classes):
-            return f"settings of {key} stand under {field}: {{{first_field(classes[0])}: {key}, ...}}"
-    return nearest(key, known)
 
 
 def _value(hint: Any, value: Any, where: str, path: str) -> Any:
     """A value as a field of this type takes it; what does not fit is left for pydantic to refuse."""
-    classes = classes_of(hint)
-    if classes and value is not None and not isinstance(value, tuple(classes)):
-        return _nested(classes, value, where, path)
+    nested = class_of(hint)
+    if nested is not None and value is not None and not isinstance(value, nested):
+        return _nested(nested, value, where, path)
     if isinstance(value, bool) and bool not in options_of(hint) and {int, float} & {*options_of(hint)}:
         raise ConfigError(f"{where}: {path}: expected a number; found {str(value).lower()}.")
     for option in options_of(hint):
@@ -204,12 +202,11 @@ def _value(hint: Any, value: Any, where: str, path: str) -> Any:
     return _scalar(hint, value)
 
 
-def _nested(classes: list[type], value: Any, where: str, path: str) -> Any:
+def _nested(config_class: type, value: Any, where: str, path: str) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and value.endswith(RECIPES):
         value = read_recipe(Path(value))
-    config_class = chosen_class(classes, value, f"{where}: {path}")
     if isinstance(value, str | Number) and hints_of(config_class) and takes_text(_first_hint(config_class)):
         value = {first_field(config_class): value}
     if isinstance(value, Mapping):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from limbeck.config import chosen_class, classes_of, first_field, hints_of, takes_only_text
+from limbeck.config import class_of, default_of, first_field, hints_of, takes_only_text
 from limbeck.errors import ConfigError, nearest
 from limbeck.yaml_values import RECIPES, read_recipe, read_value
 
@@ -31,8 +31,8 @@ class FieldInfo(NamedTuple):
     default: Any
     """`dataclasses.MISSING` when the field is required."""
     doc: str
-    hint: Any
-    """Its type."""
+    only: tuple[str, tuple[str, ...]] | None
+    """Path and values of the choice that it is a setting of; None for one that always means something."""
 
 
 def apply_flags(config_class: type, tree: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
@@ -55,14 +55,14 @@ def apply_flags(config_class: type, tree: Mapping[str, Any], flags: Sequence[str
 def apply_fields(
     config_class: type, tree: Mapping[str, Any], given: Sequence[tuple[str, Any, str]], *, is_text: bool = False
 ) -> dict[str, Any]:
-    """A copy of `tree` with fields set in order, choices first, since they decide which other fields there are.
+    """A copy of `tree` with fields set in order, choices first, since they decide what a short name stands for.
 
     Args:
       given: name, value, and how the name is called in messages.
       is_text: values are text that is read by the type of its field.
     """
     result = copy.deepcopy(dict(tree))
-    choices = {path for path, _ in choices_of(config_class)}
+    choices = {info.only[0] for info in describe(config_class) if info.only}
     for name, value, shown in sorted(given, key=lambda entry: entry[0] not in choices):
         set_field(config_class, result, name, value, shown, is_text=is_text)
     return result
@@ -72,16 +72,15 @@ def set_field(
     config_class: type, tree: dict[str, Any], name: str, value: Any, flag: str, *, is_text: bool = False
 ) -> None:
     """Set the field `name` in `tree`, in place."""
-    path = resolve_path(config_class, name, flag, tree)
-    *groups, leaf = path.split(".")
-    place, hint = tree, None
-    for depth, group in enumerate(groups):
-        classes = classes_of(_hint_at(config_class, tree, ".".join(groups[: depth + 1])))
-        place[group] = _opened(place.get(group), classes[0])
+    *groups, leaf = resolve_path(config_class, name, flag, tree).split(".")
+    place, owner = tree, config_class
+    for group in groups:
+        owner = cast(type, class_of(hints_of(owner)[group]))
+        place[group] = _opened(place.get(group), owner)
         place = place[group]
-    hint = _hint_at(config_class, tree, path)
+    hint = hints_of(owner)[leaf]
     value = _read(hint, value) if is_text else value
-    both = isinstance(value, Mapping) and isinstance(place.get(leaf), Mapping) and classes_of(hint)
+    both = isinstance(value, Mapping) and isinstance(place.get(leaf), Mapping) and class_of(hint)
     place[leaf] = {**place[leaf], **value} if both else value
 
 
@@ -98,7 +97,7 @@ def _opened(entry: Any, config_class: type) -> dict[str, Any]:
 
 def _read(hint: Any, text: str) -> Any:
     """The value of a flag. Its type is known, so text is never taken for something else."""
-    is_group = bool(classes_of(hint))
+    is_group = class_of(hint) is not None
     if takes_only_text(hint) or (is_group and not text.startswith("{")):
         is_optional = type(None) in typing.get_args(hint)
         # Quoted as in YAML, it is what the quotes hold.
@@ -113,94 +112,65 @@ def resolve_path(config_class: type, name: str, flag: str, tree: Mapping[str, An
     """The full dotted path that `name` stands for.
 
     Args:
-      tree: what is set already; it says which class of a choice is meant, the default's where it says nothing.
+      tree: what is set already; where a short name stands for settings of several methods, that of the chosen one is
+        meant.
     Raises: ConfigError when no field, or more than one, ends in `name`.
     """
-    paths = _paths(config_class, tree or {})
+    infos = describe(config_class)
+    paths = [info.path for info in infos] + [path for path, _ in groups_of(config_class)]
     if name in paths:
         return name
     matches = [path for path in paths if path.endswith("." + name)]
+    if len(matches) > 1:
+        applying = {info.path for info in infos if applies(info, config_class, tree or {})}
+        matches = [path for path in matches if path in applying] or matches
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise ConfigError(f"{flag}: {name!r} stands for {' and '.join(matches)}; give the full path.")
-    for path, tag, fields in _other_choices(config_class, tree or {}):
-        if name.rsplit(".", 1)[-1] in fields:
-            raise ConfigError(f"{flag}: a setting of {path} {tag}; this is another one. Set --{path} {tag} with it.")
     leaves = {path.rsplit(".", 1)[-1] for path in paths} | set(paths)
     raise ConfigError(f"{flag}: no such field; {nearest(name, leaves)}")
 
 
-def describe(config_class: type, tree: Mapping[str, Any] | None = None) -> tuple[FieldInfo, ...]:
-    """Every leaf of `config_class`, depth first, in the order of its definition; of a choice, the chosen class's."""
-    return tuple(_describe(config_class, tree or {}, ""))
-
-
-def groups_of(config_class: type) -> Iterator[tuple[str, type]]:
-    """Every nested config of `config_class`: its dotted path and its class; of a choice, the default's."""
-    for path, hint in _groups(config_class, {}):
-        yield path, _class_at(hint, None, path)
-
-
-def choices_of(config_class: type) -> list[tuple[str, Any]]:
-    """Path and type of every field that holds one of several classes."""
-    return [(path, hint) for path, hint in _groups(config_class, {}) if len(classes_of(hint)) > 1]
-
-
-def _paths(config_class: type, tree: Mapping[str, Any]) -> list[str]:
-    return [info.path for info in describe(config_class, tree)] + [path for path, _ in _groups(config_class, tree)]
-
-
-def _groups(config_class: type, tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, hint in hints_of(config_class).items():
-        if classes_of(hint):
-            yield prefix + name, hint
-            nested = _class_at(hint, tree.get(name), prefix + name)
-            yield from _groups(nested, _tree(tree.get(name)), f"{prefix}{name}.")
-
-
-def _class_at(hint: Any, value: Any, path: str) -> type:
-    """The class of a group: what its value says, or the first, which is the default's."""
-    classes = classes_of(hint)
-    is_told = value is not None and (not isinstance(value, Mapping) or first_field(classes[0]) in value)
-    return chosen_class(classes, value, path) if is_told else classes[0]
-
-
-def _other_choices(config_class: type, tree: Mapping[str, Any]) -> Iterator[tuple[str, str, set[str]]]:
-    for path, hint in _groups(config_class, tree):
-        for option in classes_of(hint) if len(classes_of(hint)) > 1 else ():
-            tag = typing.get_args(hints_of(option)[first_field(option)])[0]
-            yield path, tag, {info.path.rsplit(".", 1)[-1] for info in describe(option)}
-
-
-def _hint_at(config_class: type, tree: Mapping[str, Any], path: str) -> Any:
-    hint: Any = None
-    current, place = config_class, tree
+def applies(info: FieldInfo, config_class: type, tree: Mapping[str, Any]) -> bool:
+    """Whether a field means something for the choices in `tree`, or for their defaults."""
+    if not info.only:
+        return True
+    path, values = info.only
+    place: Any = tree
     for part in path.split("."):
-        hint = hints_of(current)[part]
-        value = place.get(part)
-        if classes_of(hint):
-            current, place = _class_at(hint, value, path), _tree(value)
-    return hint
+        place = place.get(part) if isinstance(place, Mapping) else None
+    if place is None:
+        place = next(other.default for other in describe(config_class) if other.path == path)
+    return place in values
 
 
-def _tree(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+@functools.cache
+def describe(config_class: type) -> tuple[FieldInfo, ...]:
+    """Every leaf of `config_class`, depth first, in the order of its definition."""
+    return tuple(_describe(config_class, "", None))
 
 
-def _describe(config_class: type, tree: Mapping[str, Any], prefix: str) -> Iterator[FieldInfo]:
+def groups_of(config_class: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Every nested config of `config_class`: its dotted path and its class."""
+    for name, hint in hints_of(config_class).items():
+        nested = class_of(hint)
+        if nested is not None:
+            yield prefix + name, nested
+            yield from groups_of(nested, f"{prefix}{name}.")
+
+
+def _describe(config_class: type, prefix: str, within: tuple[str, tuple[str, ...]] | None) -> Iterator[FieldInfo]:
     hints, docs = hints_of(config_class), field_docs(config_class)
     for field in dataclasses.fields(cast(Any, config_class)):
-        hint = hints[field.name]
-        if classes_of(hint):
-            value = tree.get(field.name)
-            nested = _class_at(hint, value, prefix + field.name)
-            yield from _describe(nested, _tree(value), f"{prefix}{field.name}.")
+        tag, values = field.metadata.get("only", ("", ()))
+        only = (prefix + tag, values) if tag else within
+        nested = class_of(hints[field.name])
+        if nested is not None:
+            yield from _describe(nested, f"{prefix}{field.name}.", only)
             continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        yield FieldInfo(prefix + field.name, _type_name(hint), default, docs.get(field.name, ""), hint)
+        hint, doc = hints[field.name], docs.get(field.name, "")
+        yield FieldInfo(prefix + field.name, _type_name(hint), default_of(field), doc, only)
 
 
 def field_docs(config_class: type) -> dict[str, str]:

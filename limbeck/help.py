@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from limbeck.commands import COMMANDS
-from limbeck.config import classes_of, first_field, tags_of
 from limbeck.errors import ConfigError
-from limbeck.flags import FieldInfo, apply_flags, choices_of, describe, field_docs
+from limbeck.flags import FieldInfo, applies, describe, field_docs
 from limbeck.stage import Stage, View
 
 OPTIONS = {
@@ -52,8 +50,8 @@ def print_help(command: Stage | View, words: Sequence[str]) -> None:
     """
     out = Console()
     asked = [word for word in words if word not in ("--help", "-h")]
-    fields = fields_of(command, _chosen(command.config, asked))
-    groups = _groups_asked(command.config, asked)
+    chosen, groups = _choices(command, asked)
+    fields = [info for info in fields_of(command) if applies(info, command.config, chosen)]
     if groups and groups != ["all"]:
         shown = [info for info in describe(command.config) if any(_is_of(info.path, group) for group in groups)]
         if not shown:
@@ -82,14 +80,10 @@ def print_help(command: Stage | View, words: Sequence[str]) -> None:
     )
 
 
-def fields_of(command: Stage | View, tree: Mapping[str, Any] | None = None) -> list[FieldInfo]:
-    """Every field of a command; one that holds the recipe of another command stands for that one's fields.
-
-    Args:
-      tree: choices that are made already (`method: {name: alps}`).
-    """
+def fields_of(command: Stage | View) -> list[FieldInfo]:
+    """Every field of a command; one that holds the recipe of another command stands for that one's fields."""
     docs, found = field_docs(command.config), {}
-    for info in describe(command.config, tree):
+    for info in describe(command.config):
         name = info.path.partition(".")[0]
         if name in command.refers:
             field = command.config.__dataclass_fields__[name]
@@ -99,22 +93,24 @@ def fields_of(command: Stage | View, tree: Mapping[str, Any] | None = None) -> l
     return list(found.values())
 
 
-def _chosen(config_class: type, words: Sequence[str]) -> dict[str, object]:
-    """The choices that a line makes: flag and value of every field that holds one of several classes."""
-    flags: list[str] = []
-    for path, hint in choices_of(config_class):
-        names = [name for option in classes_of(hint) for name in tags_of(option)]
-        flag = f"--{path.replace('_', '-')}"
-        for word, value in itertools.pairwise(words):
-            if word == flag and value in names:
-                flags += [f"{flag}.{first_field(classes_of(hint)[0])}", value]
-    return apply_flags(config_class, {}, flags)
-
-
-def _groups_asked(config_class: type, words: Sequence[str]) -> list[str]:
-    chosen = {f"--{path.replace('_', '-')}" for path, _ in choices_of(config_class)}
-    rest = [w for i, w in enumerate(words) if w not in chosen and (i == 0 or words[i - 1] not in chosen)]
-    return [word.lstrip("-").replace("-", "_") for word in rest]
+def _choices(command: Stage | View, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The choices that a line makes (`--method alps`), as a tree, and the groups that it asks for."""
+    paths = {info.only[0] for info in describe(command.config) if info.only}
+    tree: dict[str, Any] = {}
+    groups: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name = word.lstrip("-").replace("-", "_")
+        matches = [path for path in paths if path == name or path.endswith("." + name)]
+        if word.startswith("--") and len(matches) == 1:
+            *parents, leaf = matches[0].split(".")
+            place = tree
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[leaf] = next(rest, "")
+        else:
+            groups.append(name)
+    return tree, groups
 
 
 def _is_shown(path: str, first: Iterable[str]) -> bool:
@@ -140,4 +136,5 @@ def _help_line(flag: str, text: str, width: int) -> str:
 def _field_text(info: FieldInfo) -> str:
     required = info.default is dataclasses.MISSING
     default = "required" if required else f"default {json.dumps(info.default, default=str)}"
-    return f"{info.doc} ({info.type_name}; {default})"
+    only = f"with {info.only[0]} {' | '.join(info.only[1])}; " if info.only else ""
+    return f"{info.doc} ({only}{info.type_name}; {default})"

@@ -42,7 +42,7 @@ class Stage:
 
     name: str
     """As on the command line."""
-    config: type[Any]
+    config: Any
     """Its fields are the flags, and the keywords of the function."""
     run: Callable[..., Checkpoint]
     """run(config, out, *, how) -> Checkpoint."""
@@ -73,7 +73,7 @@ class View:
 
     name: str
     """As on the command line."""
-    config: type[Any]
+    config: Any
     """Its fields are the flags, and the keywords of the function."""
     run: Callable[[Any], Any]
     """run(config) -> the answer, a mapping or what `as_dict` makes one of."""

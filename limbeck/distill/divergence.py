@@ -37,7 +37,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from limbeck.config import checked
+from limbeck.config import checked, only
 from limbeck.errors import ConfigError, nearest
 from limbeck.teacher.targets import LOG_FLOOR, Divergence
 
@@ -52,12 +52,12 @@ class DivergenceConfig:
 
     name: DivergenceName = "forward_kl"
     """Divergence between teacher and student at a supervised token."""
-    beta: float = 0.5
-    """Of jsd, in [0, 1]: 0 is forward KL, 1 is reverse KL, 0.5 the Jensen-Shannon divergence."""
-    skew_alpha: float = 0.1
-    """Of skew_kl and skew_reverse_kl, in [0, 1): share of the first distribution in the mixture."""
-    forward_ratio: float = 0.5
-    """Of combined_kl, in [0, 1]: weight of forward KL; reverse KL has the rest."""
+    beta: float = only("name", "jsd", default=0.5)
+    """In [0, 1]: 0 is forward KL, 1 is reverse KL, 0.5 the Jensen-Shannon divergence."""
+    skew_alpha: float = only("name", "skew_kl", "skew_reverse_kl", default=0.1)
+    """In [0, 1): share of the first distribution in the mixture."""
+    forward_ratio: float = only("name", "combined_kl", default=0.5)
+    """In [0, 1]: weight of forward KL; reverse KL has the rest."""
 
     def __post_init__(self) -> None:
         if self.name not in DIVERGENCES:
