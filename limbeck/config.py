@@ -90,8 +90,8 @@ def _refuse_foreign(config: Any, where: str, prefix: str) -> None:
         value = getattr(config, field.name)
         tag, values = field.metadata.get("only", ("", ()))
         if tag and getattr(config, tag) not in values and value != default_of(field):
-            found = f"{prefix}{field.name} is a setting of {tag} {' | '.join(values)}"
-            raise ConfigError(f"{where}: {found}; this is {tag} {getattr(config, tag)}. Leave it out, or set {tag}.")
+            found = f"{prefix}{field.name} is a setting of {prefix}{tag} {' | '.join(values)}"
+            raise ConfigError(f"{where}: {found}; this is {getattr(config, tag)}. Leave it out, or choose one of them.")
         if dataclasses.is_dataclass(value):
             _refuse_foreign(value, where, f"{prefix}{field.name}.")
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 
 from limbeck.config import class_of, default_of, first_field, hints_of, takes_only_text
 from limbeck.errors import ConfigError, nearest
+from limbeck.progress import say
 from limbeck.yaml_values import RECIPES, read_recipe, read_value
 
 
@@ -82,6 +83,19 @@ def set_field(
     value = _read(hint, value) if is_text else value
     both = isinstance(value, Mapping) and isinstance(place.get(leaf), Mapping) and class_of(hint)
     place[leaf] = {**place[leaf], **value} if both else value
+    _drop_foreign(owner, place, leaf, value)
+
+
+def _drop_foreign(config_class: type, place: dict[str, Any], tag: str, value: Any) -> None:
+    """Another choice than the recipe's leaves the settings of that one without meaning: they go, with a word."""
+    for field in dataclasses.fields(cast(Any, config_class)):
+        of, values = field.metadata.get("only", ("", ()))
+        if of == tag and value not in values and field.name in place:
+            dropped, default = place.pop(field.name), default_of(field)
+            plain: Any = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default  # type: ignore[arg-type]
+            if dropped != plain:
+                kinds = " | ".join(values)
+                say(f"note: {field.name} {dropped} is left out: a setting of {tag} {kinds}, not of {value}")
 
 
 def _opened(entry: Any, config_class: type) -> dict[str, Any]:

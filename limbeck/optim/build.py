@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from limbeck.config import checked
+from limbeck.config import checked, only
 from limbeck.errors import ConfigError
 from limbeck.optim.langevin import AGLD, ASG, ASGLD
 from limbeck.optim.perturb import Perturb
@@ -21,6 +20,9 @@ from limbeck.optim.sgld import SGLD
 OptimizerName = Literal[
     "adamw", "sgd", "asgld", "asg", "agld", "sgld", "psgld", "noisy_sgd", "perturb(adamw)", "perturb(sgd)"
 ]
+ADAM = ("adamw", "perturb(adamw)")
+NOISY = tuple(name for name in get_args(OptimizerName) if name not in ("adamw", "sgd"))
+WITH_MOMENTUM = ("sgd", "asgld", "asg", "agld", "noisy_sgd", "perturb(sgd)")
 
 
 @checked
@@ -61,15 +63,15 @@ class OptimizerConfig:
     """Peak learning rate, > 0."""
     weight_decay: float = 0.01
     """Decay of weight matrices, decoupled (sgd: coupled); norms, biases and embeddings have none."""
-    beta1: float = 0.9
-    """adamw: decay of the first moment."""
-    beta2: float = 0.999
-    """adamw: decay of the second moment."""
-    epsilon: float = 1e-8
-    """adamw: added to the root of the second moment."""
-    momentum: float = 0.9
-    """sgd, asgld, asg, agld: decay of the momentum buffer, which noise does not enter."""
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    beta1: float = only("name", *ADAM, default=0.9)
+    """Decay of the first moment."""
+    beta2: float = only("name", *ADAM, default=0.999)
+    """Decay of the second moment."""
+    epsilon: float = only("name", *ADAM, default=1e-8)
+    """Added to the root of the second moment."""
+    momentum: float = only("name", *WITH_MOMENTUM, default=0.9)
+    """Decay of the momentum buffer, which noise does not enter."""
+    noise: NoiseConfig = only("name", *NOISY, default_factory=NoiseConfig)
     """Gate and noise."""
 
     def __post_init__(self) -> None:

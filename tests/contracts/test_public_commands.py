@@ -11,8 +11,10 @@ from limbeck import __version__
 from limbeck.cli import main
 from limbeck.commands import COMMANDS
 from limbeck.config import build
-from limbeck.flags import apply_flags
+from limbeck.errors import ConfigError
+from limbeck.flags import applies, apply_flags
 from limbeck.help import LIMITED, OPTIONS, fields_of
+from limbeck.optim.build import OptimizerConfig
 from limbeck.scale.planner import PlanConfig
 
 WIDTH = 80
@@ -56,14 +58,15 @@ def help_entries(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_field_with_meaning_and_default(printed, name):
     text, command = printed(*name.split(), "--help", "all"), COMMANDS[name].load()
+    infos = [info for info in fields_of(command) if applies(info, command.config, {})]
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "…" not in text and "\\[" not in text
     assert COMMANDS[name].help in words(text)
     entries = help_entries(text)
-    fields = {"--" + info.path.replace("_", "-") for info in fields_of(command)}
+    fields = {"--" + info.path.replace("_", "-") for info in infos}
     options = {"--" + option.replace("_", "-") for option in command.options}
     assert entries.keys() == OPTIONS.keys() - set(LIMITED) | options | fields
-    for info in fields_of(command):
+    for info in infos:
         entry = entries["--" + info.path.replace("_", "-")]
         assert entry.replace(" ", "").startswith(info.doc.replace(" ", ""))
         if info.default is dataclasses.MISSING:
@@ -142,3 +145,20 @@ def test_a_field_that_is_another_commands_recipe_is_one_line_and_takes_its_path(
         PlanConfig, apply_flags(PlanConfig, {}, ["--distill", str(tmp_path / "student.yaml"), "--epochs", "3"])
     )
     assert config.distill.traces.num_traces == 9 and config.distill.training.epochs == 3
+
+
+@pytest.mark.parametrize(("choice", "own", "others"), [("sgd", "momentum", "beta1"), ("adamw", "beta1", "momentum")])
+def test_a_chosen_method_shows_its_own_settings_only(printed, choice, own, others):
+    entries = help_entries(printed("distill", "--optimizer.name", choice, "--help", "all"))
+    assert f"--optimizer.{own}" in entries and f"--optimizer.{others}" not in entries
+
+
+def test_settings_of_another_method_are_refused_and_those_of_a_recipe_go_with_a_word(capsys):
+    asgld = ["--name", "asgld"]
+    with pytest.raises(ConfigError, match=r"beta1 is a setting of name adamw \| perturb\(adamw\); this is asgld"):
+        build(OptimizerConfig, apply_flags(OptimizerConfig, {}, [*asgld, "--beta1", "0.5"]))
+    with pytest.raises(ConfigError, match="momentum is a setting"):
+        OptimizerConfig(momentum=0.5)
+    config = build(OptimizerConfig, apply_flags(OptimizerConfig, {"beta1": 0.5}, asgld))
+    assert config == OptimizerConfig(name="asgld")
+    assert "beta1 0.5 is left out" in words(capsys.readouterr().err)
