@@ -133,7 +133,7 @@ def loss_bytes(loss: Loss, way: Way, rows: int, threads: int) -> int:
     chunk = min(rows, min(limit, CPU_CHUNK_ROWS) if way.is_cpu else limit)
     block = CPU_BLOCK_BYTES * threads if way.is_cpu else DEVICE_BLOCK_BYTES
     block = min(block, 4 * chunk * loss.vocab)
-    head = 4 * loss.vocab * loss.width if loss.is_head_trainable else 0
+    head = 4 * loss.vocab * loss.width * loss.is_head_trainable
     copies = item * loss.vocab * (loss.width + sum(loss.teacher_widths)) if item == 2 else 0
     teacher_rows = rows * (4 * sum(loss.teacher_widths) + 12 * loss.topk)
     logits = heads * chunk * loss.vocab * item
@@ -195,15 +195,8 @@ def training_memory(
     of_loss = loss_bytes(loss, way, largest.rows, threads)
     casts = 2 * student.sizes.linear_weights if way.is_bf16 else 0
     working = backward_bytes(dims, way, largest.computed)
-    head = 4 * loss.vocab * loss.width if loss.is_head_trainable else 0
-    teaching = max(
-        (
-            forward_bytes(teacher.dims, teacher.way, sent.computed)
-            + (2 * teacher.sizes.linear_weights if teacher.way.is_bf16 else 0)
-            for teacher, sent in zip(teachers, teacher_passes, strict=True)
-        ),
-        default=0,
-    )
+    head = 4 * loss.vocab * loss.width * loss.is_head_trainable
+    teaching = max(map(_teaching_bytes, teachers, teacher_passes), default=0)
     embedding = 4 * dims.vocab * dims.width if student.trainable_parameters == student.sizes.num_parameters else 0
     moments: list[dict[str, int]] = [
         kept | {"activations": saved_bytes(dims, way, largest) + casts, "loss": of_loss, "workspace": working},
@@ -213,10 +206,15 @@ def training_memory(
     ]
     if validation is not None:
         tried = loss_bytes(loss._replace(is_head_trainable=False), way, validation.rows, threads)
-        working = forward_bytes(dims, way, validation.computed)
-        moments.append({"optimizer": states, "loss": tried, "workspace": working + casts})
+        working = forward_bytes(dims, way, validation.computed) + casts
+        moments.append({"optimizer": states, "loss": tried, "workspace": working})
     highest = resident | max(moments, key=lambda moment: sum(moment.values()))
     return with_program(highest, is_adapted or way.is_recomputed) if way.is_cpu else highest
+
+
+def _teaching_bytes(teacher: Teacher, sent: Pass) -> int:
+    casts = 2 * teacher.sizes.linear_weights if teacher.way.is_bf16 else 0
+    return forward_bytes(teacher.dims, teacher.way, sent.computed) + casts
 
 
 def without_program(memory: Mapping[str, int]) -> dict[str, int]:

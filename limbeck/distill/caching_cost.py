@@ -64,19 +64,11 @@ def predict_stored(
     is_lean = not hardware.is_accelerator and has_plain_layers(backbone_of(on_meta(shape).eval()))
     way = Way(is_lean, False, False, False, not hardware.is_accelerator)
     flops, tokens, largest = 0, 0, 0
-    for shard in cut_shards(share_prefixes(asked)):
-        for group in forward_groups(shard):
-            lengths = [len(member.ids) for member in group]
-            rows = np.nonzero(np.concatenate([member.positions for member in group]))[0] - 1
-            computed = Computed.whole(lengths)
-            if is_lean:
-                ids = np.concatenate([member.ids for member in group]).astype(np.int64)
-                plan = plan_packed(torch.from_numpy(ids), lengths, torch.from_numpy(rows))
-                computed = Computed(len(plan.kept), len(rows), plan.attention_pairs)
-            flops += backbone_forward_flops(sizes, computed)
-            flops += 0 if is_hidden else head_forward_flops(sizes, len(rows))
-            tokens += sum(lengths)
-            largest = max(largest, forward_bytes(dims, way, computed) + 4 * len(rows) * dims.width)
+    for group in (group for shard in cut_shards(share_prefixes(asked)) for group in forward_groups(shard)):
+        computed, rows = _computed(group, is_lean)
+        flops += backbone_forward_flops(sizes, computed) + (not is_hidden) * head_forward_flops(sizes, rows)
+        tokens += sum(len(member.ids) for member in group)
+        largest = max(largest, forward_bytes(dims, way, computed) + 4 * rows * dims.width)
     # Log-probabilities, what is sorted of them, and the logits they were made of.
     memory = {"teacher": 4 * sizes.num_parameters, "workspace": largest, "loss": 4 * 4 * HEAD_ROWS * sizes.vocab_size}
     return Prediction(
@@ -86,3 +78,14 @@ def predict_stored(
         memory=with_program(memory) if way.is_cpu else memory,
         seconds=flops / hardware.rate("float32"),
     )
+
+
+def _computed(group: Sequence[Stored], is_lean: bool) -> tuple[Computed, int]:
+    """What the teacher computes for sequences that it reads together, and the rows that are stored."""
+    lengths = [len(member.ids) for member in group]
+    rows = np.nonzero(np.concatenate([member.positions for member in group]))[0] - 1
+    if not is_lean:
+        return Computed.whole(lengths), len(rows)
+    ids = np.concatenate([member.ids for member in group]).astype(np.int64)
+    plan = plan_packed(torch.from_numpy(ids), lengths, torch.from_numpy(rows))
+    return Computed(len(plan.kept), len(rows), plan.attention_pairs), len(rows)

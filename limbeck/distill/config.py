@@ -339,6 +339,9 @@ class DistillConfig:
                 "teacher.cache, which knows given traces only"
             )
         self._check_parallel()
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
         if self.training.keep_best is not None and self.num_validation == 0:
             raise ConfigError("training.keep_best needs held-out traces; set num_validation")
         if self.num_validation is not None and self.num_validation < 0:

@@ -64,12 +64,7 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
         validation_traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad
     )
     examples = [make_example(sample, config.truncation, config.supervision) for sample in train]
-    ce, kd = config.kd_ratio < 1, config.kd_ratio > 0
-    if not any((ce and e.ce_weight.any()) or (kd and e.kd_weight.any()) for e in examples):
-        raise ConfigError(
-            f"no supervised token is left in {len(examples)} traces after truncation; supervise another segment or "
-            "keep more."
-        )
+    _check_supervised(examples, config.kd_ratio)
     counts = {
         "read": asdict(read),
         "selected": asdict(selected),
@@ -82,6 +77,15 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
     prompts = None if config.on_policy is None else _prompts(train_traces, train, tokenizer, config.render)
     told = [*read.lines(), *selected.lines(), *notes, *parts_left_out(counts, len(traces))]
     return Data(examples, uncut, counts, prompts, notes=told)
+
+
+def _check_supervised(examples: Sequence[Example], kd_ratio: float) -> None:
+    ce, kd = kd_ratio < 1, kd_ratio > 0
+    if not any((ce and e.ce_weight.any()) or (kd and e.kd_weight.any()) for e in examples):
+        raise ConfigError(
+            f"no supervised token is left in {len(examples)} traces after truncation; supervise another segment or "
+            "keep more."
+        )
 
 
 def _prompts(traces: Sequence[Trace], samples: Sequence[Sample], tokenizer: Any, config: RenderConfig) -> Prompts:

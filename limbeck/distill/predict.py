@@ -125,16 +125,20 @@ def set_up(
     config: DistillConfig, data: Data, vocab_size: int | None, student: Any, teacher: Any, is_accelerator: bool
 ) -> Setup:
     """The run that a config describes, its models on the meta device."""
-    if student is None:
-        scratch = config.student.scratch
-        student = scratch_shape(scratch) if scratch is not None else config_of(config.student.model or "")
-    learner = student_of(config, student, vocab_size, is_accelerator)
+    learner = student_of(config, student or _student_shape(config), vocab_size, is_accelerator)
     named = [config.teacher, *config.teacher.others] if config.asks_teacher else []
-    live = [given for given in named if given.server is None and given.cache is None]
-    shapes = [teacher if n == 0 and teacher is not None else config_of(t.model or "") for n, t in enumerate(live)]
+    live = list(filter(_is_live, named))
+    known = [] if teacher is None else [teacher][: len(live)]
+    shapes = known + [config_of(str(given.model)) for given in live[len(known) :]]
     teachers = tuple(teacher_of(config, shape, vocab_size, is_accelerator) for shape in shapes)
-    stored = [_stored(given) for given in named if given not in live]
-    loss = Loss(
+    stored = [_stored(given) for given in named if not _is_live(given)]
+    return Setup(config, learner, teachers, _loss_of(config, learner, teachers, stored), data)
+
+
+def _loss_of(
+    config: DistillConfig, learner: Student, teachers: Sequence[Teacher], stored: Sequence[tuple[int, int]]
+) -> Loss:
+    return Loss(
         vocab=learner.sizes.vocab_size,
         width=learner.dims.width,
         is_head_trainable=learner.sizes.is_head_trainable,
@@ -142,7 +146,15 @@ def set_up(
         teacher_widths=tuple(t.dims.width for t in teachers) + tuple(width for width, _ in stored if width),
         topk=sum(entries for _, entries in stored),
     )
-    return Setup(config, learner, teachers, loss, data)
+
+
+def _student_shape(config: DistillConfig) -> Any:
+    scratch = config.student.scratch
+    return scratch_shape(scratch) if scratch is not None else config_of(config.student.model or "")
+
+
+def _is_live(teacher: TeacherConfig) -> bool:
+    return teacher.server is None and teacher.cache is None
 
 
 def student_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> Student:
@@ -183,7 +195,6 @@ def teacher_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_acc
 
 def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Sequence[str] = ()) -> Prediction:
     """Cost of a run that is set up."""
-    training = setup.config.training
     steps = planned_steps(setup.config, setup.data, world_size)
     charges = list(_charges(setup, steps, world_size))
     flat = [charge for step in charges for charge in step]
@@ -196,37 +207,44 @@ def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Se
         head=sum(charge.head for charge in flat),
         sampling=sampling,
     )
-    student = setup.student
-    memory = training_memory(
-        student,
-        setup.teachers,
-        setup.loss,
-        max((charge.sent for charge in flat), key=lambda sent: saved_bytes(student.dims, student.way, sent)),
-        [
-            max((charge.teacher_sent[n] for charge in flat if charge.teacher_sent), key=_tokens, default=_NOTHING)
-            for n in range(len(setup.teachers))
-        ],
-        optimizer=setup.config.optimizer.name,
-        accumulates=any(len(step) > world_size for step in charges),
-        steps=len(steps),
-        validation=_validation(setup),
-        threads=training.num_threads or torch.get_num_threads(),
-        is_adapted=setup.config.lora is not None,
-    )
-    found = list(notes)
-    if sampling:
-        found.append("rollouts as long as the given responses, or max_new_tokens where that is less")
-    if setup.config.supervision.select is not None:
-        found.append("selected positions spread evenly over every sequence")
+    accumulates = any(len(step) > world_size for step in charges)
     return Prediction(
         stage="distill",
         tokens=sum(charge.tokens for charge in flat),
         new_tokens=written,
         steps=len(steps),
         flops=flops,
-        memory=memory,
+        memory=_memory(setup, flat, len(steps), accumulates),
         seconds=_seconds(setup, flat, sum(flops.values()), len(steps), hardware) / world_size,
-        notes=tuple(found),
+        notes=(*notes, *_assumptions(setup, sampling)),
+    )
+
+
+def _assumptions(setup: Setup, sampling: int) -> Iterator[str]:
+    if sampling:
+        yield "rollouts as long as the given responses, or max_new_tokens where that is less"
+    if setup.config.supervision.select is not None:
+        yield "selected positions spread evenly over every sequence"
+
+
+def _memory(setup: Setup, charges: Sequence[Charge], steps: int, accumulates: bool) -> dict[str, int]:
+    """Of the largest micro-batches of student and teachers."""
+    student, config = setup.student, setup.config
+    return training_memory(
+        student,
+        setup.teachers,
+        setup.loss,
+        max((charge.sent for charge in charges), key=lambda sent: saved_bytes(student.dims, student.way, sent)),
+        [
+            max((charge.teacher_sent[n] for charge in charges if charge.teacher_sent), key=_tokens, default=_NOTHING)
+            for n in range(len(setup.teachers))
+        ],
+        optimizer=config.optimizer.name,
+        accumulates=accumulates,
+        steps=steps,
+        validation=_validation(setup),
+        threads=config.training.num_threads or torch.get_num_threads(),
+        is_adapted=config.lora is not None,
     )
 
 
@@ -283,8 +301,8 @@ def _charges(setup: Setup, steps: Sequence[PlannedStep], world_size: int) -> Ite
 def charge_of(setup: Setup, examples: Sequence[Example], kd_ratio: float) -> Charge:
     """What the ledger will charge for one micro-batch."""
     batch = collate(examples, setup.config.training.layout, 0)
-    ce = batch.ce_weight.flatten() > 0 if kd_ratio < 1 else torch.zeros(batch.ce_weight.numel(), dtype=torch.bool)
-    kd = batch.kd_weight.flatten() > 0 if kd_ratio > 0 else torch.zeros_like(ce)
+    ce = (batch.ce_weight.flatten() > 0) & (kd_ratio < 1)
+    kd = (batch.kd_weight.flatten() > 0) & (kd_ratio > 0)
     asked = torch.nonzero(ce | kd)[:, 0]
     if not len(asked):
         return Charge(batch.num_tokens, 0, 0, 0, _NOTHING, ())
@@ -298,13 +316,20 @@ def charge_of(setup: Setup, examples: Sequence[Example], kd_ratio: float) -> Cha
     if by_divergence:
         teachers = len(setup.loss.teacher_widths) + bool(setup.loss.topk)
         head += max(1, teachers) * head_forward_flops(sizes, len(asked))
-    passes = tuple(_pass(teacher.way, batch, asked) for teacher in setup.teachers) if is_taught else ()
-    teaching = sum(
-        backbone_forward_flops(teacher.sizes, taught.computed)
-        + head_forward_flops(teacher.sizes, len(asked) + (len(kept) if select is not None else 0))
-        for teacher, taught in zip(setup.teachers, passes, strict=False)
-    )
+    passes: tuple[Pass, ...] = ()
+    teaching = 0
+    if is_taught:
+        passes = tuple(_pass(teacher.way, batch, asked) for teacher in setup.teachers)
+        teaching = _teaching(setup, passes, len(asked) + (len(kept) if select is not None else 0))
     return Charge(batch.num_tokens, flops, teaching, head, sent._replace(rows=len(kept)), passes)
+
+
+def _teaching(setup: Setup, passes: Sequence[Pass], head_rows: int) -> int:
+    """FLOPs of the live teachers."""
+    return sum(
+        backbone_forward_flops(teacher.sizes, taught.computed) + head_forward_flops(teacher.sizes, head_rows)
+        for teacher, taught in zip(setup.teachers, passes, strict=True)
+    )
 
 
 _NOTHING = Pass(Computed(0, 0, 0), 0)
