@@ -24,6 +24,24 @@ PAGE_HEADERS = {
 """Nothing from elsewhere, and no other page around it."""
 
 
+class Examples(BaseModel):
+    """What the page offers to try."""
+
+    prompts: list[str]
+    query: str
+    documents: list[str]
+    labels: str = ""
+
+
+WORDS = Examples(
+    prompts=["Why is the sky blue?", "Write a haiku about rain.", "What is 17 times 23? Think step by step."],
+    query="a fruit that grows on trees",
+    documents=["a ripe apple", "a claw hammer", "cherries in June", "the annual report"],
+)
+SUMS = Examples(prompts=["7a+4b*3c-8d+9", "12+30", "5a*2b"], query="12+3", documents=["=15", "=16", "=1"], labels="1|2")
+"""For the built-in models, whose tokenizer has the characters of sums alone."""
+
+
 class Model(BaseModel):
     """A model that is served."""
 
@@ -37,6 +55,7 @@ class Model(BaseModel):
     """Whether it has a chat template."""
     can_rank: bool
     """Whether it has label tokens of its own, or the tokenizer has those that are taken without."""
+    examples: Examples
 
 
 class Models(BaseModel):
@@ -56,6 +75,7 @@ def router(service: Service) -> APIRouter:
         max_model_len=service.decoder.max_tokens,
         can_chat=bool(service.tokenizer.chat_template),
         can_rank=service.labels is not None,
+        examples=WORDS if _reads(service, WORDS.prompts[0]) else SUMS,
     )
 
     @api.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
@@ -96,3 +116,9 @@ def router(service: Service) -> APIRouter:
         raise Invalid(message, "model", 400, "model_not_supported")
 
     return api
+
+
+def _reads(service: Service, text: str) -> bool:
+    """Whether the tokenizer has all characters of a text."""
+    ids = service.tokenizer.encode(text, add_special_tokens=False)
+    return service.vocabulary.decode(ids).strip() == text
