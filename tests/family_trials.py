@@ -19,13 +19,17 @@ import torch
 import transformers
 from architectures import build
 from made_tokenizers import byte_tokenizer
+from tokenizers import pre_tokenizers
 
 from limbeck.cli import main
+from limbeck.engine import backends
 from limbeck.models.load import load_model
 
 SUMS = (("1+2", 1), ("3+40", 3), ("12+30", 9), ("5+5", 2), ("70+1", 14), ("9+9", 5), ("2+2", 20), ("61+3", 7))
 """What is asked, and how often the thought says it: sequences from 20 to 130 tokens."""
-TOKENIZER = byte_tokenizer(merges=())
+TOKENIZER = byte_tokenizer()
+TOKENIZER.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+TOKENIZER.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})  # Qwen2's tokenizer would add it
 LOSS_TOLERANCE = 1e-5
 """Largest relative difference of a loss."""
 
@@ -99,6 +103,7 @@ def trial(name: str, command: str, place: Place) -> Cell:
     """Run a command on a family's model and compare."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(place.root / "out")
+    backends._tell.cache_clear()
     return TRIALS[command](place)
 
 

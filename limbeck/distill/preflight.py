@@ -16,6 +16,7 @@ from limbeck.distill.config import DistillConfig
 from limbeck.errors import PairError, TemplateError
 from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.load import load_tokenizer, vocabulary_size
+from limbeck.models.parts import text_config
 from limbeck.progress import console
 from limbeck.traces.batch import Example
 from limbeck.traces.render import RenderConfig, render, stop_ids
@@ -97,6 +98,7 @@ def report(config: DistillConfig, student: Any, tokenizer: Any, examples: Sequen
         "vocabulary_tokens": vocabulary_size(tokenizer),
         "pad_is_end_of_turn": tokenizer.pad_token_id in ends,
         "end_of_turn_trained_fraction": float(np.mean(trained)) if trained else 0.0,
+        "dropout": _dropouts(student),
     }
     for note in notes(facts):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -111,12 +113,22 @@ def notes(facts: dict[str, Any]) -> list[str]:
             "no trace trains the end of turn, so the student may never stop: set truncation.keep_ending, or supervise "
             "the answer."
         )
+    if facts["dropout"]:
+        told = ", ".join(f"{name} {value:g}" for name, value in facts["dropout"].items())
+        found.append(f"the student's config drops activations while it trains ({told}); the loss is noisier for it.")
     if max(facts["start_marker_tokens"], facts["end_marker_tokens"]) > 1:
         found.append(
             f"the think markers are {facts['start_marker_tokens']} and {facts['end_marker_tokens']} tokens, not one "
             "each; segments are found in the text, so they are weighed right, but they cost tokens."
         )
     return found
+
+
+def _dropouts(student: Any) -> dict[str, float]:
+    """What a config says of dropout in its layers, where it is not 0; heads of classifiers are not trained here."""
+    fields = text_config(causal_lm_of(student).config).to_dict().items()
+    named = {name: value for name, value in fields if "drop" in name and not name.startswith(("classifier", "summary"))}
+    return {name: value for name, value in named.items() if isinstance(value, float) and value > 0}
 
 
 def _shown(tokenizer: Any, ids: np.ndarray, place: int) -> str:

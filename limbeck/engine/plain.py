@@ -68,6 +68,8 @@ class PlainDecoder:
             _, self.key_heads, _, self.head_size = layers[0].keys.shape
         if self.model not in _ways:
             ways: list[Way] = ["keys", "cache"] if is_even else ["cache"]
+            # Where padding changes results, what a token's key is depends on the length of the text behind it.
+            ways = ways if ask(self.model).pads else []
             _ways[self.model] = next(filter(self._agrees, ways), "whole")
         self.way = _ways[self.model]
         self.has_blocks = self.way == "keys"

@@ -205,6 +205,8 @@ def _tried(model: Any, sequences: list[Tensor], truth: list[Tensor], form: Logit
 
     def logits() -> list[Tensor]:
         model.set_attn_implementation(attention)
+        if model.config._attn_implementation != attention:  # some families warn and stay as they are
+            raise ModelError(f"it has no {attention} attention")
         decoder, ids = decoder_of(model), torch.cat(sequences)[None]
         # In one group, that a short sequence is padded far.
         hidden = run_groups(decoder, ids, LENGTHS, [[0, 1]]) if way == "padded" else run(decoder, ids, LENGTHS, way)

@@ -66,7 +66,7 @@ def test_the_manifest_says_what_was_found(tmp_path, capsys):
 
 
 def test_markers_of_several_tokens_are_named():
-    facts = {"end_of_turn_trained_fraction": 1.0, "start_marker_tokens": 1, "end_marker_tokens": 3}
+    facts = {"end_of_turn_trained_fraction": 1.0, "start_marker_tokens": 1, "end_marker_tokens": 3, "dropout": {}}
     (note,) = notes(facts)
     assert "1 and 3 tokens" in note
 
@@ -147,3 +147,11 @@ def test_a_capped_student_learns_from_a_capped_teacher(tmp_path):
         kd += float((theirs.exp() * (theirs - own)).sum())
         count += len(rows)
     assert (step.ce, step.kd) == pytest.approx((0.5 * ce / count, 0.5 * kd / count), rel=1e-5)
+
+
+def test_dropout_in_training_is_told(tmp_path, capsys):
+    start = save_model(tmp_path / "start")
+    config = tmp_path / "start/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.25}))
+    train.run(run_config({"student.model": start, "training.max_steps": 1}), tmp_path / "out")
+    assert "drops activations while it trains (attention_dropout 0.25)" in " ".join(capsys.readouterr().err.split())
