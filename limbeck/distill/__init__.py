@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = lazy(
         "FusedLoss": "fused",
         "LoraConfig": "config",
         "LossConfig": "config",
-        "OnPolicyConfig": "rollouts",
+        "OnPolicyConfig": "on_policy",
         "ParallelConfig": "parallel",
         "StudentConfig": "config",
         "TeacherConfig": "config",

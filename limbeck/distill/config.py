@@ -11,8 +11,8 @@ from limbeck.client import ClientConfig, server_root
 from limbeck.config import checked
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.fused import CHUNK_BYTES
+from limbeck.distill.on_policy import OnPolicyConfig
 from limbeck.distill.parallel import ParallelConfig
-from limbeck.distill.rollouts import OnPolicyConfig
 from limbeck.errors import ConfigError
 from limbeck.models.tiny import ScratchConfig
 from limbeck.optim.build import OptimizerConfig

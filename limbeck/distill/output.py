@@ -29,6 +29,8 @@ def metrics_of(config: LoopConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {"loss": kept.get("loss"), "validation_ce": kept.get("validation_ce")}
     if config.training.keep_best is not None:
         metrics |= {"validation_kd": kept.get("validation_kd"), "kept_step": kept["step"]}
+    if "rollout_mismatch_nats" in kept:
+        metrics["rollout_mismatch_nats"] = kept["rollout_mismatch_nats"]
     return metrics
 
 

@@ -17,7 +17,8 @@ a step is of one kind, and the kinds are spread evenly, not drawn.
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,76 +26,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from limbeck.config import checked
-from limbeck.distill.divergence import DivergenceConfig
+from limbeck.distill.on_policy import OnPolicyConfig
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import PlannedStep
-from limbeck.engine.complete import Completion, complete
-from limbeck.engine.sampling import SamplingConfig
-from limbeck.errors import ConfigError
+from limbeck.engine.complete import Completion, complete, generator_for, write
+from limbeck.engine.rescore import rescore
 from limbeck.ledger import Ledger, decoding_flops
 from limbeck.models.anatomy import Sizes
 from limbeck.progress import console
 from limbeck.traces.batch import Example
 from limbeck.traces.render import RenderConfig, stop_ids
 from limbeck.traces.sample import COT, PROMPT, Sample
-
-
-@checked
-class OnPolicyConfig(SamplingConfig):
-    """Training on what the student writes itself. One recipe holds both stages: given traces first, then rollouts."""
-
-    start_fraction: float | None = 0.5
-    """Share of the steps that train on given traces first; 0 is purely on-policy, 1 or null never on-policy."""
-    fraction: float = 1.0
-    """Share of the steps after that that train on rollouts, 0 < x <= 1; the others keep to the given traces."""
-    temperature: float = 0.9
-    """Sampling temperature of the rollouts, > 0; 0.8 to 0.9 serve best (2502.14305)."""
-    max_new_tokens: int = 300
-    """Longest rollout in tokens. A few tokens are rollouts of prefixes only (2602.15260)."""
-    max_staleness_steps: int | None = 0
-    """Most optimizer steps between the weights that wrote a rollout and those it trains; null writes all rollouts once,
-    at the first on-policy step (offline on-policy distillation)."""
-    batch_size: int = 64
-    """Sequences decoded at once."""
-    mask_special_tokens: bool = True
-    """No loss where the student wrote a special token, except the end of turn and the markers, which it must learn."""
-    divergence: DivergenceConfig | None = None
-    """Divergence on rollouts; null takes the one of the given traces."""
-    length_warning_factor: float = 1.5
-    """Say so when rollouts are longer in the mean than this many times the given responses (length inflation)."""
-
-    def __post_init__(self) -> None:
-        SamplingConfig.__post_init__(self)
-        if self.start_fraction is not None and not 0 <= self.start_fraction <= 1:
-            raise ConfigError(f"on_policy.start_fraction must be in [0, 1] or null; found {self.start_fraction}")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"on_policy.fraction must be in (0, 1]; found {self.fraction}")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"on_policy.temperature must be finite and above 0; found {self.temperature}")
-        if self.max_staleness_steps is not None and self.max_staleness_steps < 0:
-            raise ConfigError(
-                f"on_policy.max_staleness_steps must be 0 or more, or null; found {self.max_staleness_steps}"
-            )
-        if not self.length_warning_factor > 0:
-            raise ConfigError(f"on_policy.length_warning_factor must be above 0; found {self.length_warning_factor}")
-
-    def first_step(self, total_steps: int) -> int:
-        """The step (0-based) at which the second stage begins; `total_steps` when there is none."""
-        return total_steps if self.start_fraction is None else round(self.start_fraction * total_steps)
-
-    def is_on_policy(self, step: int, total_steps: int) -> bool:
-        """Whether `step` trains on rollouts: of the first n steps of the second stage, ceil(fraction n) do."""
-        since = step - self.first_step(total_steps)
-        return since >= 0 and math.ceil((since + 1) * self.fraction) > math.ceil(since * self.fraction)
-
-    def window(self, step: int, total_steps: int) -> range:
-        """The steps that share the rollouts of an on-policy `step`; weights are at most `max_staleness_steps` old."""
-        if self.max_staleness_steps is None:
-            return range(self.first_step(total_steps), total_steps)
-        start, length = self.first_step(total_steps), self.max_staleness_steps + 1
-        begin = start + (step - start) // length * length
-        return range(begin, min(begin + length, total_steps))
 
 
 class Prompts(NamedTuple):
@@ -121,6 +63,8 @@ class Rollouts:
     completions: dict[int, list[Completion]] = field(default_factory=dict)
     """Index of an example -> the completions of its prompt."""
     has_warned: bool = False
+    rounding_seconds: float = 0.0
+    """That rounding the weights took, the last time."""
 
     def is_due(self, step: int) -> bool:
         """Whether `step` trains on rollouts."""
@@ -138,7 +82,7 @@ class Rollouts:
         mine = needed[ranks.rank :: ranks.world_size]
         prompts = [self.prompts.ids[i] for i in mine]
         with ledger.phase("sampling"):
-            found = complete(model, prompts, self.config, self.stop_ids, self.seed * 1_000_003 + step, keys=mine)
+            found = self._write(model, prompts, mine, self.seed * 1_000_003 + step)
         parts = [dict(zip(mine, found, strict=True))]
         self._charge(ledger, sizes, prompts, found)
         if ranks.world_size > 1:
@@ -146,6 +90,18 @@ class Rollouts:
             dist.all_gather_object(parts, dict(zip(mine, found, strict=True)))
         self.completions = {i: part[i] for part in parts for i in part}
         self.refreshed_at = step
+
+    def _write(
+        self, model: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], seed: int
+    ) -> list[list[Completion]]:
+        if self.config.precision == "float32" or not prompts:
+            return complete(model, prompts, self.config, self.stop_ids, seed, keys=keys)
+        start = time.perf_counter()
+        generator = generator_for(model, self.config, max(map(len, prompts)))
+        self.rounding_seconds = time.perf_counter() - start
+        found = write(generator, prompts, self.config, self.stop_ids, seed, keys=keys, log_probs=True)
+        rescore(model, prompts, found, self.config.temperature)
+        return found
 
     def examples_of(self, step: int) -> list[Example]:
         """The rollouts of the prompts of `step`, KD weight 1 on what the student wrote."""
@@ -172,7 +128,22 @@ class Rollouts:
             "rollout_stopped": sum(c.stopped for c in written) / len(written),
             "rollout_length_over_given": growth,
             "rollout_age_steps": step - self.refreshed_at,
+            **self._mismatch(written),
         }
+
+    def _mismatch(self, written: Sequence[Completion]) -> dict[str, float]:
+        """How far the rounded sampler is from the student that it stands for; nothing where it is the student."""
+        if self.config.precision == "float32":
+            return {}
+        ratios = np.concatenate([_log_ratios(completion) for completion in written])
+        # KL(sampler, student) a token by the estimator r - 1 - log r, which is never negative.
+        found = {
+            "rollout_mismatch_nats": float(np.mean(np.expm1(ratios) - ratios)),
+            "rounding_seconds": self.rounding_seconds,
+        }
+        if self.config.importance_limit is not None:
+            found["rollout_importance"] = float(np.minimum(np.exp(ratios), self.config.importance_limit).mean())
+        return found
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs: JSON-ready."""
@@ -180,7 +151,7 @@ class Rollouts:
             "refreshed_at": self.refreshed_at,
             "has_warned": self.has_warned,
             "completions": {
-                str(i): [[c.token_ids, c.stopped] for c in found] for i, found in sorted(self.completions.items())
+                str(i): [dataclasses.astuple(c) for c in found] for i, found in sorted(self.completions.items())
             },
         }
 
@@ -188,7 +159,7 @@ class Rollouts:
         """Go on from `state`."""
         self.refreshed_at, self.has_warned = int(tree["refreshed_at"]), bool(tree["has_warned"])
         self.completions = {
-            int(i): [Completion([int(token) for token in ids], bool(stopped)) for ids, stopped in found]
+            int(i): [Completion([int(token) for token in ids], bool(stopped), *more) for ids, stopped, *more in found]
             for i, found in tree["completions"].items()
         }
 
@@ -197,6 +168,8 @@ class Rollouts:
         ids = np.concatenate([np.array(prompt, dtype=np.int32), written])
         weight = np.zeros(len(ids), dtype=np.float32)
         weight[len(prompt) :] = ~np.isin(written, self.masked_ids)
+        if self.config.importance_limit is not None:
+            weight[len(prompt) :] *= np.minimum(np.exp(_log_ratios(completion)), self.config.importance_limit)
         segments = np.full(len(ids), COT, dtype=np.int8)
         segments[: len(prompt)] = PROMPT
         sample = Sample(input_ids=ids, segment_ids=segments, ending_start=len(ids), source=f"rollout of {index}")
@@ -210,6 +183,11 @@ class Rollouts:
         ledger.add_flops(
             sampling=sum(decoding_flops(sizes, len(p), new) for p, new in zip(prompts, lengths, strict=True))
         )
+
+
+def _log_ratios(completion: Completion) -> np.ndarray:
+    """float64 [T]: log of the student's probability of each token over the sampler's."""
+    return np.array(completion.exact_log_probs) - np.array(completion.log_probs)
 
 
 def make_rollouts(

@@ -33,7 +33,9 @@ class Completion:
     stopped: bool
     """True when the last token is a stop token; False when the length limit ended it."""
     log_probs: list[float] = field(default_factory=list)
-    """Of each token, under the distribution that it was drawn from but for top-p; where they were asked for."""
+    """Of each token at the sampling temperature, before top-p, as the writer saw it; where they were asked for."""
+    exact_log_probs: list[float] = field(default_factory=list)
+    """The same under the model as it is, where the writer rounds."""
 
     @property
     def text_ids(self) -> list[int]:
@@ -69,10 +71,31 @@ def complete(
     """
     if not prompts:
         return []
-    decoder = decoder_of(model, config.precision, max(map(len, prompts)) + config.max_new_tokens)
-    _check(prompts, decoder.context)
+    generator = generator_for(model, config, max(map(len, prompts)))
+    return write(generator, prompts, config, stop_ids, seed, advance=advance, keys=keys, log_probs=log_probs)
+
+
+def generator_for(model: Any, config: SamplingConfig, longest: int) -> Generator:
+    """What writes texts behind prompts of at most `longest` tokens; in int8, the weights are rounded now."""
+    decoder = decoder_of(model, config.precision, longest + config.max_new_tokens)
     limits = GenerationConfig(max_running=config.batch_size, kv_bytes=1 << 62, prefill_tokens=PREFILL_TOKENS)
-    generator = Generator(decoder, PrefixCache(CACHE_BYTES if decoder.has_blocks else 0, 64, ""), limits)
+    return Generator(decoder, PrefixCache(CACHE_BYTES if decoder.has_blocks else 0, 64, ""), limits)
+
+
+def write(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    stop_ids: Sequence[int],
+    seed: int,
+    *,
+    advance: Callable[[int], Any] = lambda _: None,
+    keys: Sequence[int] | None = None,
+    log_probs: bool = False,
+) -> list[list[Completion]]:
+    """`complete` with a generator that is there."""
+    decoder = generator.decoder
+    _check(prompts, decoder.context)
     numbers = range(len(prompts)) if keys is None else keys
     done = [[Completion([], False) for _ in range(config.num_samples)] for _ in prompts]
     waiting = deque(

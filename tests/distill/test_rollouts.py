@@ -16,8 +16,8 @@ from tiny_runs import assert_same_bits, metrics_of, run_config, save_model, trai
 from limbeck.checkpoint import Checkpoint
 from limbeck.config import to_dict
 from limbeck.distill import train
+from limbeck.distill.on_policy import OnPolicyConfig
 from limbeck.distill.parallel import Ranks
-from limbeck.distill.rollouts import OnPolicyConfig
 from limbeck.distill.setup import set_up as make_run
 from limbeck.distill.step_work import work_of
 from limbeck.engine.complete import complete
@@ -25,7 +25,7 @@ from limbeck.engine.plain import PlainDecoder
 from limbeck.engine.sampling import SamplingConfig
 from limbeck.errors import ConfigError
 from limbeck.ledger import decoding_flops, flop_counter
-from limbeck.models.anatomy import sizes_of
+from limbeck.models.anatomy import causal_lm_of, sizes_of
 from limbeck.models.load import load_model
 from limbeck.stage import How
 
@@ -180,6 +180,43 @@ def test_resumed_with_rollouts_in_use_is_the_same_run(teacher, tmp_path, monkeyp
     costs = [Checkpoint(tmp_path / name).manifest["ledger"] for name in ("out", "whole")]
     assert costs[0]["flops"] == costs[1]["flops"]
     assert costs[0]["rollout_tokens"] == costs[1]["rollout_tokens"]
+
+
+def test_a_rounded_sampler_is_compared_with_the_student(teacher, tmp_path):
+    """The student's log-probs are those of a plain forward, and the ratio weighs the loss up to a limit."""
+    changes = {"on_policy.precision": "int8", "on_policy.importance_limit": 1.01, "on_policy.start_fraction": 0.0}
+    changes["on_policy.mask_special_tokens"] = False
+    setup = set_up(config(teacher, **changes))
+    work = work_of(setup, 0)
+    model, prompts = setup.student.model.eval(), setup.data.prompts.ids
+    for index, found in setup.rollouts.completions.items():
+        for completion in found:
+            ids = torch.tensor([prompts[index] + completion.token_ids])
+            with torch.no_grad():
+                rows = causal_lm_of(model)(ids, sequence_lengths=(ids.shape[1],)).logits[
+                    0, len(prompts[index]) - 1 : -1
+                ]
+            expected = (rows / 0.9).log_softmax(-1).gather(1, ids[0, len(prompts[index]) :, None])[:, 0]
+            assert completion.exact_log_probs == pytest.approx(expected.tolist(), abs=2e-5)
+            assert completion.log_probs != completion.exact_log_probs
+            assert completion.log_probs == pytest.approx(completion.exact_log_probs, abs=0.5)
+            weights = setup.rollouts._example(index, completion).kd_weight[len(prompts[index]) :]
+            ratios = np.exp(np.array(completion.exact_log_probs) - completion.log_probs)
+            assert weights == pytest.approx(np.minimum(ratios, 1.01), rel=1e-6)
+    assert 0 < work.metrics["rollout_mismatch_nats"] < 0.1
+    assert 0.5 < work.metrics["rollout_importance"] <= 1.01 and work.metrics["rounding_seconds"] > 0
+    restored = dataclasses.replace(setup.rollouts, completions={})
+    restored.restore(json.loads(json.dumps(setup.rollouts.state())))
+    assert restored.completions == setup.rollouts.completions
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"importance_limit": 2.0}, {"precision": "int8", "importance_limit": 0.5}, {"importance_limit": 2, "top_p": 0.9}],
+)
+def test_importance_needs_a_rounded_sampler(fields):
+    with pytest.raises(ConfigError, match="importance_limit"):
+        OnPolicyConfig(**fields)
 
 
 def backward(setup, examples, loss):
