@@ -81,6 +81,7 @@ def _dispatch(argv: list[str]) -> int:
         answer = command.run(config)
         if answer is not None:
             _print_answer(answer, command, options)
+        return int(not getattr(answer, "is_sound", True))
     else:
         checkpoint = command.run(config, options.out, how=options.how)
         _print_checkpoint(checkpoint, options)

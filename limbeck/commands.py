@@ -95,6 +95,7 @@ COMMANDS: dict[str, Command] = {
         "pipeline.commands:RANK_PIPELINE",
         "teacher, students, pruning and quantisation of a scorer, one table; called again, it goes on",
     ),
+    "doctor": Command("doctor:DOCTOR", "look at this machine, test its numerics, say what to do"),
     "report": Command("report.commands:REPORT", "one page from sweeps, runs and compressed models"),
 }
 

@@ -21,7 +21,7 @@ LAYERS = [
     ["models"],
     ["ledger"],
     ["engine"],
-    ["cost"],
+    ["cost", "selftest"],
     ["traces"],
     ["teacher"],
     ["optim"],
@@ -34,7 +34,7 @@ LAYERS = [
     ["sweep"],
     ["report"],
     ["pipeline"],
-    ["demo"],
+    ["demo", "doctor"],
     ["cli"],
     ["__main__"],
 ]
