@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +79,10 @@ def build(config_class: type[Config], tree: Mapping[str, Any], where: str = "con
         path = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
         message = first["msg"].removeprefix("Value error, ")
         found = "" if first["type"] in ("missing", "value_error") else f"; found {_short(first['input'])}"
+        meant = (
+            nearest(str(first["input"]), re.findall(r"'([^']+)'", message)) if first["type"] == "literal_error" else ""
+        )
+        found += f"; {meant}" if meant.startswith("did you") else ""
         text = f"{where}: {path + ': ' if path else ''}{message}{found}"
         raise ConfigError(text.removesuffix(".") + ("" if text.endswith("?") else ".")) from error
     _refuse_foreign(made, where, "")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,7 +26,8 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     context.set_forkserver_preload([function.__module__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_send, args=(theirs, function, arguments))
-    process.start()
+    with _without_main():
+        process.start()
     theirs.close()
     try:
         outcome: Outcome = ours.recv()
@@ -39,6 +41,18 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
         raise
     process.join()
     return outcome.unwrap()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """No child imports the caller's script: that would start all of it again where it has no `if __name__ ...`."""
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 def _send(pipe: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:

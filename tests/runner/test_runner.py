@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 import signal
+import subprocess
 import sys
 
 import psutil
@@ -136,3 +137,14 @@ def test_the_place_is_checked(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_script_without_a_main_guard_starts_processes_and_runs_once(tmp_path):
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "from limbeck.runner.process import in_process\nfrom limbeck.errors import nearest\n"
+        "print('begun')\nprint(in_process(nearest, 'on', ['one', 'two']))\nprint(__file__, __spec__)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:3] == ["begun", "did you mean 'one'?", f"{script} None"]
