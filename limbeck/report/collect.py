@@ -6,7 +6,8 @@ are the axes. Compressed models are a list of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,30 +76,36 @@ def collect(paths: Sequence[Path]) -> Evidence:
     """
     if not paths:
         raise CheckpointError("report: no directory named; name at least one sweep or run directory.")
-    pipelines = [path for path in paths if not _is_sweep(path) and _stage(path) == PIPELINE]
-    asked, paths = paths, [place for path in paths for place in (path, *(shown_by(path) if path in pipelines else ()))]
-    sweeps = [path for path in paths if _is_sweep(path)]
-    rows: list[Row] = []
-    sources: list[Source] = []
-    for path in paths:
-        if path in sweeps:
-            source, found = _read_sweep(path, label=path.resolve().name if len(sweeps) > 1 else "")
-            rows += found
-        else:
-            source = _read_run(path)
-        sources.append(source)
-    compressed = [path for path in paths if path not in sweeps and _stage(path) in STAGES]
-    ranking = [path for path in paths if path not in sweeps and _stage(path) == RANKING]
-    apart = (*sweeps, *compressed, *ranking, *pipelines)
-    rows += _rows_of_runs([pair for pair in zip(paths, sources, strict=True) if pair[0] not in apart])
+    named, pipelines = paths, _of_stage(paths, (PIPELINE,))
+    paths = list(itertools.chain.from_iterable((path, *_shown(path, pipelines)) for path in named))
+    several = sum(map(_is_sweep, paths)) > 1
+    read = {path: _read(path, several) for path in paths}
+    runs = [(path, read[path][0]) for path in _of_stage(paths, ("distill",))]
+    of_sweeps = itertools.chain.from_iterable(rows for _, rows in read.values())
     return Evidence(
-        rows=tuple(rows),
-        sources=tuple(source for path, source in zip(paths, sources, strict=True) if path in asked or path in sweeps),
-        compressed=tuple(read_compressed(compressed)),
-        ranking=tuple(read_ranking(ranking)),
+        rows=(*of_sweeps, *_rows_of_runs(runs)),
+        sources=tuple(read[path][0] for path in paths if path in named or _is_sweep(path)),
+        compressed=tuple(read_compressed(_of_stage(paths, STAGES))),
+        ranking=tuple(read_ranking(_of_stage(paths, (RANKING,)))),
         steps=tuple(read_steps(pipelines)),
         along=tuple(read_models(pipelines)),
     )
+
+
+def _shown(path: Path, pipelines: Sequence[Path]) -> Iterable[Path]:
+    return shown_by(path) if path in pipelines else ()
+
+
+def _of_stage(paths: Sequence[Path], stages: Container[str]) -> list[Path]:
+    """The directories that one of the stages wrote."""
+    return [path for path in paths if not _is_sweep(path) and _stage(path) in stages]
+
+
+def _read(path: Path, several: bool) -> tuple[Source, list[Row]]:
+    """What a directory says of itself, and the rows of a sweep; with several sweeps these carry its label."""
+    if _is_sweep(path):
+        return _read_sweep(path, label=path.resolve().name if several else "")
+    return _read_run(path), []
 
 
 def _is_sweep(path: Path) -> bool:
@@ -114,12 +121,7 @@ def _is_sweep(path: Path) -> bool:
 def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
     file = path / SUMMARY
     tree = read_object(file)
-    runs = tree.get("runs")
-    if not isinstance(runs, list) or not runs:
-        raise CheckpointError(f"{file}: `runs` must be a list with at least one run; run the sweep again.")
-    axes = tree.get("axes") or []
-    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
-        raise CheckpointError(f"{file}: `axes` must be a list of names; run the sweep again.")
+    runs, axes = _runs_and_axes(tree, file)
     names = ("task", "store", "trace_stats", "config", "versions", "machine")
     parts: dict[str, Any] = {name: object_in(tree, name, file) for name in names}
     models = [
@@ -136,6 +138,15 @@ def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
         **parts,
     )
     return source, rows_of(runs, axes, str(file), label)
+
+
+def _runs_and_axes(tree: Mapping[str, Any], file: Path) -> tuple[list[Any], list[str]]:
+    runs, axes = tree.get("runs"), tree.get("axes") or []
+    if not isinstance(runs, list) or not runs:
+        raise CheckpointError(f"{file}: `runs` must be a list with at least one run; run the sweep again.")
+    if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
+        raise CheckpointError(f"{file}: `axes` must be a list of names; run the sweep again.")
+    return runs, axes
 
 
 def _read_run(path: Path) -> Source:
@@ -156,14 +167,18 @@ def _stage(path: Path) -> str:
 def _rows_of_runs(runs: Sequence[tuple[Path, Source]]) -> list[Row]:
     """Rows of single runs; the fields of their configs that differ are the axes."""
     flat = [dict(flatten(source.config)) for _, source in runs]
-    keys = list(dict.fromkeys(key for config in flat for key in config))
-    varied = [key for key in keys if len({str(config.get(key)) for config in flat}) > 1]
-    axes = [key for key in varied if key not in PLACED_AXES]
+    axes = [key for key in _varied(flat) if key not in PLACED_AXES]
     rows = []
     for (path, source), config in zip(runs, flat, strict=True):
         tree = _run_as_row(path, source, config) | {axis: config.get(axis) for axis in axes}
         rows.append(row_of(tree, axes, str(path / MANIFEST), ""))
     return rows
+
+
+def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields whose values differ."""
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
 
 
 def _run_as_row(path: Path, source: Source, config: Mapping[str, Any]) -> dict[str, Any]:

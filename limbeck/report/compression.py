@@ -12,9 +12,9 @@ from limbeck.compress.blocks import ROLES
 from limbeck.report.compressed import Compressed
 from limbeck.report.drawing import LIGHT, legend, panels, style, upright
 from limbeck.report.plots import Plot
-from limbeck.report.rows import Row
-from limbeck.report.tables import Table
-from limbeck.report.units import MISSING, Kind, interval, percent, scale_of, share
+from limbeck.report.rows import Estimate, Row
+from limbeck.report.tables import Table, sized
+from limbeck.report.units import MISSING, interval, percent, share
 
 HOW_TO_READ = (
     "On disk: the weights' files. Held-out KL (nats a token) and perplexity ratio: from the model in “made of”, on "
@@ -41,20 +41,25 @@ def compression_table(models: Sequence[Compressed], is_brief: bool = False) -> T
     rows, places = [model.row for model in models], 2 if is_brief else 3
     columns: dict[str, Sequence[str]] = {"model": [row.name for row in rows]}
     if not is_brief:
-        columns["made of"] = [model.origin or MISSING for model in models]
-        columns["method"] = [model.method or MISSING for model in models]
-        columns["scheme or pattern"] = [model.form or MISSING for model in models]
-    columns |= _sized(rows, "parameters", "number", "parameters")
-    columns |= _sized(rows, "weight_bytes", "bytes", "on disk")
+        columns["made of"], columns["method"], columns["scheme or pattern"] = _origins(models)
+    columns |= sized(rows, "parameters", "number", "parameters, {}")
+    columns |= sized(rows, "weight_bytes", "bytes", "on disk, {}")
     if not is_brief:
-        columns["held-out KL"] = [_nats(row.get("kl_nats")) for row in rows]
-        columns["held-out KL from the teacher"] = [_nats(row.get("teacher_kl_nats")) for row in rows]
+        columns["held-out KL"] = _all_nats(rows, "kl_nats")
+        columns["held-out KL from the teacher"] = _all_nats(rows, "teacher_kl_nats")
         columns["perplexity ratio"] = [share(row.get("perplexity_ratio")) for row in rows]
     columns["score"] = [interval(row.estimate("accuracy"), places) for row in rows]
-    columns |= _sized(rows, "stage_seconds", "seconds", "")
+    columns |= sized(rows, "stage_seconds", "seconds", "{}")
     if not is_brief:
-        columns |= _sized(rows, "peak_bytes", "bytes", "peak")
+        columns |= sized(rows, "peak_bytes", "bytes", "peak, {}")
     return Table.of(columns)
+
+
+def _origins(models: Sequence[Compressed]) -> tuple[list[str], list[str], list[str]]:
+    """Of what, how and into what the models were made."""
+    found = [(model.origin or MISSING, model.method or MISSING, model.form or MISSING) for model in models]
+    origins, methods, forms = zip(*found, strict=True) if found else ((), (), ())
+    return list(origins), list(methods), list(forms)
 
 
 def compression_findings(models: Sequence[Compressed]) -> list[str]:
@@ -76,11 +81,8 @@ def layer_plots(models: Sequence[Compressed]) -> list[Plot]:
     ]
 
 
-def _sized(rows: Sequence[Row], key: str, kind: Kind, title: str) -> dict[str, Sequence[str]]:
-    values = [row.get(key) for row in rows]
-    scale = scale_of(values, kind)
-    unit = ", ".join(word for word in (title, scale.unit) if word)
-    return {unit: [scale.write(value) for value in values]}
+def _all_nats(rows: Sequence[Row], key: str) -> list[str]:
+    return [_nats(row.get(key)) for row in rows]
 
 
 def _nats(value: float | None) -> str:
@@ -89,9 +91,7 @@ def _nats(value: float | None) -> str:
 
 def _finding(model: Compressed, named: Mapping[str, Compressed]) -> str | None:
     """Against the first model of the chain; None for that one itself and where there is nothing to compare."""
-    first = model
-    while first.origin in named and first is not named[first.origin]:
-        first = named[first.origin]
+    first = _first(model, named)
     size, whole = model.row.get("weight_bytes"), first.row.get("weight_bytes")
     if first is model or not size or not whole:
         return None
@@ -100,17 +100,25 @@ def _finding(model: Compressed, named: Mapping[str, Compressed]) -> str | None:
     if score is None or reference is None:
         ratio = model.row.get("perplexity_ratio")
         return f"{start}; its held-out perplexity is {ratio:.3f} times that of {model.origin}." if ratio else None
-    told = "not distinguishable on these problems"
-    if score.is_apart_from(reference):
-        told = "below" if score.value < reference.value else "above"
-    return f"{start} and scores {interval(score, 2)} against {interval(reference, 2)}: {told}."
+    return f"{start} and scores {interval(score, 2)} against {interval(reference, 2)}: {_told(score, reference)}."
+
+
+def _first(model: Compressed, named: Mapping[str, Compressed]) -> Compressed:
+    """The first model of the chain that it was made in."""
+    while model.origin in named and model is not named[model.origin]:
+        model = named[model.origin]
+    return model
+
+
+def _told(score: Estimate, reference: Estimate) -> str:
+    if not score.is_apart_from(reference):
+        return "not distinguishable on these problems"
+    return "below" if score.value < reference.value else "above"
 
 
 def _by_depth(models: Sequence[Compressed], key: str) -> Figure:
     """A panel a place, a line a model."""
-    found = {layer.place for model in models for layer in model.layers}
-    places = [place for place in dict.fromkeys(ROLES.values()) if place in found]
-    places += sorted(found - set(places))
+    places = _places(models)
     figure, drawn = panels([_PLACES.get(place, place) for place in places])
     values: list[float] = []
     for axes, place in zip(drawn, places, strict=True):
@@ -127,6 +135,13 @@ def _by_depth(models: Sequence[Compressed], key: str) -> Figure:
     figure.supylabel(label, color=LIGHT.ink, fontsize=9.5)
     legend(drawn[0], len(models))
     return figure
+
+
+def _places(models: Sequence[Compressed]) -> list[str]:
+    """Where the solved layers are in a block, in the order of its computation."""
+    found = {layer.place for model in models for layer in model.layers}
+    known = [place for place in dict.fromkeys(ROLES.values()) if place in found]
+    return known + sorted(found - set(known))
 
 
 def _line(model: Compressed, place: str, key: str) -> dict[int, float]:

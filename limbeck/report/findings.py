@@ -6,11 +6,12 @@ retention, of any other two groups when their intervals do not touch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from limbeck.report.collect import Source
 from limbeck.report.groups import Group, frontier, namer, setting, uncut_of, varied_axes
-from limbeck.report.rows import Row
+from limbeck.report.rows import Estimate, Row
 from limbeck.report.tables import ratio
 from limbeck.report.units import digits, interval, percent, percent_interval, quantity
 
@@ -52,8 +53,8 @@ def _headlines(family: Sequence[Group], groups: Sequence[Group]) -> list[str]:
     cuts = [group for group in family if not group.is_uncut and group.has_fraction and verdict(group)]
     if not cuts:
         return []
-    nearest = min((group.lead_fraction or 0 for group in cuts), key=lambda fraction: abs(fraction - 0.5))
-    chosen = sorted((group for group in cuts if group.lead_fraction == nearest), key=lambda group: group.keep_ending)
+    nearest = min(map(_lead, cuts), key=lambda fraction: abs(fraction - 0.5))
+    chosen = sorted((group for group in cuts if _lead(group) == nearest), key=lambda group: group.keep_ending)
     return [_headline(group, groups) for group in chosen]
 
 
@@ -115,14 +116,7 @@ def _verdicts(groups: Sequence[Group]) -> str | None:
 def _endings(groups: Sequence[Group]) -> str | None:
     """What re-attaching the ending did to the score, cut by cut."""
     found: dict[str, list[str]] = {}
-    for group in groups:
-        twins = [g for g in groups if (g.settings, g.lead_fraction) == (group.settings, group.lead_fraction)]
-        plain = next((twin for twin in twins if not twin.keep_ending), None)
-        if not group.keep_ending or group.is_uncut or plain is None:
-            continue
-        kept, cut = group.estimate("accuracy"), plain.estimate("accuracy")
-        if kept is None or cut is None:
-            continue
+    for plain, kept, cut in _ending_pairs(groups):
         label = namer(groups)(plain)
         if kept.is_apart_from(cut):
             word = "raised" if kept.value > cut.value else "lowered"
@@ -135,23 +129,38 @@ def _endings(groups: Sequence[Group]) -> str | None:
     return f"Re-attaching the ending {'; it '.join(parts)}." if parts else None
 
 
+def _ending_pairs(groups: Sequence[Group]) -> Iterator[tuple[Group, Estimate, Estimate]]:
+    """Each cut without its ending, and the scores with and without it."""
+    for group in groups:
+        if group.keep_ending and not group.is_uncut and (twin := _without_ending(group, groups)):
+            kept, cut = group.estimate("accuracy"), twin.estimate("accuracy")
+            if kept is not None and cut is not None:
+                yield twin, kept, cut
+
+
+def _without_ending(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The same cut without its ending."""
+    twins = [g for g in groups if (g.settings, g.lead_fraction) == (group.settings, group.lead_fraction)]
+    return next((twin for twin in twins if not twin.keep_ending), None)
+
+
 def _stopping(groups: Sequence[Group]) -> str | None:
     """How often students stop by themselves after the smallest cut, with and without the ending, and after none."""
     known = [group for group in groups if group.has_fraction and group.get("stop_rate") is not None]
-    cuts = [group for group in known if not group.is_uncut]
+    cuts = list(itertools.filterfalse(_is_uncut, known))
     if not cuts:
         return None
-    least = min(group.lead_fraction or 0 for group in cuts)
-    chosen = [group for group in cuts if group.lead_fraction == least and group.family == cuts[0].family]
+    chosen = [group for group in cuts if (_lead(group), group.family) == (min(map(_lead, cuts)), cuts[0].family)]
     uncut = uncut_of(chosen[0], known)
-    name = namer(groups)
-    parts = []
-    for group in [*chosen, *([uncut] if uncut else [])]:
-        rate, length = group.estimate("stop_rate"), group.get("output_tokens")
-        assert rate is not None
-        tokens = f", {digits(length)} tokens on average" if length is not None else ""
-        parts.append(f"{name(group)}: {percent_interval(rate)} of outputs stopped by themselves{tokens}")
+    parts = [_stops(group, groups) for group in (chosen if uncut is None else [*chosen, uncut])]
     return f"Stopping. {'; '.join(parts)}."
+
+
+def _stops(group: Group, groups: Sequence[Group]) -> str:
+    rate, length = group.estimate("stop_rate"), group.get("output_tokens")
+    assert rate is not None
+    tokens = f", {digits(length)} tokens on average" if length is not None else ""
+    return f"{namer(groups)(group)}: {percent_interval(rate)} of outputs stopped by themselves{tokens}"
 
 
 def _frontier(groups: Sequence[Group]) -> str | None:
@@ -213,6 +222,14 @@ def _caveat(groups: Sequence[Group], sources: Sequence[Source]) -> str:
     matches = [equal[s.match] for s in sources if s.match in equal]
     tail = f" Runs are compared at equal {matches[0]}." if len(set(matches)) == 1 else ""
     return f"Intervals are over {over} (bootstrap); {replicates}.{tail}"
+
+
+def _is_uncut(group: Group) -> bool:
+    return group.is_uncut
+
+
+def _lead(group: Group) -> float:
+    return group.lead_fraction or 0.0
 
 
 def _score(group: Group) -> float:

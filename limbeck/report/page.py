@@ -66,10 +66,8 @@ def write_report(paths: Sequence[Path], out: Path, title: str | None = None) -> 
 
 def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> dict[str, Any]:
     """What both templates show."""
-    titles = [source.title for source in evidence.sources if source.title]
-    several = len(evidence.sources) > 1
     return {
-        "title": title or (titles[0] if titles else _title(evidence)),
+        "title": title or _title(evidence),
         "lede": _lede(evidence, groups),
         "findings": [
             *pipeline_findings(evidence.steps, evidence.along),
@@ -91,26 +89,31 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
         "bars": _bars(groups),
         "cuts": cut_table(groups),
         "stops": stop_table(groups, evidence.models),
-        "stores": [
-            {"label": s.label if several else "", "facts": list(_facts(s.store))} for s in evidence.sources if s.store
-        ],
-        "trace_stats": [
-            {"label": s.label if several else "", "facts": list(_facts(s.trace_stats))}
-            for s in evidence.sources
-            if s.trace_stats
-        ],
-        "sources": [_origin(source) for source in evidence.sources],
+        "stores": _labelled(evidence.sources, "store"),
+        "trace_stats": _labelled(evidence.sources, "trace_stats"),
+        "sources": list(map(_origin, evidence.sources)),
         "markdown": markdown,
     }
 
 
 def _title(evidence: Evidence) -> str:
-    """What there is most to say of."""
+    """Of a sweep its own; else what there is most to say of."""
+    if own := next((source.title for source in evidence.sources if source.title), None):
+        return own
     if evidence.steps:
         return "Pipeline"
     if evidence.rows:
         return "Distilled students"
     return "Compressed models" if evidence.compressed else "Ranking models"
+
+
+def _labelled(sources: Sequence[Source], name: str) -> list[dict[str, Any]]:
+    """The facts of every source that has any; with several sources under their labels."""
+    return [
+        {"label": source.label if len(sources) > 1 else "", "facts": list(_facts(getattr(source, name)))}
+        for source in sources
+        if getattr(source, name)
+    ]
 
 
 _HOW_TO_READ = (
@@ -124,13 +127,14 @@ _HOW_TO_READ = (
 def _lede(evidence: Evidence, groups: Sequence[Group]) -> str:
     tasks = dict.fromkeys(_task(source.task) for source in evidence.sources if source.task)
     runs, settings, made = len(evidence.rows), len(groups), sum(bool(model.method) for model in evidence.compressed)
-    count = f"{runs} {'run' if runs == 1 else 'runs'}"
-    count += f" of {settings} settings" if settings != runs else ""
-    counts = [count] if runs else []
-    counts += [f"{made} compressed {'model' if made == 1 else 'models'}"] if made else []
-    counts += [f"{len(evidence.ranking)} models of ranking pipelines"] if evidence.ranking else []
-    counts += [f"{len(evidence.steps)} stages"] if evidence.steps else []
-    return f"{', '.join(counts)}. {' '.join(tasks)}".strip()
+    of_settings = f" of {settings} settings" if settings != runs else ""
+    counts = {
+        f"{runs} {'run' if runs == 1 else 'runs'}{of_settings}": runs,
+        f"{made} compressed {'model' if made == 1 else 'models'}": made,
+        f"{len(evidence.ranking)} models of ranking pipelines": len(evidence.ranking),
+        f"{len(evidence.steps)} stages": len(evidence.steps),
+    }
+    return f"{', '.join(text for text, count in counts.items() if count)}. {' '.join(tasks)}".strip()
 
 
 def _task(task: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from limbeck.report.drawing import LIGHT, canvas, style
 from limbeck.report.pipelined import Along, StageRow
 from limbeck.report.plots import Plot
-from limbeck.report.tables import Table
+from limbeck.report.tables import Table, sized
 from limbeck.report.units import MISSING, Kind, scale_of, share
 
 HOW_TO_READ = (
@@ -35,9 +35,9 @@ def stage_table(steps: Sequence[StageRow]) -> Table:
         expected = [step.predicted.get(key) or None for step in steps]
         measured = [step.measured.get(key) or None for step in steps]
         scale = scale_of([*expected, *measured], kind)
-        unit = ", ".join(word for word in (title, scale.unit) if word)
-        columns[f"expected {unit}"] = [scale.write(value) for value in expected]
-        columns[f"measured {unit}"] = [scale.write(value) for value in measured]
+        unit = f"{title}, {scale.unit}".strip(", ")
+        columns[f"expected {unit}"] = list(map(scale.write, expected))
+        columns[f"measured {unit}"] = list(map(scale.write, measured))
     return Table.of(columns)
 
 
@@ -50,9 +50,8 @@ def model_table(models: Sequence[Along]) -> Table:
     columns["stops by itself"] = [share(row.get("stop_rate")) for row in numbers]
     columns["output tokens"] = [_number(row.get("output_tokens"), ".0f") for row in numbers]
     columns["perplexity"] = [_number(row.get("perplexity"), ".3f") for row in numbers]
-    for key, kind, title in (("parameters", "number", "parameters"), ("weight_bytes", "bytes", "on disk")):
-        scale = scale_of([row.get(key) for row in numbers], kind)  # type: ignore[arg-type]
-        columns[f"{title}, {scale.unit}".rstrip(", ")] = [scale.write(row.get(key)) for row in numbers]
+    columns |= sized(numbers, "parameters", "number", "parameters, {}")
+    columns |= sized(numbers, "weight_bytes", "bytes", "on disk, {}")
     return Table.of(columns)
 
 

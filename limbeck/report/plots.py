@@ -6,7 +6,8 @@ Intervals are vertical bars, single seeds small points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,18 +46,27 @@ def plots_of(groups: Sequence[Group], models: Sequence[Row]) -> list[Plot]:
     plots = []
     if len({group.lead_fraction for group in groups if group.has_fraction}) > 1:
         for key, label, what in _BY_LEAD:
-            if sum(group.get(key) is not None for group in groups) > 1:
+            if len(_known(groups, key)) > 1:
                 caption = f"{what} against the lead fraction, with intervals over problems."
                 plots.append(Plot(f"{key}_by_lead_fraction", caption, partial(_by_lead, groups, models, key, label)))
-    elif sum(group.get("accuracy") is not None for group in groups) > 1:
+    elif len(_known(groups, "accuracy")) > 1:
         plots.append(Plot("accuracy_by_run", "Score of every run, with intervals.", partial(_by_run, groups, models)))
     for key, cost in COSTS.items():
-        known = [group for group in groups if group.get(key) is not None and group.get("accuracy") is not None]
+        known = _known(_known(groups, key), "accuracy")
         # Runs of one cost would stand above each other and show nothing.
         if len({group.get(key) for group in known}) > 1:
             caption = f"Score against {_COST_AXES[key]}. Ringed and joined: the frontier, beaten by no other run."
             plots.append(Plot(f"accuracy_by_{key}", caption, partial(_by_cost, known, models, key, cost.kind)))
     return plots
+
+
+def _number(measured: Group | Row, key: str) -> float:
+    return measured.get(key) or 0.0
+
+
+def _known(groups: Sequence[Group], key: str) -> list[Group]:
+    """The groups of which a quantity was measured."""
+    return [group for group in groups if group.get(key) is not None]
 
 
 _BY_LEAD = (
@@ -82,13 +92,7 @@ def _by_lead(groups: Sequence[Group], models: Sequence[Row], key: str, label: st
     for number, members in enumerate(lines.values()):
         # Lines are set apart sideways, so that their intervals do not hide each other.
         shift = step * (number - (len(lines) - 1) / 2)
-        known = [group for group in members if group.get(key) is not None]
-        marks = style(number)
-        places = [(group.lead_fraction or 0) + shift for group in known]
-        axes.plot(places, [group.get(key) for group in known], label=name(members[0]), **marks)
-        for place, group in zip(places, known, strict=True):
-            interval(axes, place, group.estimate(key), marks["color"])
-            seeds(axes, [place] * len(group.rows), group, key, marks["color"])
+        _lead_line(axes, _known(members, key), key, shift, style(number), name(members[0]))
     axes.set_xlabel("lead fraction (share of the tokens kept)")
     axes.set_xticks(fractions, [f"{fraction:.3g}" for fraction in fractions])
     axes.set_xlim(0, 1.04)
@@ -102,32 +106,35 @@ def _by_lead(groups: Sequence[Group], models: Sequence[Row], key: str, label: st
     return figure
 
 
+def _lead_line(
+    axes: Any, groups: Sequence[Group], key: str, shift: float, marks: Mapping[str, Any], label: str
+) -> None:
+    places = [(group.lead_fraction or 0) + shift for group in groups]
+    axes.plot(places, [group.get(key) for group in groups], label=label, **marks)
+    for place, group in zip(places, groups, strict=True):
+        interval(axes, place, group.estimate(key), marks["color"])
+        seeds(axes, [place] * len(group.rows), group, key, marks["color"])
+
+
 def _by_cost(groups: Sequence[Group], models: Sequence[Row], key: str, kind: Any) -> Figure:
     """Score against a cost, with the frontier."""
     figure, axes = canvas()
     scale = scale_of([group.get(key) for group in groups], kind)
     name = namer(groups, with_lead=False)
     numbers = {line: number for number, line in enumerate(dict.fromkeys(group.line for group in groups))}
-    points = [((group.get(key) or 0) / scale.divisor, group.get("accuracy") or 0) for group in groups]
+    points = [(_number(group, key) / scale.divisor, _number(group, "accuracy")) for group in groups]
     flags = frontier(groups, key)
-    edge = sorted(point for point, flag in zip(points, flags, strict=True) if flag)
+    edge = sorted(itertools.compress(points, flags))
     axes.plot(*zip(*edge, strict=True), color=LIGHT.muted, linewidth=1, drawstyle="steps-post", zorder=1)
-    named: set[str] = set()
-    has_leads = len({group.lead_fraction for group in groups}) > 1
-    for group, (x, y), is_best in zip(groups, points, flags, strict=True):
+    labels: dict[str, str | None] = {name(group): name(group) for group in groups}
+    for group, point, is_best in zip(groups, points, flags, strict=True):
         marks = style(numbers[group.line]) | {"linestyle": "none"}
-        label = name(group)
-        axes.plot(x, y, label=None if label in named else label, **marks)
-        named.add(label)
-        interval(axes, x, group.estimate("accuracy"), marks["color"])
-        seeds(axes, [(row.get(key) or 0) / scale.divisor for row in group.rows], group, "accuracy", marks["color"])
-        if is_best:
-            axes.plot(x, y, "o", markersize=12, fillstyle="none", color=LIGHT.ink, markeredgewidth=1.1, zorder=4)
-        if has_leads and group.has_fraction and (is_best or len(groups) <= _LABELLED_POINTS):
-            text = f"{group.lead_fraction:.3g}"
-            # Above and left of the frontier there is never a point.
-            shift, side = ((-8, 5), "right") if is_best else ((8, -10), "left")
-            axes.annotate(text, (x, y), shift, ha=side, textcoords="offset points", fontsize=8, color=LIGHT.muted)
+        # A label stands in the legend once.
+        axes.plot(*point, label=labels[name(group)], **marks)
+        labels[name(group)] = None
+        interval(axes, point[0], group.estimate("accuracy"), marks["color"])
+        seeds(axes, [_number(row, key) / scale.divisor for row in group.rows], group, "accuracy", marks["color"])
+        _mark_point(axes, groups, group, point, is_best)
     axes.set_xlabel(f"{_COST_AXES[key]} ({scale.unit})")
     axes.set_ylabel("score (fraction of problems right)")
     room(axes, [x for x, _ in points])
@@ -137,9 +144,21 @@ def _by_cost(groups: Sequence[Group], models: Sequence[Row], key: str, kind: Any
     return figure
 
 
+def _mark_point(axes: Any, groups: Sequence[Group], group: Group, point: tuple[float, float], is_best: bool) -> None:
+    """A ring on the frontier, and the lead fraction where there is room for it."""
+    if is_best:
+        axes.plot(*point, "o", markersize=12, fillstyle="none", color=LIGHT.ink, markeredgewidth=1.1, zorder=4)
+    has_leads = len({other.lead_fraction for other in groups}) > 1
+    if has_leads and group.has_fraction and (is_best or len(groups) <= _LABELLED_POINTS):
+        text = f"{group.lead_fraction:.3g}"
+        # Above and left of the frontier there is never a point.
+        shift, side = ((-8, 5), "right") if is_best else ((8, -10), "left")
+        axes.annotate(text, point, shift, ha=side, textcoords="offset points", fontsize=8, color=LIGHT.muted)
+
+
 def _by_run(groups: Sequence[Group], models: Sequence[Row]) -> Figure:
     """Score of every group, one below the other, where there is no lead fraction to plot against."""
-    known = [group for group in groups if group.get("accuracy") is not None]
+    known = _known(groups, "accuracy")
     figure, axes = canvas(height=max(2.2, 0.9 + 0.28 * len(known)))
     name = namer(known)
     for place, group in enumerate(reversed(known)):
@@ -154,6 +173,12 @@ def _by_run(groups: Sequence[Group], models: Sequence[Row]) -> Figure:
     axes.set_yticks(range(len(known)), [name(group) for group in reversed(known)])
     axes.set_xlabel("score (fraction of problems right)")
     axes.set_xlim(0, 1.02)
+    _model_marks(axes, models)
+    return figure
+
+
+def _model_marks(axes: Any, models: Sequence[Row]) -> None:
+    """A line at the score of each model."""
     for model in models:
         if (score := model.get("accuracy")) is not None:
             axes.axvline(score, color=LIGHT.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -161,4 +186,3 @@ def _by_run(groups: Sequence[Group], models: Sequence[Row]) -> Figure:
                 model.name.split(":")[0], (score, 1), (0, 3), ha="center", fontsize=8, color=LIGHT.muted,
                 xycoords=("data", "axes fraction"), textcoords="offset points",
             )  # fmt: skip
-    return figure

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from rich import box
 from rich.table import Table as ConsoleTable
@@ -33,6 +33,12 @@ COSTS = {
     "train_seconds": Cost("seconds", "seconds", "train, {}"),
     "peak_bytes": Cost("memory", "bytes", "peak, {}"),
 }
+
+
+class Measured(Protocol):
+    """Quantities by name, as far as they were measured."""
+
+    def get(self, key: str, /) -> float | None: ...
 
 
 class Table(NamedTuple):
@@ -79,31 +85,56 @@ def score_table(groups: Sequence[Group], models: Sequence[Row], is_brief: bool =
       models: the teacher and the base student, as far as they were scored.
       is_brief: fit a console: two decimals, intervals of score and retention only, no frontier.
     """
-    entries: list[Group] = [*(Group(rows=(model,)) for model in models), *groups]
-    name, places = namer(groups), 2 if is_brief else 3
-    on = {cost.word: frontier(groups, key) for key, cost in COSTS.items()}
-    marks = [_mark([word for word in on if on[word][index]]) for index in range(len(groups))]
+    entries, places = _entries(models, groups), 2 if is_brief else 3
     columns: dict[str, Sequence[str]] = {
-        "run": [*(model.name for model in models), *map(name, groups)],
-        "score": [interval(group.estimate("accuracy"), places) for group in entries],
+        "run": [*(model.name for model in models), *map(namer(groups), groups)],
+        "score": _intervals(entries, "accuracy", places),
         "retention": [_retention(group, places) for group in entries],
     }
     if not is_brief:
         columns |= _pass_columns(entries)
     if any(len(group.rows) > 1 for group in groups):
-        columns["seeds"] = [*(MISSING for _ in models), *(str(len(group.rows)) for group in groups)]
+        columns["seeds"] = _beside(models, [str(len(group.rows)) for group in groups])
     for key, cost in COSTS.items():
-        values = [group.get(key) for group in entries]
-        scale = scale_of(values, cost.kind)
-        columns[cost.column.format(scale.unit)] = [scale.write(value) for value in values]
+        columns |= sized(entries, key, cost.kind, cost.column)
     if is_brief:
-        columns["stop rate"] = [share(group.get("stop_rate"), places) for group in entries]
-        columns["output tokens"] = [share(group.get("output_tokens"), 0) for group in entries]
+        columns["stop rate"] = _shares(entries, "stop_rate", places)
+        columns["output tokens"] = _shares(entries, "output_tokens", 0)
     else:
-        columns["stop rate"] = [interval(group.estimate("stop_rate"), places) for group in entries]
-        columns["output tokens"] = [interval(group.estimate("output_tokens"), 0) for group in entries]
-        columns["on the frontier of"] = [*(MISSING for _ in models), *marks]
+        columns["stop rate"] = _intervals(entries, "stop_rate", places)
+        columns["output tokens"] = _intervals(entries, "output_tokens", 0)
+        columns["on the frontier of"] = _beside(models, _frontiers(groups))
     return Table.of(columns)
+
+
+def _entries(models: Sequence[Row], groups: Sequence[Group]) -> list[Group]:
+    return [*(Group(rows=(model,)) for model in models), *groups]
+
+
+def _beside(models: Sequence[Row], cells: Sequence[str]) -> list[str]:
+    """The cells of the groups below those of the models, which have none."""
+    return [MISSING] * len(models) + list(cells)
+
+
+def _intervals(groups: Sequence[Group], key: str, places: int = 3) -> list[str]:
+    return [interval(group.estimate(key), places) for group in groups]
+
+
+def _shares(groups: Sequence[Group], key: str, places: int = 3) -> list[str]:
+    return [share(group.get(key), places) for group in groups]
+
+
+def sized(rows: Sequence[Measured], key: str, kind: Kind, title: str) -> dict[str, Sequence[str]]:
+    """A column of numbers on one scale; `title` has its unit for {}."""
+    values = [row.get(key) for row in rows]
+    scale = scale_of(values, kind)
+    return {title.format(scale.unit).strip(", "): list(map(scale.write, values))}
+
+
+def _frontiers(groups: Sequence[Group]) -> list[str]:
+    """The costs at which each group is on the frontier."""
+    on = {cost.word: frontier(groups, key) for key, cost in COSTS.items()}
+    return [_mark([word for word in on if on[word][index]]) for index in range(len(groups))]
 
 
 def part_table(groups: Sequence[Group]) -> Table:
@@ -124,25 +155,23 @@ def cut_table(groups: Sequence[Group]) -> Table:
         {
             "run": list(map(namer(groups), groups)),
             "tokens over whole traces": [share(ratio(group, uncut_of(group, groups), "tokens")) for group in groups],
-            "traces that lost the end marker": [share(group.get("lost_end_marker_fraction")) for group in groups],
-            "traces that lost the first derivation": [
-                share(group.get("lost_first_derivation_fraction")) for group in groups
-            ],
+            "traces that lost the end marker": _shares(groups, "lost_end_marker_fraction"),
+            "traces that lost the first derivation": _shares(groups, "lost_first_derivation_fraction"),
         }
     )
 
 
 def stop_table(groups: Sequence[Group], models: Sequence[Row]) -> Table:
     """How the students end their outputs."""
-    entries: list[Group] = [*(Group(rows=(model,)) for model in models), *groups]
+    entries = _entries(models, groups)
     return Table.of(
         {
             "run": [*(model.name for model in models), *map(namer(groups), groups)],
-            "stopped by itself": [interval(group.estimate("stop_rate")) for group in entries],
-            "closed its thought": [interval(group.estimate("end_marker_rate")) for group in entries],
-            "output tokens": [interval(group.estimate("output_tokens"), 1) for group in entries],
-            "answers that could not be judged": [share(group.get("unknown_fraction")) for group in entries],
-            "validation CE, nats a token": [share(group.get("validation_ce"), 4) for group in entries],
+            "stopped by itself": _intervals(entries, "stop_rate"),
+            "closed its thought": _intervals(entries, "end_marker_rate"),
+            "output tokens": _intervals(entries, "output_tokens", 1),
+            "answers that could not be judged": _shares(entries, "unknown_fraction"),
+            "validation CE, nats a token": _shares(entries, "validation_ce", 4),
         }
     )
 
