@@ -159,8 +159,8 @@ def _check(job: Job, tokenizer: Any, text: _Text, device: torch.device) -> None:
     if job.method.folds:
         if any("experts." in name for name in job.blocks.matrices()):
             raise CompressionError(
-                "equalization: in a mixture the router reads the same normalisation as the experts, and what is left to "
-                "equalise is attention alone; set equalization to none."
+                "equalization: in a mixture the router reads the same normalisation as the experts, and what is left "
+                "to equalise is attention alone; set equalization to none."
             )
         _check_folds(foldable(job.blocks, job.method, job.options, device))
 
