@@ -110,15 +110,17 @@ def parse_limbeck(record: Record, markers: Markers | None) -> list[Parsed]:
         thought = Thought(None, answer, problem="no thought: cot is null")
     else:
         thought = join_thought(cot, answer)
-    return [Parsed(from_json({**record, "messages": messages}), thought.problem)]
+    return [Parsed(from_json({**record, "messages": messages, "cot": cot, "answer": answer}), thought.problem)]
 
 
 def _check_limbeck(record: Record) -> None:
     if record.get("limbeck_trace") != 1:
-        raise TraceFormatError(f"unknown version: limbeck_trace is {record.get('limbeck_trace')!r}, 1 is accepted")
+        raise TraceFormatError(
+            f"unknown version: limbeck_trace is {str(record.get('limbeck_trace'))[:40]!r}, 1 is accepted"
+        )
     for name, value in record.items():
         if name not in _LIMBECK_TYPES:
-            raise TraceFormatError(f"unknown key: {name!r}; known are {', '.join(_LIMBECK_TYPES)}")
+            raise TraceFormatError(f"unknown key: {str(name)[:40]!r}; known are {', '.join(_LIMBECK_TYPES)}")
         if not isinstance(value, _LIMBECK_TYPES[name]):
             accepted = " or ".join(kind.__name__ for kind in _LIMBECK_TYPES[name])
             raise TraceFormatError(f"wrong type: {name} is {type(value).__name__}, expected {accepted}")

@@ -303,6 +303,7 @@ def test_reasoning_gym_task_without_solution_has_no_thought() -> None:
     ("change", "reason"),
     [
         ({"limbeck_trace": 2}, "unknown version"),
+        ({"limbeck_trace": "[" * 3000}, "unknown version: limbeck_trace is '[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[['"),
         ({"answr": "a"}, "unknown key"),
         ({"cot": 3}, "wrong type: cot"),
         ({"correct": "yes"}, "wrong type: correct"),
@@ -381,3 +382,8 @@ def test_detect_names_formats_and_keys() -> None:
     assert "sharegpt" in message and "fields" in message
     with pytest.raises(TraceFormatError, match="not an object: the record is list"):
         detect([1])
+
+
+def test_own_format_without_a_thought_has_no_thought() -> None:
+    parsed = only({"limbeck_trace": 1, "messages": [USER], "answer": "a"}, "limbeck")
+    assert str(parsed.problem).startswith("no thought") and parsed.trace and parsed.trace.cot is None
