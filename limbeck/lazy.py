@@ -55,5 +55,18 @@ def make_callable(package: str) -> None:
     sys.modules[package].__class__ = CommandPackage
 
 
+class FunctionModule(types.ModuleType):
+    """A module that is also its function of the same name, for whoever imports the one and means the other."""
+
+    def __call__(self, *arguments: Any, **fields: Any) -> Any:
+        """Call the function."""
+        return vars(self)[_last(self.__name__)](*arguments, **fields)
+
+
+def make_function(module: str) -> None:
+    """Let a module be called as its function of the same name."""
+    sys.modules[module].__class__ = FunctionModule
+
+
 def _last(dotted: str) -> str:
     return dotted.rpartition(".")[2]

@@ -24,6 +24,7 @@ import numpy as np
 
 from limbeck.config import checked
 from limbeck.errors import ConfigError, TemplateError
+from limbeck.lazy import make_function
 from limbeck.traces.boxed import last_box
 from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample
 from limbeck.traces.trace import Trace
@@ -304,3 +305,7 @@ def _apply(
         )
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
         raise MessagesRefused(f"the chat template refuses the messages ({' '.join(str(error).split())}).") from error
+
+
+# `from limbeck.traces import render` is this module, and is called as the function.
+make_function(__name__)

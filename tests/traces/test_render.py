@@ -384,3 +384,12 @@ def test_no_text_moves_a_border(prompt, cot, answer, template, merges):
     if not merges:
         assert thought + tail == response
         assert tail == answer.strip("\n") + end
+
+
+def test_the_module_is_called_as_its_function() -> None:
+    from limbeck.traces import render as module
+
+    trace = Trace(messages=({"role": "user", "content": "Q"},), cot="c", answer="a")
+    assert module(trace, byte_tokenizer(), CONFIG).input_ids.tolist() == (
+        render(trace, byte_tokenizer(), CONFIG).input_ids.tolist()
+    )
