@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -153,13 +153,23 @@ def _kind_of(place: Location) -> _Kind:
     config = transformers.AutoConfig.from_pretrained(
         place.path, gguf_file=place.gguf_file, local_files_only=place.is_local
     )
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+    autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    _refuse_other_heads(config, autos)
+    for auto in autos:
         if type(config) in auto._model_mapping:
             model = auto._model_mapping[type(config)]
             # A class of text models reads the text part of a config that has several.
             own = config if model.config_class is type(config) else text_config(config)
             return _Kind(auto, model, own)
     raise ModelError(f"model_type {config.model_type!r} is of no causal language model that transformers knows.")
+
+
+def _refuse_other_heads(config: Any, autos: Sequence[Any]) -> None:
+    """A classifier or an encoder has a head of its own in its file, and none for tokens."""
+    for name in config.architectures or ():
+        known = {auto._model_mapping[type(config)].__name__ for auto in autos if type(config) in auto._model_mapping}
+        if "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")) and name not in known:
+            raise ModelError(f"is a {name}, whose head is not for tokens; only causal language models are read.")
 
 
 def text_part(model: Any, name: str) -> Any:

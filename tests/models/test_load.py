@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+import transformers
+from architectures import build
 from safetensors.torch import load_file, save_file
 from tiny_runs import run_config, save_model
 
@@ -152,6 +154,53 @@ def test_damaged_directories_are_refused(copy, damage, message):
     with pytest.raises(ModelError, match=message) as caught:
         load_model(str(copy))
     assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+def test_a_classifier_is_called_one(copy):
+    edit_config(copy, architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(ModelError, match=r"is a LlamaForSequenceClassification, whose head is not for tokens"):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize("name", ["Gemma 3, vision", "LLaVA", "Qwen2.5-VL"])
+def test_the_text_part_of_a_vision_model_is_taken(tmp_path, name, capsys):
+    whole = build(name, 49)
+    whole.save_pretrained(tmp_path)
+    symbol_tokenizer().save_pretrained(tmp_path)
+    loaded, ids = load_model(str(tmp_path)), torch.arange(3, 30)[None]
+    whole.set_attn_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    if name == "Qwen2.5-VL":  # transformers has no text model for it: it stays whole
+        assert type(loaded) is type(whole)
+        return
+    assert "its text part is taken" in capsys.readouterr().err
+    loaded.save_pretrained(tmp_path / "text")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert again.config.get_text_config() is again.config
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_without_a_token_are_cut_off(tmp_path, tied):
+    wide = load_model(save_model(tmp_path, vocab_size=64, tied=tied))
+    assert len(wide.lm_head.weight) == wide.get_input_embeddings().num_embeddings == wide.config.vocab_size == 49
+    assert (wide.lm_head.weight is wide.get_input_embeddings().weight) == tied
+    stored = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(wide.get_input_embeddings().weight, stored[:49])
+    wide.save_pretrained(tmp_path / "again")
+    symbol_tokenizer().save_pretrained(tmp_path / "again")
+    assert load_model(str(tmp_path / "again")).num_parameters() == wide.num_parameters()
+
+
+def test_a_tokenizer_without_special_tokens_pads_with_any(copy):
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    for name in ("eos_token", "pad_token"):
+        settings.pop(name, None)
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(copy))
+    assert tokenizer.eos_token_id is None and tokenizer.pad_token_id == 0
 
 
 def test_a_file_is_no_model(copy):
