@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.checkpoint import MANIFEST, Checkpoint
-from limbeck.config import build, checked
+from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.load import BUILT_IN
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sources import BUILTIN_CHAIN, TraceConfig, read_traces
+from limbeck.traces.trained_on import trained_on
 
 
 @checked
@@ -115,17 +115,9 @@ def _own_traces(model: str, sequences: int) -> TraceConfig:
     """The traces in the manifest of a distilled model or of one made from it; the built-in task for built-in models."""
     if model in BUILT_IN:
         return TraceConfig(source=BUILTIN_CHAIN, num_traces=sequences)
-    directory = Path(model)
-    for _ in range(20):
-        if not (directory / MANIFEST).is_file():
-            break
-        config = Checkpoint(directory).manifest["config"]
-        traces = config.get("traces") or config.get("distill", {}).get("traces")
-        if traces:
-            return build(TraceConfig, traces, "traces of the model's manifest")
-        if not config.get("model"):
-            break
-        directory = Path(config["model"])
+    traces = next(trained_on(model), None)
+    if traces is not None:
+        return traces
     raise ConfigError(
         f"calibration: {model} has no manifest that names traces; set calibration.traces.source or calibration.text."
     )

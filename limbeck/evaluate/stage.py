@@ -15,6 +15,7 @@ from limbeck.evaluate.benchmarks import BENCHMARKS
 from limbeck.evaluate.metrics import mean_interval
 from limbeck.evaluate.perplexity import PerplexityConfig, token_windows, window_sums
 from limbeck.evaluate.run import EvaluateConfig, EvaluationResult, evaluate, summarise
+from limbeck.evaluate.seen import count_seen
 from limbeck.evaluate.tasks import Task, task_from_traces
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.progress import bar
@@ -93,6 +94,8 @@ def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, 
     result, measured = with_benchmark(config, task, result)
     result.write(directory)
     summary = {"model": Path(name).name, "num_problems": len(task.problems), **result.summary, **measured}
+    if (seen := count_seen(name, task.problems)) is not None:
+        summary["problems_trained_on"] = seen
     write_json(directory / "summary.json", summary)
     return summary
 

@@ -1,0 +1,34 @@
+"""The traces that a model was trained on, as the manifests behind it name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from limbeck.checkpoint import MANIFEST, Checkpoint
+from limbeck.config import build
+from limbeck.traces.sources import TraceConfig
+
+_TRAINED = ("", "distill.")
+"""Where the config of a stage has the traces that it trains on, and the student it begins with."""
+_MADE_OF = ("model", "prune.model", *(f"{group}student.model" for group in _TRAINED))
+
+
+def trained_on(model: str) -> Iterator[TraceConfig]:
+    """The traces of a model, those of the model that it was made of, and so on, as far as manifests go."""
+    seen: set[Path] = set()
+    name: str | None = model
+    while name is not None and (directory := Path(name)) not in seen and (directory / MANIFEST).is_file():
+        seen.add(directory)
+        config = Checkpoint(directory).manifest["config"]
+        for group in _TRAINED:
+            if traces := _at(config, f"{group}traces"):
+                yield build(TraceConfig, traces, f"{directory / MANIFEST}: traces")
+        name = next((found for path in _MADE_OF if isinstance(found := _at(config, path), str)), None)
+
+
+def _at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config

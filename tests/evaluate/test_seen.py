@@ -1,0 +1,67 @@
+"""Problems that a model was trained on are counted and told, for the student and for what is made of it."""
+
+import shutil
+
+import pytest
+from tiny_runs import run_config
+
+import limbeck
+from limbeck.distill import train
+from limbeck.evaluate.seen import count_seen
+from limbeck.evaluate.tasks import task_from_traces
+from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.trained_on import trained_on
+
+CHAIN = {"source": "builtin:chain", "chain_min_steps": 1, "chain_max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "student"
+    return train.run(run_config({"training.max_steps": 1}), out)
+
+
+def problems(num_traces, seed=0):
+    return task_from_traces("", read_traces(TraceConfig(**CHAIN, num_traces=num_traces, seed=seed))[0]).problems
+
+
+def test_the_manifest_names_the_traces(student):
+    (traces,) = trained_on(str(student.path))
+    assert (traces.source, traces.num_traces, traces.seed) == ("builtin:chain", 12, 0)
+
+
+def test_problems_of_the_same_seed_are_told_in_one_line(student, capsys):
+    assert count_seen(str(student.path), problems(9)) == 9
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("note: 9 of 9 problems are among the traces") and "builtin:chain" in told
+    assert count_seen(str(student.path), problems(9, seed=1_000_001)) in (0, 1)
+
+
+def test_models_made_of_the_student_know_its_traces(student, tmp_path, capsys):
+    small = limbeck.prune(student, pattern="0.5", method="magnitude", out=tmp_path / "pruned")
+    again = train.run(
+        run_config({"student.model": str(small.path), "traces.seed": 7, "training.max_steps": 1}), tmp_path / "again"
+    )
+    assert [traces.seed for traces in trained_on(str(again.path))] == [7, 0]
+    assert count_seen(str(again.path), problems(4)) == 4
+
+
+def test_what_cannot_be_known_is_none(student, tmp_path, capsys):
+    assert count_seen("tiny-student", problems(2)) is None
+    assert capsys.readouterr().err == ""
+    traces = tmp_path / "traces.jsonl"
+    limbeck.import_traces(traces=CHAIN | {"num_traces": 5}, out=tmp_path / "written")
+    shutil.move(tmp_path / "written" / "traces.jsonl", traces)
+    trained = train.run(
+        run_config({"traces": {"source": str(traces)}, "num_validation": 1, "training.max_steps": 1}), tmp_path / "s"
+    )
+    assert count_seen(str(trained.path), problems(5)) == 5
+    traces.unlink()
+    capsys.readouterr()
+    assert count_seen(str(trained.path), problems(5)) is None
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_an_evaluation_counts_them_in_its_metrics(student, tmp_path):
+    found = limbeck.evaluate(student, problems=CHAIN | {"num_traces": 3}, max_new_tokens=2, out=tmp_path / "scored")
+    assert found.metrics["problems_trained_on"] == 3
