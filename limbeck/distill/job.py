@@ -1,4 +1,4 @@
-"""The frame of all stages that train: the processes, their threads, and a directory that takes its name at the end."""
+"""The frame of all stages that train: processes, threads, random numbers, and a directory that gets its name last."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from limbeck.checkpoint import output_directory
 from limbeck.distill.config import TrainingConfig
@@ -24,7 +26,9 @@ def training_job(training: TrainingConfig, out: Path, how: How) -> Iterator[tupl
       out, how: as for every stage.
     """
     ranks = join(training.parallel.tensor_parallel_size)
-    with threads(training.num_threads):
+    # Steps seed torch's own generators; behind the job they go on as if it had not been.
+    generators = [ranks.device] if ranks.device.type == "cuda" else []
+    with threads(training.num_threads), torch.random.fork_rng(devices=generators):
         if ranks.is_first:
             with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
                 yield ranks, working
