@@ -43,7 +43,7 @@ def model(tmp_path_factory):
 
 def recipe(model, rounds=1, distill=None, **cut):
     return {
-        "prune": {"model": model, "multiple_of": 4, "gate": {"sequences": 0}, **cut},
+        "prune": {"model": model, "gate": {"sequences": 0}, **({} if "method" in cut else {"multiple_of": 4}), **cut},
         "distill": {
             "traces": TRACES,
             "num_validation": 6,

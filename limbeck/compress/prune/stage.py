@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from limbeck.compress.shape_cost import Shape, whole_shape
 from limbeck.compress.shrink import kv_group_choices, round_size, shrunk_config
 from limbeck.compress.stage import CompressConfig, Finish, Job, compress
 from limbeck.compress.weights import SafetensorSource, dtype_of, stored_size
-from limbeck.config import checked
+from limbeck.config import checked, only
 from limbeck.errors import ConfigError, nearest
 from limbeck.models.load import load_model, load_tokenizer
 from limbeck.stage import How
@@ -51,28 +50,28 @@ class PruneConfig(CompressConfig):
 
     method: str = "osscar"
     """osscar | depth | alps | sparsegpt | wanda | magnitude."""
-    drop_layers: int = 0
-    """Whole layers to remove first, those whose absence costs least on held-out text (osscar, depth)."""
-    neuron_sparsity: float = 0.25
-    """Share of the MLP neurons to remove (osscar)."""
-    kv_group_sparsity: float = 0.0
-    """Share of the KV groups to remove, each with its query heads (osscar)."""
-    budget: BudgetConfig | None = None
+    drop_layers: int = only("method", "osscar", "depth", default=0)
+    """Whole layers to remove first, those whose absence costs least on held-out text."""
+    neuron_sparsity: float = only("method", "osscar", default=0.25)
+    """Share of the MLP neurons to remove."""
+    kv_group_sparsity: float = only("method", "osscar", default=0.0)
+    """Share of the KV groups to remove, each with its query heads."""
+    budget: BudgetConfig | None = only("method", "osscar", default=None)
     """A target in parameters, bytes or milliseconds instead: neurons, KV groups and layers are chosen for it by the
-    loss of every unit saved (osscar)."""
-    multiple_of: int = 32
-    """The neurons that stay are a multiple of this, for the kernels of engines (osscar)."""
-    pattern: str = "0.5"
-    """Share of zeros, or N:M, N of every M inputs stay (single weights)."""
-    alps: AlpsConfig = field(default_factory=AlpsConfig)
+    loss of every unit saved."""
+    multiple_of: int = only("method", "osscar", default=32)
+    """The neurons that stay are a multiple of this, for the kernels of engines."""
+    pattern: str = only("method", *SOLVERS, default="0.5")
+    """Share of zeros, or N:M, N of every M inputs stay."""
+    alps: AlpsConfig = only("method", "alps", default_factory=AlpsConfig)
     """Settings of alps."""
-    sparsegpt: SparseGptConfig = field(default_factory=SparseGptConfig)
+    sparsegpt: SparseGptConfig = only("method", "sparsegpt", default_factory=SparseGptConfig)
     """Settings of sparsegpt."""
-    wanda: WandaConfig = field(default_factory=WandaConfig)
+    wanda: WandaConfig = only("method", "wanda", default_factory=WandaConfig)
     """Settings of wanda."""
-    magnitude: MagnitudeConfig = field(default_factory=MagnitudeConfig)
+    magnitude: MagnitudeConfig = only("method", "magnitude", default_factory=MagnitudeConfig)
     """Settings of magnitude."""
-    osscar: OsscarConfig = field(default_factory=OsscarConfig)
+    osscar: OsscarConfig = only("method", "osscar", default_factory=OsscarConfig)
     """Settings of osscar."""
 
     def __post_init__(self) -> None:
@@ -84,11 +83,7 @@ class PruneConfig(CompressConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1); found {getattr(self, name)}")
         if self.drop_layers < (1 if self.method == "depth" else 0):
-            raise ConfigError(f"drop_layers: {self.drop_layers}; method depth removes 1 or more, others 0 or more")
-        if self.drop_layers and self.method not in ("osscar", "depth"):
-            raise ConfigError(f"drop_layers: method {self.method} removes single weights only")
-        if self.budget is not None and self.method != "osscar":
-            raise ConfigError(f"budget: method {self.method} does not change shapes; set method to osscar")
+            raise ConfigError(f"drop_layers: {self.drop_layers}; method depth removes 1 or more, osscar 0 or more")
         if self.multiple_of < 1:
             raise ConfigError(f"multiple_of must be 1 or more; found {self.multiple_of}")
 

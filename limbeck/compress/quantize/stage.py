@@ -26,7 +26,7 @@ from limbeck.compress.quantize.quantease import QuantEaseConfig
 from limbeck.compress.quantize.rtn import RtnConfig
 from limbeck.compress.quantize.smoothquant import SmoothQuantConfig
 from limbeck.compress.stage import CompressConfig, Job, compress
-from limbeck.config import checked
+from limbeck.config import checked, only
 from limbeck.errors import ConfigError, nearest
 from limbeck.models.schemes import Scheme, config_of, scheme_of
 from limbeck.progress import console
@@ -59,15 +59,15 @@ class QuantizeConfig(CompressConfig):
     """Prune as well, support and codes found together: share of zeros or N:M. Null keeps all weights."""
     joint: JointConfig = field(default_factory=JointConfig)
     """Settings of pruning and quantising together."""
-    rtn: RtnConfig = field(default_factory=RtnConfig)
+    rtn: RtnConfig = only("method", "rtn", default_factory=RtnConfig)
     """Settings of rtn."""
-    gptq: GptqConfig = field(default_factory=GptqConfig)
+    gptq: GptqConfig = only("method", "gptq", default_factory=GptqConfig)
     """Settings of gptq."""
-    quantease: QuantEaseConfig = field(default_factory=QuantEaseConfig)
+    quantease: QuantEaseConfig = only("method", "quantease", default_factory=QuantEaseConfig)
     """Settings of quantease."""
-    awq: AwqConfig = field(default_factory=AwqConfig)
+    awq: AwqConfig = only("equalization", "awq", default_factory=AwqConfig)
     """Settings of awq."""
-    smoothquant: SmoothQuantConfig = field(default_factory=SmoothQuantConfig)
+    smoothquant: SmoothQuantConfig = only("equalization", "smoothquant", default_factory=SmoothQuantConfig)
     """Settings of smoothquant."""
 
     def __post_init__(self) -> None:
