@@ -49,16 +49,20 @@ class OnPolicyConfig(SamplingConfig):
             raise ConfigError(
                 f"on_policy.max_staleness_steps must be 0 or more, or null; found {self.max_staleness_steps}"
             )
-        if self.importance_limit is not None:
-            if self.precision != "int8" or self.top_p < 1:
-                raise ConfigError(
-                    "on_policy.importance_limit needs precision int8, since an exact sampler is the student itself, "
-                    "and top_p 1, since there is no ratio outside a nucleus"
-                )
-            if not self.importance_limit >= 1:
-                raise ConfigError(f"on_policy.importance_limit must be at least 1; found {self.importance_limit}")
         if not self.length_warning_factor > 0:
             raise ConfigError(f"on_policy.length_warning_factor must be above 0; found {self.length_warning_factor}")
+        self._check_importance()
+
+    def _check_importance(self) -> None:
+        if self.importance_limit is None:
+            return
+        if self.precision != "int8" or self.top_p < 1:
+            raise ConfigError(
+                "on_policy.importance_limit needs precision int8, since an exact sampler is the student itself, "
+                "and top_p 1, since there is no ratio outside a nucleus"
+            )
+        if not self.importance_limit >= 1:
+            raise ConfigError(f"on_policy.importance_limit must be at least 1; found {self.importance_limit}")
 
     def first_step(self, total_steps: int) -> int:
         """The step (0-based) at which the second stage begins; `total_steps` when there is none."""

@@ -213,6 +213,8 @@ def _files_of(name: str) -> list[Path]:
         path = Path(place.path) / (place.gguf_file or "")
     else:
         path = Path(name).expanduser()
-    if (path / "config.json").is_file():
-        return sorted(file for file in path.iterdir() if file.is_file() and file.name not in RECORDS)
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if path.is_file():
+        return [path]
+    is_model = (path / "config.json").is_file()
+    found = path.glob("*") if is_model else path.rglob("*")
+    return sorted(file for file in found if file.is_file() and not (is_model and file.name in RECORDS))

@@ -57,30 +57,59 @@ def card_text(title: str, config: CardConfig, settings: Tree, recipe: str, metri
 
 def made_lines(pipeline: Path) -> Iterator[str]:
     """One sentence for every stage that left something to say."""
-    if (counts := _manifest(pipeline / TRACES).get("counts")) is not None:
-        yield f"traces: {_counted(counts)}"
-    if (counts := _manifest(pipeline / VERIFY).get("counts")) is not None:
-        yield f"verified: {counts['kept']} kept, dropped {json.dumps(counts['dropped'])}"
-    if (choice := _manifest(pipeline / CHOOSE).get("metrics")) is not None:
-        axes = ", ".join(f"{axis} {value}" for axis, value in choice["axes"].items())
-        yield (
-            f"cut chosen from a sweep: {axes}; it keeps {choice['retention']:.3f} of the score of the uncut run"
-            + ("" if choice["keeps_enough"] else ", less than asked for: no run kept enough")
-        )
+    for place, tell in _TEXT_LINES.items():
+        manifest = _manifest(pipeline / place)
+        if (said := manifest.get("metrics" if place == CHOOSE else "counts")) is not None:
+            yield tell(said)
+    yield from _compressed_lines(pipeline)
+    for place, tell in _MODEL_LINES.items():
+        if (said := _manifest(pipeline / place).get("metrics")) is not None:
+            yield tell(said)
+
+
+def _compressed_lines(pipeline: Path) -> Iterator[str]:
     compressed = [pipeline / name for name in (RECOVER, QUANTIZE) if Checkpoint(pipeline / name).is_finished]
     for model in read_compressed(compressed):
         if model.method and model.row.name in (RECOVER, QUANTIZE):
             yield f"{model.row.name}: {model.method}, {model.form}"
-    if (metrics := _manifest(pipeline / EXPORT).get("metrics")) is not None:
-        loaded = [key.removeprefix("in_") for key, value in metrics.items() if value == "agrees"]
-        checked = f"; loaded and compared in {', '.join(loaded)} (certificate.md)" if loaded else ""
-        yield f"export: {metrics['format']}, {metrics['bytes_after']:,} bytes of weights{checked}"
-    if (metrics := _manifest(pipeline / SMOKE).get("metrics")) is not None:
-        yield (
-            f"tried in limbeck's serving engine: {metrics['new_tokens']} tokens for {metrics['prompts']} prompts, "
-            f"{metrics['stopped']} of which stopped by themselves; log-probabilities within "
-            f"{metrics['max_difference_nats']:.2g} nats of those of transformers"
-        )
+
+
+def _traces_line(counts: Tree) -> str:
+    return f"traces: {_counted(counts)}"
+
+
+def _verified_line(counts: Tree) -> str:
+    return f"verified: {counts['kept']} kept, dropped {json.dumps(counts['dropped'])}"
+
+
+def _choice_line(choice: Tree) -> str:
+    axes = ", ".join(f"{axis} {value}" for axis, value in choice["axes"].items())
+    less = "" if choice["keeps_enough"] else ", less than asked for: no run kept enough"
+    return f"cut chosen from a sweep: {axes}; it keeps {choice['retention']:.3f} of the score of the uncut run{less}"
+
+
+def _export_line(metrics: Tree) -> str:
+    loaded = ", ".join(_consumers(metrics, "agrees"))
+    checked = f"; loaded and compared in {loaded} (certificate.md)" if loaded else ""
+    return f"export: {metrics['format']}, {metrics['bytes_after']:,} bytes of weights{checked}"
+
+
+def _smoke_line(metrics: Tree) -> str:
+    return (
+        f"tried in limbeck's serving engine: {metrics['new_tokens']} tokens for {metrics['prompts']} prompts, "
+        f"{metrics['stopped']} of which stopped by themselves; log-probabilities within "
+        f"{metrics['max_difference_nats']:.2g} nats of those of transformers"
+    )
+
+
+_TEXT_LINES = {TRACES: _traces_line, VERIFY: _verified_line, CHOOSE: _choice_line}
+_MODEL_LINES = {EXPORT: _export_line, SMOKE: _smoke_line}
+"""From a stage to what it says of itself, before and behind compression."""
+
+
+def _consumers(metrics: Tree, verdict: str) -> list[str]:
+    """The programs whose test of the export ended so."""
+    return [key.removeprefix("in_") for key, value in metrics.items() if value == verdict]
 
 
 def limit_lines(config: CardConfig, settings: Tree, pipeline: Path) -> Iterator[str]:
@@ -94,30 +123,32 @@ def limit_lines(config: CardConfig, settings: Tree, pipeline: Path) -> Iterator[
         yield "Training answers were not checked, nor kept apart from test problems."
     if settings.get("recover") is not None or settings.get("quantize") is not None:
         yield "Pruning and rounding were calibrated on the training traces; text of other kinds may lose more."
-    metrics = _manifest(pipeline / EXPORT).get("metrics") or {}
-    missing = [key.removeprefix("in_") for key, value in metrics.items() if value == "not run"]
-    if missing:
+    if missing := _consumers(_manifest(pipeline / EXPORT).get("metrics") or {}, "not run"):
         yield f"It was not loaded in {', '.join(missing)} before it was published."
     yield "Nothing was done for safety or against harmful answers beyond what the base model has."
     if config.limits:
         yield config.limits
 
 
+_TAGS = {"distill": ["distillation"], RECOVER: ["pruned"], QUANTIZE: ["quantized", "compressed-tensors"]}
+"""What a stage makes of a model, as the Hub's tags have it."""
+
+
+def _stage_tags(settings: Tree) -> list[str]:
+    return [tag for stage, own in _TAGS.items() if settings.get(stage) is not None for tag in own]
+
+
 def _metadata(name: str, config: CardConfig, settings: Tree, models: Sequence[Along]) -> ModelCardData:
-    base, teacher = base_models(settings)
-    tags = ["limbeck"]
-    tags += ["distillation"] if settings.get("distill") is not None else []
-    tags += ["pruned"] if settings.get(RECOVER) is not None else []
-    tags += ["quantized", "compressed-tensors"] if settings.get(QUANTIZE) is not None else []
+    bases = map(_hub_name, filter(None, base_models(settings)))
     results = _results(settings, models)
     return ModelCardData(
-        base_model=[known for model in (base, teacher) if model and (known := _hub_name(model))] or None,
-        datasets=[source for source in _sources(settings) if is_hub_id(source)] or None,
+        base_model=list(filter(None, bases)) or None,
+        datasets=list(filter(is_hub_id, _sources(settings))) or None,
         language=list(config.language) or None,
         license=config.license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*dict.fromkeys([*tags, *config.tags])],
+        tags=[*dict.fromkeys(["limbeck", *_stage_tags(settings), *config.tags])],
         metrics=[*dict.fromkeys(result.metric_type for result in results)] or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -149,12 +180,11 @@ def _result(source: str, metric: str, value: float) -> EvalResult:
 
 def base_models(settings: Tree) -> tuple[str | None, str | None]:
     """The model that the pipeline started from, and the teacher where it is another one."""
-    distill = settings.get("distill") or {}
-    start = (distill.get("student") or {}).get("model")
-    if start is None and not distill:
-        cut = (settings.get(RECOVER) or {}).get("prune")
-        start = (cut or settings.get(QUANTIZE) or settings.get(EXPORT) or {}).get("model")
-    teacher = (distill.get("teacher") or {}).get("model")
+    distill = settings.get("distill")
+    if not distill:
+        stages = ((settings.get(RECOVER) or {}).get("prune"), settings.get(QUANTIZE), settings.get(EXPORT))
+        return next((stage.get("model") for stage in stages if stage), None), None
+    start, teacher = ((distill.get(role) or {}).get("model") for role in ("student", "teacher"))
     return start, teacher if teacher != start else None
 
 

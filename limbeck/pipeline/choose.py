@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,12 +60,8 @@ def choose(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], config: Choos
     The frontier holds the runs that no other run beats in score at their cost.
     """
     costs, scores = [float(row[config.cost]) for row in rows], [float(row["accuracy"]) for row in rows]
-    best = max(scores)
-    kept = [
-        row["retention"] if row.get("retention") is not None else score / best if best else 1.0
-        for row, score in zip(rows, scores, strict=True)
-    ]
-    frontier = [index for index, is_on in enumerate(on_frontier(costs, scores)) if is_on]
+    kept = [_retention(row, score, max(scores)) for row, score in zip(rows, scores, strict=True)]
+    frontier = list(itertools.compress(range(len(rows)), on_frontier(costs, scores)))
     enough = [index for index in frontier if kept[index] >= config.min_retention]
     index = min(enough, key=costs.__getitem__) if enough else max(frontier, key=lambda i: (scores[i], -costs[i]))
     return {
@@ -76,6 +73,13 @@ def choose(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], config: Choos
         "frontier": [rows[number]["name"] for number in frontier],
         "keeps_enough": bool(enough),
     }
+
+
+def _retention(row: Mapping[str, Any], score: float, best: float) -> float:
+    """As measured against the uncut run, or else against the best one."""
+    if row.get("retention") is not None:
+        return float(row["retention"])
+    return score / best if best else 1.0
 
 
 def read_choice(directory: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ OUT/report.html, report.md, limbeck.json, export/README.md                      
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -83,24 +84,33 @@ def tell(config: PipelineConfig, out: Path, *, as_json: bool) -> None:
 def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:
     """One line a stage: whether and why it runs, and what it is expected to take."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("stage", "runs", "tokens", "FLOPs", "memory", "time"):
-        table.add_column(name, justify="left" if name in ("stage", "runs") else "right", overflow="fold")
-    for row in rows:
-        found = row["predicted"] or {}
-        tokens = found.get("tokens", 0) + found.get("new_tokens", 0)
-        cells = [
-            amount(tokens) if tokens else "",
-            amount(found["flops"], "F") if found.get("flops") else "",
-            amount(found["peak_bytes"], "B") if found.get("peak_bytes") else "",
-            duration(found["seconds"]) if found.get("seconds") else "",
-        ]
-        table.add_row(row["stage"], row["reason"] or "no: unchanged", *cells)
+    table.add_column("stage", overflow="fold")
+    table.add_column("runs", overflow="fold")
+    for name in ("tokens", "FLOPs", "memory", "time"):
+        table.add_column(name, justify="right", overflow="fold")
     known = [row["predicted"] for row in rows if row["predicted"]]
+    for row in rows:
+        table.add_row(row["stage"], row["reason"] or "no: unchanged", *_costs(row["predicted"] or {}))
     if known:
-        flops = amount(sum(found["flops"] for found in known), "F")
-        highest = amount(max(found["peak_bytes"] for found in known), "B")
-        table.add_row("all", "", "", flops, highest, duration(sum(found["seconds"] for found in known)))
+        table.add_row("all", "", *_costs(_all_of(known)))
     out = Console()
     out.print(table)
-    for note in dict.fromkeys(note for found in known for note in found["notes"]):
+    for note in dict.fromkeys(itertools.chain.from_iterable(found["notes"] for found in known)):
         out.print(f"assumed: {note}", highlight=False)
+
+
+def _all_of(known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the stages take together: sums, and the highest memory."""
+    sums = {name: sum(found[name] for found in known) for name in ("flops", "seconds")}
+    return sums | {"peak_bytes": max(found["peak_bytes"] for found in known)}
+
+
+def _costs(found: Mapping[str, Any]) -> list[str]:
+    """Tokens, FLOPs, memory and time; empty where nothing is expected."""
+    tokens = found.get("tokens", 0) + found.get("new_tokens", 0)
+    return [
+        amount(tokens) if tokens else "",
+        amount(found["flops"], "F") if found.get("flops") else "",
+        amount(found["peak_bytes"], "B") if found.get("peak_bytes") else "",
+        duration(found["seconds"]) if found.get("seconds") else "",
+    ]

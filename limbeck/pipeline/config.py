@@ -113,14 +113,17 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         if self.generate is not None and self.traces is not None:
             raise ConfigError("set generate or traces, not both: traces are sampled or read")
-        if (self.cache or self.sweep) and self.distill is None:
-            raise ConfigError("cache and sweep are for a student that is trained; set distill")
-        if self.cache is not None and (self.distill is None or self.distill.teacher.model is None):
-            raise ConfigError("cache stores a teacher's words; set distill.teacher.model")
+        self._check_student()
         if self.push_to_hub is not None and self.export is None:
             raise ConfigError("push_to_hub sends an export; set export")
         if not any((self.distill, self.recover, self.quantize, self.export, self.generate, self.traces)):
             raise ConfigError("the recipe has no stage; set distill, recover, quantize or export, or generate traces")
+
+    def _check_student(self) -> None:
+        if (self.cache or self.sweep) and self.distill is None:
+            raise ConfigError("cache and sweep are for a student that is trained; set distill")
+        if self.cache is not None and (self.distill is None or self.distill.teacher.model is None):
+            raise ConfigError("cache stores a teacher's words; set distill.teacher.model")
 
 
 def told(config: Any) -> dict[str, Any]:
@@ -171,14 +174,18 @@ class _Joined:
         if self.tree.get("generate") is not None or self.tree.get("traces") is not None:
             source = f"{OUT}{TRACES}/{TRACES_FILE}"
         if self.tree.get("verify") is not None:
-            problems = [_tree(self.tree.get(name)).get("problems") for name in ("evaluate", "sweep")]
-            held_out = {"evaluation": [given for given in problems if given]}
-            own = {"traces": {"source": source}} if source else {}
-            self._default("verify", own | self.render | held_out)
-            source = f"{OUT}{VERIFY}/{TRACES_FILE}"
+            source = self._verify(source)
         if source is not None:
             self._default(DISTILL, {"traces": {"source": source}})
             self.distill = _tree(self.tree.get(DISTILL))
+
+    def _verify(self, source: str | None) -> str:
+        """Complete the check of what `source` holds; returns where the checked traces are."""
+        problems = [_tree(self.tree.get(name)).get("problems") for name in ("evaluate", "sweep")]
+        held_out = {"evaluation": [given for given in problems if given]}
+        own = {"traces": {"source": source}} if source else {}
+        self._default("verify", own | self.render | held_out)
+        return f"{OUT}{VERIFY}/{TRACES_FILE}"
 
     def _distill(self) -> None:
         if self.tree.get(CACHE) is not None and self.teacher.get("model"):

@@ -96,12 +96,7 @@ def _text_stages(config: PipelineConfig) -> Iterator[Task]:
 
 def _model_stages(config: PipelineConfig) -> Iterator[Task]:
     """Every model, and its score right after it."""
-    teacher = config.distill.teacher.model if config.distill is not None else None
-    start = config.distill.student.model if config.distill is not None else _first_model(config)
-    if config.evaluate_teacher and teacher is not None:
-        yield from _score(config, "teacher", teacher, f"{EVALUATE}/teacher")
-    if start is not None:
-        yield from _score(config, "start", start, f"{EVALUATE}/start")
+    yield from _first_scores(config)
     choice = None
     if config.sweep is not None:
         weights, rows = "runs/*/*.safetensors", "runs/*/evaluation/results.jsonl"
@@ -119,6 +114,16 @@ def _model_stages(config: PipelineConfig) -> Iterator[Task]:
     if config.quantize is not None:
         yield Task(QUANTIZE, config.quantize, compress_commands.QUANTIZE, QUANTIZE)
         yield from _score(config, QUANTIZE, OUT + QUANTIZE, f"{QUANTIZE}/evaluation")
+
+
+def _first_scores(config: PipelineConfig) -> Iterator[Task]:
+    """Of the teacher, and of the model that the pipeline starts from."""
+    teacher = config.distill.teacher.model if config.distill is not None else None
+    start = config.distill.student.model if config.distill is not None else _first_model(config)
+    if config.evaluate_teacher and teacher is not None:
+        yield from _score(config, "teacher", teacher, f"{EVALUATE}/teacher")
+    if start is not None:
+        yield from _score(config, "start", start, f"{EVALUATE}/start")
 
 
 def _handing_over(config: PipelineConfig) -> Iterator[Task]:

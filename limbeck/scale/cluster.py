@@ -218,39 +218,47 @@ def device_memory(
     sent = Pass(Computed(tokens, tokens, round(tokens * load.pairs / load.tokens)), rows)
     kept = 4 * student.trainable_parameters / parts
     head = dims.vocab * dims.width
-    layer = student.sizes.linear_weights / dims.layers
-    is_sharded = parallel.strategy == "shard"
-    whole_head = head / (parts if parallel.shard_head else 1) if is_sharded else 0.0
-    gathered = (
-        (2 * item + 4) * layer / tensor + 4 * whole_head
-        if is_sharded
-        else 4.0 * student.trainable_parameters * (devices > 1)
-    )
-    shards = parts if is_sharded and parallel.shard_head else 1
+    shards = parts if parallel.strategy == "shard" and parallel.shard_head else 1
+    gathered = _gathered(config, models, devices, item, head / shards)
     of_loss = loss_bytes(loss._replace(vocab=-(-loss.vocab // shards)), student.way, rows, 1)
     activations = saved_bytes(dims, student.way, sent) / (tensor if not student.way.is_recomputed else 1)
-    taught = _teacher_shard_size(parallel, devices)
-    held = sum(4 * t.sizes.num_parameters / taught for t in teachers)
-    held += sum(2 * item * t.sizes.linear_weights / t.dims.layers for t in teachers) if taught > 1 else 0.0
+    held = _held(models, _teacher_shard_size(parallel, devices), item)
     teaching = max((forward_bytes(t.dims, t.way, sent.computed) for t in teachers), default=0)
-    casts = (
-        0.0
-        if is_sharded or item == 4
-        else 2.0 * max(student.sizes.linear_weights, *(t.sizes.linear_weights for t in teachers), 0)
-    )
-    start = activations + of_loss + (kept if accumulates else 0.0)
+    start = activations + of_loss + kept * accumulates
     end = kept + 4 * head / shards
+    # Which of the two moments is the higher one.
+    at_start = start >= end
     terms = {
         "weights": 4 * student.sizes.num_parameters / parts,
         "optimizer": states_of(config.optimizer.name) * kept,
         "teacher": held,
-        "gathered": gathered + casts,
-        "gradients": kept if accumulates or end > start else 0.0,
-        "activations": activations if start >= end else 0.0,
-        "loss": of_loss if start >= end else 4 * head / shards,
+        "gathered": gathered,
+        "gradients": kept * (accumulates or not at_start),
+        "activations": activations * at_start,
+        "loss": of_loss if at_start else 4 * head / shards,
         "workspace": max(backward_bytes(dims, student.way, sent.computed) / tensor, teaching - activations),
     }
     return {name: int(value) for name, value in terms.items()}
+
+
+def _gathered(config: DistillConfig, models: Models, devices: int, item: int, own_head: float) -> float:
+    """Bytes of weights and gradients beside a device's own parts: two layers and the head, or copies in bf16."""
+    parallel, sizes = config.training.parallel, models.student.sizes
+    if parallel.strategy == "shard":
+        layer = sizes.linear_weights / models.student.dims.layers
+        return (2 * item + 4) * layer / parallel.tensor_parallel_size + 4 * own_head
+    summed = 4.0 * models.student.trainable_parameters * (devices > 1)
+    if item == 4:
+        return summed
+    return summed + 2.0 * max(sizes.linear_weights, *(t.sizes.linear_weights for t in models.teachers), 0)
+
+
+def _held(models: Models, taught: int, item: int) -> float:
+    """Bytes of the teachers: a device's own parts, and two layers of each that are gathered."""
+    held = sum(4 * t.sizes.num_parameters / taught for t in models.teachers)
+    if taught == 1:
+        return held
+    return held + sum(2 * item * t.sizes.linear_weights / t.dims.layers for t in models.teachers)
 
 
 def _batch(config: DistillConfig, load: Load) -> tuple[int, int]:

@@ -37,20 +37,13 @@ def show_predictions(predictions: Sequence[Prediction], hardware: Hardware) -> N
     """One line a stage, the terms of the highest memory, and what was assumed."""
     out = Console()
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("stage", "tokens", *FLOP_PARTS, "FLOPs", "memory", "time"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    table.add_column("stage")
+    for name in ("tokens", *FLOP_PARTS, "FLOPs", "memory", "time"):
+        table.add_column(name, justify="right")
     for found in predictions:
-        parts = [amount(found.flops[name], "F") if found.flops[name] else "–" for name in FLOP_PARTS]
-        all_flops = found.total_flops + found.solver_flops
-        tokens = amount(found.tokens + found.new_tokens)
-        table.add_row(
-            found.stage, tokens, *parts, amount(all_flops, "F"), amount(found.peak_bytes, "B"), duration(found.seconds)
-        )
+        table.add_row(*_cells(found))
     if len(predictions) > 1:
-        flops = sum(found.total_flops + found.solver_flops for found in predictions)
-        highest = max(found.peak_bytes for found in predictions)
-        seconds = duration(sum(found.seconds for found in predictions))
-        table.add_row("all", "", *[""] * len(FLOP_PARTS), amount(flops, "F"), amount(highest, "B"), seconds)
+        table.add_row(*_sums(predictions))
     out.print(table)
     largest = max(predictions, key=lambda found: found.peak_bytes)
     out.print(f"memory: {_terms(largest.memory)}", highlight=False, soft_wrap=True)
@@ -58,6 +51,21 @@ def show_predictions(predictions: Sequence[Prediction], hardware: Hardware) -> N
     out.print(f"{hardware.name}: {rates}, {amount(hardware.bandwidth, 'B/s')}", highlight=False)
     for note in dict.fromkeys(note for found in predictions for note in found.notes):
         out.print(f"assumed: {note}", highlight=False)
+
+
+def _cells(found: Prediction) -> list[str]:
+    parts = [amount(found.flops[name], "F") if found.flops[name] else "–" for name in FLOP_PARTS]
+    all_flops = amount(found.total_flops + found.solver_flops, "F")
+    tokens = amount(found.tokens + found.new_tokens)
+    return [found.stage, tokens, *parts, all_flops, amount(found.peak_bytes, "B"), duration(found.seconds)]
+
+
+def _sums(predictions: Sequence[Prediction]) -> list[str]:
+    """The cells of all stages together: sums, and the highest memory."""
+    flops = sum(found.total_flops + found.solver_flops for found in predictions)
+    highest = max(found.peak_bytes for found in predictions)
+    seconds = duration(sum(found.seconds for found in predictions))
+    return ["all", "", *[""] * len(FLOP_PARTS), amount(flops, "F"), amount(highest, "B"), seconds]
 
 
 def show_plan(own: Estimate, best: Sequence[Estimate], flags: Sequence[Sequence[str]], hardware: Hardware) -> None:
@@ -69,9 +77,10 @@ def show_plan(own: Estimate, best: Sequence[Estimate], flags: Sequence[Sequence[
     out = Console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     names = ("settings", "fits", "memory a device", "a step", "beside it: messages", "whole run", "device-hours")
-    for name in names:
-        table.add_column(name, justify="left" if name == "settings" else "right")
-    for label, found in [("the recipe's", own), *((f"plan {n}", found) for n, found in enumerate(best, 1))]:
+    table.add_column(names[0])
+    for name in names[1:]:
+        table.add_column(name, justify="right")
+    for label, found in {"the recipe's": own, **{f"plan {n}": found for n, found in enumerate(best, 1)}}.items():
         table.add_row(
             label,
             "yes" if found.fits else "no",
