@@ -10,7 +10,9 @@ Bound: `median steps = c + ln d / (2 ln(1 + lr gamma))`. Keys per method: `slope
 noise has a fixed size per coordinate instead (null: |slope| < 0.2). `gd_num_left` counts dimensions in which noiseless
 gradient descent left the saddle within 2,000 steps (0).
 
-Peer: the formula itself, and gradient descent as the control.
+Peer: the formula itself, and gradient descent as the control. Further controls with the same keys: `sgd`, plain SGD on
+ASGLD's mini-batches, and `jitter_gd`, gradient descent after one kick of AGLD's radius at the start: what gate and
+later kicks add to the law is the difference to them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from _study import Outcome, main
 
 from studies.escape import EscapeConfig, fit_table, measure, median_table
 
+METHODS = ("asgld", "asg", "agld", "sgd", "jitter_gd")
 KEYS = (
     "slope_over_predicted",
     "slope_low",
@@ -36,9 +39,9 @@ def run(quick: bool, scratch: Path) -> Outcome:
     """Measure all methods on the full or the quick grid."""
     if quick:
         dims = (10, 100, 1_000, 10_000)
-        config = EscapeConfig(dims=dims, num_seeds=101, null_seeds=51, control_steps=500)
+        config = EscapeConfig(methods=METHODS, dims=dims, num_seeds=101, null_seeds=51, control_steps=500)
     else:
-        config = EscapeConfig(num_seeds=401, num_seeds_large=101, null_seeds=101)
+        config = EscapeConfig(methods=METHODS, num_seeds=401, num_seeds_large=101, null_seeds=101)
     result = measure(config, scratch / f"escape-{'quick' if quick else 'full'}.jsonl")
     keys = {f"{name}_{key}": found[key] for name, found in result["methods"].items() for key in KEYS}
     keys["gd_num_left"] = result["control_num_left"]

@@ -13,7 +13,8 @@ batch and for full gradients. Keys `<problem>_iterations_exponent_<schedule>` an
 Reach: at most 4.2, 2.2 and 2.2 on both problems. Theory for the valley: 3.5, 2 and 1.5 where its length, and not the
 escape, decides; samples of a growing batch: twice its iterations' exponent.
 
-Peer: none; plain SGD is what ASGLD is while its gate is shut, which it is at batch 1.
+Controls: `constant_sgd` and `growing_sgd`, plain SGD on the same mini-batches: what ASGLD is while its gate is shut, as
+it is at batch 1; `full_jitter`, gradient descent after one kick at the start.
 """
 
 from __future__ import annotations

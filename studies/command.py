@@ -15,7 +15,7 @@ from limbeck.stage import How
 
 
 def main(config_class: type, run: Callable[..., Any], name: str) -> None:
-    """Call `run(config, out, overwrite=..., resume=...)`; a user's mistake is one line and exit code 2."""
+    """Call `run(config, out, how=...)`; a user's mistake is one line and exit code 2."""
     try:
         config, options = read(config_class, name, sys.argv[1:])
         run(config, options.out, how=How(overwrite=options.overwrite, resume=options.resume))

@@ -24,6 +24,7 @@ from limbeck.checkpoint import output_directory
 from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.optim.theory import escape_slope
+from limbeck.stage import How
 from studies import draw
 from studies.cells import measure_cells
 from studies.command import main
@@ -99,9 +100,9 @@ class EscapeConfig:
                 raise ConfigError(f"{name} must be above 0; found {getattr(self, name)}.")
 
 
-def run(config: EscapeConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(config: EscapeConfig, out: Path, *, how: How = How()) -> dict[str, Any]:
     """Measure, fit, and write result.json, table.md, plots and page.html into `out`; the result comes back."""
-    with output_directory(out, overwrite=overwrite, resume=resume) as directory:
+    with output_directory(out, overwrite=how.overwrite, resume=how.resume) as directory:
         result = measure(config, directory / "cells.jsonl")
         draw.escape_times(result, directory / "escape.png")
         write_study(

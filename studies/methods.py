@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError, nearest
+from limbeck.optim.jitter import jitter_
 from limbeck.optim.langevin import AGLD, ASG, ASGLD
+from limbeck.optim.neon import NEON
 from limbeck.optim.perturb import Perturb
 from limbeck.optim.perturbed import NoisySGD, PerturbedGD, PerturbedSGD
+from limbeck.optim.sam import SAM
 from limbeck.optim.settings import Gate, NoiseScale
 from limbeck.optim.sgld import SGLD
 from limbeck.optim.theory import escape_window, radius_to_temperature
@@ -29,7 +32,7 @@ class Settings:
     """Heavy-ball momentum of the methods called *_momentum and of heavy_ball."""
     noise_radius: float = 0.01
     """r: root mean square norm of one draw of injected noise."""
-    grad_threshold: float = 0.02
+    grad_threshold: float | Literal["auto"] = 0.02
     """The gate fires at or below this gradient norm."""
     escape_steps: int | None = None
     """Steps between two fires; null is the O(log d) window."""
@@ -52,6 +55,8 @@ class Method(NamedTuple):
     """Steps on mini-batches rather than on the exact gradient."""
     has_momentum: bool = False
     """Uses `Settings.momentum`."""
+    needs_closure: bool = False
+    """Takes several gradients a step."""
 
 
 def _asgld(params: list[Tensor], settings: Settings, seed: int, momentum: float = 0.0) -> Optimizer:
@@ -66,7 +71,9 @@ def _agld(params: list[Tensor], settings: Settings, seed: int, momentum: float =
     return AGLD(params, settings.lr, momentum=momentum, seed=seed, **_gated(settings), **_noise(settings))
 
 
-def _perturbed_gd(params: list[Tensor], settings: Settings, seed: int) -> Optimizer:
+def _perturbed_gd(params: list[Tensor], settings: Settings, seed: int, momentum: float = 0.0) -> Optimizer:
+    if settings.grad_threshold == "auto":
+        raise ConfigError("perturbed_gd: grad_threshold is 'auto'; its theory asks for a number.")
     window = settings.escape_steps or escape_window(sum(param.numel() for param in params))
     # No test of the loss drop: the studies decide when a run has arrived.
     return PerturbedGD(
@@ -75,6 +82,7 @@ def _perturbed_gd(params: list[Tensor], settings: Settings, seed: int) -> Optimi
         grad_threshold=settings.grad_threshold,
         noise_radius=settings.noise_radius,
         escape_steps=window,
+        momentum=momentum,
         seed=seed,
     )
 
@@ -90,13 +98,55 @@ def _perturbed_adamw(params: list[Tensor], settings: Settings, seed: int) -> Opt
     return Perturb(inner, seed=seed, **_gated(settings), **_noise(settings))
 
 
+def _jittered(make: Callable[[list[Tensor], Settings, int], Optimizer]) -> Callable[..., Optimizer]:
+    """The control of every kick: one at the start, then nothing."""
+
+    def kicked(params: list[Tensor], settings: Settings, seed: int) -> Optimizer:
+        jitter_(params, settings.noise_radius, seed)
+        return make(params, settings, seed)
+
+    return kicked
+
+
+def _sgd(params: list[Tensor], settings: Settings, seed: int) -> Optimizer:
+    return torch.optim.SGD(params, lr=settings.lr, momentum=settings.momentum)
+
+
+def _adam(params: list[Tensor], settings: Settings, seed: int) -> Optimizer:
+    return torch.optim.Adam(params, lr=settings.lr)
+
+
+def _neon(params: list[Tensor], settings: Settings, seed: int) -> Optimizer:
+    threshold = 0.02 if settings.grad_threshold == "auto" else settings.grad_threshold
+    return NEON(
+        params,
+        settings.lr,
+        grad_threshold=threshold,
+        noise_radius=settings.noise_radius / 100,
+        escape_distance=settings.noise_radius,
+        seed=seed,
+    )
+
+
 METHODS: dict[str, Method] = {
     "gd": Method(lambda params, s, seed: torch.optim.SGD(params, lr=s.lr)),
     "sgd": Method(lambda params, s, seed: torch.optim.SGD(params, lr=s.lr), is_stochastic=True),
     "heavy_ball": Method(
         lambda params, s, seed: torch.optim.SGD(params, lr=s.lr, momentum=s.momentum), has_momentum=True
     ),
+    "sgd_momentum": Method(_sgd, is_stochastic=True, has_momentum=True),
+    "jitter_sgd_momentum": Method(_jittered(_sgd), is_stochastic=True, has_momentum=True),
+    "jitter_heavy_ball": Method(_jittered(_sgd), has_momentum=True),
+    "jitter_adam": Method(_jittered(_adam)),
+    "jitter_gd": Method(_jittered(lambda params, s, seed: torch.optim.SGD(params, lr=s.lr))),
+    "sam": Method(
+        lambda params, s, seed: SAM(_sgd(params, s, seed), rho=s.noise_radius), has_momentum=True, needs_closure=True
+    ),
+    "neon": Method(_neon, needs_closure=True),
     "perturbed_gd": Method(_perturbed_gd),
+    "perturbed_gd_momentum": Method(
+        lambda params, s, seed: _perturbed_gd(params, s, seed, s.momentum), has_momentum=True
+    ),
     "perturbed_sgd": Method(
         lambda params, s, seed: PerturbedSGD(params, s.lr, noise_radius=s.noise_radius / s.lr, seed=seed),
         is_stochastic=True,

@@ -20,6 +20,7 @@ from torch import Tensor
 from limbeck.checkpoint import output_directory
 from limbeck.config import checked
 from limbeck.errors import ConfigError
+from limbeck.stage import How
 from studies import draw
 from studies.cells import measure_cells
 from studies.command import main
@@ -101,9 +102,9 @@ class RaceConfig:
             raise ConfigError(f"race: no saddle of {self.problem} is known. Set start to random.")
 
 
-def run(config: RaceConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(config: RaceConfig, out: Path, *, how: How = How()) -> dict[str, Any]:
     """Tune, race, and write result.json, table.md, plots and page.html into `out`; the result comes back."""
-    with output_directory(out, overwrite=overwrite, resume=resume) as directory:
+    with output_directory(out, overwrite=how.overwrite, resume=how.resume) as directory:
         result = measure(config, directory)
         curves = {name: _curve(config, name, found["lr"]) for name, found in result["methods"].items()}
         plots = {"Median loss": directory / "race.png"}

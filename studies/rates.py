@@ -10,6 +10,8 @@
 | constant | ASGLD | b0 | constant_lr * eps^2 * b0 / sigma^2: what the noise at the minimum allows |
 | growing | ASGLD | b0 + floor(batch_growth * t) | lr |
 | full | AGLD | exact gradients | lr |
+| constant_sgd, growing_sgd | SGD: the same without gate and kick | the same | the same |
+| full_jitter | gradient descent after one kick of the same radius at the start | exact gradients | lr |
 
 The gate's threshold is eps. A raw gradient norm never falls below sigma / sqrt(b), so with small batches the gate stays
 shut and the gradient noise alone leaves the saddle: ASGLD and ASG are then the same method.
@@ -31,6 +33,7 @@ from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.optim.diagnostics import curvature_at, products_needed, second_order
 from limbeck.optim.growing_batch import BatchGrowth
+from limbeck.stage import How
 from studies import draw
 from studies.cells import measure_cells
 from studies.command import main
@@ -40,7 +43,7 @@ from studies.page import Table, write_study
 from studies.problems import QuarticSaddle, TiltedProblem, ValleySaddle
 from studies.swarm import Swarm, run_until
 
-Schedule = Literal["constant", "growing", "full"]
+Schedule = Literal["constant", "growing", "full", "constant_sgd", "growing_sgd", "full_jitter"]
 Cell = tuple[str, float, int, int]
 """Schedule, eps, first seed, number of seeds."""
 
@@ -50,6 +53,15 @@ PROTOCOL = (
     "exponent."
 )
 """What the page says of the measurement."""
+METHODS: dict[str, str] = {
+    "constant": "asgld",
+    "growing": "asgld",
+    "full": "agld",
+    "constant_sgd": "sgd",
+    "growing_sgd": "sgd",
+    "full_jitter": "jitter_gd",
+}
+"""Schedule -> method; the last three are the controls of the first."""
 _RETEST = 1.02
 _SCREEN_PRODUCTS = 6
 
@@ -60,7 +72,7 @@ class RatesConfig:
 
     problem: Literal["quartic_saddle", "valley_saddle"] = "quartic_saddle"
     """quartic_saddle: strongly convex minima. valley_saddle: an endless valley that flattens, near the worst case."""
-    schedules: tuple[Schedule, ...] = ("constant", "growing", "full")
+    schedules: tuple[Schedule, ...] = ("constant", "growing", "full", "constant_sgd", "growing_sgd", "full_jitter")
     """How gradients are fed."""
     epsilons: tuple[float, ...] = (0.1, 0.05, 0.025, 0.0125)
     """Wanted gradient norms, two or more; the saddle must fail the test: gamma > sqrt(rho eps)."""
@@ -105,9 +117,9 @@ class RatesConfig:
             )
 
 
-def run(config: RatesConfig, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(config: RatesConfig, out: Path, *, how: How = How()) -> dict[str, Any]:
     """Measure, fit, and write result.json, table.md, plots and page.html into `out`; the result comes back."""
-    with output_directory(out, overwrite=overwrite, resume=resume) as directory:
+    with output_directory(out, overwrite=how.overwrite, resume=how.resume) as directory:
         result = measure(config, directory / "cells.jsonl")
         draw.convergence(result, directory / "rates.png")
         write_study(
@@ -144,9 +156,9 @@ def measure_cell(config: RatesConfig, cell: Cell) -> dict[str, Any]:
     schedule, eps, first_seed, num_seeds = cell
     problem = make_problem(config)
     facts = problem.facts()
-    method = method_named("agld" if schedule == "full" else "asgld")
+    method = method_named(METHODS[schedule])
     lr = config.lr
-    if schedule == "constant":
+    if schedule.startswith("constant"):
         lr = config.constant_lr * eps**2 * config.batch_size / config.gradient_noise**2
     settings = Settings(lr=lr, noise_radius=lr * eps, grad_threshold=eps)
     tolerance = math.sqrt((facts.hessian_lipschitz or 0.0) * eps)
@@ -234,9 +246,9 @@ def _arrival_test(
 
 
 def _batch_sizes(config: RatesConfig, schedule: str) -> Callable[[int], int | None]:
-    if schedule == "full":
+    if schedule.startswith("full"):
         return lambda step: None
-    growth = config.batch_growth if schedule == "growing" else 0.0
+    growth = config.batch_growth if schedule.startswith("growing") else 0.0
     return BatchGrowth(config.batch_size, growth).size_at
 
 
@@ -249,7 +261,7 @@ def _summary(config: RatesConfig, schedule: str, measured: Mapping[Cell, Mapping
     arrived = [math.isfinite(value) for group in steps for value in group]
     medians = [lower_median(group) for group in steps]
     iterations_exponent, iterations_interval = _exponent(epsilons, steps)
-    has_samples = schedule != "full"
+    has_samples = not schedule.startswith("full")
     samples_exponent, samples_interval = _exponent(epsilons, samples) if has_samples else (None, None)
     names = [f"{eps:g}" for eps in epsilons]
     claim = math.log(config.num_dims)

@@ -29,6 +29,8 @@ class Arrivals(NamedTuple):
     """Samples drawn by then, exact gradients not counted: `[P]`, float64."""
     points: Tensor
     """Where the runs stopped: `[P, *shape]`."""
+    gradients: Tensor
+    """Gradients taken until the run was done, as steps: more than the steps where a method takes several a step."""
 
 
 class Swarm:
@@ -37,8 +39,9 @@ class Swarm:
     def __init__(
         self, problem: Problem, method: Method, settings: Settings, starts: Tensor, seeds: Sequence[int]
     ) -> None:
-        self.problem = problem
+        self.problem, self.method = problem, method
         self.points = starts.clone()
+        self.gradients = torch.zeros(len(starts), dtype=torch.float64)
         self._params = [torch.nn.Parameter(row) for row in self.points]
         self._optimizers = [
             method.make([param], settings, seed) for param, seed in zip(self._params, seeds, strict=True)
@@ -48,21 +51,40 @@ class Swarm:
 
     def step(self, batch_size: int | None) -> None:
         """One optimizer step of every run, on a mini-batch of its own or on the exact gradient."""
+        batch = None
         if batch_size is None:
             slopes = self.problem.gradient(self.points)
         else:
             batch = self.problem.draw(len(self.points), batch_size, self._generator)
             slopes = self.problem.batch_gradient(self.points, batch)
-        for param, slope, optimizer in zip(self._params, slopes, self._optimizers, strict=True):
+        for i, (param, slope, optimizer) in enumerate(zip(self._params, slopes, self._optimizers, strict=True)):
             param.grad = slope
-            optimizer.step()
+            optimizer.step(self._closure(i, batch) if self.method.needs_closure else None)
+        if not self.method.needs_closure:
+            self.gradients += 1
         projected = self.problem.project(self.points)
         if projected is not self.points:
             self.points.copy_(projected)
 
+    def _closure(self, index: int, batch: Tensor | None) -> Callable[[], float]:
+        """Loss and gradient of one run where it stands, on the mini-batch of this step."""
+
+        def closure() -> float:
+            param = self._params[index]
+            point = param.detach().unsqueeze(0)
+            self.gradients[index] += 1
+            if batch is None:
+                param.grad = self.problem.gradient(point).squeeze(0)
+                return float(self.problem.loss(point))
+            own = batch[index : index + 1]
+            param.grad = self.problem.batch_gradient(point, own).squeeze(0)
+            return float(self.problem.batch_loss(point, own))
+
+        return closure
+
     def keep(self, mask: Tensor) -> None:
         """Go on with the runs where `mask` `[P]` is true."""
-        self.points = self.points[mask]
+        self.points, self.gradients = self.points[mask], self.gradients[mask]
         kept = mask.nonzero().squeeze(-1).tolist()
         self._params = [self._params[index] for index in kept]
         self._optimizers = [self._optimizers[index] for index in kept]
@@ -85,7 +107,7 @@ def run_until(
     """
     num_runs = len(swarm.points)
     going = torch.arange(num_runs)
-    steps, samples = (torch.full((num_runs,), math.inf, dtype=torch.float64) for _ in range(2))
+    steps, samples, gradients = (torch.full((num_runs,), math.inf, dtype=torch.float64) for _ in range(3))
     stopped_at = swarm.points.clone()
     drawn = 0
     for step in range(max_steps + 1):
@@ -93,6 +115,7 @@ def run_until(
         if done.any():
             arrived = going[done]
             steps[arrived], samples[arrived] = float(step), float(drawn)
+            gradients[arrived] = swarm.gradients[done]
             stopped_at[arrived] = swarm.points[done]
             going = going[~done]
             swarm.keep(~done)
@@ -102,4 +125,4 @@ def run_until(
         drawn += size or 0
         swarm.step(size)
     stopped_at[going] = swarm.points
-    return Arrivals(steps, samples, stopped_at)
+    return Arrivals(steps, samples, stopped_at, gradients)
