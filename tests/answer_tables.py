@@ -105,6 +105,9 @@ RIGHT: list[tuple[str, str]] = [
     ("B", "B. Madrid"),
     ("B. 1812", "1812"),
     ("A, C", "A, C"),
+    ("Option A is incorrect. Option B is incorrect. Option C is correct.", "C"),
+    ("Answer: C\n\nExplanation: A and B fail. So the answer is not A.", "C"),
+    ("ANSWER: C", "C"),
     # yes, no, words
     ("Final Answer: Yes", "yes"),
     ("Yes, it does.", "Yes"),
@@ -131,6 +134,12 @@ RIGHT: list[tuple[str, str]] = [
     ("150 cents", "$1.50"),
     ("5 apples", "5"),
     ("3:30 PM", "3:30 pm"),
+    ("5 N", "5"),
+    ("3 \\times 10^8 \\text{ m/s}", "3e8"),
+    ("The answer is 1/3 \u2248 0.333.", "1/3"),
+    ("\\boxed{\\frac{1}{3} \\approx 0.333}", "0.333"),
+    ("0.5 or 50%", "0.5"),
+    ("\\boxed{\\text{The answer is } 5}", "5"),
     # lists, sets, tuples, intervals, ranges
     ("3, 5", "3,5"),
     ("3 and 5", "3, 5"),
@@ -144,6 +153,11 @@ RIGHT: list[tuple[str, str]] = [
     ("[2, 5)", "[2,5)"),
     ("between 3 and 5", "3 to 5"),
     ("3-5", "3 to 5"),
+    ("x \\in [1, 2]", "[1,2]"),
+    ("\\boxed{3+2\\sqrt{2}, 3-2\\sqrt{2}}", "3 \\pm 2\\sqrt{2}"),
+    ("\\boxed{11111100}", "11,\\! 111,\\! 100"),
+    ("\\boxed{\\infty}", "infinity"),
+    ("(1,2) and (3,4)", "(1,2),(3,4)"),
     # mathematics
     ("\\boxed{x+1}", "1+x"),
     ("2\\sqrt{2}", "\\sqrt{8}"),
@@ -189,6 +203,8 @@ WRONG: list[tuple[str, str]] = [
     ("The answer is 3, 4, or 5.", "3"),
     ("The answer is 3, 4, or 5.", "5"),
     ("The answer is 3 or 4.", "4"),
+    ("It is either 12 or 13.", "13"),
+    ("It comes to 12 (or 13 with the guide)", "13"),
     ("The answer is either 3 or 4.", "3"),
     ("The answer is between 3 and 5.", "3"),
     ("The answer is between 3 and 5.", "5"),
@@ -224,6 +240,8 @@ WRONG: list[tuple[str, str]] = [
     ("C", "B. Madrid"),
     ("C) Madrid", "B) Madrid"),
     ("E", "D"),
+    ("Option A is correct. Option B is incorrect. Option C is incorrect.", "C"),
+    ("Answer: B\n\nExplanation: A and C fail.", "C"),
     # yes, no, words
     ("No", "yes"),
     ("Yes, it does.", "No"),
@@ -251,6 +269,10 @@ WRONG: list[tuple[str, str]] = [
     ("0.3", "25%"),
     ("6 apples", "5"),
     ("6", "5 apples"),
+    ("5 N", "6"),
+    ("3 \\times 10^8 \\text{ m/s}", "3e9"),
+    ("The answer is 1/3 \u2248 0.333.", "2/3"),
+    ("0.5 or 60%", "0.5"),
     # lists, sets, tuples, intervals, ranges
     ("3, 6", "3, 5"),
     ("3", "3, 5"),
@@ -299,6 +321,9 @@ OPEN: list[tuple[str, str]] = [
     ("True", "yes"),
     ("Paris, France", "Paris"),
     ("There is no solution", "4"),
+    ("3 hours and 20 minutes", "200 minutes"),
+    ("3 hours 20 minutes", "200 minutes"),
+    ("Between A and B I cannot choose, although C has its merits too", "C"),
     ("January 2, 2024", "2024-01-02"),
 ]
 """Neither right nor wrong by what is known."""

@@ -16,6 +16,7 @@ MOST_CHARACTERS = 1000
 """Longer answers are compared as text."""
 
 _COMMANDS = (
+    (r",\\!\s*(?=\d{3})", ","),
     (r"\\(?:left|right|displaystyle|limits|bigl?|bigr?)(?![A-Za-z])", ""),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|textrm|mbox|operatorname|boldsymbol)\s?\{([^{}]*)\}", r" \1 "),
@@ -27,10 +28,10 @@ _COMMANDS = (
     (r"\\(?:cdot|times)(?![A-Za-z])|\u00d7|\u22c5|\u00b7", "*"),
     (r"\\(?:le|leq)(?![A-Za-z])|\u2264", "<="),
     (r"\\(?:ge|geq)(?![A-Za-z])|\u2265", ">="),
-    (r"\\approx(?![A-Za-z])|\u2248", "="),
+    (r"\\approx(?![A-Za-z])|\\simeq(?![A-Za-z])", "\u2248"),
     (r"\\pm(?![A-Za-z])|\u00b1", "+-"),
     (r"\\pi(?![A-Za-z])|\u03c0", "pi"),
-    (r"\\infty(?![A-Za-z])|\u221e", "inf"),
+    (r"\\infty(?![A-Za-z])|\u221e|\binfinity\b", "inf"),
     (r"[\u2212\u2013\u2014]", "-"),
     (r"[\u2018\u2019\u201c\u201d]", "'"),
 )
@@ -96,6 +97,7 @@ def number_of(text: str) -> Number | None:
     """The number that the whole text is, with its unit; None for anything else. Of a chain of equalities, the last."""
     if len(text) > MOST_CHARACTERS or _DATE.search(text):
         return None
+    text = text.rpartition("\u2248")[2].strip()
     text = text.rpartition("=")[2].strip() if "=" in text and not re.search(r"[<>]", text) else text
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()
@@ -121,6 +123,8 @@ def number_of(text: str) -> Number | None:
 def _is_plain_unit(unit: str, is_apart: bool) -> bool:
     """Whether letters behind a numeral are a unit or what is counted, not a factor as in `3x` or `2 pi`."""
     words = unit.lower().split()
+    if is_apart and len(unit) == 1 and unit.isupper():
+        return True  # Newton, joule, volt and others; variables are small letters.
     if not words or is_unit(unit_of(unit)):
         return True
     return is_apart and len(words) <= 5 and len(unit) <= 60 and len(words[0]) > 1 and words[0] not in _FUNCTIONS
@@ -144,8 +148,10 @@ def list_of(text: str) -> Listed | None:
         inner, brackets = text[1:-1], text[0] + text[-1]
     if re.fullmatch(rf"-?(?:{_PLAIN})", inner) and not brackets:
         return None
-    if inner.startswith("+-"):
-        return Listed((inner[2:].strip(), "-" + inner[2:].strip()), "{}")
+    if inner.count("+-") == 1 and "," not in inner:
+        before, _, behind = (part.strip() for part in inner.partition("+-"))
+        plus = f"{before}+{behind}" if before else behind
+        return Listed((plus, f"{before}-{behind}"), "{}")
     entries = [entry for entry in _split_outside(inner) if entry]
     if len(entries) < 2:
         return Listed((inner.strip(),), "{}") if brackets == "{}" and entries else None

@@ -39,6 +39,10 @@ _IS_NO_VALUE = re.compile(
 )
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:[/:][0-9]+)?(?:\\?%)?")
 _LETTER = re.compile(r"\(([A-J])\)|(?<![\w'’\\{$])([A-J])(?=[).:]?(?:\s*$|[).:]))")
+_QUANTITY = re.compile(r"(?:[0-9][0-9.,]* ?[A-Za-z]+,? ?(?:and )?){2,4}")
+_CALLED_RIGHT = re.compile(
+    r"(?:\(([A-J])\)|\b([A-J]))(?:[).])? is (?:the |my )?(?:correct|right|best|answer)\b(?! not)", re.IGNORECASE
+)
 _WORD = re.compile(r"(?<!\\)\b[^\W\d_]{2,}")
 _SENTENCE_END = re.compile(r"[.!?](?=[*_`\"')\]]{0,3}(?:\s|$))")
 _ABBREVIATED = re.compile(
@@ -114,11 +118,12 @@ def _is_one_value(text: str) -> bool:
         return False
     form = plain(text)
     several = list_of(form)
-    is_list = several is not None and all(number_of(entry) or choice_of(entry) for entry in several.entries)
-    has_unit = number_of(form) is not None and re.search(r"[A-Za-z%$€£]", form) is not None
-    return (
-        bool(_CHOICE.match(text)) or is_list or has_unit or range_of(form) is not None or _DATE.search(text) is not None
+    is_list = several is not None and all(
+        number_of(entry) or choice_of(entry) or list_of(entry) for entry in several.entries
     )
+    has_unit = number_of(form) is not None and re.search(r"[A-Za-z%$€£]", form) is not None
+    is_quantity = has_unit or range_of(form) is not None or _QUANTITY.fullmatch(form) is not None
+    return is_list or is_quantity or _CHOICE.match(text) is not None or _DATE.search(text) is not None
 
 
 def _last_boxed(text: str) -> str | None:
@@ -137,7 +142,7 @@ def _marked(text: str) -> str | None:
     if tag is not None and (box is None or box.start < tag.start()):
         inner = tag[1].strip()
         return _after_phrase(inner) or inner
-    return None if box is None else box.content.strip()
+    return None if box is None else _after_phrase(box.content) or box.content.strip()
 
 
 def _after_hashes(text: str) -> str | None:
@@ -188,12 +193,17 @@ def _first_line(text: str) -> str:
 
 
 def _last_number(text: str) -> str | None:
+    """The last number; `12 or 13` where it is one of two."""
     match = _last_match(_NUMBER, text)
-    return None if match is None else match[0]
+    if match is None:
+        return None
+    other = re.search(r"([0-9][0-9.,/]*)[ (,]{1,3}or $", text[max(0, match.start() - 40) : match.start()])
+    return match[0] if other is None else f"{other[1]} or {match[0]}"
 
 
 def _last_letter(text: str) -> str | None:
-    match = _last_match(_LETTER, text)
+    """The last letter that is called right, else the last one in brackets or behind which a sentence ends."""
+    match = _last_match(_CALLED_RIGHT, text) or _last_match(_LETTER, text)
     return None if match is None else match[1] or match[2]
 
 

@@ -23,23 +23,11 @@ from limbeck.evaluate.answer_forms import (
     without_unit,
 )
 from limbeck.evaluate.answers import AnswerStyle, Verdict, extract_answer
+from limbeck.evaluate.numbers import equal_numbers
 from limbeck.evaluate.units import is_unit
 
-_SCALES = {
-    ("km", "m"): 1000,
-    ("m", "cm"): 100,
-    ("m", "mm"): 1000,
-    ("cm", "mm"): 10,
-    ("km", "cm"): 100_000,
-    ("foot", "inch"): 12,
-    ("hour", "minute"): 60,
-    ("minute", "second"): 60,
-    ("hour", "second"): 3600,
-    ("day", "hour"): 24,
-    ("kg", "g"): 1000,
-    ("l", "ml"): 1000,
-    ("$", "cent"): 100,
-}
+MOST_WORDS_OF_A_CHOICE = 8
+"""Longer texts that name several letters weigh them; shorter ones choose them."""
 _FLAGS = {"yes": "yes", "no": "no", "true": "true", "false": "false"}
 
 
@@ -71,6 +59,7 @@ def compare(candidate: object, reference: object) -> Verdict | None:
 
 
 def _compare_plain(given: str, right: str) -> Verdict | None:
+    given, right = (re.sub(r"^[A-Za-z] ?(?:\\in(?![A-Za-z])|\u2208) ?", "", text) for text in (given, right))
     if not given:
         return Verdict.WRONG
     if _folded(given) == _folded(right):
@@ -91,7 +80,7 @@ def _by_choice(given: str, right: str) -> Verdict | None:
         return None
     letters = _letters(given)
     if len(letters) > 1:
-        return Verdict.WRONG
+        return Verdict.WRONG if len(given.split()) <= MOST_WORDS_OF_A_CHOICE else Verdict.UNKNOWN
     if ours is not None or letters:
         return _verdict((ours[0] if ours else letters[0]) == theirs[0])
     if theirs[1]:
@@ -149,15 +138,18 @@ def _by_number(given: str, right: str) -> Verdict | None:
     if theirs is None:
         return None
     if ours is not None:
-        return _equal_numbers(ours, theirs)
+        verdicts = [equal_numbers(number, theirs) for part in given.split("\u2248") if (number := number_of(part))]
+        return Verdict.RIGHT if Verdict.RIGHT in verdicts else equal_numbers(ours, theirs)
     if re.fullmatch(r"-?[0-9]+,[0-9]+", given) and number_of(given.replace(",", ".")) == theirs:
         return Verdict.UNKNOWN  # A comma for a decimal point, or two numbers.
-    if range_of(given) is not None or (_is_hedged(given) and has_several_numbers(given)):
+    if range_of(given) is not None or (list_of(given) is None and _is_hedged(given) and has_several_numbers(given)):
         return Verdict.WRONG
     several = list_of(given)
     if several is not None:
-        values = {number.value if (number := number_of(entry)) else entry for entry in several.entries}
-        return _verdict(values == {theirs.value})
+        numbers = [number_of(entry) for entry in several.entries]
+        if len({number.unit for number in numbers if number and is_unit(number.unit)}) > 1 and len(numbers) > 1:
+            return Verdict.RIGHT if _are_all(numbers, theirs) else Verdict.UNKNOWN  # `2 hours and 5 minutes`.
+        return _verdict(_are_all(numbers, theirs))
     return None
 
 
@@ -189,20 +181,9 @@ def _by_words(given: str, right: str) -> Verdict | None:
     return Verdict.UNKNOWN if set(ours) & set(theirs) else Verdict.WRONG
 
 
-def _equal_numbers(ours: Number, theirs: Number) -> Verdict:
-    if ours.unit == theirs.unit or not ours.unit or not theirs.unit:
-        if ours.value == theirs.value:
-            return Verdict.RIGHT
-        shares = (ours, theirs) if ours.unit == "%" else (theirs, ours)
-        is_share = shares[0].unit == "%" and not shares[1].unit and shares[0].value / 100 == shares[1].value
-        return _verdict(is_share)
-    for (large, small), factor in _SCALES.items():
-        for one, other in ((ours, theirs), (theirs, ours)):
-            if (one.unit, other.unit) == (large, small):
-                return _verdict(one.value * factor == other.value)
-    if ours.value != theirs.value or (is_unit(ours.unit) and is_unit(theirs.unit)):
-        return Verdict.WRONG
-    return Verdict.UNKNOWN
+def _are_all(numbers: list[Number | None], theirs: Number) -> bool:
+    """Whether all entries are the one number, as in `0.5 or 50%`."""
+    return all(number is not None and equal_numbers(number, theirs) is Verdict.RIGHT for number in numbers)
 
 
 def _equal_lists(ours: Listed, theirs: Listed) -> Verdict | None:
