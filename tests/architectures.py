@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_value_heads": 4,
@@ -34,7 +34,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
-ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
 LONG_ROPE = {
     "rope_type": "longrope",
@@ -132,7 +132,7 @@ FAMILIES: dict[str, Family] = {
         "Llama4ForCausalLM",
     ),
     "Mixtral": Family("experts", "Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "Qwen2-MoE": Family("experts", "Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "Qwen2-MoE": Family("experts", "Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
     "Qwen3-MoE": Family("experts", "Qwen3Moe", EXPERTS | {"head_dim": 8}),
     "OLMoE": Family("experts", "Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "Phi-3.5-MoE": Family("experts", "Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -143,7 +143,7 @@ FAMILIES: dict[str, Family] = {
     "DeepSeek-V2": Family("latent attention, experts", "DeepseekV2", LATENT | ROUTED | {"first_k_dense_replace": 1}),
     "MiniCPM 3": Family("latent attention", "MiniCPM3", LATENT),
     "Qwen3-Next": Family(
-        "hybrid: delta rule, experts", "Qwen3Next", DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}
+        "hybrid: delta rule, experts", "Qwen3Next", DELTA | EXPERTS | {"shared_expert_intermediate_size": 64}
     ),
     "Qwen3.5": Family("hybrid: delta rule", "Qwen3_5Text", DELTA, "Qwen3_5ForCausalLM"),
     "LFM2": Family("hybrid: convolutions", "Lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),

@@ -233,7 +233,7 @@ _ways: weakref.WeakKeyDictionary[Any, Way] = weakref.WeakKeyDictionary()
 def _layers_of(cache: Any) -> list[Any]:
     """The layers of a cache of keys and values alone; none of another one."""
     layers = list(getattr(cache, "layers", ()))
-    return layers if all(isinstance(layer, DynamicLayer) for layer in layers) else []
+    return layers if all(isinstance(layer, DynamicLayer) and layer.keys is not None for layer in layers) else []
 
 
 @contextmanager

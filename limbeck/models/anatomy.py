@@ -78,10 +78,11 @@ def backbone_of(model: nn.Module) -> nn.Module:
     """
     lm = causal_lm_of(model)
     backbone: Any = getattr(lm, "model", None)
-    if not (hasattr(lm, "lm_head") and hasattr(backbone, "layers") and hasattr(backbone, "embed_tokens")):
+    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
+    if not hasattr(lm, "lm_head") or not all(hasattr(backbone, part) for part in parts):
         raise ModelError(
-            f"{type(lm).__name__} has no backbone `model` with layers and a head `lm_head`; only Llama-type models "
-            "are supported here (Llama, Mistral, Qwen2, Qwen3, SmolLM2 ...)."
+            f"{type(lm).__name__} has no backbone `model` of {', '.join(parts)} and a head `lm_head`; only Llama-type "
+            "models are supported here (Llama, Mistral, Qwen2, Qwen3, SmolLM2 ...)."
         )
     return backbone
 

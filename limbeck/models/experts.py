@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limbeck.errors import ModelError
+
+NAMES = {"gate_up_proj", "down_proj"}
+"""Parameters of fused experts that can be taken apart."""
+
 
 class UnfusedExperts(nn.Module):
     """The same mathematics as transformers' fused experts (gate and up in one, then down), a module an expert."""
@@ -46,16 +51,41 @@ class UnfusedExperts(nn.Module):
         experts = [module for name, module in self.named_children() if name.isdigit()]
         return {
             name: torch.stack([getattr(expert, name).weight for expert in experts])
-            for name in ("gate_up_proj", "down_proj")
+            for name in sorted(NAMES, reverse=True)
         }
 
 
 def unfuse(block: nn.Module) -> None:
-    """Replace every fused group of experts in a block."""
+    """Replace every fused group of experts in a block.
+
+    Raises: ModelError for experts that compute something else, such as those with biases, asked with random tokens.
+    """
     for module in list(block.modules()):
-        experts = getattr(module, "experts", None)
+        experts: Any = getattr(module, "experts", None)
         if isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter):
-            module.experts = UnfusedExperts(experts)
+            known = hasattr(experts, "act_fn") and {n for n, _ in experts.named_parameters()} == NAMES
+            apart = UnfusedExperts(experts) if known else None
+            if apart is None or not (experts.gate_up_proj.is_meta or _agree(experts, apart)):
+                raise ModelError(
+                    f"{type(experts).__name__}: experts that compute otherwise than by gate, up and down products "
+                    "cannot be taken apart."
+                )
+            module.experts = apart
+
+
+@torch.no_grad()
+def _agree(fused: Any, apart: UnfusedExperts) -> bool:
+    """Whether both give the same for a few random tokens."""
+    generator, like = torch.Generator().manual_seed(0), fused.gate_up_proj
+    count, width = like.shape[0], like.shape[-1]
+    hidden = torch.randn(6, width, generator=generator).to(like)
+    chosen = torch.stack([torch.randperm(count, generator=generator)[: min(2, count)] for _ in range(6)])
+    weights = torch.rand(chosen.shape, generator=generator).to(like)
+    try:
+        want, got = (experts(hidden, chosen.to(like.device), weights) for experts in (fused, apart))
+    except Exception:  # they are called otherwise, or have other shapes
+        return False
+    return want.shape == got.shape and torch.allclose(want, got, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
 
 
 def fused_state(block: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from architectures import build as build_family
 from made_models import FAMILIES, made_model
 
 from limbeck.compress import journal
@@ -16,7 +17,8 @@ from limbeck.compress.method import Solution, stored_state
 from limbeck.compress.walk import WalkOptions, write_rest
 from limbeck.compress.walk import walk as walk_blocks
 from limbeck.compress.weights import ShardWriter
-from limbeck.errors import CheckpointError
+from limbeck.errors import CheckpointError, ModelError
+from limbeck.models.tiny import symbol_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -234,3 +236,14 @@ def test_groups_share_their_input(tmp_path):
         ("mlp_in", ["mlp.gate_proj", "mlp.up_proj"]),
         ("mlp_out", ["mlp.down_proj"]),
     ]
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "LFM2", "Jamba"])
+def test_what_cannot_be_walked_is_refused_in_one_line(tmp_path, name):
+    build_family(name, 49).save_pretrained(tmp_path)
+    symbol_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"cannot be taken apart|only Llama-type models") as caught:
+        blocks = Blocks(str(tmp_path))
+        with blocks.block(0, CPU):
+            pass
+    assert "\n" not in str(caught.value)
