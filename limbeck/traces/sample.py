@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +38,3 @@ class Sample:
     def has_end_marker(self) -> bool:
         """Whether the thought is closed; False also when there is none."""
         return self.ending_start < len(self) and int(self.segment_ids[self.ending_start]) == COT
-
-
-def tokens_key(input_ids: np.ndarray) -> str:
-    """Sixteen hex digits of a token sequence: the key under which teacher targets are stored."""
-    return hashlib.sha256(np.ascontiguousarray(input_ids, dtype=np.int32).tobytes()).hexdigest()[:16]

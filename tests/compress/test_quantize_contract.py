@@ -12,7 +12,7 @@ from limbeck.compress.quantize.awq import AwqConfig
 from limbeck.compress.quantize.gptq import GptqConfig
 from limbeck.compress.quantize.grid import Grid
 from limbeck.compress.quantize.joint import JointConfig
-from limbeck.compress.quantize.quantease import OutlierConfig, QuantEaseConfig
+from limbeck.compress.quantize.quantease import QuantEaseConfig
 from limbeck.compress.quantize.rtn import RtnConfig
 from limbeck.compress.quantize.smoothquant import SmoothQuantConfig
 from limbeck.errors import CompressionError, ConfigError
@@ -24,7 +24,6 @@ SOLVERS = {
     "gptq-plain": lambda p, g: gptq.solve(p, g, GptqConfig(clip="none", ordered=False)),
     "quantease": lambda p, g: quantease.solve(p, g, QuantEaseConfig()),
     "quantease-from-rtn": lambda p, g: quantease.solve(p, g, QuantEaseConfig(start="rtn", clip="none")),
-    "outliers": lambda p, g: quantease.solve_with_outliers(p, g, QuantEaseConfig(), OutlierConfig())[0],
     "joint": lambda p, g: joint.solve(p, g, JointConfig(), pattern=Pattern.parse("0.25")),
 }
 FACTORS = {
@@ -105,9 +104,9 @@ def test_a_group_that_does_not_divide_is_refused_by_name(solve):
         solve(layer(), Grid(group_size=20))
 
 
-@pytest.mark.parametrize("name", sorted(SOLVERS.keys() - {"joint", "outliers"}))
+@pytest.mark.parametrize("name", sorted(SOLVERS.keys() - {"joint"}))
 def test_weights_on_the_grid_are_left_alone(name):
-    """Dense weights that the grid holds exactly; not for joint, which must prune, nor for B without its outliers."""
+    """Dense weights that the grid holds exactly; not for joint, which must prune."""
     solve = SOLVERS[name]
     codes = torch.randint(-7, 8, (24, 48), generator=torch.Generator().manual_seed(2)).float()
     codes[:, ::16] = 7
@@ -136,7 +135,6 @@ def test_factors_are_positive_and_finite(factors, tokens):
         (lambda: GptqConfig(damping=-1.0), "damping must be 0 or more"),
         (lambda: QuantEaseConfig(start="w"), "start must be gptq or rtn; found 'w'"),
         (lambda: QuantEaseConfig(unrounded_every=1), "no sweep would round"),
-        (lambda: OutlierConfig(share=1.0), r"share must be in \[0, 1\)"),
         (lambda: JointConfig(rounds=0), "rounds must be 1 or more"),
         (lambda: AwqConfig(points=0), "points must be 1 or more"),
         (lambda: SmoothQuantConfig(alpha=1.5), "alpha must be in 0 to 1"),

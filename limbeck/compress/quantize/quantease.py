@@ -7,12 +7,7 @@ every output keeps the best weights that it met, so that unrounded sweeps cannot
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
-from torch import Tensor
-
-from limbeck.compress.problem import DAMPING, LayerProblem, layer_error
+from limbeck.compress.problem import DAMPING, LayerProblem
 from limbeck.compress.quantize import gptq, rtn
 from limbeck.compress.quantize.descent import Descent
 from limbeck.compress.quantize.gptq import GptqConfig
@@ -21,9 +16,6 @@ from limbeck.compress.quantize.rtn import RtnConfig
 from limbeck.compress.quantize.scales import check_clip
 from limbeck.config import checked
 from limbeck.errors import ConfigError
-
-_FITTING_SWEEPS = 5
-"""Of coordinate descent on a few outliers, which hardly depend on each other."""
 
 
 @checked
@@ -61,22 +53,6 @@ class QuantEaseConfig:
             raise ConfigError("unrounded_every must be 0 or at least 2: with 1 no sweep would round.")
 
 
-@checked
-class OutlierConfig:
-    """Weights of full precision beside the quantised ones."""
-
-    share: float = 0.01
-    """Share of the weights that are outliers."""
-    whole_inputs: bool = False
-    """Whole inputs, all outputs of them; otherwise single weights."""
-    rounds: int = 3
-    """Times that the outliers are chosen and the rest is solved for them."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 1 or self.rounds < 1:
-            raise ConfigError(f"share must be in [0, 1), rounds 1 or more; found {self.share}, {self.rounds}")
-
-
 def solve(problem: LayerProblem, grid: Grid, config: QuantEaseConfig) -> Quantized:
     """Sweeps of u_j = W_j - sum_{i != j} H_ji / H_jj (B_i - W_i), B_j = round(u_j), scales fitted between them.
 
@@ -109,47 +85,3 @@ def descend(problem: LayerProblem, begin: Quantized, config: QuantEaseConfig) ->
                 break
             before = now
     return descent.result(begin.grid)
-
-
-def solve_with_outliers(
-    problem: LayerProblem, grid: Grid, config: QuantEaseConfig, outliers: OutlierConfig
-) -> tuple[Quantized, Tensor]:
-    """W = B + S in turn: B on the grid for W - S, then S sparse for W - B; the grid need not reach outliers any more.
-
-    S moves to the entries that lower the error most, max H_jj (S - (H (B + S - W))_j / H_jj)^2, and is fitted there.
-
-    Args:
-      problem: the layer.
-      outliers: how many, and which.
-    Returns: B, and S float32 [O I], zero but for the outliers; the best pair of all rounds.
-    Source: the outlier-aware form of QuantEase (2309.01885); it takes small gradient steps on S instead of fitting it.
-    """
-    hessian = problem.moments.damped(config.damping)
-    diagonal = hessian.diagonal()
-    free = torch.ones_like(problem.weight, dtype=torch.bool) if problem.mask is None else problem.mask
-    weight = problem.weight * free
-    sparse = weight * _largest(weight.abs(), outliers)
-    best, least = None, float("inf")
-    for _ in range(outliers.rounds):
-        quantized = solve(dataclasses.replace(problem, weight=problem.weight - sparse), grid, config)
-        rest = problem.weight - quantized.dequantize()
-        wanted = (sparse - (sparse - rest) @ hessian / diagonal) * free
-        places = _largest(wanted.square() * diagonal, outliers) & free
-        fit = dataclasses.replace(problem, weight=rest, mask=places)
-        fitting = Descent(fit, wanted * places, quantized.scales, config.damping, config.block)
-        for _ in range(_FITTING_SWEEPS):
-            fitting.sweep(None)
-        sparse = fitting.values.T.contiguous()
-        error = layer_error(problem, quantized.dequantize() + sparse)
-        if error < least:
-            best, least = (quantized, sparse), error
-    assert best is not None  # at least one round
-    return best
-
-
-def _largest(scores: Tensor, outliers: OutlierConfig) -> Tensor:
-    """bool [O I]: the places of the highest scores [O I], or of the inputs with the highest sums."""
-    flat = scores.sum(0) if outliers.whole_inputs else scores.flatten()
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[flat.topk(round(outliers.share * len(flat))).indices] = True
-    return chosen.expand_as(scores) if outliers.whole_inputs else chosen.view_as(scores)
