@@ -22,6 +22,7 @@ PREFILL_TOKENS = 8192
 """Most prompt tokens in one forward pass: bounds the activations, not the speed."""
 CACHE_BYTES = 1 << 28
 """For what different prompts begin with."""
+BLOCK_TOKENS = 64
 
 
 @dataclass(slots=True)
@@ -79,7 +80,8 @@ def generator_for(model: Any, config: SamplingConfig, longest: int) -> Generator
     """What writes texts behind prompts of at most `longest` tokens; in int8, the weights are rounded now."""
     decoder = decoder_of(model, config.precision, longest + config.max_new_tokens)
     limits = GenerationConfig(max_running=config.batch_size, kv_bytes=1 << 62, prefill_tokens=PREFILL_TOKENS)
-    return Generator(decoder, PrefixCache(CACHE_BYTES if decoder.has_blocks else 0, 64, ""), limits)
+    kept = (CACHE_BYTES, BLOCK_TOKENS) if decoder.has_blocks else (0, decoder.max_tokens)
+    return Generator(decoder, PrefixCache(*kept, ""), limits)
 
 
 def write(

@@ -128,9 +128,8 @@ class Scorer:
           costs: of passes; measured now when None.
         """
         self.decoder, self.config = decoder, config or ScoringConfig()
-        self.cache = PrefixCache(
-            self.config.cache_bytes if decoder.has_blocks else 0, self.config.block_tokens, model_key
-        )
+        kept = (self.config.cache_bytes, self.config.block_tokens) if decoder.has_blocks else (0, decoder.max_tokens)
+        self.cache = PrefixCache(*kept, model_key)
         self.costs = costs or measure_costs(decoder)
         self.usage: Usage | None = None
         """Of the last call of `score`."""
@@ -167,6 +166,8 @@ class Scorer:
         Raises: ConfigError when it finds no room in the cache beside what is in use.
         """
         self._check(Request(tokens, [()], [0]))
+        if not self.decoder.has_blocks:
+            raise ConfigError("prefill: nothing can be kept of this model, which reads each text from its start.")
         prefix = _Prefix(self.cache, tuple(tokens))
         try:
             self._compute([prefix], "shared")
@@ -224,7 +225,7 @@ class Scorer:
 
     def _keep(self, prefix: _Prefix, span: tuple[int, int], state: Tensor) -> None:
         """Put a block into the cache, unless one before it found no room."""
-        number = span[0] // self.config.block_tokens
+        number = span[0] // self.cache.block_tokens
         if len(prefix.chain) != number or not self.cache.budget_bytes:
             return
         keys, values = prefix.states.cut(*span)
