@@ -23,6 +23,7 @@ from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.states import KeyValues, Segment
 from limbeck.engine.weights import Block, Linear, Weights
 from limbeck.errors import ModelError
+from limbeck.models.ops import rotate_alike_, unit_of
 
 SERIAL_ELEMENTS = 32767
 """torch splits larger element-wise work among threads, at places that are no multiple of its vectors; what is left
@@ -173,10 +174,10 @@ class Decoder:
         query, key, value = joint.split([self.heads, self.key_heads, self.key_heads], 1)
         if block.query_norm is not None and block.key_norm is not None:
             query, key = self._normed(query, block.query_norm), self._normed(key, block.key_norm)
-            _rotate_(query, *turns)
-            _rotate_(key, *turns)
+            rotate_alike_(query, *turns)
+            rotate_alike_(key, *turns)
         else:
-            _rotate_(joint[:, : self.heads + self.key_heads], *turns)
+            rotate_alike_(joint[:, : self.heads + self.key_heads], *turns)
         seen = layout.steps.seen[number]
         first = slice(len(seen))
         # All keys of the pass are in place before anyone looks.
@@ -212,8 +213,7 @@ class Decoder:
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """weight * x / sqrt(mean(x^2) + epsilon)."""
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        return x.mul(squares.div_(x.shape[-1]).add_(self.epsilon).rsqrt_().to(x.dtype)).mul_(weight)
+        return unit_of(x, self.epsilon)[0].mul_(weight)
 
     def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Logits [S C] of C tokens. Sums go row by row, so a row's bits depend on that row alone.
@@ -263,14 +263,3 @@ def _steps_of(segments: Sequence[Segment], layers: int) -> _Steps:
         [[row[number] for row in (*keys, *values)] for number in numbers],
         [[row[number] for row in seen] for number in numbers],
     )
-
-
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding of [U N H] in place: halves (a, b) become (a cos - b sin, b cos + a sin).
-
-    Products and sums apart: a fused form rounds once where it is vectorised and twice where it is not.
-    """
-    first, second = x.chunk(2, dim=-1)
-    by_second, by_first = second * sin, first * sin
-    first.mul_(cos).sub_(by_second)
-    second.mul_(cos).add_(by_first)

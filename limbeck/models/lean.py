@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from limbeck.models.ops import rotate_, unit_of
+
 LAYOUTS = ("LlamaModel", "MistralModel")
 """Backbones of transformers whose layers are laid out as below."""
 
@@ -166,12 +168,12 @@ class _Projections(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, cos: Tensor, sin: Tensor, epsilon: float
     ) -> tuple[Tensor, ...]:
-        unit, scale = _unit(x, epsilon)
+        unit, scale = unit_of(x, epsilon)
         ctx.save_for_backward(x, scale, norm, wq, wk, wv, cos, sin)
         normed = unit.mul_(norm)
         head = 2 * cos.shape[-1]
         query, key, value = (torch.mm(normed, w.T).view(len(x), -1, head) for w in (wq, wk, wv))
-        return _rotate_(query, cos, sin), _rotate_(key, cos, sin), value
+        return rotate_(query, cos, sin), rotate_(key, cos, sin), value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -179,8 +181,8 @@ class _Projections(torch.autograd.Function):
         x, scale, norm, wq, wk, wv, cos, sin = ctx.saved_tensors
         tokens = len(x)
         # A rotation's transpose is the rotation by the opposite angle.
-        by_q = _rotate_(by_query.contiguous(), cos, sin, -1.0).view(tokens, -1)
-        by_k = _rotate_(by_key.contiguous(), cos, sin, -1.0).view(tokens, -1)
+        by_q = rotate_(by_query.contiguous(), cos, sin, -1.0).view(tokens, -1)
+        by_k = rotate_(by_key.contiguous(), cos, sin, -1.0).view(tokens, -1)
         by_v = by_value.reshape(tokens, -1)
         unit = x * scale
         normed = unit * norm
@@ -206,7 +208,7 @@ class _OutputAndFeedForward(torch.autograd.Function):
         epsilon: float,
     ) -> Tensor:
         x = torch.addmm(x, attended, wo.T)
-        unit, scale = _unit(x, epsilon)
+        unit, scale = unit_of(x, epsilon)
         normed = unit.mul_(norm)
         gate, up = torch.mm(normed, wg.T), torch.mm(normed, wu.T)
         ctx.save_for_backward(attended, x, scale, gate, up, wo, norm, wg, wu, wd)
@@ -236,7 +238,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, epsilon: float) -> Tensor:
-        unit, scale = _unit(x, epsilon)
+        unit, scale = unit_of(x, epsilon)
         ctx.save_for_backward(x, scale, norm)
         return unit.mul_(norm)
 
@@ -289,12 +291,6 @@ def _sum_of_products(first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor
     return total
 
 
-def _unit(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x^2) + epsilon) and the factor [N 1]."""
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-    return x * scale, scale
-
-
 def _norm_backward_(by_out: Tensor, unit: Tensor, scale: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of norm * unit(x) by x and by norm; overwrites `by_out`.
 
@@ -304,15 +300,6 @@ def _norm_backward_(by_out: Tensor, unit: Tensor, scale: Tensor, norm: Tensor) -
     mean = torch.mv(product, norm).div_(unit.shape[-1])
     by_x = by_out.mul_(norm).addcmul_(unit, mean[:, None], value=-1.0).mul_(scale)
     return by_x, product.sum(0)
-
-
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
-    """Rotary embedding of [U N H] in place: the halves (a, b) become (a cos - b sin, b cos + a sin)."""
-    first, second = x.chunk(2, dim=-1)
-    turned = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-sign)
-    second.mul_(cos).add_(turned, alpha=sign)
-    return x
 
 
 def _common_prefix(sequences: Sequence[np.ndarray]) -> int:

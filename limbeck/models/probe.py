@@ -283,7 +283,7 @@ def _key(kind: type[Any], config: Any, device: str, question: str) -> str:
 @cache
 def _code_hash() -> str:
     """Of what is asked and who asks: another version of them finds for itself."""
-    names = ("attention", "layouts", "lean", "miniature", "parts", "probe")
+    names = ("attention", "layouts", "lean", "miniature", "ops", "parts", "probe")
     return hashlib.sha256(b"".join((Path(__file__).parent / f"{n}.py").read_bytes() for n in names)).hexdigest()
 
 
