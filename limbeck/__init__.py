@@ -103,7 +103,7 @@ def load(model: Any) -> tuple[Any, Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES or name == "demo":
+    if name in (*_PACKAGES, "demo", "doctor"):
         return importlib.import_module(f"limbeck.{name}")
     if name == "Checkpoint":
         found: Any = importlib.import_module("limbeck.checkpoint").Checkpoint

@@ -23,9 +23,8 @@ from limbeck.errors import ConfigError, LimbeckError
 from limbeck.flags import apply_flags
 from limbeck.help import LIMITED, print_help, print_overview
 from limbeck.progress import say
-from limbeck.stage import How, Place, Stage, View, default_out
+from limbeck.stage import How, Place, Stage, View, default_out, is_recipe, recipe_of
 from limbeck.version import __version__
-from limbeck.yaml_values import read_recipe
 
 
 class Options(NamedTuple):
@@ -109,10 +108,9 @@ def read_config(command: Stage | View, arguments: list[str]) -> Any:
         arguments = arguments[1:]
         if not _takes_many(command):
             break
-    if subjects and (command.subject is None or subjects[0].endswith((".yaml", ".yml"))):
+    if subjects and is_recipe(command, subjects[0]):
         where = subjects[0]
-        reads = command.reads if isinstance(command, View) else dict
-        tree = dict(reads(read_recipe(Path(where))))
+        tree = recipe_of(command, where)
     elif subjects:
         tree = {str(command.subject): subjects if _takes_many(command) else subjects[0]}
     return build(command.config, apply_flags(command.config, tree, arguments), where)

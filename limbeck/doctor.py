@@ -22,6 +22,7 @@ from limbeck import selftest
 from limbeck.config import checked
 from limbeck.cost.hardware import total_memory_bytes
 from limbeck.engine.native.build import Missing, library
+from limbeck.lazy import make_callable
 from limbeck.progress import console
 from limbeck.stage import View
 from limbeck.version import __version__
@@ -217,3 +218,5 @@ def _as_dict(found: Diagnosis) -> Mapping[str, Any]:
 
 
 DOCTOR = View(name="doctor", config=DoctorConfig, run=run, show=show, as_dict=_as_dict)
+
+make_callable(__name__)

@@ -19,6 +19,7 @@ from limbeck.config import build
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.flags import apply_fields
 from limbeck.progress import say
+from limbeck.yaml_values import read_recipe
 
 Place = Literal["local", "ray"]
 """Where the parts of a job run: in this process and its children, or as tasks of a Ray cluster."""
@@ -109,7 +110,7 @@ def call(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, An
     names = [name for name in _OPTIONS if name not in command.config.__dataclass_fields__]
     options = {name: rest.pop(name) for name in names if name in rest}
     where = f"limbeck.{function_name(command.name)}"
-    config = build(command.config, _tree(command, subjects, rest, where), where)
+    config = build(command.config, tree_of(command, subjects, rest, where), where)
     for name in options:
         if name not in command.options:
             raise ConfigError(f"{where}: {name} means nothing here; leave it out.")
@@ -122,22 +123,39 @@ def call(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, An
     return command.run(config, out, how=How(**options))
 
 
-def _tree(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The config's tree: a subject may be a checkpoint, a path, a config or text."""
+def tree_of(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config's tree: a subject may be a recipe, a checkpoint, a path, a config or text."""
     if len(subjects) == 1 and isinstance(subjects[0], command.config):
         if fields:
             raise ConfigError(f"{where}: a whole config is given; set {', '.join(fields)} in it.")
         config = subjects[0]
         return {name: getattr(config, name) for name in command.config.__dataclass_fields__}
+    tree: Mapping[str, Any] = {}
+    if subjects and is_recipe(command, plain(subjects[0])):
+        tree, subjects = recipe_of(command, plain(subjects[0])), subjects[1:]
     if subjects and command.subject is None:
-        raise ConfigError(f"{where}: takes its fields by name; found {subjects[0]!r} without one.")
+        raise ConfigError(f"{where}: takes a recipe and fields by name; found {subjects[0]!r}.")
     if isinstance(command, View) and command.takes_many and subjects:
         subjects = [list(subjects)]
     if len(subjects) > 1:
         raise ConfigError(f"{where}: takes one {command.subject}; found {len(subjects)}.")
     given = [(str(command.subject), plain(value), where) for value in subjects]
     given += [(name, plain(value), f"{where}: {name}") for name, value in fields.items()]
-    return apply_fields(command.config, {}, given)
+    return apply_fields(command.config, tree, given)
+
+
+def is_recipe(command: Stage | View, subject: Any) -> bool:
+    """Whether what stands first names a recipe; where a command has no subject, nothing else can."""
+    return isinstance(subject, str) and (command.subject is None or subject.endswith((".yaml", ".yml")))
+
+
+def recipe_of(command: Stage | View, file: str) -> dict[str, Any]:
+    """The tree of a recipe, made the command's own where it may be another command's.
+
+    Raises: ConfigError when it is missing or no mapping.
+    """
+    reads = command.reads if isinstance(command, View) else dict
+    return dict(reads(read_recipe(Path(file))))
 
 
 def plain(value: Any) -> Any:

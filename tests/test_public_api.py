@@ -17,9 +17,9 @@ from limbeck.stage import function_name
 TOP = """
     Checkpoint CheckpointError CompressionError ConfigError DataError LimbeckError ModelError PairError ShapeError
     TemplateError TraceFormatError __version__ advise bench_server build_ranker cache_teacher compress cost
-    count_traces demo describe_teacher_cache distill engine evaluate evaluate_ranker export generate_traces
+    count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export generate_traces
     import_traces load models moments optim pipeline plan probe_traces prune quantize ranking recover
-    recover_ranker report scale serve show_traces sweep teacher traces train_ranker verify_teacher_cache
+    recover_ranker report scale serve show_evaluation show_traces sweep teacher traces train_ranker verify_teacher_cache
     verify_traces
 """
 PACKAGES = {
@@ -93,7 +93,7 @@ PACKAGES = {
         formats_of times_of
     """,
 }
-CALLABLE = ("demo", "distill", "evaluate", "pipeline", "report", "serve", "sweep")
+CALLABLE = ("demo", "distill", "doctor", "evaluate", "pipeline", "report", "serve", "sweep")
 """Modules that are the function of the command of their name."""
 HEAVY = ("torch", "numpy", "transformers", "pydantic", "yaml", "rich", "datasets", "httpx", "matplotlib", "fastapi")
 IN_BOTH_ORDERS = """

@@ -18,7 +18,7 @@ from limbeck.errors import ConfigError
 from limbeck.models.load import BUILT_IN
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sources import BUILTIN_CHAIN, TraceConfig, read_traces
-from limbeck.traces.trained_on import trained_on
+from limbeck.traces.trained_on import made_of, trained_on
 
 
 @checked
@@ -113,11 +113,11 @@ def _windows(config: CalibrationConfig, tokenizer: Any) -> list[list[int]]:
 
 def _own_traces(model: str, sequences: int) -> TraceConfig:
     """The traces in the manifest of a distilled model or of one made from it; the built-in task for built-in models."""
-    if model in BUILT_IN:
-        return TraceConfig(source=BUILTIN_CHAIN, num_traces=sequences)
     traces = next(trained_on(model), None)
     if traces is not None:
         return traces
+    if any(name in BUILT_IN for name in made_of(model)):
+        return TraceConfig(source=BUILTIN_CHAIN, num_traces=sequences)
     raise ConfigError(
         f"calibration: {model} has no manifest that names traces; set calibration.traces.source or calibration.text."
     )

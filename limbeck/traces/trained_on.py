@@ -17,15 +17,27 @@ _MADE_OF = ("model", "prune.model", *(f"{group}student.model" for group in _TRAI
 
 def trained_on(model: str) -> Iterator[TraceConfig]:
     """The traces of a model, those of the model that it was made of, and so on, as far as manifests go."""
-    seen: set[Path] = set()
-    name: str | None = model
-    while name is not None and (directory := Path(name)) not in seen and (directory / MANIFEST).is_file():
-        seen.add(directory)
-        config = Checkpoint(directory).manifest["config"]
+    for name in made_of(model):
         for group in _TRAINED:
-            if traces := _at(config, f"{group}traces"):
-                yield build(TraceConfig, traces, f"{directory / MANIFEST}: traces")
+            if traces := _at(_config(name), f"{group}traces"):
+                yield build(TraceConfig, traces, f"{Path(name) / MANIFEST}: traces")
+
+
+def made_of(model: str) -> Iterator[str]:
+    """A model, the one that it was made of, and so on."""
+    seen: set[str] = set()
+    name: str | None = model
+    while name is not None and name not in seen:
+        yield name
+        seen.add(name)
+        config = _config(name)
         name = next((found for path in _MADE_OF if isinstance(found := _at(config, path), str)), None)
+
+
+def _config(model: str) -> Mapping[str, Any]:
+    directory = Path(model)
+    found: Mapping[str, Any] = Checkpoint(directory).manifest["config"] if (directory / MANIFEST).is_file() else {}
+    return found
 
 
 def _at(config: Any, path: str) -> Any:

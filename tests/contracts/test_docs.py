@@ -20,6 +20,8 @@ import pytest
 import yaml
 from docs_blocks import PAGES, PROSE, ROOT, SHELL, TUTORIALS, Block, all_blocks, blocks_of, commands_of
 
+import limbeck.library
+from limbeck import stage
 from limbeck.cli import load_command, read_config, take_options
 from limbeck.commands import COMMANDS
 from limbeck.commands import named as command_named
@@ -150,15 +152,36 @@ def test_commands_in_the_readme_are_understood():
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(b.language == "python" for b in blocks_of(page))], ids=lambda page: page.name
 )
-def test_python_runs(page, tmp_path):
-    """The blocks of a page one after the other, as a reader would paste them."""
-    blocks = [block for block in blocks_of(page) if block.language == "python"]
-    for block in blocks:
-        compile(block.text, block.name, "exec")
-    if page in TUTORIALS:  # run as a whole, below
-        return
-    code = [BEFORE.get(page.name, ""), *(block.text for block in blocks if block.is_run)]
-    run([sys.executable, "-c", "\n".join(code)], tmp_path)
+def test_python_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page one after the other, as a reader would paste them; of a tutorial, those of its commands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for block in blocks_of(page):
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+    names: dict = {}
+    exec(BEFORE.get(page.name, ""), names)
+    for block in blocks_of(page):
+        if block.language != "python":
+            continue
+        code = compile("\n" * block.line + block.text, block.name, "exec")
+        if not block.is_run:
+            with monkeypatch.context() as patch:
+                patch.setattr(limbeck.library, "call", understood)
+                exec(code, names)
+        elif page not in TUTORIALS:  # they are run as a whole, below
+            exec(code, names)
+
+
+def understood(command, subjects, fields):
+    """In the place of a call: its config is made, and nothing is run."""
+    options = {name: fields[name] for name in fields if name in command.options}
+    rest = {name: value for name, value in fields.items() if name not in options}
+    where = f"limbeck.{stage.function_name(command.name)}"
+    tree = stage.tree_of(command, subjects, rest, where)
+    if command.name not in READS_OUTPUTS:
+        build(command.config, tree, where)
+    return limbeck.Checkpoint(Path(options.get("out", "runs/out")))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from limbeck.distill import train
 from limbeck.evaluate.seen import count_seen
 from limbeck.evaluate.tasks import task_from_traces
 from limbeck.traces.sources import TraceConfig, read_traces
-from limbeck.traces.trained_on import trained_on
+from limbeck.traces.trained_on import made_of, trained_on
 
 CHAIN = {"source": "builtin:chain", "chain_min_steps": 1, "chain_max_steps": 3}
 
@@ -44,6 +44,12 @@ def test_models_made_of_the_student_know_its_traces(student, tmp_path, capsys):
     )
     assert [traces.seed for traces in trained_on(str(again.path))] == [7, 0]
     assert count_seen(str(again.path), problems(4)) == 4
+
+
+def test_what_is_made_of_a_built_in_model_is_calibrated_on_the_built_in_task(tmp_path):
+    pruned = limbeck.prune("tiny-student", pattern="0.5", method="magnitude", out=tmp_path / "pruned")
+    assert list(made_of(str(pruned.path))) == [str(pruned.path), "tiny-student"]
+    limbeck.quantize(pruned, scheme="w8a16", group_size=32, out=tmp_path / "small")
 
 
 def test_what_cannot_be_known_is_none(student, tmp_path, capsys):
