@@ -24,7 +24,7 @@ class RunningServer:
         self.config = build(ServeConfig, {"model": model, "port": 0, **fields})
         self.service = Service(self.config)
         self.gate = Gate(make_app(self.service), self.config)
-        self._server = Server(self.gate, self.service, protocol)
+        self._server = Server(self.gate, self.config.limits, lambda: self.service.dispatcher.give_up(), protocol)
         self._socket = bind(self.config)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)

@@ -95,6 +95,9 @@ class ServeConfig:
     """Of the linear layers: float32, int8, or auto: as the checkpoint is stored."""
     context_tokens: int = 32768
     """Longest prompt with its text; the model's own limit where that is less."""
+    replicas: int = 1
+    """Servers of the model on this machine, each with its share of the threads and memory of its own, behind one
+    address; requests that begin alike go to the same one."""
     schedule: Policy = "k-lpm"
     """Who is next: fcfs, first come first served; lpm, longest prefix in the cache; k-lpm, in turns."""
     k: int = 2
@@ -115,8 +118,8 @@ class ServeConfig:
     """What a client may ask for."""
 
     def __post_init__(self) -> None:
-        if min(self.k, self.batch_tokens, self.context_tokens) < 1:
-            raise ConfigError("serve: k, batch_tokens and context_tokens must be 1 or more.")
+        if min(self.k, self.batch_tokens, self.context_tokens, self.replicas) < 1:
+            raise ConfigError("serve: k, batch_tokens, context_tokens and replicas must be 1 or more.")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("serve: the API key is empty (LIMBECK_API_KEY, --api-key); set a key, or unset it.")
         if not 0 <= self.port < 65536:

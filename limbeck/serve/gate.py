@@ -43,20 +43,20 @@ class Gate:
             return
         denial = self._denial(scope)
         if denial is not None:
-            await _refuse(send, denial)
+            await refuse(send, denial)
             return
         self.under_way += 1
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 body = await _read(receive, self._limits)
             if body is None:
-                await _refuse(send, _too_large(self._limits))
+                await refuse(send, _too_large(self._limits))
             else:
                 await _run_while_there(self._app, scope, body, receive, send)
         except Gone:
             return
         except TimeoutError:
-            await _refuse(send, Denial(408, f"The body took longer than {self._limits.body_seconds:g} s."))
+            await refuse(send, Denial(408, f"The body took longer than {self._limits.body_seconds:g} s."))
         finally:
             self.under_way -= 1
 
@@ -119,7 +119,7 @@ async def _run_while_there(app: App, scope: Message, body: bytes, receive: Recei
         answer.cancel()
 
 
-async def _refuse(send: Send, denial: Denial) -> None:
+async def refuse(send: Send, denial: Denial) -> None:
     """Answer, and take nothing more from this connection: what the client still sends is not read."""
     content = json.dumps(error_body(denial.status, denial.message)).encode()
     pairs = {"content-type": "application/json", "content-length": str(len(content)), "connection": "close"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,10 +16,11 @@ from limbeck.progress import console
 from limbeck.runner.threads import threads
 from limbeck.serve.admission import LOOPBACK
 from limbeck.serve.app import make_app
-from limbeck.serve.config import ServeConfig
+from limbeck.serve.config import LimitsConfig, ServeConfig
 from limbeck.serve.connections import Connections, protocol_over
 from limbeck.serve.gate import Gate
 from limbeck.serve.logs import bounded_logs
+from limbeck.serve.replicas import Router
 from limbeck.serve.service import Service
 
 LAST_SECONDS = 1.0
@@ -28,9 +30,15 @@ LAST_SECONDS = 1.0
 class Server(uvicorn.Server):
     """uvicorn, but on the first signal it goes on answering: 503 to what is new, results to what it has taken."""
 
-    def __init__(self, gate: Gate, service: Service, protocol: Any = AutoHTTPProtocol) -> None:
-        """`protocol`: uvicorn's, see `protocol_over`."""
-        limits = service.limits
+    def __init__(
+        self, gate: Gate, limits: LimitsConfig, give_up: Callable[[], None], protocol: Any = AutoHTTPProtocol
+    ) -> None:
+        """Set up.
+
+        Args:
+          give_up: called when the grace after a signal is nearly over, to refuse what is not finished.
+          protocol: uvicorn's, see `protocol_over`.
+        """
         connections = Connections(limits)
         super().__init__(
             uvicorn.Config(
@@ -48,7 +56,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
             )
         )
-        self._gate, self._service = gate, service
+        self._gate, self._limits, self._give_up = gate, limits, give_up
         self._closes_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -61,14 +69,14 @@ class Server(uvicorn.Server):
         """Take nothing new, finish what is under way, end."""
         if not self._gate.is_closing:
             self._gate.is_closing = True
-            self._closes_at = time.monotonic() + self._service.limits.grace_seconds
+            self._closes_at = time.monotonic() + self._limits.grace_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
         if self._closes_at is not None:
             left = self._closes_at - time.monotonic()
             if left < LAST_SECONDS:
-                self._service.dispatcher.give_up()
+                self._give_up()
             if left < 0:
                 for connection in list(self.server_state.connections):
                     connection.transport.abort()
@@ -78,24 +86,35 @@ class Server(uvicorn.Server):
 
 
 def serve(config: ServeConfig) -> None:
-    """Load the model and answer requests until SIGTERM or SIGINT."""
+    """Load the model, or have replicas load it, and answer requests until SIGTERM or SIGINT."""
     listener = bind(config)
-    with bounded_logs(), threads(config.num_threads):
-        _serve(config, Service(config), listener)
-
-
-def _serve(config: ServeConfig, service: Service, listener: socket.socket) -> None:
-    server = Server(Gate(make_app(service), config), service)
     host, port = listener.getsockname()[:2]
-    if config.host not in LOOPBACK and config.api_key is None:
-        console.print(f"{config.host}: other machines can ask this server, and no API key is set.")
+    with bounded_logs(), threads(config.num_threads):
+        if config.host not in LOOPBACK and config.api_key is None:
+            console.print(f"{config.host}: other machines can ask this server, and no API key is set.")
+        told, server = _routed(config) if config.replicas > 1 else _own(config)
+        console.print(f"serving {told} at http://{host}:{port}", markup=False, highlight=False)
+        server.run(sockets=[listener])
+        if not server.started:
+            raise ConfigError("serve: a replica did not start; its lines above tell why.")
+        console.print("the server has ended.")
+
+
+def _own(config: ServeConfig) -> tuple[str, Server]:
+    """A server with the model in this process."""
+    service = Service(config)
     steps = service.generator.steps
     if not steps.are_compiled:
         reason = f"; {steps.missing}" if steps.missing else ""
         console.print(f"decoding by torch's operators{reason}.", markup=False, highlight=False)
-    console.print(f"serving {service.name} at http://{host}:{port}", markup=False, highlight=False)
-    server.run(sockets=[listener])
-    console.print("the server has ended.")
+    gate = Gate(make_app(service), config)
+    return service.name, Server(gate, config.limits, lambda: service.dispatcher.give_up())
+
+
+def _routed(config: ServeConfig) -> tuple[str, Server]:
+    """A router before replicas; what is left at the end of the grace is cut."""
+    name = f"{config.replicas} replicas of {config.name or config.model}"
+    return name, Server(Gate(Router(config), config), config.limits, lambda: None)
 
 
 def bind(config: ServeConfig) -> socket.socket:
