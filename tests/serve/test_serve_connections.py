@@ -124,6 +124,7 @@ def test_a_client_that_reads_nothing_is_let_go(protocol):
         connection.close()
 
 
+@pytest.mark.slow
 def test_the_end_has_its_grace():
     """A text that takes longer is told so, and the process ends."""
     command = [sys.executable, "-m", "limbeck", "serve", "tiny-student", "--port", "0", "--limits.grace-seconds", "1.5"]
