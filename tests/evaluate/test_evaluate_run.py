@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from transformers import LlamaConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from limbeck.engine.complete import Completion
 from limbeck.errors import ConfigError
+from limbeck.evaluate import run as evaluation
 from limbeck.evaluate.answers import Verdict
 from limbeck.evaluate.run import EvaluateConfig, evaluate
 from limbeck.evaluate.tasks import Problem, Task, task_from_traces
@@ -27,29 +27,30 @@ RENDER = RenderConfig()
 STOPS = stop_ids(TOKENIZER, RENDER)
 
 
-class Scripted(nn.Module):
-    """Writes a given text after each prompt: the next token of its script has all the probability."""
+@dataclass(frozen=True)
+class Scripted:
+    """Stands for a model: what it writes after each prompt, stop token included."""
 
-    def __init__(self, scripts: Mapping[tuple[int, ...], Sequence[int]]) -> None:
-        super().__init__()
-        self.config = LlamaConfig(vocab_size=len(TOKENIZER), max_position_embeddings=512)
-        self.embed = nn.Embedding(len(TOKENIZER), 1)
-        self.followers = {
-            (prompt + tuple(script))[: len(prompt) + count]: token
-            for prompt, script in scripts.items()
-            for count, token in enumerate(script)
-        }
+    scripts: Mapping[tuple[int, ...], Sequence[int]]
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
 
-    def forward(self, input_ids: torch.Tensor, **_: object) -> CausalLMOutputWithPast:
-        """A model that keeps nothing: it is given the whole text each time."""
-        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
-        for text, rows in zip(input_ids.tolist(), logits, strict=True):
-            for place, row in enumerate(rows):
-                row[self.followers.get(tuple(text[: place + 1]), TOKENIZER.pad_token_id)] = 100.0
-        return CausalLMOutputWithPast(logits=logits)
+def write_scripts(
+    model: Scripted,
+    prompts: Sequence[Sequence[int]],
+    config: EvaluateConfig,
+    stop_ids: Sequence[int],
+    seed: int,
+    *,
+    advance: Callable[[int], Any],
+) -> list[list[Completion]]:
+    """As the engine completes prompts, but by the scripts."""
+    rows = []
+    for prompt in prompts:
+        script = list(model.scripts[tuple(prompt)])
+        tokens = script[: config.max_new_tokens]
+        rows.append([Completion(tokens, stopped=len(tokens) == len(script) and tokens[-1] in stop_ids)])
+        advance(1)
+    return rows
 
 
 def prompt_of(messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -75,8 +76,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def scripted() -> tuple[Scripted, Task]:
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> tuple[Scripted, Task]:
+    monkeypatch.setattr(evaluation, "complete", write_scripts)
     problems = tuple(problem(text, case[0]) for text, case in CASES.items())
     end = TOKENIZER.eos_token_id
     scripts = {
