@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 
 from limbeck.commands import COMMANDS, Command
 from limbeck.flags import FieldInfo
-from limbeck.help import LIMITED, OPTIONS, fields_of
+from limbeck.help import OPTIONS, fields_of, options_of
 from limbeck.stage import function_name
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def _section(name: str, entry: Command) -> str:
     subject = f"{command.subject.upper()} | " if command.subject else ""
     usage = f"limbeck {name} {subject}[RECIPE.yaml] [--FIELD value ...]"
     usage += f"\nlimbeck.{function_name(name)}(..., FIELD=value)"
-    options = [flag for flag in OPTIONS if flag not in LIMITED or flag[2:].replace("-", "_") in command.options]
+    options = options_of(command)
     text = f"{entry.help[0].upper()}{entry.help[1:]}."
     head = f"## limbeck {name}\n\n{text}\n\n```text\n{usage}\n```\n\nOptions: {', '.join(f'`{o}`' for o in options)}"
     rows = [_row(info) for info in fields_of(command)]

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -123,10 +123,7 @@ def output_directory(out: Path, *, overwrite: bool = False, resume: bool = False
     Raises: CheckpointError when `out` exists, when it is to be replaced and no stage made it, when another process
       works on it, or when there is a state and neither `resume` nor `overwrite`.
     """
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out}: exists already. Choose another output or pass --overwrite.")
-    if out.exists() and not _is_replaceable(out):
-        raise CheckpointError(f"{out}: no limbeck output, so it is not overwritten. Choose another output.")
+    _refuse_to_lose(out, overwrite)
     working = out.with_name(out.name + ".partial")
     created = [path for path in (working, *working.parents) if not path.exists()]
     working.mkdir(parents=True, exist_ok=True)
@@ -136,16 +133,27 @@ def output_directory(out: Path, *, overwrite: bool = False, resume: bool = False
         try:
             yield working
         except BaseException:
-            # A failed run leaves nothing, unless it has a state to resume from.
-            if not any(working.glob(STATE_PREFIX + "*")):
-                shutil.rmtree(working, ignore_errors=True)
-            for path in created:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
+            _clean_up(working, created)
             raise
         if out.exists():
             shutil.rmtree(out)
         working.rename(out)
+
+
+def _refuse_to_lose(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out}: exists already. Choose another output or pass --overwrite.")
+    if out.exists() and not _is_replaceable(out):
+        raise CheckpointError(f"{out}: no limbeck output, so it is not overwritten. Choose another output.")
+
+
+def _clean_up(working: Path, created: Sequence[Path]) -> None:
+    """A failed run leaves nothing, unless it has a state to resume from."""
+    if not any(working.glob(STATE_PREFIX + "*")):
+        shutil.rmtree(working, ignore_errors=True)
+    for path in created:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 @contextmanager

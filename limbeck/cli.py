@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -131,13 +131,12 @@ def take_options(command: Stage | View, arguments: list[str]) -> tuple[Options, 
     index = 0
     while index < len(arguments):
         flag, equals, value = arguments[index].partition("=")
-        if flag in LIMITED and flag not in takes and flag[2:] not in command.config.__dataclass_fields__:
-            raise ConfigError(f"{flag} means nothing to limbeck {command.name}; see limbeck {command.name} --help.")
-        if flag in takes and flag in ("--out", "--on"):
+        _refuse_unless_taken(flag, command)
+        if flag in takes and flag in _WITH_VALUE:
             if not equals:
                 index += 1
                 value = arguments[index] if index < len(arguments) else ""
-            found[flag[2:]] = _read_out(value) if flag == "--out" else _read_on(value)
+            found[flag[2:]] = _WITH_VALUE[flag](value)
         elif flag in (*takes, "--json") and not equals:
             found[flag[2:].replace("-", "_")] = True
         else:
@@ -145,6 +144,11 @@ def take_options(command: Stage | View, arguments: list[str]) -> tuple[Options, 
         index += 1
     out, dry_run, as_json = (found.pop(name, None) for name in ("out", "dry_run", "json"))
     return Options(out or default_out(command.name), How(**found), bool(dry_run), bool(as_json)), rest
+
+
+def _refuse_unless_taken(flag: str, command: Stage | View) -> None:
+    if flag in LIMITED and flag not in options_of(command) and flag[2:] not in command.config.__dataclass_fields__:
+        raise ConfigError(f"{flag} means nothing to limbeck {command.name}; see limbeck {command.name} --help.")
 
 
 def options_of(command: Stage | View) -> tuple[str, ...]:
@@ -162,6 +166,9 @@ def _read_on(value: str) -> str:
     if value not in get_args(Place):
         raise ConfigError(f"--on needs local or ray; found {value!r}.")
     return value
+
+
+_WITH_VALUE: dict[str, Callable[[str], Any]] = {"--out": _read_out, "--on": _read_on}
 
 
 def _dry_run(command: Stage | View, config: Any, options: Options) -> None:

@@ -196,13 +196,13 @@ def _value(hint: Any, value: Any, where: str, path: str) -> Any:
     nested = class_of(hint)
     if nested is not None and value is not None and not isinstance(value, nested):
         return _nested(nested, value, where, path)
-    if isinstance(value, bool) and bool not in options_of(hint) and {int, float} & {*options_of(hint)}:
+    options = options_of(hint)
+    if isinstance(value, bool) and bool not in options and {int, float} & {*options}:
         raise ConfigError(f"{where}: {path}: expected a number; found {str(value).lower()}.")
-    for option in options_of(hint):
-        parts = typing.get_args(option)
-        if typing.get_origin(option) in (list, tuple) and parts:
+    for kind, parts in ((typing.get_origin(option), typing.get_args(option)) for option in options):
+        if kind in (list, tuple):
             return _entries(parts, value, where, path)
-        if typing.get_origin(option) in (dict, Mapping) and isinstance(value, Mapping):
+        if kind in (dict, Mapping) and isinstance(value, Mapping):
             return {key: _value(parts[1], entry, where, f"{path}.{key}") for key, entry in value.items()}
     return _scalar(hint, value)
 

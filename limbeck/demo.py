@@ -148,10 +148,7 @@ def sample_traces(config: DemoConfig, out: Path) -> Path:
     file = out / "traces.jsonl"
     if (out / MANIFEST).exists() and Checkpoint(out).manifest["config_hash"] == config_hash(config):
         return file
-    held_out = make_problems(config.num_problems, config.seed + 1_000_001, config.min_steps, config.max_steps)
-    taken = {problem.prompt_key for problem in held_out}
-    problems = make_problems(config.num_traces, config.seed, config.min_steps, config.max_steps)
-    problems = [problem for problem in problems if problem.prompt_key not in taken]
+    problems = _training_problems(config)
     answered = answer(
         problems, TEACHER, SeededSampling(max_new_tokens=320, temperature=config.temperature, seed=config.seed)
     )
@@ -168,6 +165,14 @@ def sample_traces(config: DemoConfig, out: Path) -> Path:
         }
         write_manifest(working, stage="demo traces", config=config, inputs={"teacher": TEACHER}, counts=counts)
     return file
+
+
+def _training_problems(config: DemoConfig) -> list[Trace]:
+    """Problems that no held-out one is."""
+    held_out = make_problems(config.num_problems, config.seed + 1_000_001, config.min_steps, config.max_steps)
+    taken = {problem.prompt_key for problem in held_out}
+    problems = make_problems(config.num_traces, config.seed, config.min_steps, config.max_steps)
+    return [problem for problem in problems if problem.prompt_key not in taken]
 
 
 def answer(problems: list[Trace], model_name: str, sampling: SeededSampling) -> list[Trace | None]:

@@ -134,10 +134,9 @@ def resolve_path(config_class: type, name: str, flag: str, tree: Mapping[str, An
     paths = [info.path for info in infos] + [path for path, _ in groups_of(config_class)]
     if name in paths:
         return name
-    matches = [path for path in paths if path.endswith("." + name)]
-    if len(matches) > 1:
-        applying = {info.path for info in infos if applies(info, config_class, tree or {})}
-        matches = [path for path in matches if path in applying] or matches
+    foreign = {info.path for info in infos if not applies(info, config_class, tree or {})}
+    ends = [path for path in paths if path.endswith("." + name)]
+    matches = [path for path in ends if path not in foreign] or ends
     if len(matches) == 1:
         return matches[0]
     if matches:

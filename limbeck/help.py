@@ -53,21 +53,14 @@ def print_help(command: Stage | View, words: Sequence[str]) -> None:
     chosen, groups = _choices(command, asked)
     fields = [info for info in fields_of(command) if applies(info, command.config, chosen)]
     if groups and groups != ["all"]:
-        shown = [info for info in describe(command.config) if any(_is_of(info.path, group) for group in groups)]
-        if not shown:
-            raise ConfigError(
-                f"limbeck {command.name} --help: no fields in {', '.join(groups)}; "
-                f"limbeck {command.name} --help all has every one."
-            )
-        _print_fields(shown, out.width)
+        _print_fields(_of_groups(command, groups), out.width)
         return
     takes = "[RECIPE.yaml] [--FIELD value ...]"
     takes = f"{command.subject.upper()} | {takes}" if command.subject else takes
     help_text = COMMANDS[command.name].help
     out.print(f"limbeck {command.name} {takes}\n\n{help_text}\n", markup=False, highlight=False)
-    for flag, text in OPTIONS.items():
-        if flag not in LIMITED or flag[2:].replace("-", "_") in command.options:
-            print(_help_line(flag, text, out.width))
+    for flag in options_of(command):
+        print(_help_line(flag, OPTIONS[flag], out.width))
     first = command.first if not groups else ()
     shown = [info for info in fields if not first or _is_shown(info.path, first)]
     _print_fields(shown, out.width)
@@ -78,6 +71,21 @@ def print_help(command: Stage | View, words: Sequence[str]) -> None:
         markup=False,
         highlight=False,
     )
+
+
+def options_of(command: Stage | View) -> list[str]:
+    """The options of a command, as flags."""
+    return [flag for flag in OPTIONS if flag not in LIMITED or flag[2:].replace("-", "_") in command.options]
+
+
+def _of_groups(command: Stage | View, groups: Sequence[str]) -> list[FieldInfo]:
+    shown = [info for info in describe(command.config) if any(_is_of(info.path, group) for group in groups)]
+    if not shown:
+        raise ConfigError(
+            f"limbeck {command.name} --help: no fields in {', '.join(groups)}; "
+            f"limbeck {command.name} --help all has every one."
+        )
+    return shown
 
 
 def fields_of(command: Stage | View) -> list[FieldInfo]:

@@ -126,10 +126,7 @@ def call(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, An
 def tree_of(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config's tree: a subject may be a recipe, a checkpoint, a path, a config or text."""
     if len(subjects) == 1 and isinstance(subjects[0], command.config):
-        if fields:
-            raise ConfigError(f"{where}: a whole config is given; set {', '.join(fields)} in it.")
-        config = subjects[0]
-        return {name: getattr(config, name) for name in command.config.__dataclass_fields__}
+        return _whole(subjects[0], fields, where)
     tree: Mapping[str, Any] = {}
     if subjects and is_recipe(command, plain(subjects[0])):
         tree, subjects = recipe_of(command, plain(subjects[0])), subjects[1:]
@@ -156,6 +153,12 @@ def recipe_of(command: Stage | View, file: str) -> dict[str, Any]:
     """
     reads = command.reads if isinstance(command, View) else dict
     return dict(reads(read_recipe(Path(file))))
+
+
+def _whole(config: Any, fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if fields:
+        raise ConfigError(f"{where}: a whole config is given; set {', '.join(fields)} in it.")
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def plain(value: Any) -> Any:
