@@ -27,6 +27,8 @@ from limbeck.errors import CheckpointError
 from limbeck.version import __version__
 
 MANIFEST = "limbeck.json"
+FORMAT = 2
+"""Version of the manifest. 1, which did not say so, had everything but `format`; both are read."""
 STATE_PREFIX = "state-"
 """How the saved states of a run that is under way are named, in its working directory."""
 RECORDS = (MANIFEST, "metrics.jsonl", "layers.json", "certificate.json", "certificate.md", "README.md")
@@ -57,6 +59,10 @@ class Checkpoint:
             ) from error
         if not isinstance(tree, dict) or "stage" not in tree:
             raise CheckpointError(f"{file}: not a limbeck manifest (no `stage`).")
+        if tree.get("format", 1) > FORMAT:
+            raise CheckpointError(
+                f"{file}: written by a newer limbeck ({tree.get('limbeck_version')}); update this one."
+            )
         return tree
 
     @property
@@ -200,6 +206,7 @@ def write_manifest(
         directory / MANIFEST,
         {
             "stage": stage,
+            "format": FORMAT,
             "limbeck_version": __version__,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "config": to_dict(config),

@@ -33,13 +33,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _cells(found: Prediction) -> list[str]:
-    parts = [amount(found.flops[name], "F") if found.flops[name] else "–" for name in FLOP_PARTS]
-    all_flops = amount(found.total_flops + found.solver_flops, "F")
-    tokens = amount(found.tokens + found.new_tokens)
-    return [found.stage, tokens, *parts, all_flops, amount(found.peak_bytes, "B"), duration(found.seconds)]
-
-
 def show_predictions(predictions: Sequence[Prediction], hardware: Hardware) -> None:
     """One line a stage, the terms of the highest memory, and what was assumed."""
     out = Console()

@@ -51,7 +51,7 @@ TINY = {
     "moments": {"model": "tiny-student", "calibration": CALIBRATION},
     "prune": COMPRESS,
     "quantize": {**COMPRESS, "group_size": 32, "method": "gptq"},
-    "export": {"model": "tiny-student", "format": "hf", "probe": {"traces": CHAIN, "sequences": 2}},
+    "export": {"model": "tiny-student", "format": "dense", "probe": {"traces": CHAIN, "sequences": 2}},
     "recover": {
         "prune": {**COMPRESS, "model": "tiny-student"},
         "distill": {key: value for key, value in DISTILL.items() if key != "student"},
