@@ -1,5 +1,6 @@
 """Directories that stages write: nothing half-written, nothing lost, one run at a time; manifests of all versions."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,14 @@ from limbeck.checkpoint import FORMAT, MANIFEST, Checkpoint, output_directory, w
 from limbeck.errors import CheckpointError
 
 
+@dataclasses.dataclass
+class Config:
+    a: int = 1
+
+
 def written(directory, **changes) -> Checkpoint:
     directory.mkdir(parents=True, exist_ok=True)
-    write_manifest(directory, stage="distill", config={"a": 1}, inputs={"teacher": "x"}, metrics={"loss": 0.123456})
+    write_manifest(directory, stage="distill", config=Config(), inputs={"teacher": "x"}, metrics={"loss": 0.123456})
     if changes:
         tree = {**json.loads((directory / MANIFEST).read_text()), **changes}
         tree = {key: value for key, value in tree.items() if value is not None}
@@ -23,7 +29,7 @@ def written(directory, **changes) -> Checkpoint:
 
 def test_a_manifest_without_a_format_is_one_of_the_first_version(tmp_path):
     old = written(tmp_path / "old", format=None)
-    assert old.metrics == {"loss": 0.123456} and old.is_made_of({"a": 1}, {"teacher": "x"})
+    assert old.metrics == {"loss": 0.123456} and old.is_made_of(Config(), {"teacher": "x"})
     assert written(tmp_path / "new").manifest["format"] == FORMAT
 
 
@@ -45,9 +51,9 @@ def test_a_checkpoint_is_a_path_and_shows_itself(tmp_path):
 def test_a_state_is_dropped_only_where_that_is_asked_for(tmp_path):
     out, working = tmp_path / "out", tmp_path / "out.partial"
     (working / "state-00000030").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"state-00000030.*--resume to go on with it, --overwrite to drop it"):
-        with output_directory(out):
-            pass
+    message = r"state-00000030.*--resume to go on with it, --overwrite to drop it"
+    with pytest.raises(CheckpointError, match=message), output_directory(out):
+        pass
     assert (working / "state-00000030").is_dir()
     with output_directory(out, resume=True) as found:
         assert (found / "state-00000030").is_dir()
