@@ -84,9 +84,7 @@ def split_rows(config: CalibrationConfig, tokenizer: Any, model: str, held_out: 
     if config.text is not None:
         sequences = _windows(config, tokenizer)
     else:
-        traces, _ = read_traces(config.traces or _own_traces(model, config.sequences + held_out))
-        found = [render(trace, tokenizer, config.render).input_ids for trace in traces]
-        sequences = [ids[: config.sequence_length_tokens].tolist() for ids in found if len(ids)]
+        sequences = _rendered(config, tokenizer, config.traces or _own_traces(model, config.sequences + held_out))
     if not sequences:
         raise ConfigError("calibration: the traces or the text hold no tokens.")
     # Held-out ones are spread evenly too, so that both are of the same kind; some always stay for calibration.
@@ -96,6 +94,11 @@ def split_rows(config: CalibrationConfig, tokenizer: Any, model: str, held_out: 
     chosen = np.linspace(0, len(others) - 1, min(config.sequences, len(others))).round().astype(int)
     rows = Rows.of([sequences[others[index]] for index in chosen])
     return rows, Rows.of([sequences[index] for index in apart]) if apart else None
+
+
+def _rendered(config: CalibrationConfig, tokenizer: Any, source: TraceConfig) -> list[list[int]]:
+    found = [render(trace, tokenizer, config.render).input_ids for trace in read_traces(source)[0]]
+    return [ids[: config.sequence_length_tokens].tolist() for ids in found if len(ids)]
 
 
 def _windows(config: CalibrationConfig, tokenizer: Any) -> list[list[int]]:

@@ -66,13 +66,13 @@ def count_work(
         unfuse(layer)
         weights = sum(parameter.numel() for parameter in layer.parameters())
         flops += walks * streams * 2.0 * padded_tokens * weights
-        groups = [group for group in groups_of(layer, number) if wants(group)]
+        groups = list(filter(wants, groups_of(layer, number)))
         for group in groups:
             flops += walks * 2.0 * tokens * _inputs(group) ** 2 + _solving(group, solver)
-        outputs = [sum(linear.out_features for linear in group.linears.values()) for group in groups_of(layer, number)]
-        widest = max(widest, *outputs, *(_inputs(group) for group in groups)) if groups else max(outputs, default=0)
+        outputs = list(map(_outputs, groups_of(layer, number)))
+        widest = max(widest, *outputs, *map(_inputs, groups)) if groups else max(outputs, default=0)
         largest_block = max(largest_block, weights)
-        largest_gram = max([largest_gram, *(_inputs(group) for group in groups)])
+        largest_gram = max([largest_gram, *map(_inputs, groups)])
     # Inputs, outputs and their activation are alive at the widest place of a block; float32 throughout.
     passing = padded_tokens * (2 * streams * config.hidden_size + 3 * widest) if walks else 0
     if dense_targets:
@@ -86,8 +86,11 @@ def _inputs(group: Group) -> int:
     return next(iter(group.linears.values())).in_features
 
 
+def _outputs(group: Group) -> int:
+    return sum(linear.out_features for linear in group.linears.values())
+
+
 def _solving(group: Group, solver: str) -> float:
-    inputs = _inputs(group)
-    outputs = sum(linear.out_features for linear in group.linears.values())
+    inputs, outputs = _inputs(group), _outputs(group)
     products = SOLVER_PRODUCTS[solver]
     return products * outputs * inputs**2 + (_FACTORIZATION * inputs**3 if products else 0.0)

@@ -25,15 +25,19 @@ def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     named = {"model": cut.get("model")}
     student, teacher = distill.get("student") or {}, distill.get("teacher") or {}
     calibration = cut.get("calibration") or {}
-    if not any(teacher.get(key) for key in ("model", "cache", "server")):
+    if not _says(teacher, "model", "cache", "server"):
         teacher = {**teacher, **named}
-    if not calibration.get("traces") and not calibration.get("text"):
+    if not _says(calibration, "traces", "text"):
         calibration = {"render": distill.get("render") or {}, **calibration, "traces": distill.get("traces")}
     return {
         **tree,
         "prune": {**cut, "calibration": calibration},
         "distill": {**distill, "student": {**named, **student}, "teacher": teacher},
     }
+
+
+def _says(tree: Mapping[str, Any], *keys: str) -> bool:
+    return any(tree.get(key) for key in keys)
 
 
 @completed_by(completed)

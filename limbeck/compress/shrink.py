@@ -89,23 +89,29 @@ def shrunk_config(
         tree["num_key_value_heads"] = kv_groups
         tree["num_attention_heads"] = kv_groups * sizes.query_heads
     if layers is not None:
-        count = tree["num_hidden_layers"]
-        for key, value in tree.items():
-            if "layer" in key and isinstance(value, list) and len(value) == count:
-                tree[key] = [value[layer] for layer in layers]
-        tree["num_hidden_layers"] = len(layers)
+        tree |= _of_layers(tree, layers)
     try:
         return type(config).from_dict(tree)
     except Exception as error:  # transformers wraps its checks in its own kinds
-        accepted = kv_group_choices(config)
-        if kv_groups is None or kv_groups in accepted:
-            raise CompressionError(
-                f"transformers refuses the smaller config ({' '.join(str(error).split())})."
-            ) from error
-        raise CompressionError(
-            f"{kv_groups} KV groups: transformers wants the hidden size {config.hidden_size} to be a multiple of the "
-            f"query heads; keep {', '.join(map(str, accepted))} of {config.num_key_value_heads}."
-        ) from error
+        raise _refusal(config, kv_groups, error) from error
+
+
+def _of_layers(tree: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """The fields of a config that have an entry a layer, and the number of layers, when only `layers` stay."""
+    count = tree["num_hidden_layers"]
+    lists = {k: v for k, v in tree.items() if "layer" in k and isinstance(v, list) and len(v) == count}
+    own = {key: [value[layer] for layer in layers] for key, value in lists.items()}
+    return own | {"num_hidden_layers": len(layers)}
+
+
+def _refusal(config: Any, kv_groups: int | None, error: Exception) -> CompressionError:
+    accepted = kv_group_choices(config)
+    if kv_groups is None or kv_groups in accepted:
+        return CompressionError(f"transformers refuses the smaller config ({' '.join(str(error).split())}).")
+    return CompressionError(
+        f"{kv_groups} KV groups: transformers wants the hidden size {config.hidden_size} to be a multiple of the "
+        f"query heads; keep {', '.join(map(str, accepted))} of {config.num_key_value_heads}."
+    )
 
 
 def kv_group_choices(config: Any) -> list[int]:

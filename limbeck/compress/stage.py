@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,11 +151,7 @@ def _check(job: Job, tokenizer: Any, text: _Text, device: torch.device) -> None:
     ids = [rows.input_ids.flatten() for rows in (text.calibration, text.held_out) if rows is not None]
     vocab_size = job.blocks.config.get_text_config().vocab_size
     check_tokens(job.config.model, tokenizer, vocab_size, torch.cat(ids) if ids else None)
-    groups = []
-    for number, block in job.blocks.shapes():
-        chosen = (group.without(job.config.ignore) for group in groups_of(block, number))
-        groups += [group for group in chosen if group is not None and job.method.wants(group)]
-    job.method.check(job.blocks, groups)
+    job.method.check(job.blocks, list(_wanted(job)))
     if job.method.folds:
         if any("experts." in name for name in job.blocks.matrices()):
             raise CompressionError(
@@ -163,6 +159,15 @@ def _check(job: Job, tokenizer: Any, text: _Text, device: torch.device) -> None:
                 "to equalise is attention alone; set equalization to none."
             )
         _check_folds(foldable(job.blocks, job.method, job.options, device))
+
+
+def _wanted(job: Job) -> Iterator[Group]:
+    """The groups of layers that the method works on, of all blocks."""
+    for number, block in job.blocks.shapes():
+        for group in groups_of(block, number):
+            chosen = group.without(job.config.ignore)
+            if chosen is not None and job.method.wants(chosen):
+                yield chosen
 
 
 def _check_folds(found: dict[str, bool]) -> None:

@@ -26,6 +26,18 @@ from limbeck.models.quantized import read_tensors
 from limbeck.models.schemes import KV_CACHE_SCHEME, Scheme, config_of, tensors_of
 
 
+def _check_scheme(name: str, scheme: Scheme | None) -> None:
+    is_quantized = quantization_at(name) is not None
+    if is_quantized and scheme is not None:
+        raise CompressionError(
+            f"{name}: is quantised already; leave scheme out, or export the model that it was made of."
+        )
+    if not is_quantized and scheme is None:
+        raise CompressionError(
+            f"{name}: is not quantised; set scheme to round it to nearest, or run limbeck quantize first."
+        )
+
+
 def write_compressed(
     directory: Path,
     name: str,
@@ -45,16 +57,7 @@ def write_compressed(
     Returns: the bytes of all tensors.
     Raises: CompressionError when there is nothing to write, or a layer does not fit the scheme.
     """
-    quantization = quantization_at(name)
-    if (quantization is None) == (scheme is None):
-        raise CompressionError(
-            f"{name}: "
-            + (
-                "is not quantised; set scheme to round it to nearest, or run limbeck quantize first."
-                if quantization is None
-                else "is quantised already; leave scheme out, or export the model that it was made of."
-            )
-        )
+    _check_scheme(name, scheme)
     scales = {} if cache_batches is None else cache_scales(model, cache_batches)
     tree = config_tree(name, model)
     if scheme is None:

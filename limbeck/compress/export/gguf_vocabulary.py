@@ -48,6 +48,12 @@ def add_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, pre_tokenizer: 
     merges = tree["model"]["merges"]
     if merges:
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    _add_special(writer, tokenizer)
+    return findings
+
+
+def _add_special(writer: Any, tokenizer: Any) -> None:
+    """Ids of special tokens, which of them frame a text, and the chat template."""
     for kind in ("bos", "eos", "pad"):
         token_id = getattr(tokenizer, f"{kind}_token_id")
         if token_id is not None:
@@ -61,7 +67,6 @@ def add_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, pre_tokenizer: 
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
         writer.add_chat_template(template)
-    return findings
 
 
 def _of_normalizer(tree: dict[str, Any]) -> Iterator[Finding]:
@@ -104,19 +109,27 @@ def split_name(pre_tokenizer: dict[str, Any]) -> str:
     """
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     kinds = [part["type"] for part in parts]
-    has_own_split = parts[-1].get("use_regex", True) and not parts[-1].get("add_prefix_space")
-    if kinds == ["ByteLevel"] and has_own_split:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and has_own_split:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not has_own_split:
-        name = SPLITS.get(parts[0]["pattern"].get("Regex", ""))
-        if name is not None and not parts[-1].get("add_prefix_space"):
-            return name
+    name = None
+    if not parts[-1].get("add_prefix_space"):
+        name = _own_split(kinds, parts[0]) if parts[-1].get("use_regex", True) else _known_split(kinds, parts[0])
+    if name is not None:
+        return name
     raise CompressionError(
         f"the tokenizer splits text by {kinds} in a way that has no known name in llama.cpp; if you know it, set "
         "pre_tokenizer."
     )
+
+
+def _own_split(kinds: list[str], first: dict[str, Any]) -> str | None:
+    """Of a tokenizer that splits as the byte level itself does."""
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    return "smollm" if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] else None
+
+
+def _known_split(kinds: list[str], first: dict[str, Any]) -> str | None:
+    """Of a tokenizer that splits by an expression of its own before."""
+    return SPLITS.get(first["pattern"].get("Regex", "")) if kinds == ["Split", "ByteLevel"] else None
 
 
 def _is_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from limbeck.compress.masks import MASK_FILE
 from limbeck.compress.quantize.fused import parted
 from limbeck.errors import LimbeckError
-from limbeck.models.quantized import Layer, quantization_of, read_tensors, split_tensors
-from limbeck.models.schemes import STATUS
+from limbeck.models.quantized import Layer, Quantization, quantization_of, read_tensors, split_tensors
+from limbeck.models.schemes import STATUS, Scheme
 from limbeck.models.weight_files import INDEX
 
 
@@ -33,14 +34,7 @@ def lint(directory: Path) -> list[Finding]:
     found = [*_of_config(tree), *_of_names(tree, set(names)), *_of_files(directory)]
     try:
         quantization = quantization_of(tree, "config.json")
-        if quantization is not None:
-            layers, _ = split_tensors(names, quantization)
-            found += [finding for name, layer in layers.items() for finding in _of_layer(name, layer)]
-            linears = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-            schemes = {name: layer.stored.scheme for name, layer in layers.items()}
-            found += [Finding("fused", "error", text) for text in parted(dict.fromkeys([*linears, *layers]), schemes)]
-            if quantization.kv_cache and not any(name.endswith(".k_scale") for name in names):
-                found.append(Finding("cache-scales", "error", "kv_cache_scheme is set, but there is no k_scale"))
+        found += [] if quantization is None else _of_quantization(names, quantization)
     except LimbeckError as error:
         found.append(Finding("unreadable", "error", str(error)))
     kinds: dict[str, list[Finding]] = {}
@@ -53,6 +47,19 @@ def lint(directory: Path) -> list[Finding]:
     ]
 
 
+def _of_quantization(names: Mapping[str, Tensor], quantization: Quantization) -> Iterator[Finding]:
+    """Raises: LimbeckError when the tensors are not what the config says."""
+    layers, _ = split_tensors(names, quantization)
+    for name, layer in layers.items():
+        yield from _of_layer(name, layer)
+    linears = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    schemes = {name: layer.stored.scheme for name, layer in layers.items()}
+    for text in parted(dict.fromkeys([*linears, *layers]), schemes):
+        yield Finding("fused", "error", text)
+    if quantization.kv_cache and not any(name.endswith(".k_scale") for name in names):
+        yield Finding("cache-scales", "error", "kv_cache_scheme is set, but there is no k_scale")
+
+
 def _of_config(tree: dict[str, Any]) -> Iterator[Finding]:
     quantization = tree.get("quantization_config") or {}
     if not quantization:
@@ -61,7 +68,11 @@ def _of_config(tree: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("status", "error", "no quantization_status: compressed; transformers computes with wrong weights")
     if (quantization.get("sparsity_config") or {}).get("targets"):
         yield Finding("sparsity", "error", "sparsity_config names targets; vLLM refuses the file")
-    for name, group in (quantization.get("config_groups") or {}).items():
+    yield from _of_groups(quantization.get("config_groups") or {})
+
+
+def _of_groups(groups: Mapping[str, Any]) -> Iterator[Finding]:
+    for name, group in groups.items():
         if not (group.get("weights") or {}).get("symmetric", True):
             yield Finding("asymmetric", "error", f"{name}: asymmetric weights; transformers cannot load them")
         if "Embedding" in group.get("targets", ()):
@@ -88,16 +99,20 @@ def _of_files(directory: Path) -> Iterator[Finding]:
 
 def _of_layer(name: str, layer: Layer) -> Iterator[Finding]:
     codes, scales, scheme = layer.stored
-    outputs, inputs = codes.shape
-    if not bool(torch.isfinite(scales.float()).all()) or not bool((scales.float() > 0).all()):
+    if not bool((torch.isfinite(scales.float()) & (scales.float() > 0)).all()):
         yield Finding("scales", "error", f"{name}: a scale is zero, negative or not finite")
     if scheme.format == "pack-quantized" and scheme.bits not in (4, 8):
         yield Finding("bits", "warning", f"{name}: {scheme.bits} bits; vLLM has kernels for 4 and 8")
+    yield from _of_sizes(name, codes.shape, scheme)
+    if scheme.format == "int-quantized" and int(codes.abs().max()) > 63:
+        yield Finding("range", "warning", f"{name}: codes beyond 63, which AVX2 engines saturate")
+
+
+def _of_sizes(name: str, shape: Sequence[int], scheme: Scheme) -> Iterator[Finding]:
+    outputs, inputs = shape
     if scheme.format == "pack-quantized" and (outputs % 64 or inputs % 128):
         yield Finding(
             "sizes", "warning", f"{name}: {outputs} x {inputs}; fast 4-bit kernels want multiples of 64 and 128"
         )
     elif outputs % 32 or inputs % 32:
         yield Finding("sizes", "warning", f"{name}: {outputs} x {inputs}; kernels want multiples of 32")
-    if scheme.format == "int-quantized" and int(codes.abs().max()) > 63:
-        yield Finding("range", "warning", f"{name}: codes beyond 63, which AVX2 engines saturate")

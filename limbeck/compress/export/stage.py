@@ -180,19 +180,22 @@ def probes_of(config: ProbeConfig, tokenizer: Any, longest: int) -> Probes:
     """
     limit = min(config.sequence_length_tokens, longest)
     if config.traces is not None:
-        traces, _ = read_traces(config.traces)
-        sequences = [render(trace, tokenizer, config.render).input_ids.tolist() for trace in traces]
-        texts = [trace.answer for trace in traces if trace.answer][: config.sequences]
-        origin = config.traces.source
+        origin, (texts, sequences) = config.traces.source, _of_traces(config, config.traces, tokenizer)
     else:
         origin = "built-in sentences" if config.text is None else config.text.name
-        texts = list(BUILT_IN_TEXT) if config.text is None else _paragraphs(config.text)
-        texts = texts[: config.sequences]
+        texts = (list(BUILT_IN_TEXT) if config.text is None else _paragraphs(config.text))[: config.sequences]
         sequences = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     ids = [sequence[:limit] for sequence in sequences if len(sequence) > 1][: config.sequences]
     if not ids or limit < 2:
         raise ConfigError("probe: no text of two tokens or more; set probe.text or probe.traces.source.")
     return Probes(origin, ids, {text: tokenizer.encode(text, add_special_tokens=False) for text in texts})
+
+
+def _of_traces(config: ProbeConfig, source: TraceConfig, tokenizer: Any) -> tuple[list[str], list[list[int]]]:
+    """Answers as texts, and whole traces as tokens."""
+    traces, _ = read_traces(source)
+    texts = [trace.answer for trace in traces if trace.answer][: config.sequences]
+    return texts, [render(trace, tokenizer, config.render).input_ids.tolist() for trace in traces]
 
 
 def _paragraphs(path: Path) -> list[str]:

@@ -81,11 +81,8 @@ class Quantize:
         dtypes = {problem.name: self._dtype_of(f"{names[problem.name]}.weight") for problem in problems}
         factors = None
         if self._equalize is not None and fold is not None:
-            factors = self._equalize(problems, grid_of(self._schemes[problems[0].name], dtypes[problems[0].name]))
-            weight, factors = fold.folded(factors, self._dtype_of(fold.name))
-            fold.apply(factors, weight)
-            moments = problems[0].moments.scaled(1 / factors)
-            problems = [LayerProblem(p.weight * factors, moments, p.name, p.mask) for p in problems]
+            grid = grid_of(self._schemes[problems[0].name], dtypes[problems[0].name])
+            factors, problems = self._equalized(self._equalize(problems, grid), problems, fold)
         weights: dict[str, Tensor] = {}
         for scheme, dtype in dict.fromkeys((self._schemes[p.name], dtypes[p.name]) for p in problems):
             members = [p for p in problems if (self._schemes[p.name], dtypes[p.name]) == (scheme, dtype)]
@@ -100,6 +97,15 @@ class Quantize:
                 self._done[names[problem.name]] = own, scheme, _input_scale(problem, dtype)
                 weights[problem.name] = own.dequantize()
         return Solution([weights[problem.name] for problem in problems], factors)
+
+    def _equalized(
+        self, factors: Tensor, problems: Sequence[LayerProblem], fold: Fold
+    ) -> tuple[Tensor, list[LayerProblem]]:
+        """The factors as they are stored, and the layers whose inputs are divided by them."""
+        weight, factors = fold.folded(factors, self._dtype_of(fold.name))
+        fold.apply(factors, weight)
+        moments = problems[0].moments.scaled(1 / factors)
+        return factors, [LayerProblem(p.weight * factors, moments, p.name, p.mask) for p in problems]
 
     def tensors(self, number: int, block: Any, blocks: Blocks) -> dict[str, Tensor]:
         """The block's tensors, codes and scales in place of the weights that were rounded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -44,7 +45,7 @@ def choose(layers: Sequence[Sequence[Option]], budget: int) -> list[int]:
     Raises: CompressionError when not even the smallest options fit; ConfigError for a layer without options, or a loss
       that is no number.
     """
-    if any(not options or not all(math.isfinite(option.loss) for option in options) for options in layers):
+    if not all(map(_is_sound, layers)):
         raise ConfigError("mixed bits: every layer needs an option, and every loss must be a finite number.")
     floors = [min(option.size for option in options) for options in layers]
     spare = budget - sum(floors)
@@ -54,11 +55,14 @@ def choose(layers: Sequence[Sequence[Option]], budget: int) -> list[int]:
             "or offer fewer bits."
         )
     extra = [[option.size - floor for option in options] for options, floor in zip(layers, floors, strict=True)]
-    total = sum(max(sizes) for sizes in extra)
-    if total <= spare:
-        return [min(range(len(options)), key=lambda index: options[index]) for options in layers]
-    cell = max(math.gcd(*(size for sizes in extra for size in sizes)), math.ceil(spare / _CELLS), 1)
+    if sum(map(max, extra)) <= spare:
+        return [min(range(len(options)), key=options.__getitem__) for options in layers]
+    cell = max(math.gcd(*itertools.chain.from_iterable(extra)), math.ceil(spare / _CELLS), 1)
     return _fill(layers, [[-(-size // cell) for size in sizes] for sizes in extra], spare // cell)
+
+
+def _is_sound(options: Sequence[Option]) -> bool:
+    return bool(options) and all(math.isfinite(option.loss) for option in options)
 
 
 def _fill(layers: Sequence[Sequence[Option]], cells: list[list[int]], room: int) -> list[int]:
