@@ -23,6 +23,7 @@ NUMBERS = (
     *(f"flops_{part}" for part in FLOP_PARTS),
     *("lost_end_marker_fraction", "lost_first_derivation_fraction", "parameters"),
     *("weight_bytes", "kl_nats", "teacher_kl_nats", "perplexity_ratio", "stage_seconds"),
+    "rollout_mismatch_nats",
 )  # fmt: skip
 """What a row may measure."""
 PLACED_AXES = (

@@ -103,6 +103,7 @@ def score_table(groups: Sequence[Group], models: Sequence[Row], is_brief: bool =
     else:
         columns["stop rate"] = _intervals(entries, "stop_rate", places)
         columns["output tokens"] = _intervals(entries, "output_tokens", 0)
+        columns["sampler's mismatch, nats"] = _shares(entries, "rollout_mismatch_nats", 4)
         columns["on the frontier of"] = _beside(models, _frontiers(groups))
     return Table.of(columns)
 

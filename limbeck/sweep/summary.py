@@ -90,6 +90,7 @@ def _row(planned: PlannedRun, reference: PlannedRun | None, out: Path) -> dict[s
         "peak_bytes": ledger["peak_bytes"]["total"],
         "peak_bytes_parts": ledger["peak_bytes"],
         "validation_ce": manifest["metrics"]["validation_ce"],
+        "rollout_mismatch_nats": manifest["metrics"].get("rollout_mismatch_nats"),
         "lost_end_marker_fraction": manifest["counts"]["lost_end_marker_fraction"],
         "lost_first_derivation_fraction": manifest["counts"]["lost_first_derivation_fraction"],
         "flops_audit": ledger["flops_audit"],

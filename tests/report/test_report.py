@@ -19,6 +19,7 @@ from limbeck.report.collect import collect
 from limbeck.report.findings import findings
 from limbeck.report.groups import group_rows, lines_of, uncut_of
 from limbeck.report.page import write_report as run
+from limbeck.report.rows import rows_of
 from limbeck.report.tables import console_table, markdown, score_table
 
 
@@ -204,6 +205,14 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     page = run([write_sweep(tmp_path / "s", runs, title="a <b> & c")], tmp_path / "out").read_text()
     assert "<script>" not in page and "a &lt;b&gt; &amp; c" in page
     assert "\\|x" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_rounded_sampler_has_a_column_where_one_wrote(tmp_path: Path) -> None:
+    runs = [make_run(0.5) | {"rollout_mismatch_nats": 0.0123}, make_run(1.0) | {"rollout_mismatch_nats": None}]
+    for rows, expected in ((runs, ["0.0123", "–"]), (runs[1:], None)):
+        table = score_table(group_rows(rows_of(rows, (), "a sweep")), [])
+        column = dict(zip(table.header, zip(*table.rows, strict=True), strict=True)).get("sampler's mismatch, nats")
+        assert (column and list(column)) == expected
 
 
 def test_headline_numbers_are_the_data(tmp_path: Path) -> None:
