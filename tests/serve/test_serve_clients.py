@@ -247,3 +247,22 @@ def test_forms_hold_with_a_model_of_ordinary_words():
         assert text == whole.choices[0].text
         scores = server.post("/v1/rerank", {"query": "a fruit", "documents": ["apple", "hammer"]}).json()
         assert len(scores["results"]) == 2
+
+
+def test_responses_whole_and_streamed(client):
+    asked = {"model": "tiny", "input": PROBLEM, "temperature": 0, "max_output_tokens": 300}
+    whole = client.responses.create(**asked)
+    chat = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, max_tokens=300)
+    assert whole.output_text == chat.choices[0].message.content and whole.status == "completed"
+    assert whole.usage.output_tokens == chat.usage.completion_tokens
+    events = list(client.responses.create(**asked, stream=True))
+    assert "".join(one.delta for one in events if one.type == "response.output_text.delta") == whole.output_text
+    assert [one.sequence_number for one in events] == list(range(len(events)))
+    assert events[0].type == "response.created" and events[-1].response.output_text == whole.output_text
+    cut = client.responses.create(**asked | {"max_output_tokens": 3})
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    turns = [{"role": "user", "content": [{"type": "input_text", "text": PROBLEM}]}]
+    assert client.responses.create(**asked | {"input": turns}).output_text == whole.output_text
+    for extra in ({"previous_response_id": "resp_1"}, {"input": [{"type": "item_reference", "id": "x"}]}):
+        with pytest.raises(openai.UnprocessableEntityError, match=r"not supported|of type"):
+            client.responses.create(**asked | extra)
