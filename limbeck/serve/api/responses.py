@@ -30,7 +30,7 @@ class TextFormat(Shape):
 class TextSettings(Shape):
     """Where this API has the form."""
 
-    format: TextFormat = TextFormat()
+    format: TextFormat | None = None
 
 
 class ResponsesBody(Body):
@@ -73,7 +73,8 @@ def _chat(body: ResponsesBody) -> ChatBody:
             raise Invalid(f"input.{place}: of type {str(turn['type'])[:40]!r}; turns are messages.", "input")
     first = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     form = body.text.format
-    asked = {"type": form.type, "json_schema": None if form.schema_ is None else {"schema": form.schema_}}
+    schema = None if form is None or form.schema_ is None else {"schema": form.schema_}
+    asked = {"type": "text" if form is None else form.type, "json_schema": schema}
     return ChatBody.model_validate(
         {
             "messages": [*first, *turns],
