@@ -28,6 +28,7 @@ from limbeck.distill.step_work import StepWork, work_of
 from limbeck.distill.validation import measure
 from limbeck.errors import LimbeckError
 from limbeck.ledger import flop_counter
+from limbeck.optim.log import noise_columns, noise_notes
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
 from limbeck.stage import How
@@ -57,6 +58,8 @@ def run(
                 config, setup.student.model, setup.student.tokenizer, setup.data.train
             )
         kept = train(setup, working, how.resume)
+        if ranks.is_first:
+            tell(noise_notes(setup.optimizer))
         setup = setup.whole()
         if ranks.is_first:
             write_model(setup, working)
@@ -116,7 +119,8 @@ def _step(setup: Run, number: int) -> dict[str, Any]:
     ce, kd, tokens = sum_numbers([ce, kd, setup.ledger.counts["tokens"]], setup.ranks)
     norm, rate = _update(setup, number, work, ce + kd)
     row = {"step": number + 1, "loss": ce + kd, "ce_term": ce, "kd_term": kd}
-    return row | {"gradient_norm": norm, "learning_rate": rate, "tokens": int(tokens), **work.metrics}
+    row |= {"gradient_norm": norm, "learning_rate": rate, "tokens": int(tokens), **noise_columns(setup.optimizer)}
+    return row | work.metrics
 
 
 @contextmanager

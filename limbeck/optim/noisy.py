@@ -42,6 +42,10 @@ class NoisyOptimizer(Optimizer):
             settings["seed"] = agreed_seed(params if owner is None else owner.param_groups)
         super().__init__(params, settings)
 
+    def stats(self) -> dict[str, Tensor]:
+        """What the last step did: `statistic`, `fires`, `steps_since_fire`, `noise_norm`, `boosted_next`."""
+        raise NotImplementedError
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it starts at the step that the others have reached.
 

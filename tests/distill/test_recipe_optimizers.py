@@ -121,3 +121,22 @@ def test_growth_changes_the_batch_or_the_rate(as_learning_rate, tmp_path):
     sequences = out.manifest["ledger"]["sequences"]
     assert rates == pytest.approx([1, 2 / 3, 1 / 2, 1 / 2] if as_learning_rate else [1, 1, 1, 1])
     assert sequences == (8 if as_learning_rate else 2 + 3 + 4 + 4)
+
+
+def lines(checkpoint):
+    return [json.loads(line) for line in (checkpoint.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_log_has_gate_and_noise_of_every_step(tmp_path):
+    rows = lines(train.run(config("perturb(adamw)"), tmp_path / "noisy"))
+    assert [row["fires"] for row in rows] == [1, 2, 3, 3]  # the schedule ends at a rate of 0
+    assert all(row["noise_norm"] > 0 and 0 < row["gate_statistic"] < 1e3 for row in rows[:3])
+    assert "fires" not in lines(train.run(config("adamw"), tmp_path / "plain"))[0]
+
+
+@pytest.mark.parametrize(("threshold", "is_told"), [(1e-9, True), (1e3, False)])
+def test_a_run_whose_gate_never_opened_says_so(threshold, is_told, tmp_path, capfd):
+    rows = lines(train.run(config("perturb(adamw)", grad_threshold=threshold), tmp_path / "out"))
+    assert (rows[-1]["fires"] == 0) == is_told
+    said = " ".join("".join(capfd.readouterr()).split())
+    assert ("never opened (grad_threshold" in said) == is_told

@@ -1,0 +1,44 @@
+"""What a training log says of the gate and the noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+
+from limbeck.optim.gated import GatedOptimizer
+from limbeck.optim.noisy import NoisyOptimizer
+
+
+def noise_columns(optimizer: Optimizer) -> dict[str, Any]:
+    """Columns for the log of a step: none for an optimizer without noise.
+
+    Returns: `gate_statistic` (S, a lower bound while the gate is clearly shut; None where it was not measured), `fires`
+      (so far) and `noise_norm` (of the last noise that was drawn, 0 before the first).
+    """
+    if not isinstance(optimizer, NoisyOptimizer):
+        return {}
+    stats = optimizer.stats()
+    statistic = float(stats["statistic"])
+    return {
+        "gate_statistic": statistic if math.isfinite(statistic) else None,
+        "fires": int(stats["fires"]),
+        "noise_norm": float(stats["noise_norm"]),
+    }
+
+
+def noise_notes(optimizer: Optimizer) -> list[str]:
+    """What to say at the end of a run: that the gate never opened, if so."""
+    if not isinstance(optimizer, GatedOptimizer) or any(int(group["fires"]) for group in optimizer.param_groups):
+        return []
+    gated = [group for group in optimizer.param_groups if group["mode"] in ("gated", "smooth")]
+    if not gated:
+        return []
+    threshold = gated[0]["grad_threshold"]
+    if threshold == "auto":
+        threshold = f"auto, a tenth of {float(gated[0]['gate_median']):.3g}"
+    return [
+        f"the gate of {type(optimizer).__name__} never opened (grad_threshold {threshold}): no noise was drawn and no "
+        "step boosted, so the run is that of the plain optimizer."
+    ]
