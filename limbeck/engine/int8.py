@@ -13,8 +13,10 @@ What comes out is per-token W8A8 as compressed-tensors defines it (x / max|x| * 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ class Int8Linear:
     """y = s_t s_o (round(x / s_t) codes^T) + bias, s_t of a token and s_o of an output."""
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None = None, where: str = "int8 layer") -> None:
-        """Pack the weight.
+        """Take the weight.
 
         Args:
           codes: int8 [O I], each in -63..63.
@@ -44,7 +46,7 @@ class Int8Linear:
                 f"{where}: torch's quantised engine is {torch.backends.quantized.engine!r}; int8 needs fbgemm, which "
                 "x86 builds of torch have. Use precision float32."
             )
-        largest = int(codes.to(torch.int16).abs().max()) if codes.numel() else 0
+        largest = max(-int(codes.min()), int(codes.max())) if codes.numel() else 0
         if largest > LARGEST_CODE:
             raise ModelError(
                 f"{where}: int8 codes up to {largest}; the product is exact up to {LARGEST_CODE}. Quantise with "
@@ -52,15 +54,25 @@ class Int8Linear:
             )
         self.outputs, self.inputs = codes.shape
         self.bias = None if bias is None else bias.float()
+        self._codes: tuple[Tensor, Tensor] | None = (codes, scales.float())
+        """Until they are packed, which the compiled kernels do for themselves."""
+
+    @functools.cached_property
+    def packed(self) -> Any:
+        """The weight in the order in which torch's product reads it."""
+        codes, scales = self.unpacked()
         points = torch.zeros(self.outputs, dtype=torch.int64)
         with warnings.catch_warnings():
             # The tensor type is deprecated, the packed product is not; there is no other way into it.
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
             weight = torch._make_per_channel_quantized_tensor(codes, scales.double(), points, 0)
-        self.packed = torch.ops.quantized.linear_prepack(weight, None)
+        self._codes = None
+        return torch.ops.quantized.linear_prepack(weight, None)
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """Codes int8 [O I] and scales [O]."""
+        if self._codes is not None:
+            return self._codes
         weight, _ = torch.ops.quantized.linear_unpack(self.packed)
         return weight.int_repr(), weight.q_per_channel_scales().float()
 

@@ -82,7 +82,7 @@ class _Keeper:
         block = library().limbeck_block()
         padded = torch.nn.functional.pad(codes, (0, -inputs % 4, 0, -outputs % block))
         packed = padded.unflatten(0, (-1, block)).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
-        zeros = (128 * padded.sum(1, dtype=torch.int64)).to(torch.int32)
+        zeros = (128 * padded.float().sum(1)).to(torch.int32)  # whole numbers below 2^24, which float32 holds
         self.tensors += [packed, zeros]
         scales = torch.nn.functional.pad(scales, (0, -outputs % block))
         return _Linear(packed.data_ptr(), self.at(scales), zeros.data_ptr(), self.at(bias), outputs, inputs)
