@@ -18,7 +18,7 @@ from torch import Tensor
 from limbeck.errors import CompressionError
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
-_UNCHANGED = re.compile(r"(norm|layernorm|gate|router)\.weight$|(^|\.)(o_proj|down_proj)\.bias$")
+_UNCHANGED = re.compile(r"(norm|layernorm|gate|router)\.(weight|bias)$|(^|\.)(o_proj|down_proj)\.bias$")
 """Tensors of a block that have no part for a neuron or a head."""
 
 
@@ -55,6 +55,8 @@ def shrink_block(tensors: Mapping[str, Tensor], kept: BlockKept, sizes: BlockSiz
       sizes: of the attention.
     Raises: CompressionError for a tensor that it cannot place, and when the block lacks the part that is to shrink.
     """
+    if kept == BlockKept():
+        return dict(tensors)
     queries = keys = None
     if kept.kv_groups is not None:
         queries = _spread(kept.kv_groups, sizes.head_dim * sizes.query_heads)

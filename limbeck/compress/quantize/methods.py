@@ -12,6 +12,7 @@ from limbeck.compress.blocks import Blocks, Group
 from limbeck.compress.folds import Fold
 from limbeck.compress.method import Solution, stored_state
 from limbeck.compress.problem import LayerProblem
+from limbeck.compress.prune.pattern import Pattern
 from limbeck.compress.quantize.grid import FP8_LARGEST, SMALLEST_SCALE, Grid, Quantized, encode, storable
 from limbeck.errors import CompressionError
 from limbeck.models.schemes import Scheme, tensors_of
@@ -41,6 +42,7 @@ class Quantize:
         settings: Any,
         equalize: Equalize | None = None,
         dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32,
+        pattern: Pattern | None = None,
     ) -> None:
         """What is done to the layers.
 
@@ -49,9 +51,10 @@ class Quantize:
           rounding: the solver, and its settings.
           equalize: factors for the inputs of a group; None for none.
           dtype_of: dtype that a weight is stored in, by its name within the block; a layer's scales have the same.
+          pattern: that the solver finds zeros by, too.
         """
         self._schemes, self._round, self._settings = schemes, rounding, settings
-        self._equalize, self._dtype_of = equalize, dtype_of
+        self._equalize, self._dtype_of, self._pattern = equalize, dtype_of, pattern
         self.folds = equalize is not None
         self._done: dict[str, tuple[Quantized, Scheme, float]] = {}
 
@@ -74,6 +77,8 @@ class Quantize:
             for name, linear in group.linears.items():
                 layer = f"layers.{group.block}.{name}"
                 grid_of(self._schemes[layer]).groups(linear.in_features, layer)
+                if self._pattern is not None:
+                    self._pattern.check(linear.in_features, layer)
 
     def solve(self, group: Group, problems: Sequence[LayerProblem], fold: Fold | None) -> Solution:
         """Layers of one input and one scheme are rounded as one: their rows are independent of each other."""

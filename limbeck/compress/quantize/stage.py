@@ -102,8 +102,9 @@ def run(config: QuantizeConfig, out: Path, *, how: How = How()) -> Checkpoint:
     blocks = Blocks(config.model)
     schemes = _schemes(config, blocks)
     needs_data = config.needs_data or any(scheme.activations == "static" for scheme in schemes.values())
-    rounding, settings = _rounding(config)
-    method = Quantize(schemes, rounding, settings, _equalizer(config), lambda name: blocks.dtypes[name])
+    pattern = None if config.pattern is None else Pattern.parse(config.pattern)
+    rounding, settings = _rounding(config, pattern)
+    method = Quantize(schemes, rounding, settings, _equalizer(config), lambda name: blocks.dtypes[name], pattern)
     finish = partial(_write_scheme, config, blocks, schemes)
     _say_unfused(blocks, schemes, config.ignore)
     job = Job("quantize", config, blocks, method, needs_data, finish)
@@ -164,11 +165,11 @@ def _schemes(config: QuantizeConfig, blocks: Blocks) -> dict[str, Scheme]:
         return choose_schemes(blocks, moments, config.mixed, config.group_size, config.ignore)
 
 
-def _rounding(config: QuantizeConfig) -> tuple[Round, Any]:
+def _rounding(config: QuantizeConfig, pattern: Pattern | None) -> tuple[Round, Any]:
     """The solver and its settings."""
-    if config.pattern is None:
+    if pattern is None:
         return SOLVERS[config.method], getattr(config, config.method)
-    return partial(joint.solve, pattern=Pattern.parse(config.pattern)), config.joint
+    return partial(joint.solve, pattern=pattern), config.joint
 
 
 def _equalizer(config: QuantizeConfig) -> Equalize | None:
