@@ -37,6 +37,7 @@ class Passes:
         """
         self._lm, self._backbone, self._loss = causal_lm_of(model), backbone_of(model), loss
         self.layers: list[Any] = list(self._backbone.layers)  # type: ignore[arg-type]
+        self._norm: Any = _final_norm(self._backbone)
         predicting = rows.valid[:, :-1] & rows.valid[:, 1:]
         self.tokens = int(predicting.sum())
         if not self.tokens:
@@ -63,7 +64,7 @@ class Passes:
     @torch.no_grad()
     def loss(self, number: int, hidden: Tensor) -> float:
         """Sum of the loss over the tokens of a pass; hidden [n T D] left the last block."""
-        hidden = self._backbone.norm(hidden)[:, :-1][self._places[number]]  # type: ignore[operator]
+        hidden = self._norm(hidden)[:, :-1][self._places[number]]
         size = max(_LOGITS_BYTES // (4 * self._lm.config.vocab_size), 1)
         parts = zip(hidden.split(size), self._targets[number].split(size), strict=True)
         return sum(float(self._loss_of(rows, targets)) for rows, targets in parts)
@@ -100,3 +101,14 @@ class Passes:
             for handle in handles:
                 handle.remove()
         return entered[0], calls, hidden
+
+
+def _final_norm(backbone: Any) -> Any:
+    """What stands between the last block and the head.
+
+    Raises: CompressionError for a model that calls it otherwise.
+    """
+    for name in ("norm", "final_layernorm"):
+        if hasattr(backbone, name):
+            return getattr(backbone, name)
+    raise CompressionError(f"{type(backbone).__name__} has no norm behind its blocks; its layers are not removed.")

@@ -90,7 +90,7 @@ def walk(
                 stops = [Solving(g, method, valid, folds.get(g.name), dense.get(g.name)) for g in groups]
                 with stopping(block, stops, valid):
                     streams["compressed"] = output_of(block, streams["compressed"], calls[number])
-                writer.write(number, method.tensors(number, block, blocks))
+                _write_block(blocks, number, block, method, writer)
             solved = [record for stop in stops for record in stop.records]
             records += solved
             journal.write(writer.directory, fingerprint, number + 1, records, streams)
@@ -121,7 +121,7 @@ def solve_stored(
                     stop = Solving(group, method, None, folds.get(group.name), None)
                     stop.solve(moments(group._replace(block=blocks.kept[number])))
                     solved += stop.records
-                writer.write(number, method.tensors(number, block, blocks))
+                _write_block(blocks, number, block, method, writer)
             records += solved
             progress.advance(1, note=_note(solved))
     return records
@@ -157,6 +157,10 @@ def foldable(blocks: Blocks, method: Method, options: WalkOptions, device: torch
 def _chosen(block: Any, number: int, method: Method, options: WalkOptions) -> list[Group]:
     groups = (group.without(options.ignore) for group in groups_of(block, number))
     return [group for group in groups if group is not None and method.wants(group)]
+
+
+def _write_block(blocks: Blocks, number: int, block: Any, method: Method, writer: ShardWriter) -> None:
+    writer.write(number, method.tensors(number, block, blocks))
 
 
 def _run_dense(

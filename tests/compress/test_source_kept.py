@@ -74,7 +74,7 @@ def test_a_trained_head_that_the_config_ties_is_kept(tmp_path, capfd):
     quantized(tmp_path)
     assert "its head differs from the embedding" in " ".join("".join(capfd.readouterr()).split())
     assert tree_of(tmp_path / "out")["tie_word_embeddings"] is False
-    assert error(tmp_path) < 0.03
+    assert error(tmp_path) < 0.05
 
 
 def test_a_head_that_equals_the_embedding_stays_tied(tmp_path):
@@ -91,7 +91,7 @@ def test_only_what_the_index_names_is_read(tmp_path):
     stale = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     save_file(stale, tmp_path / "model" / "model-00001-of-00099.safetensors")
     quantized(tmp_path)
-    assert error(tmp_path) < 0.03
+    assert error(tmp_path) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -118,7 +118,7 @@ def test_dense_experts_beside_codes_load_and_routers_are_ignored(tmp_path):
     assert {n for n in tensor_files(tmp_path / "out") if "experts" in n} <= set(tensor_files(tmp_path / "model"))
     ignored = tree_of(tmp_path / "out")["quantization_config"]["ignore"]
     assert "model.layers.0.block_sparse_moe.gate" in ignored
-    assert error(tmp_path) < 0.03
+    assert error(tmp_path) < 0.05
 
 
 def test_no_token_for_padding_is_made_up(tmp_path):
