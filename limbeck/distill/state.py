@@ -128,7 +128,9 @@ def load_state(
         if isinstance(error, CheckpointError):
             raise
         what = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: damaged state ({what}); delete it and run again.") from error
+        raise CheckpointError(
+            f"{path}: damaged, or of a limbeck that shaped the model otherwise ({what}); --overwrite drops it."
+        ) from error
     return resumed
 
 

@@ -179,7 +179,7 @@ def without_entry(state):
 )
 def test_a_damaged_state_is_named(interrupted, damage):
     damage(interrupted)
-    with pytest.raises(CheckpointError, match=r"state-0000000\d: damaged state .*delete it and run again") as caught:
+    with pytest.raises(CheckpointError, match=r"state-0000000\d: damaged, or of .*--overwrite") as caught:
         resume(interrupted)
     assert "\n" not in str(caught.value)
 
