@@ -217,12 +217,25 @@ def _skeleton(name: str) -> tuple[Any, Any]:
             config = transformers.AutoConfig.from_pretrained(
                 place.path, gguf_file=place.gguf_file, local_files_only=place.is_local
             )
+            _refuse_other_parts(name, config)
             # Buffers are computed, not stored, so they are real (rotary tables, the scale of an embedding).
             with init_empty_weights(include_buffers=False):
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises many kinds; each becomes one line with its cause kept
         raise ModelError(f"{name}: cannot build the model ({' '.join(str(error).split())[:300]}).") from error
     return config, model
+
+
+def _refuse_other_parts(name: str, config: Any) -> None:
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    is_whole = type(config) not in mapping or mapping[type(config)].config_class is type(config)
+    if config.get_text_config() is not config and is_whole:
+        raise ModelError(
+            f"{name}: has parts that see or hear, which are not compressed; where transformers has a model for its text "
+            "part alone, limbeck export --format dense writes that."
+        )
 
 
 def _check_build(name: str, backbone: Any) -> None:

@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
     pads: bool
     """Whether the padded layout agrees."""
     attention: str
-    """The attention of torch that agrees: sdpa or eager."""
+    """The attention of torch that agrees: sdpa or eager; of a family without a choice, the one that it has."""
     is_lean: bool
     """Whether the lean forward agrees."""
     form: LogitForm
@@ -139,7 +139,8 @@ def _examine(kind: type[Any], config: Any, device: str) -> dict[str, Any]:
         form = _logit_form(model, sequences, truth)
     except ModelError as error:
         return {"refused": str(error)}
-    attention = "sdpa" if not _tried(model, sequences, truth, form, "alone", "sdpa") else "eager"
+    own = model.config._attn_implementation
+    attention = "sdpa" if not _tried(model, sequences, truth, form, "alone", "sdpa") else own
     reasons = {
         way: _tried(model, sequences, truth, form, way, PACKED_ATTENTION if way == "packed" else attention)
         for way in WAYS
@@ -194,7 +195,7 @@ def plain_logits(model: Any, sequences: Sequence[Tensor]) -> list[Tensor]:
 def _logit_form(model: Any, sequences: list[Tensor], truth: list[Tensor]) -> LogitForm:
     reason = ""
     for form in logit_forms(model.config):
-        reason = _tried(model, sequences, truth, form, "alone", "eager")
+        reason = _tried(model, sequences, truth, form, "alone", model.config._attn_implementation)
         if not reason:
             return form
     raise ModelError(f"changes its logits in a way that is not known here ({reason}).")

@@ -159,7 +159,7 @@ class _Source:
             longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
         self.probes = probes_of(config.probe, tokenizer, longest)
         ids = torch.tensor([token for probe in self.probes.ids for token in probe])
-        check_tokens(config.model, tokenizer, self.model.config.vocab_size, ids)
+        check_tokens(config.model, tokenizer, self.model.config.get_text_config().vocab_size, ids)
         self.log_probs = log_probs_of(self.model, self.probes.ids) if config.certify else []
 
 
