@@ -51,6 +51,7 @@ GENERAL = (
     (r"did you mean '\w+'\?", "known are gemma, llama, mistral, qwen2, qwen3"),
     (r"^\w+(?=: experts and dense)", "the family"),
     (r"layers\.\d+\.", "layers.N."),
+    (r"^[\w.]+(?=: no rule)", "a tensor of its layers"),
 )
 """What differs between families in one and the same refusal."""
 

@@ -135,7 +135,9 @@ FAMILIES: dict[str, Family] = {
     "Qwen2-MoE": Family("experts", "Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
     "Qwen3-MoE": Family("experts", "Qwen3Moe", EXPERTS | {"head_dim": 8}),
     "OLMoE": Family("experts", "Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "Phi-3.5-MoE": Family("experts", "Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Phi-3.5-MoE": Family(
+        "experts", "Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+    ),
     "GraniteMoE": Family("experts", "GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "GLM-4.5": Family("experts", "Glm4Moe", ROUTED | {"head_dim": 8, "first_k_dense_replace": 1}),
     "MiniMax-M2": Family("experts", "MiniMaxM2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),

@@ -109,6 +109,8 @@ def trial(name: str, command: str, place: Place) -> Cell:
 def _refused_or(place: Place, code: int, text: str, difference: Callable[[], float], limit: float) -> Cell:
     if code == 2 and "Traceback" not in text:
         return Cell("refused", _anonymous(last_line(text), place))
+    if code == 1 and "not clean" in text:
+        return Cell("refused", "written, but its certificate is not clean")
     if code != 0:
         return Cell("WRONG", f"exit code {code}: {_anonymous(last_line(text), place)}")
     gap = difference()

@@ -233,8 +233,8 @@ def _refuse_other_parts(name: str, config: Any) -> None:
     is_whole = type(config) not in mapping or mapping[type(config)].config_class is type(config)
     if config.get_text_config() is not config and is_whole:
         raise ModelError(
-            f"{name}: has parts that see or hear, which are not compressed; where transformers has a model for its text "
-            "part alone, limbeck export --format dense writes that."
+            f"{name}: has parts that see or hear, which are not compressed; where transformers has a model for the "
+            "text alone, limbeck export --format dense writes that."
         )
 
 

@@ -6,6 +6,7 @@ and in the manifest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -115,7 +116,7 @@ def notes(facts: dict[str, Any]) -> list[str]:
         )
     if facts["dropout"]:
         told = ", ".join(f"{name} {value:g}" for name, value in facts["dropout"].items())
-        found.append(f"the student's config drops activations while it trains ({told}); the loss is noisier for it.")
+        found.append(f"the student's config drops or jitters activations in training ({told}); the loss is noisier.")
     if max(facts["start_marker_tokens"], facts["end_marker_tokens"]) > 1:
         found.append(
             f"the think markers are {facts['start_marker_tokens']} and {facts['end_marker_tokens']} tokens, not one "
@@ -125,9 +126,10 @@ def notes(facts: dict[str, Any]) -> list[str]:
 
 
 def _dropouts(student: Any) -> dict[str, float]:
-    """What a config says of dropout in its layers, where it is not 0; heads of classifiers are not trained here."""
+    """What a config says of dropout and jitter in its layers, where it is not 0; classifiers' heads are not trained."""
     fields = text_config(causal_lm_of(student).config).to_dict().items()
-    named = {name: value for name, value in fields if "drop" in name and not name.startswith(("classifier", "summary"))}
+    other = ("classifier", "summary")
+    named = {name: value for name, value in fields if re.search("drop|jitter", name) and not name.startswith(other)}
     return {name: value for name, value in named.items() if isinstance(value, float) and value > 0}
 
 
