@@ -123,7 +123,7 @@ def server(model: str) -> Iterator[str]:
     """A server in a thread of this process, and its address."""
     config = build(ServeConfig, {"model": model, "port": 0})
     service = Service(config)
-    running = Server(Gate(make_app(service), config), service)
+    running = Server(Gate(make_app(service), config), config.limits, lambda: service.dispatcher.give_up())
     socket = bind(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
