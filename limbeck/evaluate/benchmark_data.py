@@ -26,9 +26,9 @@ class BenchmarkConfig:
 
     name: Literal["gsm8k", "math-500", "aime24", "aime25", "mmlu", "gpqa", "ifeval"]
     """Which benchmark."""
-    data: str
-    """Its rows: a file (.jsonl, .json, .parquet, .csv) or directory on disk, or `hub` to load them from the Hugging
-    Face hub, the only case in which the network is used."""
+    data: str | None = None
+    """Its rows, needed: a file (.jsonl, .json, .parquet, .csv) or directory on disk, or `hub` to load them from the
+    Hugging Face hub, the only case in which the network is used."""
     num_shots: int | None = None
     """Worked examples in front of each problem; null takes as many as the harness does."""
     num_problems: int | None = None
@@ -37,6 +37,11 @@ class BenchmarkConfig:
     """Seed of the draw of shots and of the order of choices."""
 
     def __post_init__(self) -> None:
+        if self.data is None:
+            raise ConfigError(
+                f"benchmark {self.name} needs its rows: set benchmark.data to a local copy, or to {HUB} to load "
+                f"{BENCHMARKS[self.name].hub} from the Hugging Face hub"
+            )
         if (self.num_shots or 0) < 0 or (self.num_problems is not None and self.num_problems < 1):
             raise ConfigError(
                 f"benchmark: num_shots {self.num_shots}, num_problems {self.num_problems}; expected num_shots of 0 or "
@@ -53,6 +58,7 @@ def benchmark_task(config: BenchmarkConfig) -> Task:
 
     Raises: TraceFormatError when the data cannot be read or is another data set's.
     """
+    assert config.data is not None
     benchmark = BENCHMARKS[config.name]
     num_shots = benchmark.num_shots if config.num_shots is None else config.num_shots
     rows = list(_rows(config.data, benchmark, benchmark.split))[: config.num_problems]

@@ -16,6 +16,7 @@ from limbeck.cost.memory import HEAD_ROWS
 from limbeck.errors import ConfigError
 from limbeck.evaluate.metrics import ratio_interval
 from limbeck.models.anatomy import head_of, hidden_states
+from limbeck.traces.counts import tell
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.sources import TraceConfig, read_traces
 
@@ -74,7 +75,8 @@ def token_windows(config: PerplexityConfig, tokenizer: Any, rendering: RenderCon
     Raises: ConfigError when the text is missing, unreadable or shorter than 2 tokens.
     """
     if config.traces is not None:
-        traces, _ = read_traces(config.traces)
+        traces, read = read_traces(config.traces)
+        tell(read.lines())
         sequences = [render(trace, tokenizer, rendering).input_ids.tolist() for trace in traces]
     else:
         sequences = [tokenizer(read_text(config.text), add_special_tokens=False, verbose=False)["input_ids"]]

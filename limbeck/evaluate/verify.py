@@ -28,6 +28,7 @@ from limbeck.models.load import load_tokenizer
 from limbeck.progress import bar
 from limbeck.runner.place import Prepared
 from limbeck.stage import How, Place
+from limbeck.traces.counts import tell
 from limbeck.traces.generation import SKIPPED_FILE, TRACES_FILE, read_prompts
 from limbeck.traces.record import REFERENCE_COLUMNS
 from limbeck.traces.render import RenderConfig, render
@@ -93,6 +94,7 @@ def run(config: VerifyConfig, out: Path, *, how: How = How()) -> Checkpoint:
     Raises: ConfigError when no trace is left.
     """
     traces, read = read_traces(config.traces)
+    tell(read.lines())
     checked = check(traces, config, how.on)
     rates = pass_rates(checked, _unusable(Path(config.traces.source)))
     reasons = reasons_against(checked, rates, config)

@@ -145,6 +145,11 @@ def test_the_hub_is_asked_only_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")]
 
 
+def test_where_the_rows_are_has_to_be_said() -> None:
+    with pytest.raises(ConfigError, match=r"set benchmark\.data to a local copy, or to hub to load cais/mmlu from the"):
+        BenchmarkConfig(name="mmlu")
+
+
 @pytest.mark.parametrize("fields", [{"num_shots": -1}, {"num_problems": 0}, {"name": "gsm9k"}])
 def test_bad_config_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(LimbeckError):

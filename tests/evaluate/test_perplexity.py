@@ -104,7 +104,7 @@ def test_stage_writes_the_summary(tmp_path: Path) -> None:
         "model": "tiny-student",
         "perplexity": {"text": str(tmp_path / "text.txt"), "window_tokens": 20, "reference": "tiny-teacher"},
     }
-    summary = run(build(EvaluateStageConfig, tree, "test"), tmp_path / "out")
+    summary = run(build(EvaluateStageConfig, tree, "test"), tmp_path / "out").metrics
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     ids = symbol_tokenizer()("a=3\nb=a+4\n" * 10, add_special_tokens=False)["input_ids"]
     windows = [ids[start : start + 20] for start in range(0, len(ids), 20)]

@@ -23,7 +23,7 @@ def verify(tmp_path, traces, **changes):
     source = tmp_path / "traces.jsonl"
     write_jsonl(traces, source)
     tree = {"traces": {"source": str(source)}, "checker": "exact", "num_checkers": 1, **changes}
-    result = run(build(VerifyConfig, tree), tmp_path / "out")
+    result = run(build(VerifyConfig, tree), tmp_path / "out").manifest["counts"]
     kept, _ = read_traces(TraceConfig(source=str(tmp_path / "out" / "traces.jsonl")))
     return result, kept
 
@@ -71,7 +71,7 @@ def test_filters_by_length_in_characters_and_tokens(tmp_path):
 def test_filters_by_length_in_tokens(tmp_path):
     source = {"source": "builtin:chain", "num_traces": 8, "chain_min_steps": 1, "chain_max_steps": 4}
     config = {"traces": source, "checker": "exact", "num_checkers": 1, "tokenizer": "tiny-teacher", "max_tokens": 60}
-    result = run(build(VerifyConfig, config), tmp_path / "out")
+    result = run(build(VerifyConfig, config), tmp_path / "out").manifest["counts"]
     assert 0 < result["dropped"]["too long in tokens"] < 8
 
 
