@@ -42,8 +42,9 @@ PACKAGES = {
         SpeculativeConfig ThoughtBudget choice json_schema label_ids load_decoder make_drafter regex text_request
     """,
     "optim": """
-        AGLD ASG ASGLD AccumulationSchedule BatchGrowth EqualLR GrowingBatchSampler NoisySGD OptimizerConfig PSGLD
-        Perturb PerturbedGD PerturbedSGD RankSquares SGLD ScheduleConfig build_optimizer second_order
+        AGLD ASG ASGLD AccumulationSchedule BatchGrowth CyclicalSampling EqualLR GrowingBatchSampler NEON NoisySGD
+        OptimizerConfig PSGLD Perturb PerturbedGD PerturbedSGD RankSquares SAM SGHMC SGLD SGNHT ScheduleConfig
+        build_optimizer jitter_ second_order
     """,
     "distill": """
         DistillConfig DivergenceConfig FusedLoss LoraConfig LossConfig OnPolicyConfig ParallelConfig StudentConfig
@@ -68,8 +69,8 @@ PACKAGES = {
         SmoothQuantConfig awq_factors smoothquant_factors solve_gptq solve_joint solve_quantease solve_rtn
     """,
     "compress.export": """
-        ExportConfig Finding ProbeConfig Probes certify_directory certify_gguf lint_directory probes_of
-        write_compressed write_dense write_gguf
+        ExportConfig Finding ProbeConfig Probes lint_directory probes_of
+        write_certificate write_compressed write_dense write_gguf
     """,
     "ranking": """
         FeaturizeConfig GroupingConfig Interaction Labels RankEvaluateConfig RankRecoverConfig RankTrainConfig
