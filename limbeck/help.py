@@ -130,8 +130,14 @@ def _is_of(path: str, group: str) -> bool:
 
 
 def _print_fields(fields: Sequence[FieldInfo], width: int) -> None:
-    for info in fields:
+    for number, info in enumerate(fields):
+        if number and _group_of(info.path) != _group_of(fields[number - 1].path):
+            print()
         print(_help_line("--" + info.path.replace("_", "-"), _field_text(info), width))
+
+
+def _group_of(path: str) -> str:
+    return path.partition(".")[0] if "." in path else ""
 
 
 def _help_line(flag: str, text: str, width: int) -> str:

@@ -190,10 +190,12 @@ def test_a_torn_log_is_named(interrupted):
         resume(interrupted)
 
 
-def test_without_resume_the_interrupted_work_is_dropped(interrupted, uninterrupted):
+def test_without_resume_interrupted_work_is_dropped_only_where_that_is_asked_for(interrupted, uninterrupted):
     out = interrupted.parent.with_name("out")
     (interrupted.parent / "metrics.jsonl").write_text("")
-    train.run(config(), out)
+    with pytest.raises(CheckpointError, match="--resume to go on with it, --overwrite to drop it"):
+        train.run(config(), out)
+    train.run(config(), out, how=How(overwrite=True))
     assert_same_bits(out, uninterrupted)
 
 
