@@ -1,9 +1,10 @@
 """The HTTP server; `limbeck.serve(...)` starts it.
 
 Example:
-    from limbeck.serve import ServeConfig, Service, make_app
+    from limbeck.serve import Gate, ServeConfig, Service, make_app
 
-    app = make_app(Service(ServeConfig(model="tiny-student")))  # an ASGI application
+    config = ServeConfig(model="tiny-student")
+    app = Gate(make_app(Service(config)), config)  # an ASGI application
 """
 
 from limbeck.lazy import lazy, make_callable
@@ -12,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "BenchServeConfig": "bench",
+        "Gate": "gate",
         "LimitsConfig": "config",
         "ServeConfig": "config",
         "Server": "server",

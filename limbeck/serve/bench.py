@@ -45,6 +45,8 @@ class BenchServeConfig:
     """Of the server started here."""
     num_threads: int | None = None
     """Of the server started here; null leaves torch's choice."""
+    replicas: tuple[int, ...] = (1,)
+    """Of the server started here; several numbers, say 1 and 4, are compared."""
     score_loads: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
     """Scoring requests a second, one load after the other."""
     text_loads: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -70,18 +72,13 @@ class BenchServeConfig:
         loads = (*self.score_loads, *self.text_loads)
         if not loads or min(loads) <= 0 or min(self.seconds, self.slo_seconds) <= 0:
             raise ConfigError("bench serve: give one load or more; loads, seconds and slo_seconds above 0.")
+        if not self.replicas or min(self.replicas) < 1 or (self.url is not None and self.replicas != (1,)):
+            raise ConfigError("bench serve: replicas are 1 or more, of a server that is started here (without url).")
 
 
 def run(config: BenchServeConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Measure all loads and write serve.json, serve.md and serve.png into `out`."""
-    with _server(config) as url:
-        prompts = _Prompts(url, config)
-        rows = [
-            _measure(url, config, prompts, workload, prefixes, rate)
-            for workload, loads in (("score", config.score_loads), ("text", config.text_loads))
-            for prefixes in ("cold", "hot")
-            for rate in loads
-        ]
+    rows = [row for replicas in config.replicas for row in _rows(config, replicas)]
     tree = {
         "rows": rows,
         "config": to_dict(config),
@@ -96,6 +93,18 @@ def run(config: BenchServeConfig, out: Path, *, how: How = How()) -> Checkpoint:
         metrics = {"items_per_second_in_slo": best, "rows": rows}
         write_manifest(working, stage="bench serve", config=config, inputs={}, metrics=metrics)
     return Checkpoint(out)
+
+
+def _rows(config: BenchServeConfig, replicas: int) -> list[dict[str, Any]]:
+    """All loads against a server with so many replicas."""
+    with _server(config, replicas) as url:
+        prompts = _Prompts(url, config)
+        return [
+            {"replicas": replicas, **_measure(url, config, prompts, workload, prefixes, rate)}
+            for workload, loads in (("score", config.score_loads), ("text", config.text_loads))
+            for prefixes in ("cold", "hot")
+            for rate in loads
+        ]
 
 
 class _Prompts:
@@ -175,12 +184,14 @@ def _rates(outcomes: Sequence[Outcome], wall_seconds: float, slo_seconds: float)
 
 
 @contextlib.contextmanager
-def _server(config: BenchServeConfig) -> Iterator[str]:
+def _server(config: BenchServeConfig, replicas: int) -> Iterator[str]:
     """The address of a server that answers."""
     if config.url is not None:
         yield config.url.rstrip("/")
         return
     command = [sys.executable, "-m", "limbeck", "serve", config.model, "--port", "0", "--precision", config.precision]
+    if replicas > 1:
+        command += ["--replicas", str(replicas)]
     if config.num_threads is not None:
         command += ["--num-threads", str(config.num_threads)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

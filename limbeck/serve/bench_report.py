@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 COLUMNS = {
+    "replicas": "replicas",
     "workload": "workload",
     "prefixes": "prefixes",
     "requests_per_second": "requests/s",
@@ -56,7 +57,7 @@ def write_page(tree: dict[str, Any], file: Path) -> None:
 
 
 def write_plot(tree: dict[str, Any], file: Path) -> None:
-    """Latency and what is done in time, over the load."""
+    """Latency and what is done in time, over the load; of several numbers of replicas the first and the last, paler."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     limit = tree["config"]["slo_seconds"]
@@ -67,10 +68,10 @@ def write_plot(tree: dict[str, Any], file: Path) -> None:
         place.set_yscale("log")
         for axis_ticks in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
             axis_ticks(FuncFormatter(lambda value, _: f"{value:g}"))
-    for prefixes, colour in COLOURS.items():
-        rows = _of(tree["rows"], "score", prefixes)
-        loads = [row["requests_per_second"] for row in rows]
-        axes[2].plot(loads, [row["items_per_second_in_slo"] for row in rows], "o-", color=colour, label=prefixes)
+    for own, colour, name, opacity in _series(tree["rows"], "score"):
+        loads = [row["requests_per_second"] for row in own]
+        values = [row["items_per_second_in_slo"] for row in own]
+        axes[2].plot(loads, values, "o-", color=colour, label=name, alpha=opacity)
     axes[2].set_title(f"items scored a second, within {limit:g} s", fontsize=10)
     axes[2].set_ylim(bottom=0)
     for place in axes:
@@ -82,18 +83,25 @@ def write_plot(tree: dict[str, Any], file: Path) -> None:
 
 
 def _lines(place: Axes, rows: Sequence[dict[str, Any]], workload: str, name: str, title: str) -> None:
-    for prefixes, colour in COLOURS.items():
-        own = _of(rows, workload, prefixes)
+    for own, colour, told, opacity in _series(rows, workload):
         loads = [row["requests_per_second"] for row in own]
         for percent, style in ((50, "o-"), (99, "^--")):
             values = [row[f"{name}_p{percent}_seconds"] for row in own]
-            if own:
-                place.plot(loads, values, style, color=colour, label=f"{prefixes} p{percent}")
+            place.plot(loads, values, style, color=colour, label=f"{told} p{percent}", alpha=opacity)
     place.set_title(title, fontsize=10)
 
 
-def _of(rows: Sequence[dict[str, Any]], workload: str, prefixes: str) -> list[dict[str, Any]]:
-    return [row for row in rows if (row["workload"], row["prefixes"]) == (workload, prefixes)]
+def _series(rows: Sequence[dict[str, Any]], workload: str) -> list[tuple[list[dict[str, Any]], str, str, float]]:
+    """Rows, colour, name and opacity of each line of a picture."""
+    counts = list(dict.fromkeys(row["replicas"] for row in rows))
+    found = []
+    for count in dict.fromkeys((counts[0], counts[-1])):
+        for prefixes, colour in COLOURS.items():
+            keys = (workload, prefixes, count)
+            own = [row for row in rows if (row["workload"], row["prefixes"], row["replicas"]) == keys]
+            name = prefixes if len(counts) == 1 else f"{prefixes} x{count}"
+            found += [(own, colour, name, 1.0 if count == counts[0] else 0.45)] if own else []
+    return found
 
 
 def _cell(name: str, value: Any) -> str:

@@ -11,6 +11,7 @@ from limbeck_server import RunningServer
 from limbeck.config import build
 from limbeck.errors import ConfigError
 from limbeck.serve import bench
+from limbeck.serve.bench_report import _series, write_plot
 from limbeck.serve.load import Outcome, Shot, arrivals, fire, summarise
 
 
@@ -62,15 +63,30 @@ def test_a_whole_run(tmp_path):
         found = bench.run(build(bench.BenchServeConfig, config | {"items": 3, "new_tokens": 4}), tmp_path / "out")
         cache = server.service.scorer.cache_stats()
     tree = json.loads((tmp_path / "out" / "serve.json").read_text())
-    assert tree["rows"] == found["rows"] and len(tree["rows"]) == 4
+    assert tree["rows"] == found.manifest["metrics"]["rows"] and len(tree["rows"]) == 4
     assert all(row["failed"] == 0 and row["requests"] > 0 for row in tree["rows"])
     assert {row["prefixes"] for row in tree["rows"]} == {"cold", "hot"}
     assert tree["rows"][0]["items_per_second"] > 0 and tree["rows"][-1]["tpot_p50_seconds"] > 0
     assert cache.hit_tokens > 0, "hot prefixes are found"
     assert (tmp_path / "out" / "serve.png").read_bytes().startswith(b"\x89PNG")
-    assert "| score | hot | 10 |" in (tmp_path / "out" / "serve.md").read_text()
+    assert "| 1 | score | hot | 10 |" in (tmp_path / "out" / "serve.md").read_text()
 
 
 def test_loads_are_checked():
     with pytest.raises(ConfigError, match="above 0"):
         build(bench.BenchServeConfig, {"score_loads": [0]})
+
+
+def test_replicas_are_of_a_server_that_is_started_here():
+    for fields in ({"url": "http://localhost:1", "replicas": [2]}, {"replicas": [0]}, {"replicas": []}):
+        with pytest.raises(ConfigError, match="replicas are 1 or more"):
+            build(bench.BenchServeConfig, fields)
+
+
+def test_numbers_of_replicas_are_told_apart(tmp_path):
+    figures = {f"{name}_p{p}_seconds": 0.5 for name in ("ttft", "tpot") for p in (50, 95, 99)}
+    rest = {"items_per_second_in_slo": 3.0, "requests_per_second": 1.0, "prefixes": "hot"}
+    rows = [{"replicas": n, "workload": w, **figures, **rest} for n in (1, 4) for w in ("score", "text")]
+    write_plot({"config": {"slo_seconds": 1.0}, "rows": rows}, tmp_path / "plot.png")
+    assert [name for *_, name, _ in _series(rows, "text")] == ["hot x1", "hot x4"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
