@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from limbeck.errors import TraceFormatError
@@ -61,6 +61,19 @@ class _Turn(NamedTuple):
     is_trained: bool
 
 
+def _last_trained(turns: list[_Turn]) -> int | None:
+    """The place of the assistant's last turn that is trained."""
+    return max((i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.is_trained), default=None)
+
+
+def _check_last(turns: list[_Turn]) -> None:
+    if turns[-1].role == "assistant":
+        return
+    if not any(turn.role == "assistant" for turn in turns):
+        raise TraceFormatError("no assistant turn")
+    raise TraceFormatError(f"last turn not from the assistant: it is from {turns[-1].role!r}")
+
+
 def split_chat(turns: Any, system: Any = None) -> Chat:
     """Prompt messages and the reply to them.
 
@@ -72,11 +85,8 @@ def split_chat(turns: Any, system: Any = None) -> Chat:
     Raises: TraceFormatError for whatever is not such a chat.
     """
     read, notes = _with_one_reply([_read(turn) for turn in _turn_list(turns)])
-    if read[-1].role != "assistant":
-        if not any(turn.role == "assistant" for turn in read):
-            raise TraceFormatError("no assistant turn")
-        raise TraceFormatError(f"last turn not from the assistant: it is from {read[-1].role!r}")
-    last = max((place for place, turn in enumerate(read) if turn.role == "assistant" and turn.is_trained), default=None)
+    _check_last(read)
+    last = _last_trained(read)
     if last is None:
         return Chat((), None, (*notes, ALL_UNTRAINED))
     if last < len(read) - 1:
@@ -156,6 +166,11 @@ def _read(turn: Mapping[str, Any]) -> _Turn:
     return _Turn(role, content.text, _thought(turn, content), _is_trained(turn))
 
 
+def _joined(texts: Iterable[str | None]) -> str | None:
+    known = [text for text in texts if text is not None]
+    return "\n\n".join(known) if known else None
+
+
 def _with_one_reply(turns: list[_Turn]) -> tuple[list[_Turn], list[str]]:
     """The assistant turns at the end as one, and whether there were several. Others are left to the template."""
     start = len(turns)
@@ -166,9 +181,7 @@ def _with_one_reply(turns: list[_Turn]) -> tuple[list[_Turn], list[str]]:
         return turns, []
     if len({turn.is_trained for turn in replies}) > 1:
         raise TraceFormatError("consecutive turns: one of the assistant's is to be trained and another is not")
-    texts = [turn.text for turn in replies if turn.text is not None]
-    thoughts = [turn.thought for turn in replies if turn.thought is not None]
-    text, thought = "\n\n".join(texts) if texts else None, "\n\n".join(thoughts) or None
+    text, thought = _joined(turn.text for turn in replies), _joined(turn.thought for turn in replies) or None
     return [*turns[:start], replies[0]._replace(text=text, thought=thought)], [JOINED]
 
 
@@ -199,10 +212,10 @@ def _role(turn: Mapping[str, Any]) -> str:
 
 def _thought(turn: Mapping[str, Any], content: Content) -> str | None:
     found = [] if content.thought is None else [content.thought]
-    for key in THOUGHT_KEYS:
-        if key in turn and not isinstance(turn[key], str):
+    for key in filter(turn.__contains__, THOUGHT_KEYS):
+        if not isinstance(turn[key], str):
             raise TraceFormatError(f"{key} is not text: found {type(turn[key]).__name__}")
-        if key in turn and turn[key].strip() and turn[key] not in found:
+        if turn[key].strip() and turn[key] not in found:
             found.append(turn[key])
     if len(found) > 1:
         raise TraceFormatError("two thoughts: a turn holds different ones under several keys")

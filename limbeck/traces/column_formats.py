@@ -45,6 +45,12 @@ COT_COLUMNS: dict[str, tuple[str, ...]] = {
 """Column of the thought: columns of the answer to it. Of several in a record the first is read."""
 
 
+def _used_columns(record: Record) -> tuple[str, ...]:
+    """The columns that are read; all others are metadata."""
+    pairs = [name for cot, names in COT_COLUMNS.items() if cot in record for name in (cot, *names)]
+    return (*prompt_columns(record), *SYSTEM_COLUMNS, *pairs, *REFERENCE_COLUMNS, *VERDICT_COLUMNS, "deepseek_grade")
+
+
 def parse_columns(record: Record, markers: Markers | None) -> list[Parsed]:
     """Prompt, thought and answer in columns of their own (s1K), or several generations (OpenR1-Math)."""
     messages = user_prompt(prompt_in(record), system_in(record))
@@ -57,8 +63,7 @@ def parse_columns(record: Record, markers: Markers | None) -> list[Parsed]:
         raise TraceFormatError(f"unequal lists: {len(cots)} of {cot_name} and {len(answers)} of {answer_name}")
     references = [name for name in REFERENCE_COLUMNS if name != answer_name]
     reference, correct = reference_in(record, references), verdict_in(record, (*VERDICT_COLUMNS, "deepseek_grade"))
-    pairs = [name for cot, names in COT_COLUMNS.items() if cot in record for name in (cot, *names)]
-    used = (*prompt_columns(record), *SYSTEM_COLUMNS, *pairs, *REFERENCE_COLUMNS, *VERDICT_COLUMNS, "deepseek_grade")
+    used = _used_columns(record)
     result = []
     for cot, answer in zip(cots, answers, strict=True):
         text = without_end(text_of(answer, answer_name))

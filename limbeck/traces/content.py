@@ -23,6 +23,19 @@ class Content(NamedTuple):
     """The parts of the thought, one a line; None where there is none."""
 
 
+def _no_text(content: Any, place: str) -> TraceFormatError:
+    if content is None:
+        return TraceFormatError(f"no content: {place} is null")
+    return TraceFormatError(f"content is not text: {place} is {type(content).__name__}")
+
+
+def _decoded(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TraceFormatError(f"content is not text: {place} is bytes that are not UTF-8") from error
+
+
 def content_of(content: Any, place: str) -> Content:
     """Text and thought of a turn's content; parts of one kind are joined. `place` says in errors where it stands.
 
@@ -31,16 +44,11 @@ def content_of(content: Any, place: str) -> Content:
     if isinstance(content, str):
         return Content(content)
     if isinstance(content, bytes):
-        try:
-            return Content(content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise TraceFormatError(f"content is not text: {place} is bytes that are not UTF-8") from error
-    if content is None:
-        raise TraceFormatError(f"no content: {place} is null")
+        return Content(_decoded(content, place))
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, Sequence):
-        raise TraceFormatError(f"content is not text: {place} is {type(content).__name__}")
+        raise _no_text(content, place)
     texts: list[str] = []
     thoughts: list[str] = []
     for part in content:
@@ -94,16 +102,21 @@ def _is_thought(part: Any) -> bool:
     return isinstance(part, Mapping) and (part.get("type") in THOUGHT_PARTS or part.get("thought") is True)
 
 
+def _text_in(part: Mapping[str, Any]) -> Any:
+    """What a part holds as its text; the parts of a thought may be a list."""
+    if _is_thought(part):
+        return next((part[key] for key in _THOUGHT_KEYS if part.get(key)), None)
+    kind = part.get("type")
+    is_text = kind in TEXT_PARTS or kind == "summary_text" or (kind is None and set(present(part)) == {"text"})
+    text = part.get("text") if is_text else None
+    return text if isinstance(text, str) else None
+
+
 def _part_text(part: Any, place: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if isinstance(part, Mapping):
-        if _is_thought(part):
-            text = next((part[key] for key in _THOUGHT_KEYS if part.get(key)), None)
-            if isinstance(text, list):
-                return "\n".join(_part_text(entry, place) for entry in text)
-        else:
-            is_text = kind in TEXT_PARTS or kind == "summary_text" or (kind is None and set(present(part)) == {"text"})
-            text = part.get("text") if is_text else None
-        if isinstance(text, str):
-            return text
+    text = _text_in(part) if isinstance(part, Mapping) else None
+    if isinstance(text, list):
+        return "\n".join(_part_text(entry, place) for entry in text)
+    if isinstance(text, str):
+        return text
     raise TraceFormatError(f"content is not text: {place} holds a part of type {kind!r}")

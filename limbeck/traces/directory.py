@@ -38,24 +38,34 @@ class Found(NamedTuple):
     """What is left out or put together, for the console."""
 
 
+def _present(directory: Path) -> list[Path]:
+    """The files that a directory holds but for records of how it was made; of a stage's output its traces alone."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file() and not _is_hidden(path, directory))
+    made = directory / "traces.jsonl"
+    if (directory / "limbeck.json") in found and made in found:
+        return [made]
+    return [path for path in found if path.name not in RECORDS]
+
+
+def _but(paths: list[Path], taken: list[Path]) -> list[Path]:
+    return [path for path in paths if path not in taken]
+
+
 def trace_files(directory: Path, split: str | None, subset: str | None) -> Found:
     """The trace files of `directory`, those of one split when their names tell several.
 
     Without a wish, files for testing and validation are left out where others are there.
     Raises: TraceFormatError when there is none, or none of `split` or `subset`.
     """
-    present = sorted(path for path in directory.rglob("*") if path.is_file() and not _is_hidden(path, directory))
-    made = directory / "traces.jsonl"
-    if (directory / "limbeck.json") in present and made in present:
-        present = [made]
-    files = [path for path in present if path.name not in RECORDS and kind_of(path) is not None]
+    present = _present(directory)
+    files = [path for path in present if kind_of(path) is not None]
     if not files:
         raise TraceFormatError(
             f"{directory}: the directory holds no trace files; expected {', '.join(SUFFIXES)}, or what "
             "datasets.save_to_disk wrote."
         )
-    others = [path for path in present if path not in files and path.suffix.lower() in DATA]
-    notes = _left_out(directory, [path for path in others if path.name not in RECORDS], "of another kind")
+    others = [path for path in _but(present, files) if path.suffix.lower() in DATA]
+    notes = _left_out(directory, others, "of another kind")
     files, folder_notes = _of_subset(directory, files, subset)
     files, split_notes = _of_split(directory, files, split)
     return Found(files, [*notes, *folder_notes, *split_notes, *_of_kinds(directory, files)])
@@ -87,16 +97,14 @@ def split_of(relative: Path) -> str | None:
 
 def _of_split(directory: Path, files: list[Path], split: str | None) -> tuple[list[Path], list[str]]:
     splits = {path: split_of(path.relative_to(directory)) for path in files}
-    named = sorted({name for name in splits.values() if name})
-    unnamed = [path for path in files if splits[path] is None]
+    named = sorted(filter(None, set(splits.values())))
     if not named and split is None:
         return files, []
-    if split is None and unnamed and "train" not in named:
-        kept = unnamed
-    else:
+    wanted = None
+    if split is not None or None not in splits.values() or "train" in named:
         wanted = choose_split(named, split, str(directory))
-        kept = [path for path in files if splits[path] == wanted]
-    return kept, _left_out(directory, [path for path in files if path not in kept], "of another split, set split")
+    kept = [path for path in files if splits[path] == wanted]
+    return kept, _left_out(directory, _but(files, kept), "of another split, set split")
 
 
 def _of_subset(directory: Path, files: list[Path], subset: str | None) -> tuple[list[Path], list[str]]:
@@ -106,7 +114,7 @@ def _of_subset(directory: Path, files: list[Path], subset: str | None) -> tuple[
         kept = [path for path in files if subset in folders[path]]
         if not kept:
             raise TraceFormatError(f"{directory}: there is no subset (folder) {subset!r}; {nearest(subset, known)}")
-        return kept, _left_out(directory, [path for path in files if path not in kept], "of another subset")
+        return kept, _left_out(directory, _but(files, kept), "of another subset")
     if len(set(folders.values())) < 2:
         return files, []
     return files, [f"{directory}: files of several folders are read together ({', '.join(known)}); subset reads one"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from limbeck.errors import TraceFormatError
 from limbeck.traces.chat import is_open, prompt_messages, without_reply
 from limbeck.traces.chat_formats import reply_column
@@ -32,21 +34,15 @@ def parse_prompts(record: Record, markers: Markers | None) -> list[Parsed]:
 
     The trace's problem is that there is no reply, so whatever trains on traces refuses it unless told to keep bad ones.
     """
-    turns = next((name for name in TURN_COLUMNS if record.get(name) is not None), None)
-    if turns is None and not any(record.get(name) is not None for name in PROMPT_COLUMNS):
+    turns = _set_in(record, TURN_COLUMNS)
+    if turns is None and _set_in(record, PROMPT_COLUMNS) is None:
         keys = ", ".join(str(key) for key in record)[:200] or "none"
         raise TraceFormatError(f"missing field: one of {', '.join((*TURN_COLUMNS, *PROMPT_COLUMNS))}; found {keys}")
     system = system_in(record)
     messages = user_prompt(prompt_in(record), system) if turns is None else prompt_messages(record[turns], system)
     used = (*TURN_COLUMNS, *(prompt_columns(record) if turns is None else ()), *REFERENCE_COLUMNS, *SYSTEM_COLUMNS)
-    problem = f"{NO_REPLY}: the record holds a prompt only"
-    references = [name for name in REFERENCE_COLUMNS if record.get(name) is not None]
-    others = [str(name) for name in record if record[name] is not None and name not in used]
-    if references:
-        problem += f" ({', '.join(references)}: read as its reference; fields can call one of them completion)"
-    elif others:
-        problem += f" (and {', '.join(others)[:80]}; fields can call one of them completion)"
-    parsed = parsed_trace(messages, Thought(None, None, cot_closed=False, problem=problem), _reference(record))
+    thought = Thought(None, None, cot_closed=False, problem=_no_reply(record, used))
+    parsed = parsed_trace(messages, thought, _reference(record))
     return [with_metadata(parsed, record, used)]
 
 
@@ -56,14 +52,29 @@ def prompt_alone(record: Record) -> list[Parsed]:
     return parse_prompts({**record, **turns}, None)
 
 
+def _no_reply(record: Record, used: Sequence[str]) -> str:
+    """What the record holds instead of a reply."""
+    problem = f"{NO_REPLY}: the record holds a prompt only"
+    references = [name for name in REFERENCE_COLUMNS if record.get(name) is not None]
+    others = [str(name) for name in record if record[name] is not None and name not in used]
+    if references:
+        return f"{problem} ({', '.join(references)}: read as its reference; fields can call one of them completion)"
+    return f"{problem} (and {', '.join(others)[:80]}; fields can call one of them completion)" if others else problem
+
+
+def _set_in(record: Record, names: Iterable[str]) -> str | None:
+    """The first of `names` that the record holds."""
+    return next((name for name in names if record.get(name) is not None), None)
+
+
 def is_prompt(record: Record) -> bool:
     """Whether a record holds a prompt and nothing that could be a reply; an answer or solution is a reference."""
-    if reply_column(record) is not None or any(record.get(name) is not None for name in (*COT_COLUMNS, "generations")):
+    if reply_column(record) is not None or _set_in(record, (*COT_COLUMNS, "generations")) is not None:
         return False
-    turns = next((record[name] for name in TURN_COLUMNS if record.get(name) is not None), None)
+    turns = _set_in(record, TURN_COLUMNS)
     if turns is not None:
-        return is_open(turns)
-    name = next((name for name in PROMPT_COLUMNS if record.get(name) is not None), None)
+        return is_open(record[turns])
+    name = _set_in(record, PROMPT_COLUMNS)
     if name is None:
         return False
     return not isinstance(record[name], list) or is_open(record[name])

@@ -132,6 +132,13 @@ def system_in(record: Record) -> Any:
     return next((record[name] for name in SYSTEM_COLUMNS if record.get(name) is not None), None)
 
 
+def _only_entry(entries: Iterable[Any]) -> str | None:
+    distinct = list(dict.fromkeys(str(entry) for entry in entries if entry is not None))
+    if len(distinct) > 1:
+        raise TraceFormatError(f"several references: a list of {len(distinct)} different ones; give one")
+    return distinct[0] if distinct else None
+
+
 def reference_in(record: Record, names: Iterable[str]) -> str | None:
     """The reference answer in the first of `names` that is set; numbers and flags become text, a list of one is its
     entry."""
@@ -139,10 +146,7 @@ def reference_in(record: Record, names: Iterable[str]) -> str | None:
     if isinstance(value, Mapping) and "ground_truth" in value:
         value = value["ground_truth"]
     if isinstance(value, list | tuple):
-        distinct = list(dict.fromkeys(str(entry) for entry in value if entry is not None))
-        if len(distinct) > 1:
-            raise TraceFormatError(f"several references: a list of {len(distinct)} different ones; give one")
-        value = distinct[0] if distinct else None
+        value = _only_entry(value)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bytes):

@@ -29,6 +29,12 @@ class Rendered(NamedTuple):
     """What a user should know, one line each."""
 
 
+def _none_left(count: int, max_tokens: int | None, shortest: int | None) -> Exception:
+    if shortest is not None:
+        return ConfigError(f"max_trace_tokens {max_tokens} leaves out all traces; the shortest has {shortest} tokens.")
+    return TemplateError(f"the chat template refuses the messages of all {count} traces.")
+
+
 def render_traces(
     traces: Sequence[Trace],
     tokenizer: Any,
@@ -59,10 +65,8 @@ def render_traces(
             dropped[f"longer than {max_tokens} tokens"] += 1
             continue
         samples.append(sample)
-    if shortest is not None and not samples:
-        raise ConfigError(f"max_trace_tokens {max_tokens} leaves out all traces; the shortest has {shortest} tokens.")
     if traces and not samples:
-        raise TemplateError(f"the chat template refuses the messages of all {len(traces)} traces.")
+        raise _none_left(len(traces), max_tokens, shortest)
     notes = [f"{count} of {len(traces)} traces are left out: {reason}" for reason, count in dropped.items()]
     return Rendered(samples, dict(dropped), [*notes, *notes_on(traces, tokenizer, config)])
 

@@ -95,6 +95,12 @@ def validation_size(num_traces: int, asked: int | None) -> int:
     return min(MOST_VALIDATION, num_traces // VALIDATION_SHARE) if asked is None else asked
 
 
+def _share_of_prompts(traces: Sequence[Trace], seed: int, fraction: float) -> set[str]:
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"validation_fraction: {fraction}; expected 0 <= x < 1.")
+    return {trace.prompt_key for trace in traces if _split_hash(trace.prompt_key, seed) < fraction * 2**64}
+
+
 def split_traces(
     traces: Sequence[Trace],
     seed: int,
@@ -117,10 +123,7 @@ def split_traces(
     if (validation_fraction is None) == (num_validation is None):
         raise ConfigError("validation: set either validation_fraction or num_validation.")
     if validation_fraction is not None:
-        if not 0 <= validation_fraction < 1:
-            raise ConfigError(f"validation_fraction: {validation_fraction}; expected 0 <= x < 1.")
-        limit = validation_fraction * 2**64
-        held_out = {trace.prompt_key for trace in traces if _split_hash(trace.prompt_key, seed) < limit}
+        held_out = _share_of_prompts(traces, seed, validation_fraction)
     else:
         assert num_validation is not None
         held_out = _lowest_prompts(traces, seed, num_validation)

@@ -25,7 +25,7 @@ from limbeck.traces.record import Parsed
 from limbeck.traces.synthetic import OPERATORS, generate
 from limbeck.traces.thought import Markers
 from limbeck.traces.trace import Trace
-from limbeck.traces.unwrap import inner_records
+from limbeck.traces.unwrap import Inner, inner_records
 
 GYM_PREFIX = "reasoning-gym:"
 BUILTIN_CHAIN = "builtin:chain"
@@ -76,6 +76,9 @@ class TraceConfig:
             raise ConfigError(f"markers: {list(self.markers)}; expected two different strings, neither of them blank")
         if self.source.startswith("builtin:") and self.source != BUILTIN_CHAIN:
             raise ConfigError(f"source: no such task {self.source!r}; {nearest(self.source, (BUILTIN_CHAIN,))}")
+        self._check_number()
+
+    def _check_number(self) -> None:
         if self.num_traces is not None and self.num_traces < 1:
             raise ConfigError(f"num_traces: {self.num_traces}; expected 1 or more")
         if self.makes_traces and self.num_traces is None:
@@ -104,6 +107,10 @@ def read_problems(config: TraceConfig) -> tuple[list[Trace], ReadCounts]:
     return _collect(config, _parse_all(config, partial(_parse_problem, config)))
 
 
+def _from(trace: Trace, where: str) -> Trace:
+    return trace if trace.source else replace(trace, source=where)
+
+
 def _collect(config: TraceConfig, found: Iterable[tuple[str, Parsed]]) -> tuple[list[Trace], ReadCounts]:
     tally = Tally()
     traces: list[Trace] = []
@@ -115,7 +122,7 @@ def _collect(config: TraceConfig, found: Iterable[tuple[str, Parsed]]) -> tuple[
         if parsed.problem is not None and config.on_bad == "error":
             raise TraceFormatError(f"{tally.first_problem}. Mend it, or set on_bad to skip or keep.")
         if is_used and parsed.trace is not None:
-            traces.append(parsed.trace if parsed.trace.source else replace(parsed.trace, source=where))
+            traces.append(_from(parsed.trace, where))
         if len(traces) == config.num_traces:
             break
     if not traces:
@@ -146,19 +153,22 @@ def _parse_all(config: TraceConfig, parse: Callable[[Any], list[Parsed]]) -> Ite
         yield from _unwrapped(located, parse)
 
 
+def _of_inner(where: str, inner: Inner, parse: Callable[[Any], list[Parsed]]) -> Iterator[tuple[str, Parsed]]:
+    """The replies of the records inside one, after a note on what else is in it."""
+    names, records, left_out = inner
+    if left_out:
+        yield NOTE, Parsed(None, f"{where}: not read, set a source of its own: {', '.join(left_out)}")
+    for name, record in zip(names, records, strict=True):
+        yield from ((f"{where}, {name}", parsed) for parsed in parse(record))
+
+
 def _unwrapped(located: Located, parse: Callable[[Any], list[Parsed]]) -> Iterator[tuple[str, Parsed]]:
     """The replies of a record, or of the records inside it where it is none itself."""
     found = parse(located.record)
     if all(parsed.trace is None and parsed.problem is not None for parsed in found):
-        for names, records, left_out in inner_records(located.record):
-            if any(parsed.trace is not None for record in records[:20] for parsed in parse(record)):
-                if left_out:
-                    yield (
-                        NOTE,
-                        Parsed(None, f"{located.where}: not read, set a source of its own: {', '.join(left_out)}"),
-                    )
-                for name, record in zip(names, records, strict=True):
-                    yield from ((f"{located.where}, {name}", parsed) for parsed in parse(record))
+        for inner in inner_records(located.record):
+            if any(parsed.trace is not None for record in inner[1][:20] for parsed in parse(record)):
+                yield from _of_inner(located.where, inner, parse)
                 return
     yield from ((located.where, parsed) for parsed in found)
 

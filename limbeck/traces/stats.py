@@ -60,6 +60,16 @@ def run(config: StatsConfig) -> dict[str, Any]:
     return {"read": asdict(read), "selected": asdict(selected), **trace_stats(samples, config.truncation)}
 
 
+def _segment(samples: Sequence[Sample], lengths: np.ndarray, number: int) -> dict[str, float]:
+    """How many tokens a segment has, in the mean, of all tokens, and of its sample in the mean."""
+    tokens = np.array([int(np.sum(sample.segment_ids == number)) for sample in samples])
+    return {
+        "mean_tokens": float(tokens.mean()),
+        "token_fraction": float(tokens.sum() / lengths.sum()),
+        "mean_fraction": float((tokens / lengths).mean()),
+    }
+
+
 def trace_stats(samples: Sequence[Sample], truncation: TruncationConfig) -> dict[str, Any]:
     """Lengths, segments, position of the first derivation, and what cuts take away.
 
@@ -70,7 +80,6 @@ def trace_stats(samples: Sequence[Sample], truncation: TruncationConfig) -> dict
       position is the share of the sequence that ends with the derivation.
     """
     lengths = np.array([len(sample) for sample in samples])
-    segments = np.array([[int(np.sum(s.segment_ids == i)) for i in range(len(SEGMENT_NAMES))] for s in samples])
     positions = [s.derivation_end / len(s) for s in samples if s.derivation_end is not None]
     base = truncation
     if truncation.policy in WITHOUT_FRACTION:
@@ -84,14 +93,7 @@ def trace_stats(samples: Sequence[Sample], truncation: TruncationConfig) -> dict
             "p95": float(np.percentile(lengths, 95)),
             "max": int(lengths.max()),
         },
-        "segments": {
-            name: {
-                "mean_tokens": float(segments[:, i].mean()),
-                "token_fraction": float(segments[:, i].sum() / lengths.sum()),
-                "mean_fraction": float((segments[:, i] / lengths).mean()),
-            }
-            for i, name in enumerate(SEGMENT_NAMES)
-        },
+        "segments": {name: _segment(samples, lengths, i) for i, name in enumerate(SEGMENT_NAMES)},
         "first_derivation": {
             "found_fraction": len(positions) / len(samples),
             "mean_position": float(np.mean(positions)) if positions else None,

@@ -34,6 +34,22 @@ DERIVATION_PATTERN = r"So {answer}"
 Operation = tuple[str, int]
 
 
+def _check_problems(num_traces: int, min_steps: int, max_steps: int, operators: str) -> None:
+    if not 1 <= min_steps <= max_steps <= len(LABELS):
+        raise ConfigError(
+            f"builtin:chain: min_steps {min_steps}, max_steps {max_steps}; expected 1 <= min <= max <= {len(LABELS)}."
+        )
+    if not operators or set(operators) - set(OPERATORS):
+        raise ConfigError(f"builtin:chain: operators {operators!r}; expected one or more of {OPERATORS}")
+    choices = sum(len(UNITS) if operator == "*" else 9 for operator in set(operators))
+    possible = sum(10 * choices**steps for steps in range(min_steps, max_steps + 1))
+    if num_traces > possible // 2:
+        raise ConfigError(
+            f"builtin:chain: {num_traces} distinct problems asked for, {possible} exist with these steps; ask for at "
+            f"most {possible // 2} or allow more steps."
+        )
+
+
 def generate(
     num_traces: int,
     seed: int,
@@ -51,19 +67,7 @@ def generate(
         and cannot count positions.
     Raises: ConfigError when the step range is empty, beyond the labels, or too small for so many distinct problems.
     """
-    if not 1 <= min_steps <= max_steps <= len(LABELS):
-        raise ConfigError(
-            f"builtin:chain: min_steps {min_steps}, max_steps {max_steps}; expected 1 <= min <= max <= {len(LABELS)}."
-        )
-    if not operators or set(operators) - set(OPERATORS):
-        raise ConfigError(f"builtin:chain: operators {operators!r}; expected one or more of {OPERATORS}")
-    choices = sum(len(UNITS) if operator == "*" else 9 for operator in set(operators))
-    possible = sum(10 * choices**steps for steps in range(min_steps, max_steps + 1))
-    if num_traces > possible // 2:
-        raise ConfigError(
-            f"builtin:chain: {num_traces} distinct problems asked for, {possible} exist with these steps; ask for at "
-            f"most {possible // 2} or allow more steps."
-        )
+    _check_problems(num_traces, min_steps, max_steps, operators)
     rng = random.Random(seed)
     seen: set[str] = set()
     traces: list[Trace] = []

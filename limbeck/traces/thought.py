@@ -40,6 +40,15 @@ class Thought(NamedTuple):
     """What was decided about the reply, to be counted."""
 
 
+def _check_markers(reply: str, before: str, pair: Markers) -> None:
+    if reply.count(pair.start) > 1 or (reply.count(pair.end) > 1 and pair.start not in reply.partition(pair.end)[0]):
+        raise TraceFormatError(f"two thoughts: a reply holds {pair.start!r} and {pair.end!r} once each")
+    if pair.end in before:
+        raise TraceFormatError(f"markers exchanged: {pair.end!r} stands before {pair.start!r}")
+    if before.strip():
+        raise TraceFormatError(f"text before the thought: the reply must begin with {pair.start!r}")
+
+
 def split_thought(reply: str, markers: Markers | None = None) -> Thought:
     """Split `reply` at its markers; the start marker may be missing, as it is where the template prefills it.
 
@@ -52,13 +61,8 @@ def split_thought(reply: str, markers: Markers | None = None) -> Thought:
     pair = markers or _find_pair(reply)
     if pair is None or (pair.start not in reply and pair.end not in reply):
         return _without_thought(reply, pair)
-    if reply.count(pair.start) > 1 or (reply.count(pair.end) > 1 and pair.start not in reply.partition(pair.end)[0]):
-        raise TraceFormatError(f"two thoughts: a reply holds {pair.start!r} and {pair.end!r} once each")
     before, start, rest = reply.rpartition(pair.start)
-    if pair.end in before:
-        raise TraceFormatError(f"markers exchanged: {pair.end!r} stands before {pair.start!r}")
-    if before.strip():
-        raise TraceFormatError(f"text before the thought: the reply must begin with {pair.start!r}")
+    _check_markers(reply, before, pair)
     cot, end, answer = rest.partition(pair.end)
     if not end:
         return unclosed_thought(cot, f"missing end marker: {start!r} is never followed by {pair.end!r}")

@@ -23,15 +23,23 @@ def inner_records(value: Any) -> Iterator[Inner]:
     """
     if not isinstance(value, Mapping) or not value:
         return
+    yield from _in_a_list(value)
+    if all(isinstance(entry, Mapping) for entry in value.values()):
+        yield Inner([str(key) for key in value], list(value.values()), [])
+    yield from _in_columns(value)
+
+
+def _in_a_list(value: Mapping[Any, Any]) -> Iterator[Inner]:
+    """`{"data": [...]}`."""
     lists = {str(key): entry for key, entry in value.items() if _are_objects(entry)}
     if len(lists) == 1 or "train" in lists:
         name = "train" if "train" in lists else next(iter(lists))
-        rows = [_row(entry) for entry in lists[name]]
-        yield Inner(
-            [f"{name}[{number}]" for number in range(len(rows))], rows, [other for other in lists if other != name]
-        )
-    if all(isinstance(entry, Mapping) for entry in value.values()):
-        yield Inner([str(key) for key in value], list(value.values()), [])
+        rows = [_row(entry) for entry in lists.pop(name)]
+        yield Inner([f"{name}[{number}]" for number in range(len(rows))], rows, list(lists))
+
+
+def _in_columns(value: Mapping[Any, Any]) -> Iterator[Inner]:
+    """Columns, as lists or as objects by row number."""
     columns = {key: _column(entry) for key, entry in value.items()}
     lengths = {None if column is None else len(column) for column in columns.values()}
     if len(lengths) == 1 and None not in lengths and lengths != {0}:
