@@ -282,3 +282,36 @@ def test_the_variance_of_sgld_at_a_long_step_is_the_closed_form():
     x = torch.zeros(CHAINS, requires_grad=True)
     found = second_moment(SGLD([x], 0.9, temperature=T, seed=3), x, lambda x: 1.2 * x, 30, 200)
     assert float(found.mean()) == pytest.approx(stationary_variance(1.2, 0.9, T), rel=0.04)
+
+
+def test_one_step_of_sgld_is_that_of_posteriors():
+    """posteriors.sgmcmc.sgld:  p + lr grad + sqrt(T lr (2 - T lr beta)) xi  with beta 0, grad of the log-posterior."""
+    lr, temperature, gradient = 0.03, 0.7, torch.linspace(-1, 1, 20_000)
+    moved = []
+    for slope in (torch.zeros(20_000), gradient):
+        x = torch.zeros(20_000, requires_grad=True)
+        x.grad = slope
+        SGLD([x], lr, temperature=temperature, seed=4).step()
+        moved.append(x.detach())
+    assert torch.allclose(moved[1] - moved[0], lr * -gradient, atol=1e-6)
+    assert float(moved[0].std()) == pytest.approx(math.sqrt(temperature * lr * 2), rel=0.02)
+
+
+def test_one_step_of_sghmc_is_that_of_posteriors():
+    """posteriors.sgmcmc.sghmc:  m + h grad - h alpha m + sqrt(2 alpha h T) xi;  v = h m, lr = h^2, friction = h alpha.
+
+    Only its parameters move by the old m, and ours by the new v.
+    """
+    h, alpha, temperature, gradient = 0.1, 0.8, 0.7, torch.linspace(-1, 1, 20_000)
+    momenta = torch.linspace(2, 3, 20_000)
+    found = []
+    for slope, start in ((torch.zeros(20_000), torch.zeros(20_000)), (gradient, momenta)):
+        x = torch.zeros(20_000, requires_grad=True)
+        x.grad = slope
+        optimizer = SGHMC([x], h**2, temperature=temperature, friction=h * alpha, seed=4)
+        optimizer.state[x]["velocity"] = h * start
+        optimizer.step()
+        found.append(optimizer.state[x]["velocity"] / h)
+        assert torch.equal(x.detach(), optimizer.state[x]["velocity"])
+    assert torch.allclose(found[1] - found[0], momenta + h * -gradient - h * alpha * momenta, atol=1e-5)
+    assert float(found[0].std()) == pytest.approx(math.sqrt(2 * alpha * h * temperature), rel=0.02)
