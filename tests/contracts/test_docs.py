@@ -69,6 +69,14 @@ def test_every_block_ends(page):
     assert [fence.strip() == "```" for fence in fences] == [False, True] * (len(fences) // 2)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in ("README.md", "index.md")], ids=str)
+def test_a_page_with_commands_shows_python_beside_them(page):
+    blocks = blocks_of(page)
+    commands = [line for block in blocks if block.language in SHELL for line in commands_of(block.text)]
+    if any(re.search(r"(^|-m )limbeck ", command) for command in commands):
+        assert any(block.language == "python" and "limbeck" in block.text for block in blocks)
+
+
 @pytest.mark.parametrize("block", named(all_blocks("yaml")))
 def test_yaml_becomes_a_config(block):
     kind, _, command = block.mark.partition(": ")
