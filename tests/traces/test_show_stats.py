@@ -238,6 +238,7 @@ def test_stats_prints_tables_and_returns_json(symbols, capsys):
         truncation=TruncationConfig(policy="first_derivation"),
     )
     result = stats.run(config)
+    stats.print_stats(result, Console())
     out = capsys.readouterr().out
     assert json.loads(json.dumps(result)) == result
     assert result["read"]["kept"] == result["selected"]["kept"] == result["num_traces"] == 5

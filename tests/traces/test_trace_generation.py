@@ -48,7 +48,7 @@ def whole(tmp_path_factory):
 
 def test_writes_traces_with_their_origin(whole, tmp_path):
     out = tmp_path / "out"
-    result = run(config_of(), out)
+    result = run(config_of(), out).manifest["counts"]
     assert (out / "traces.jsonl").read_bytes() == whole
     assert sorted(path.name for path in out.iterdir()) == ["limbeck.json", "skipped.json", "traces.jsonl"]
     traces, _ = read_traces(TraceConfig(source=str(out / "traces.jsonl"), on_bad="keep"))
@@ -157,7 +157,7 @@ def test_the_journal_keeps_what_was_written_first_and_drops_a_torn_line(tmp_path
 
 def test_a_server_writes_traces_with_their_reasoning(tmp_path):
     with ModelServer(faults=[None, 503, None, 429]) as server:
-        result = run(served_config(server.url), tmp_path / "out")
+        result = run(served_config(server.url), tmp_path / "out").manifest["counts"]
     traces, _ = read_traces(TraceConfig(source=str(tmp_path / "out" / "traces.jsonl")))
     asked = [body for path, body in server.requests if path == "/v1/chat/completions"]
     # Two faults were asked again with the same seed.
