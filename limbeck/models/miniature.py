@@ -60,7 +60,8 @@ def small_config(config: Any, narrow: bool = True) -> Any:
     _set(text, {name: layers for name in _NAMED_LAYERS if name in values})
     total = next((values[name] for name in _NAMED_LAYERS if values.get(name)), None)
     _set(text, {k: v[:layers] for k, v in values.items() if isinstance(v, list) and len(v) == total})
-    _set(text, _low_thresholds(values) | {"vocab_size": VOCABULARY})
+    tables = [name for name in ("vocab_size", "vocab_size_per_layer_input") if name in values]
+    _set(text, _low_thresholds(values) | dict.fromkeys(tables, VOCABULARY))
     if narrow:
         _set(text, _narrow(_own_values(text)))
     for part in {id(small): small, id(text): text}.values():
@@ -101,6 +102,8 @@ def _token(value: Any) -> Any:
 def _layers_kept(values: Mapping[str, Any]) -> int:
     """The first layers, as many as have every kind of layer among them, at most all."""
     total = next((values[name] for name in _NAMED_LAYERS if values.get(name)), 1)
+    if values.get("num_kv_shared_layers"):
+        return total  # the last layers take keys from the ones before them: which ones is a matter of all
     lists = [value for value in values.values() if isinstance(value, list) and len(value) == total]
     # A list of layers by number says nothing of their kinds.
     kinds = [value for value in lists if not (isinstance(value[0], int) and len(set(value)) == total > 2)]
@@ -133,10 +136,10 @@ def _low_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _narrow(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Four heads of the size they have, their ratio to key heads kept, few experts, narrow feed-forward layers."""
-    found: dict[str, Any] = {
-        name: 32 for name, value in values.items() if _WIDTHS.fullmatch(name) and isinstance(value, int)
-    }
+    """Few heads of the size they have, their ratio to key heads kept, few experts, narrow feed-forward layers."""
+    widths = {name: value for name, value in values.items() if _WIDTHS.fullmatch(name)}
+    found: dict[str, Any] = {name: 32 for name, value in widths.items() if isinstance(value, int)}
+    found |= {name: [32] * len(value) for name, value in widths.items() if isinstance(value, list)}
     top = max([values.get(name) or 0 for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")])
     groups = values.get("n_group") or 1
     experts = groups * max(2, -(-max(4, top) // groups))
@@ -152,15 +155,16 @@ def _narrow(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 4:
         return found
     head_dim = values.get("head_dim") or hidden // heads
+    few = 4 if head_dim <= 128 else 2
     keys = values.get("num_key_value_heads")
-    found |= {"num_attention_heads": 4, "hidden_size": 4 * head_dim}
+    found |= {"num_attention_heads": few, "hidden_size": few * head_dim}
     if isinstance(keys, int):
-        found["num_key_value_heads"] = 4 if keys == heads else (1 if keys == 1 else 2)
+        found["num_key_value_heads"] = few if keys == heads else (1 if keys == 1 else few // 2)
     for number, size in (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")):
         if values.get(number) and values.get(size) and values.get("mamba_expand"):
-            found[size] = values["mamba_expand"] * 4 * head_dim // values[number]
+            found[size] = values["mamba_expand"] * few * head_dim // values[number]
     if values.get("attention_hidden_size") and values.get("attention_head_dim"):
-        found["attention_hidden_size"] = 4 * values["attention_head_dim"]
+        found["attention_hidden_size"] = few * values["attention_head_dim"]
     return found
 
 

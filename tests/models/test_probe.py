@@ -14,6 +14,7 @@ from limbeck.models import probe
 from limbeck.models.anatomy import head_of, hidden_rows, hidden_states
 from limbeck.models.attention import PACKED_ATTENTION, packed_attention
 from limbeck.models.layouts import padded_groups
+from limbeck.models.miniature import miniatures
 from limbeck.models.parts import LogitForm
 
 LENGTHS = [37, 5, 21, 60]
@@ -176,3 +177,22 @@ def test_groups_of_like_length_waste_a_fifth_at_most():
         padded = len(group) * max(lengths[number] for number in group)
         assert padded <= 1.25 * sum(lengths[number] for number in group)
     assert len(groups) < 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("Mixtral", "packed"),
+        ("DeepseekV3", "packed"),
+        ("Gemma2", "packed"),
+        ("GptOss", "packed"),
+        ("Qwen3Next", "padded"),
+    ],
+)
+def test_models_of_any_size_are_tried_in_small(kind, way):
+    config = getattr(transformers, kind + "Config")()
+    before = config.to_dict()
+    model = miniatures(getattr(transformers, kind + "ForCausalLM"), config)[0]()
+    assert sum(parameter.numel() for parameter in model.parameters()) < 50e6
+    assert config.to_dict() == before
+    assert probe.ask_config(type(model), config).way == way
