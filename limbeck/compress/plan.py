@@ -30,7 +30,7 @@ SOLVER_PRODUCTS = {
 """Multiplications and additions per O I^2."""
 
 
-class Work(NamedTuple):
+class WorkCount(NamedTuple):
     """What a compression multiplies and holds."""
 
     flops: float
@@ -48,7 +48,7 @@ def count_work(
     *,
     dense_targets: bool = False,
     walks: bool = True,
-) -> Work:
+) -> WorkCount:
     """Work of a compression from shapes alone.
 
     Args:
@@ -79,7 +79,7 @@ def count_work(
         passing += tokens * (3 * config.hidden_size + widest)
     solving = 8 * largest_gram**2
     embedding = getattr(config, "vocab_size", 0) * config.hidden_size
-    return Work(flops, int(4 * (passing + solving + (2 + streams) * largest_block + embedding)))
+    return WorkCount(flops, int(4 * (passing + solving + (2 + streams) * largest_block + embedding)))
 
 
 def _inputs(group: Group) -> int:

@@ -14,6 +14,14 @@ Pair = tuple[str | None, str | None]
 """The extracted answer and the reference."""
 
 
+def _filled(
+    verdicts: Sequence[Verdict | None], places: Sequence[int], later: Sequence[Verdict]
+) -> list[Verdict | None]:
+    """The verdicts with later ones in their places."""
+    known = dict(zip(places, later, strict=True))
+    return [known.get(place, verdict) for place, verdict in enumerate(verdicts)]
+
+
 def check_answers(
     pairs: Sequence[Pair],
     checker: CheckName = "math",
@@ -35,7 +43,7 @@ def check_answers(
     if advance is not None:
         advance(len(pairs) - len(left))
     if left:
+        asked = [pairs[place] for place in left]
         with AnswerChecker("math", timeout_seconds, min(num_workers, len(left))) as workers:
-            for place, verdict in zip(left, workers.verdicts([pairs[place] for place in left], advance), strict=True):
-                found[place] = verdict
+            found = _filled(found, left, workers.verdicts(asked, advance))
     return [verdict or Verdict.UNKNOWN for verdict in found]

@@ -15,7 +15,8 @@ from limbeck.teacher.topk import TopKTargets
 
 N, D, V = 9, 5, 13
 FORWARD_KL = DivergenceConfig(name="forward_kl")
-EVERY = [DivergenceConfig(name=name, beta=0.3, forward_ratio=0.7) for name in sorted(DIVERGENCES)]
+SETTINGS = {"jsd": {"beta": 0.3}, "combined_kl": {"forward_ratio": 0.7}}
+EVERY = [DivergenceConfig(name=name, **SETTINGS.get(name, {})) for name in sorted(DIVERGENCES)]
 every_divergence = pytest.mark.parametrize("divergence", EVERY, ids=lambda config: config.name)
 every_teacher = pytest.mark.parametrize("teacher", ["dense", "topk", "topk_all", "ragged"])
 

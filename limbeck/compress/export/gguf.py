@@ -267,7 +267,7 @@ def _add_sizes(writer: Any, config: Any) -> None:
 
 def _tensors(weights: Weights, family: Family, gguf_type: str) -> Iterator[tuple[str, np.ndarray, str, bool]]:
     gguf = library()
-    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.architecture)
+    architecture = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[family.architecture]
     names = gguf.get_tensor_name_map(architecture, weights.config.num_hidden_layers)
     for name in weights.state:
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -283,11 +283,15 @@ def _tensors(weights: Weights, family: Family, gguf_type: str) -> Iterator[tuple
             data = data + np.float32(family.norm_offset)
         yield place, data, kind, name in weights.codes and fits(weights.codes[name], kind)
     if weights.config.rope_parameters.get("rope_type") == "llama3":
-        rotary = weights.model.model.rotary_emb
-        size = 2 * len(rotary.inv_freq)
-        base = weights.config.rope_parameters["rope_theta"]
-        plain = base ** -(torch.arange(0, size, 2).double() / size)
-        yield "rope_freqs.weight", (plain / rotary.inv_freq.double()).float().numpy(), "f32", False
+        yield "rope_freqs.weight", _rope_factors(weights), "f32", False
+
+
+def _rope_factors(weights: Weights) -> np.ndarray:
+    """What Llama 3 divides each frequency of the rotation by."""
+    frequencies = weights.model.model.rotary_emb.inv_freq.double()
+    size = 2 * len(frequencies)
+    plain = weights.config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2).double() / size)
+    return (plain / frequencies).float().numpy()
 
 
 def _heads(name: str, config: Any) -> int | None:

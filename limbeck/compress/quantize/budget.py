@@ -37,6 +37,13 @@ class MixedConfig:
             raise ConfigError(f"mixed.schemes: {list(self.schemes)}; expected two or more of w2a16 to w8a16")
 
 
+def _problems(group: Group, moments: Moments) -> list[LayerProblem]:
+    return [
+        LayerProblem(linear.weight.data, moments, f"layers.{group.block}.{name}")
+        for name, linear in group.linears.items()
+    ]
+
+
 def choose_schemes(
     blocks: Blocks,
     moments: Callable[[Group], Moments],
@@ -65,11 +72,7 @@ def choose_schemes(
         for number in range(len(blocks)):
             with blocks.block(number, torch.device("cpu")) as block:
                 for group in filter(None, (group.without(ignore) for group in groups_of(block, number))):
-                    seen = moments(group._replace(block=blocks.kept[number]))
-                    problems = [
-                        LayerProblem(linear.weight.data, seen, f"layers.{number}.{name}")
-                        for name, linear in group.linears.items()
-                    ]
+                    problems = _problems(group, moments(group._replace(block=blocks.kept[number])))
                     names.append([problem.name for problem in problems])
                     options.append([_rated(problems, scheme) for scheme in schemes])
                     weights += sum(problem.weight.numel() for problem in problems)

@@ -47,7 +47,7 @@ def choose(layers: Sequence[Sequence[Option]], budget: int) -> list[int]:
     """
     if not all(map(_is_sound, layers)):
         raise ConfigError("mixed bits: every layer needs an option, and every loss must be a finite number.")
-    floors = [min(option.size for option in options) for options in layers]
+    floors = list(map(_smallest, layers))
     spare = budget - sum(floors)
     if spare < 0:
         raise CompressionError(
@@ -59,6 +59,10 @@ def choose(layers: Sequence[Sequence[Option]], budget: int) -> list[int]:
         return [min(range(len(options)), key=options.__getitem__) for options in layers]
     cell = max(math.gcd(*itertools.chain.from_iterable(extra)), math.ceil(spare / _CELLS), 1)
     return _fill(layers, [[-(-size // cell) for size in sizes] for sizes in extra], spare // cell)
+
+
+def _smallest(options: Sequence[Option]) -> int:
+    return min(option.size for option in options)
 
 
 def _is_sound(options: Sequence[Option]) -> bool:
