@@ -122,6 +122,8 @@ class ServeConfig:
             raise ConfigError("serve: k, batch_tokens, context_tokens and replicas must be 1 or more.")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("serve: the API key is empty (LIMBECK_API_KEY, --api-key); set a key, or unset it.")
+        if self.replicas > 1 and self.engine != "limbeck":
+            raise ConfigError(f"serve: --replicas is of this server; {self.engine} has replicas of its own.")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"serve: port {self.port}; a port is 0 to 65535.")
 

@@ -82,10 +82,10 @@ def test_keys_are_in_the_environment_and_not_on_the_command_line(directory, gguf
 
 
 def test_a_dry_run_prints_and_starts_nothing(directory):
-    found = command.run(build(ServeConfig, {"model": str(directory), "engine": "vllm"}), dry_run=True)
+    found = command.check(build(ServeConfig, {"model": str(directory), "engine": "vllm"}))
     assert "vllm serve" in found["command"] and str(directory) in found["command"]
     with pytest.raises(ConfigError, match="--engine"):
-        command.run(build(ServeConfig, {"model": str(directory)}), dry_run=True)
+        command.check(build(ServeConfig, {"model": str(directory)}))
 
 
 def test_an_engine_that_is_missing_is_named(directory, monkeypatch):

@@ -13,6 +13,9 @@ import httpx
 import pytest
 from limbeck_server import RunningServer
 
+from limbeck.config import build
+from limbeck.errors import ConfigError
+from limbeck.serve.config import ServeConfig
 from limbeck.serve.routing import PIECE_CHARACTERS, SLACK, Routes, beginning, pieces
 
 LONG = "a long beginning that many requests share " * 20
@@ -56,6 +59,11 @@ def test_pieces_are_keys_of_whole_beginnings():
 )
 def test_where_prompts_stand(body, text):
     assert beginning(body) == text
+
+
+def test_other_engines_have_replicas_of_their_own():
+    with pytest.raises(ConfigError, match="replicas of its own"):
+        build(ServeConfig, {"model": "tiny-student", "engine": "vllm", "replicas": 2})
 
 
 @pytest.fixture(scope="module")
