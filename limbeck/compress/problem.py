@@ -47,17 +47,6 @@ class Moments:
         largest = absolute.amax(0) if len(inputs) else absolute.new_zeros(inputs.shape[1])
         return cls(_gram(inputs).div_(count), absolute.sum(0) / count, largest, len(inputs))
 
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of inputs together."""
-        tokens = self.tokens + other.tokens
-        mine, others = self.tokens / max(tokens, 1), other.tokens / max(tokens, 1)
-        return Moments(
-            self.gram * mine + other.gram * others,
-            self.absolute_mean * mine + other.absolute_mean * others,
-            torch.maximum(self.absolute_max, other.absolute_max),
-            tokens,
-        )
-
     def scaled(self, factors: Tensor) -> Moments:
         """Moments of the inputs x * factors; factors [I] > 0."""
         return Moments(
