@@ -69,8 +69,8 @@ PACKAGES = {
         SmoothQuantConfig awq_factors smoothquant_factors solve_gptq solve_joint solve_quantease solve_rtn
     """,
     "compress.export": """
-        ExportConfig Finding ProbeConfig Probes lint_directory probes_of
-        write_certificate write_compressed write_dense write_gguf
+        ExportConfig Finding ProbeConfig Probes lint_directory probes_of write_certificate write_compressed
+        write_dense write_gguf
     """,
     "ranking": """
         FeaturizeConfig GroupingConfig Interaction Labels RankEvaluateConfig RankRecoverConfig RankTrainConfig
@@ -83,7 +83,7 @@ PACKAGES = {
         rows_of score_table write_report
     """,
     "sweep": "PlannedRun SweepConfig on_frontier plan_runs predict_sweep run_name",
-    "serve": "BenchServeConfig LimitsConfig ServeConfig Server Service make_app",
+    "serve": "BenchServeConfig Gate LimitsConfig ServeConfig Server Service make_app",
     "pipeline": "CardConfig ChooseConfig HubConfig PipelineConfig RankPipelineConfig SmokeConfig",
     "cost": """
         DEVICES Dims Hardware Prediction config_of frozen_sizes hardware_of measure_hardware on_meta
