@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates optim_step distill_optimizers \
+OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates saddles optim_step distill_optimizers \
 	solvers perplexity recovery ranking scoring generate distributed
 PIP := $(BIN)/pip --disable-pip-version-check
 
