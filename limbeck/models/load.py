@@ -119,6 +119,7 @@ def load_model(
             else:
                 model, info = kind.auto.from_pretrained(
                     place.path,
+                    config=kind.config if place.gguf_file else None,  # reading it of such a file takes seconds
                     gguf_file=place.gguf_file,
                     dtype=dtype,
                     attn_implementation=attention,
@@ -205,7 +206,9 @@ def _say_slower(name: str, verdict: Verdict) -> None:
 def _without_padding_rows(model: Any, name: str) -> Any:
     """Head and embeddings cut to the ids that the tokenizer has: the rows beyond are never trained, drawn or read."""
     place = locate(name)
-    if place.is_local and not place.gguf_file and not any(Path(place.path).glob("tokenizer*")):
+    if place.gguf_file:
+        return model  # such a file names every row
+    if place.is_local and not any(Path(place.path).glob("tokenizer*")):
         return model  # transformers would make up a tokenizer of the model's kind
     try:
         rows = vocabulary_size(load_tokenizer(name))
