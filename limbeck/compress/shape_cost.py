@@ -81,7 +81,8 @@ def file_bytes(config: Any, dtype: torch.dtype) -> int:
 def _shard_bytes(parameters: list[tuple[str, Any]], dtype: torch.dtype) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     size = 0
-    for name, parameter in parameters:
+    # safetensors lays tensors of one dtype out by name, and the header has their places in decimal digits.
+    for name, parameter in sorted(parameters, key=lambda pair: pair[0]):
         end = size + parameter.numel() * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(parameter.shape), "data_offsets": [size, end]}
         size = end
