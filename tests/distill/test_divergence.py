@@ -31,12 +31,14 @@ def pairs(draw, bound=None):
     return tuple(torch.tensor([row], dtype=torch.float64).log_softmax(-1) for row in rows)
 
 
-configs = st.builds(
-    DivergenceConfig,
-    name=st.sampled_from(sorted(DIVERGENCES)),
-    beta=st.floats(0.0, 1.0),
-    skew_alpha=share,
-    forward_ratio=st.floats(0.0, 1.0),
+OWN = {
+    "jsd": {"beta": st.floats(0.0, 1.0)},
+    "skew_kl": {"skew_alpha": share},
+    "skew_reverse_kl": {"skew_alpha": share},
+    "combined_kl": {"forward_ratio": st.floats(0.0, 1.0)},
+}
+configs = st.one_of(
+    st.builds(DivergenceConfig, name=st.just(name), **OWN.get(name, {})) for name in sorted(DIVERGENCES)
 )
 
 
