@@ -11,7 +11,7 @@ import numpy as np
 
 from limbeck.checkpoint import hash_path
 from limbeck.config import checked
-from limbeck.errors import ConfigError, nearest
+from limbeck.errors import ConfigError, DataError, nearest
 from limbeck.ranking.auc import expected_auc
 from limbeck.ranking.movielens import read_movielens
 from limbeck.ranking.request import GroupingConfig, Request, Split, SplitConfig, group_log, split_by_time
@@ -93,6 +93,12 @@ def _read(config: RankingDataConfig) -> tuple[list[Request], dict[str, Any]]:
         assert config.path is not None and config.fields is not None
         rows, members = read_table(config.path, config.fields)
     requests, counts = group_log(rows, members, config.grouping)
+    if not requests:
+        left_out = {name: count for name, count in counts.items() if name != "rows" and count}
+        raise DataError(
+            f"{config.path or config.source}: no request is left of {counts['rows']} rows ({left_out}); rows of one "
+            "request are fewer than grouping.min_candidates, or their member has no history (grouping.min_history)."
+        )
     return requests, {"requests": len(requests), **counts}
 
 

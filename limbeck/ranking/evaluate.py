@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
+from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_json, write_manifest
 from limbeck.config import completed_by
 from limbeck.engine.backend import Backend
 from limbeck.engine.backends import load_decoder
@@ -47,6 +47,12 @@ def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     if tree.get("data") or not isinstance(like, str) or not Checkpoint(Path(like)).is_finished:
         return tree
     trained = training_of(Checkpoint(Path(like)).manifest)
+    path = (trained or {}).get("data", {}).get("path")
+    if path and not Path(path).exists():
+        raise ConfigError(
+            f"{Path(like) / MANIFEST}: trained on {path}, which is not there from {Path.cwd().name}/; name data.path, "
+            "or call from where the training was called."
+        )
     return {"features": trained["features"], **tree, "data": trained["data"]} if trained else tree
 
 
@@ -74,6 +80,8 @@ class RankEvaluateConfig:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"k must be at least 1; found {self.k}")
+        if self.data is None and not Path(self.like or self.model).exists():
+            raise ConfigError(f"rank evaluate: {self.like or self.model}: no such directory of a model")
         if self.data is None:
             raise ConfigError("rank evaluate: name data, or as `like` the output of rank train to take it from")
 
@@ -125,6 +133,15 @@ def run(config: RankEvaluateConfig, out: Path, *, how: How = How()) -> Checkpoin
             counts=counts,
         )
     return Checkpoint(out)
+
+
+def _refuse_long(requests: Sequence[EncodedRequest], limit_tokens: int) -> None:
+    longest = max(len(request.prefix) + max(map(len, request.candidates)) for request in requests)
+    if longest > limit_tokens:
+        raise ConfigError(
+            f"a pair of {longest} tokens is longer than the model's {limit_tokens} positions; show fewer events "
+            "(data.grouping.history) or features."
+        )
 
 
 def score_all(decoder: Backend, requests: Sequence[EncodedRequest], labels: Labels) -> Scored:
@@ -191,6 +208,7 @@ def _score(config: RankEvaluateConfig, name: str, requests: Sequence[Request], l
     tokenizer = load_tokenizer(name)
     encoded, labels = encode_requests(requests, tokenizer, config.features)
     decoder = load_decoder(name)
+    _refuse_long(encoded, decoder.context)
     with ledger.phase("scoring"):
         scored = score_all(decoder, encoded, labels)
     ledger.count(

@@ -188,8 +188,9 @@ def _event(event: Interaction, config: FeaturizeConfig) -> str:
 
 
 def _features(features: Features, config: FeaturizeConfig) -> str:
+    """One line: a value with line breaks of its own could write what the template writes."""
     parts = [
-        config.feature.format(name=name, value=value)
+        config.feature.format(name=name, value=" ".join(value.split()))
         for name, value in features.items()
         if config.names is None or name in config.names
     ]

@@ -58,7 +58,7 @@ def ndcg(scores: ArrayLike, labels: ArrayLike, requests: ArrayLike, k: int, seed
         raise ValueError(f"k of NDCG@k is {k}; expected at least 1")
     scores, labels, groups = _rows(scores, labels, requests)
     values = [_ndcg(scores[rows], labels[rows], k) for rows in _members(groups)]
-    return _mean_of_defined(values, seed, "no request has a positive label")
+    return _mean_of_defined(values, seed, "no request has a positive label and a second candidate")
 
 
 def log_loss(probabilities: ArrayLike, labels: ArrayLike, requests: ArrayLike, seed: int = 0) -> Interval:
@@ -135,7 +135,7 @@ def top_k_churn(scores: ArrayLike, other_scores: ArrayLike, requests: ArrayLike,
 
 
 def _ndcg(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    if not labels.any():
+    if not labels.any() or len(labels) < 2:
         return math.nan
     _, tie, counts = np.unique(-scores, return_inverse=True, return_counts=True)
     gains = (np.bincount(tie, labels) / counts)[np.sort(tie)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from limbeck.config import checked
@@ -127,7 +127,14 @@ def group_log(
                         candidates=tuple(row.interaction for row in group),
                     )
                 )
-    return requests, counts
+    return _with_own_ids(requests), counts
+
+
+def _with_own_ids(requests: list[Request]) -> list[Request]:
+    """Ids that count within a member, such as those of sessions, get the member's in front: an id is one request's."""
+    if len({request.request_id for request in requests}) == len(requests):
+        return requests
+    return [replace(request, request_id=f"{request.member_id}:{request.request_id}") for request in requests]
 
 
 def _groups(rows: list[LogRow], size: int) -> list[list[LogRow]]:

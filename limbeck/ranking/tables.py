@@ -58,7 +58,7 @@ def read_table(path: Path, fields: FieldsConfig) -> tuple[list[LogRow], dict[str
 
     Raises: DataError, naming file, row and column, for a file that cannot be read, a missing column or a bad value.
     """
-    table = _read(path)
+    table = _read(path, fields)
     for column in fields.columns:
         if column not in table.column_names:
             raise DataError(f"{path}: no column {column!r}; {nearest(column, table.column_names)}")
@@ -98,16 +98,47 @@ def _features(record: Mapping[str, Any], names: Mapping[str, str]) -> Features:
     return {shown: str(record[column]) for column, shown in names.items() if record[column] is not None}
 
 
-def _read(path: Path) -> pyarrow.Table:
+def _read(path: Path, fields: FieldsConfig) -> pyarrow.Table:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: unknown kind of table {path.suffix!r}; accepted are {', '.join(SUFFIXES)}.")
     try:
         if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path)
-        separator = "\t" if path.suffix == ".tsv" else ","
-        return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=separator))
+            return _checked(path, pyarrow.parquet.read_table(path))
+        # Ids are text, whatever they look like: 007 is not 7, and twenty digits are no float. Quoted texts have lines.
+        ids = [fields.member_id, fields.item_id, *([fields.request_id] if fields.request_id else [])]
+        return _checked(
+            path,
+            pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(
+                    delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True
+                ),
+                convert_options=pyarrow.csv.ConvertOptions(
+                    column_types=dict.fromkeys(ids, pyarrow.string()), null_values=[""], strings_can_be_null=True
+                ),
+            ),
+        )
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}).") from error
+
+
+def _checked(path: Path, table: pyarrow.Table) -> pyarrow.Table:
+    """The table, where each column has a name of its own and text is UTF-8. Raises: DataError."""
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: the column {twice[0]!r} is there more than once; give each a name of its own.")
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if path.suffix != ".parquet" and pyarrow.types.is_binary(column.type):
+            row = next(number for number, value in enumerate(column.to_pylist(), start=1) if not _is_utf8(value))
+            raise DataError(f"{path}:row {row}: {name} is not UTF-8; convert the file (iconv -f latin1 -t utf-8).")
+    return table
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        return value is None or value.decode() is not None
+    except UnicodeDecodeError:
+        return False
 
 
 def _text(value: Any) -> str:

@@ -43,6 +43,7 @@ from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.load import load_tokenizer, model_hash
 from limbeck.optim.build import OptimizerConfig, build_optimizer
 from limbeck.optim.schedules import ScheduleConfig
+from limbeck.progress import say
 from limbeck.ranking.data import RankingDataConfig, read_requests
 from limbeck.ranking.evaluate import measures, score_all
 from limbeck.ranking.examples import pair_examples, plan_requests
@@ -154,6 +155,7 @@ def set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[Run, HeldOut]:
     """Load student, teacher and requests, and plan every step."""
     ledger = Ledger(ranks.device)
     split, counts = read_requests(config.data)
+    _tell_one_sided(split.train)
     model, tokenizer = load_student(config, _scratch_tokenizer(config, split.train))
     model.to(ranks.device)
     teacher = load_teacher(config, ranks)
@@ -214,6 +216,13 @@ def _token_counts(requests: Sequence[EncodedRequest]) -> dict[str, int]:
         "prefix_tokens": sum(len(request.prefix) for request in requests),
         "candidate_tokens": sum(len(ids) for request in requests for ids in request.candidates),
     }
+
+
+def _tell_one_sided(requests: Sequence[Request]) -> None:
+    labels = [candidate.label for request in requests for candidate in request.candidates]
+    if len(set(labels)) == 1:
+        kind, other = ("positive", "negative") if labels[0] else ("negative", "positive")
+        say(f"note: all {len(labels)} training rows are {kind}; without a {other} one there is nothing to learn.")
 
 
 def _refuse_long(data: Data, limit_tokens: int) -> None:

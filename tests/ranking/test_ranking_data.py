@@ -288,3 +288,51 @@ def test_a_data_set_is_read_and_split(tmp_path):
     assert counts["requests"] == 27
     with pytest.raises(ConfigError, match=r"needs data\.path and data\.fields"):
         build(RankingDataConfig, {"source": "table"})
+
+
+LOG = FieldsConfig(
+    member_id="user", item_id="sku", label="clicked", time="at", request_id="request", item={"title": "title"}
+)
+
+
+def table(tmp_path, *rows: str, header: str = "user,sku,clicked,at,request,title", encoding: str = "utf-8"):
+    path = tmp_path / "log.csv"
+    path.write_bytes("\n".join([header, *rows, ""]).encode(encoding))
+    return path
+
+
+def test_ids_are_text_whatever_they_look_like(tmp_path):
+    long = ["9" * 19 + str(digit) for digit in range(3)]
+    path = table(tmp_path, *(f"{user},00{n},1,{n},1,a" for n, user in enumerate(["007", "07", "7", *long])))
+    rows, members = read_table(path, LOG)
+    assert set(members) == {"007", "07", "7", *long}
+    assert [row.interaction.item_id for row in rows] == ["000", "001", "002", "003", "004", "005"]
+
+
+def test_quoted_texts_may_have_lines_and_other_encodings_are_refused_with_their_row(tmp_path):
+    rows, _ = read_table(table(tmp_path, *(f'u,{n},1,{n},1,"two\nlines"' for n in range(20_000))), LOG)
+    assert len(rows) == 20_000 and rows[-1].interaction.item == {"title": "two\nlines"}
+    path = table(tmp_path, "u,1,1,1,1,plain", "u,2,0,2,1,crêpe", encoding="latin-1")
+    with pytest.raises(DataError, match=r"log\.csv:row 2: title is not UTF-8"):
+        read_table(path, LOG)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = table(tmp_path, "u,1,1,1,1,a,b", header="user,sku,clicked,at,request,title,title")
+    with pytest.raises(DataError, match=r"the column 'title' is there more than once"):
+        read_table(path, LOG)
+
+
+def test_ids_that_count_within_a_member_become_those_of_one_request_each(tmp_path):
+    lines = [f"{user},{n},{n % 2},{n},{n // 2},a" for user in "ab" for n in range(8)]
+    rows, members = read_table(table(tmp_path, *lines), LOG)
+    requests, _ = group_log(rows, members, GroupingConfig(candidates=2, history=1, min_history=0))
+    assert len({request.request_id for request in requests}) == len(requests) == 8
+    assert requests[0].request_id == "a:0"
+
+
+def test_requests_that_are_all_too_small_are_counted_in_the_refusal(tmp_path):
+    path = table(tmp_path, *(f"u,{n},1,{n},{n},a" for n in range(12)))
+    data = RankingDataConfig(source="table", path=path, fields=LOG)
+    with pytest.raises(DataError, match=r"no request is left of 12 rows \(\{'rows_of_small_requests': 12\}\)"):
+        read_requests(data)

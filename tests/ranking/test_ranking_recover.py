@@ -74,7 +74,8 @@ def assert_same_weights(one, other):
 
 
 def test_single_weights_stay_zero(scorer, tmp_path):
-    out = recover.run(config(scorer, prune__method="wanda", prune__pattern="0.5", rounds=1), tmp_path / "out").path
+    cut = {"model": scorer, "method": "wanda", "pattern": "0.5", "gate": {"sequences": 2}}
+    out = recover.run(config(scorer, prune=cut, rounds=1), tmp_path / "out").path
     masks, weights = read_masks(out), load_file(next(out.glob("model-*.safetensors")))
     assert masks and all(torch.equal(weights[name] != 0, mask) for name, mask in masks.items())
 

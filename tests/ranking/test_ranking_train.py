@@ -144,7 +144,7 @@ def test_a_mixture_of_experts_teaches(teacher, support, tmp_path):
         expected.append(4 * kl(theirs / 2, ours / 2))
     assert value == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
     assert ledger.flops["teacher"] > 0 and found["model.embed_tokens.weight"].abs().sum() > 0
-    assert train.run(run, tmp_path / "out")["loss"] > 0
+    assert train.run(run, tmp_path / "out").metrics["loss"] > 0
 
 
 def kl(teacher_logits, logits):
@@ -193,7 +193,7 @@ def test_steps_hold_whole_requests():
 
 def test_training_lowers_the_loss_and_writes_a_checkpoint(tmp_path):
     out = tmp_path / "out"
-    result = train.run(config({"training.max_steps": 25, "optimizer.learning_rate": 0.01}), out)
+    result = train.run(config({"training.max_steps": 25, "optimizer.learning_rate": 0.01}), out).metrics
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert np.mean([row["loss"] for row in rows[-5:]]) < rows[0]["loss"] - 0.02
     manifest = Checkpoint(out).manifest
@@ -232,7 +232,7 @@ def test_resumed_is_the_same_run_and_another_loss_is_refused(teacher, tmp_path, 
 
 def test_the_best_held_out_weights_are_kept(teacher, tmp_path):
     run = with_teacher(teacher, training__keep_best="kd", training__validate_every_steps=1, ranking__listwise_ratio=0.5)
-    result = train.run(run, tmp_path / "out")
+    result = train.run(run, tmp_path / "out").metrics
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert result["validation_kd"] <= min(row["validation_kd"] for row in rows)
 
