@@ -14,7 +14,7 @@ import transformers
 
 from limbeck.errors import ConfigError, ModelError, nearest
 from limbeck.models.anatomy import Sizes, sizes_of
-from limbeck.models.load import BUILT_IN, GGUF_ALIASES, locate, quiet
+from limbeck.models.load import BUILT_IN, GGUF_ALIASES, locate, quiet, rows_read
 from limbeck.models.tiny import ScratchConfig, scratch_config, symbol_tokenizer
 
 _QWEN3: dict[str, Any] = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936}
@@ -106,7 +106,7 @@ def config_of(name: str) -> Any:
         raise ModelError(f"{name}: no such model or shape; {nearest(name, [*PUBLISHED, *BUILT_IN, *GGUF_ALIASES])}")
     with quiet():
         try:
-            return transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 place.path, gguf_file=place.gguf_file, local_files_only=place.is_local
             )
         except Exception as error:  # transformers raises many kinds; each becomes one line with its cause kept
@@ -114,6 +114,10 @@ def config_of(name: str) -> Any:
             raise ModelError(
                 f"{name}: cannot read its config ({reason}). Shapes known without a download: {', '.join(PUBLISHED)}."
             ) from error
+    rows = rows_read(place, name)
+    if rows is not None and getattr(config, "vocab_size", 0) > rows:
+        config.vocab_size = rows
+    return config
 
 
 def scratch_shape(config: ScratchConfig, tokenizer: Any = None) -> Any:

@@ -202,19 +202,23 @@ def _say_slower(name: str, verdict: Verdict) -> None:
     )
 
 
+def rows_read(place: Location, name: str) -> int | None:
+    """The ids that the tokenizer of a local model has, which are all that is read of its head; None: all rows are."""
+    # A GGUF names every row; without a tokenizer's files transformers would make one up of the model's kind.
+    if place.gguf_file or (place.is_local and not any(Path(place.path).glob("tokenizer*"))):
+        return None
+    try:
+        return vocabulary_size(load_tokenizer(name))
+    except ModelError:
+        return None
+
+
 @torch.no_grad()
 def _without_padding_rows(model: Any, name: str) -> Any:
     """Head and embeddings cut to the ids that the tokenizer has: the rows beyond are never trained, drawn or read."""
-    place = locate(name)
-    if place.gguf_file:
-        return model  # such a file names every row
-    if place.is_local and not any(Path(place.path).glob("tokenizer*")):
-        return model  # transformers would make up a tokenizer of the model's kind
-    try:
-        rows = vocabulary_size(load_tokenizer(name))
-    except ModelError:
-        return model
-    cut_rows(model, rows)
+    rows = rows_read(locate(name), name)
+    if rows is not None:
+        cut_rows(model, rows)
     return model
 
 

@@ -42,7 +42,8 @@ def run(config: PipelineConfig, out: Path, *, how: How = How()) -> Checkpoint:
     predict: Predict = _no_prediction
     if any(planned.reason for planned in pipeline.plan()):
         predict = partial(_predicted, Predictor(config, out, measure()))
-    pipeline.advance(predict)
+    ran = pipeline.advance(predict)
+    say(f"ran: {', '.join(ran) or 'nothing'}")
     say(f"report: {out / PAGE}")
     return Checkpoint(out)
 

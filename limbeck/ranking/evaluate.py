@@ -25,7 +25,7 @@ from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.errors import ConfigError
 from limbeck.evaluate.metrics import Interval
 from limbeck.ledger import Ledger
-from limbeck.models.load import load_tokenizer, model_hash
+from limbeck.models.load import BUILT_IN, load_tokenizer, model_hash
 from limbeck.progress import track
 from limbeck.ranking import metrics
 from limbeck.ranking.auc import delong_test
@@ -80,8 +80,9 @@ class RankEvaluateConfig:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"k must be at least 1; found {self.k}")
-        if self.data is None and not Path(self.like or self.model).exists():
-            raise ConfigError(f"rank evaluate: {self.like or self.model}: no such directory of a model")
+        named = self.like or self.model
+        if self.data is None and "/" not in named and named not in BUILT_IN and not Path(named).exists():
+            raise ConfigError(f"rank evaluate: {named}: no such directory of a model")
         if self.data is None:
             raise ConfigError("rank evaluate: name data, or as `like` the output of rank train to take it from")
 

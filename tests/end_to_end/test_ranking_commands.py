@@ -77,10 +77,10 @@ def test_teacher_student_and_test(tmp_path, capsys):
     assert json.loads((tmp_path / "test/summary.json").read_text())["auc"] == summary["auc"]
     assert set(Checkpoint(tmp_path / "test").manifest["inputs"]) == {"model", "reference"}
 
-    padded = printed(capsys, *test[:4], "--layout", "padded", "--out", tmp_path / "padded")
-    assert padded["log_loss"] == pytest.approx(summary["log_loss"], abs=1e-5)
     assert call("rank", "evaluate", "--model", "tiny-student", "--out", tmp_path / "x") == 2
     assert "name data, or as `like`" in " ".join(capsys.readouterr().err.split())
+    assert call("rank", "evaluate", "--model", "nowhere", "--out", tmp_path / "x") == 2
+    assert "nowhere: no such directory of a model" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", ["tiny_ranking", "tiny_ranking_teacher"])

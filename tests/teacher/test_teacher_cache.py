@@ -386,7 +386,8 @@ def test_the_manifest_reports_cost_and_fidelity(tmp_path):
     kept = {}
     for top_k in (1, 8):
         config = build(caching.CacheStageConfig, {**tree, "cache": {"top_k": top_k, "min_probability": 0.0}})
-        kept[top_k] = caching.run(config, tmp_path / str(top_k))
+        made = caching.run(config, tmp_path / str(top_k))
+        kept[top_k] = {**made.metrics, **building.stats(made.path), "flops": made.cost["flops"]["total"]}
     assert kept[1]["entries_per_position"] == 1 and kept[8]["entries_per_position"] == 8
     assert 0 <= kept[8]["kl_to_full_teacher_nats"] < kept[1]["kl_to_full_teacher_nats"]
     assert kept[1]["mass_kept"] < kept[8]["mass_kept"] <= 1 + 1e-6
