@@ -247,3 +247,10 @@ def test_against_scipy() -> None:
         expected = stats.kendalltau(one, other).statistic
         found = kendall_tau(one, other, np.zeros(9)).value
         assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_a_candidate_alone_has_one_order_and_no_ndcg():
+    alone = ndcg(np.array([0.3, 0.9]), np.array([True, False]), np.array([0, 1]), k=5)
+    assert math.isnan(alone.value) or alone.value is None
+    both = ndcg(np.array([0.9, 0.3, 0.5]), np.array([True, False, True]), np.array([0, 0, 1]), k=5)
+    assert both.value == 1.0

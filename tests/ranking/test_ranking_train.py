@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,3 +266,12 @@ def test_the_objective_of_a_step_without_a_teacher_is_cross_entropy(tmp_path):
     value, _, _, _, setup = gradients(config())
     assert isinstance(setup.objective, RankingObjective)
     assert 0 < value < 2 and setup.teacher is None
+
+
+def test_training_rows_of_one_label_are_told(capsys):
+    requests = [SimpleNamespace(candidates=(SimpleNamespace(label=False), SimpleNamespace(label=False)))] * 3
+    train._tell_one_sided(requests)
+    assert "all 6 training rows are negative; without a positive one" in " ".join(capsys.readouterr().err.split())
+    requests[0] = SimpleNamespace(candidates=(SimpleNamespace(label=True), SimpleNamespace(label=False)))
+    train._tell_one_sided(requests)
+    assert capsys.readouterr().err == ""
