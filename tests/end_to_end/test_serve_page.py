@@ -72,7 +72,10 @@ def test_a_text_can_be_stopped(browser):
         page.click("#stop")
         playwright.expect(page.locator("#send")).to_be_enabled()
         assert page.text_content("#reply-meta") == "stopped" or "written" in page.text_content("#reply-meta")
-        page.wait_for_timeout(300)
+        for _ in range(100):
+            page.wait_for_timeout(100)
+            if server.service.generator.running == 0:
+                break
         assert server.service.generator.running == 0
 
 

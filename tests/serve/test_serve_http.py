@@ -329,7 +329,7 @@ def test_requests_that_wait_together_are_tokenised_in_one_call(server, monkeypat
 
     def slow(batch, special):
         calls.append(len(batch))
-        time.sleep(0.2)
+        time.sleep(1.0)
         return real(batch, special)
 
     monkeypatch.setattr(texts, "_encoded", slow)
