@@ -115,12 +115,6 @@ class Pipeline:
             found[RECORD_OF + name] = record.identity if record else UNKNOWN
         return found
 
-    def files(self) -> list[Path]:
-        """Every file that the stages have read or written."""
-        written = [stage.directory(self.out) / name for stage in self.stages for name in self.records[stage.name].files]
-        names = {name for stage in self.stages for name in named(stage.config) if not name.startswith(OUT)}
-        return [*written, *(file for name in names for file in _files_of(name))]
-
     def _reason(self, stage: Task) -> str | None:
         return why(stage, self.records.get(stage.name), self.inputs(stage), self.out, self.hashes)
 
