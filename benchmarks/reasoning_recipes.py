@@ -1,9 +1,11 @@
 """Recipes for reasoning compared over seeds on the built-in pair: tiny-teacher to tiny-student, chains of 4 to 6 steps.
 
 `stages`: at equal optimizer steps, forward KL on the teacher's traces only, on the student's rollouts only, and first
-one, then the other (2502.14305). `cuts`: at an equal share of the cost of training on everything (`--match tokens` or
-`flops`), fewer whole traces, the first half of each, each up to where the teacher already knows the answer (`limbeck
-traces probe`), and KD on the positions of highest teacher entropy or divergence; with and without the ending kept.
+one, then the other (2502.14305). `precision`: the two stages with rollouts written in float32, in int8, and in int8
+with the loss weighed by truncated importance weights. `cuts`: at an equal share of the cost of training on everything
+(`--match tokens` or `flops`), fewer whole traces, the first half of each, each up to where the teacher already knows
+the answer (`limbeck traces probe`), and KD on the positions of highest teacher entropy or divergence; with and without
+the ending kept.
 
 Score: share of 200 held-out problems answered right, greedy. A row is the mean over seeds with the 95 % t-interval;
 every seed has its own order of the traces, all share traces, problems and starting student. Retention divides by the
@@ -11,6 +13,7 @@ full run of the same seed. Cost counts student, teacher and sampling; probing is
 
     python benchmarks/reasoning_recipes.py stages [--only ARM ...] [--quick] [--seeds 5] [--threads 2]
         [--scratch DIR] [--out DIR]
+    python benchmarks/reasoning_recipes.py precision --seeds 3 [...]
     python benchmarks/reasoning_recipes.py cuts --match flops [...]
 
 Runs that are finished in the scratch directory are not run again.
@@ -53,6 +56,12 @@ STAGES: dict[str, dict[str, Any]] = {
     "on-policy": {"on_policy": {**ROLLOUTS, "start_fraction": 0.0}},
     "two stages": {"on_policy": {**ROLLOUTS, "start_fraction": 0.5}},
     "two stages, rollouts of 32 tokens": {"on_policy": {**ROLLOUTS, "start_fraction": 0.5, "max_new_tokens": 32}},
+}
+TWO_STAGES = {**ROLLOUTS, "start_fraction": 0.5}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "two stages, float32": {"on_policy": TWO_STAGES},
+    "two stages, int8": {"on_policy": {**TWO_STAGES, "precision": "int8"}},
+    "two stages, int8, weighed": {"on_policy": {**TWO_STAGES, "precision": "int8", "importance_limit": 2.0}},
 }
 CUTS: dict[str, dict[str, Any]] = {
     "whole traces": {},
@@ -113,12 +122,12 @@ class Bench:
         return found | {key: summary[key] for key in wanted}
 
 
-def compare_stages(
-    bench: Bench, arms: Sequence[str], seeds: Sequence[int], quick: bool
+def compare_steps(
+    bench: Bench, arms: Mapping[str, dict[str, Any]], seeds: Sequence[int], quick: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """These arms of STAGES at the same number of steps."""
+    """These arms at the same number of steps."""
     steps = {"training.max_steps": 6 if quick else STEPS}
-    return {name: [bench.run(name, seed, STAGES[name] | steps) for seed in seeds] for name in arms}
+    return {name: [bench.run(name, seed, changes | steps) for seed in seeds] for name, changes in arms.items()}
 
 
 def compare_cuts(
@@ -171,9 +180,11 @@ def table_of(found: dict[str, list[dict[str, Any]]], reference: str) -> tuple[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comparison", choices=("stages", "cuts"))
+    parser.add_argument("comparison", choices=("stages", "precision", "cuts"))
     parser.add_argument("--match", choices=("tokens", "flops"), default="flops")
-    parser.add_argument("--only", nargs="+", metavar="ARM", choices=[*STAGES, *CUTS], help="these arms instead of all")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ARM", choices=[*STAGES, *PRECISIONS, *CUTS], help="these arms instead of all"
+    )
     parser.add_argument("--quick", action="store_true", help="120 traces, one seed: shows that it runs, nothing else")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -185,14 +196,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options.scratch or Path(temporary), options.quick, options.threads)
         seeds = range(1 if options.quick else options.seeds)
-        if options.comparison == "stages":
-            arms, reference, name = options.only or list(STAGES), "given traces", "recipes_stages"
-            found = compare_stages(bench, arms, seeds, options.quick)
+        if options.comparison != "cuts":
+            table, reference = {
+                "stages": (STAGES, "given traces"),
+                "precision": (PRECISIONS, "two stages, float32"),
+            }[options.comparison]
+            name = f"recipes_{options.comparison}"
+            found = compare_steps(bench, {arm: table[arm] for arm in options.only or table}, seeds, options.quick)
         else:
             arms, reference = options.only or list(CUTS), "everything"
             found = compare_cuts(bench, arms, seeds, options.match)
             name = f"recipes_cuts_{options.match}"
-        table, keys = table_of(found, reference)
+        page, keys = table_of(found, reference)
     probing = bench.probing
     note = (
         f"Probing: {probing['counts']['with_cut_point']} of {probing['counts']['traces']} traces have a cut point, at "
@@ -200,7 +215,7 @@ def main() -> None:
         f"{probing['ledger']['flops']['total'] / 1e12:.3f} TFLOP and {probing['ledger']['seconds']['teacher']:.0f} s, "
         "once."
     )
-    publish(name, __doc__, header, table + "\n\n" + note, keys, found, options.out)
+    publish(name, __doc__, header, page + "\n\n" + note, keys, found, options.out)
 
 
 if __name__ == "__main__":

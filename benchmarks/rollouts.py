@@ -37,7 +37,11 @@ from limbeck.traces.sources import TraceConfig, read_traces
 BATCH, TEMPERATURE = 64, 0.9
 SAMPLES = (8, 1)
 """Of each prompt, by regime."""
-TASKS = {"tiny-teacher": "builtin:chain", "smollm2-135m": "reasoning-gym:gsm_symbolic"}
+TASKS = {
+    "tiny-teacher": ("builtin:chain", "builtin:chain"),
+    "smollm2-135m": ("reasoning-gym:gsm_symbolic", "reasoning-gym:basic_arithmetic"),
+}
+"""Prompts: in full, and with --quick (shorter ones, since generate reads each of them once a sample)."""
 LIMITS = {"tiny-teacher": (240, 96), "smollm2-135m": (128, 16)}
 """New tokens at most: in full, and with --quick."""
 
@@ -45,10 +49,10 @@ LIMITS = {"tiny-teacher": (240, 96), "smollm2-135m": (128, 16)}
 class Side:
     """One model with the prompts of one regime, sampled by either side."""
 
-    def __init__(self, name: str, samples: int) -> None:
+    def __init__(self, name: str, samples: int, is_quick: bool) -> None:
         self.model, self.samples = load_model(name).eval(), samples
         tokenizer = load_tokenizer(name)
-        traces, _ = read_traces(TraceConfig(source=TASKS[name], num_traces=BATCH // samples, seed=11))
+        traces, _ = read_traces(TraceConfig(source=TASKS[name][is_quick], num_traces=BATCH // samples, seed=11))
         self.prompts = [render_prompt(tokenizer, trace.messages, RenderConfig()) for trace in traces]
         self.stops = list(stop_ids(tokenizer, RenderConfig()))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stops[0]
@@ -90,12 +94,12 @@ def _written(row: list[int], stops: list[int]) -> int:
     return next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
 
 
-def measure(name: str, samples: int, limit: int, repeats: int) -> dict[str, Any]:
+def measure(name: str, samples: int, is_quick: bool, repeats: int) -> dict[str, Any]:
     """Tokens and seconds of both sides, alternating."""
-    side = Side(name, samples)
+    side, limit = Side(name, samples, is_quick), LIMITS[name][is_quick]
     calls = {"ours": side.ours, "int8": partial(side.ours, precision="int8"), "theirs": side.theirs}
     for call in calls.values():
-        call(4, 0)
+        call(1, 0)
     rows: dict[str, list[dict[str, float]]] = {key: [] for key in calls}
     for repeat in range(repeats):
         for key in calls if repeat % 2 == 0 else reversed(calls):
@@ -148,7 +152,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     header = conditions(options.threads, ("torch", "transformers"))
     found = [
-        measure(name, samples, LIMITS[name][options.quick], 1 if options.quick else options.repeats)
+        measure(name, samples, options.quick, 1 if options.quick else options.repeats)
         for name in TASKS
         for samples in SAMPLES
     ]
