@@ -53,13 +53,20 @@ def predict_cache(
     examples = [make_example(sample, config.truncation, supervision) for sample in samples]
     asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
     shape = teacher if teacher is not None else config_of(config.teacher)
-    return predict_stored(shape, asked, vocabulary_size(tokenizer), config.cache.mode == "hidden", hardware)
+    cache, is_projected = config.cache, config.cache.mode == "projected"
+    width = Dims.of(config_of(cache.student)).width if is_projected else 0
+    return predict_stored(shape, asked, vocabulary_size(tokenizer), cache.mode == "hidden", hardware, width)
 
 
 def predict_stored(
-    shape: Any, asked: Sequence[Stored], vocab_size: int, is_hidden: bool, hardware: Hardware | None = None
+    shape: Any,
+    asked: Sequence[Stored],
+    vocab_size: int,
+    is_hidden: bool,
+    hardware: Hardware | None = None,
+    projected_width: int = 0,
 ) -> Prediction:
-    """Cost of storing what a teacher says at the positions asked for."""
+    """Cost of storing what a teacher says at the positions asked for; `projected_width`: of the student's head."""
     hardware, sizes, dims = hardware or measure(), frozen_sizes(shape, vocab_size), Dims.of(shape)
     is_lean = not hardware.is_accelerator and has_plain_layers(backbone_of(on_meta(shape).eval()))
     way = Way(is_lean, False, False, False, not hardware.is_accelerator)
@@ -67,6 +74,7 @@ def predict_stored(
     for group in (group for shard in cut_shards(share_prefixes(asked)) for group in forward_groups(shard)):
         computed, rows = _computed(group, is_lean)
         flops += backbone_forward_flops(sizes, computed) + (not is_hidden) * head_forward_flops(sizes, rows)
+        flops += 2 * rows * sizes.vocab_size * projected_width
         tokens += sum(len(member.ids) for member in group)
         largest = max(largest, forward_bytes(dims, way, computed) + 4 * rows * dims.width)
     # Log-probabilities, what is sorted of them, and the logits they were made of.

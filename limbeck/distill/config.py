@@ -37,6 +37,9 @@ class StudentConfig:
     """Shape of a randomly initialised model instead."""
     keep_zeros: bool = False
     """Keep the zeros of pruned layers (5 % or more of their weights) at zero through the training."""
+    train_head: bool = True
+    """Train the head, and with it the embeddings where both share their weights. A head that stays is what teacher
+    caches of mode projected are written for."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.scratch is None):

@@ -126,6 +126,8 @@ def fused_loss(
         head = Head(head_weight, head_bias, head_softcap)
         student = ChunkedLogits(hidden, head, softmax.entries(vocab), softmax.largest)
         teacher = _reader(targets, kd_coef, vocab, Distance(divergence.bind(), temperature, softmax))
+        if teacher.has_frozen_head:
+            _check_projected(gradients, divergence)
         index, sums = rows.used(), kd_coef.new_zeros(2)
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk in _chunks(index, student, teacher, rows, chunk_bytes):
@@ -136,7 +138,7 @@ def fused_loss(
                     kd = teacher.row_loss(block, by_logits, log_probs, chunk.rows.kd_coef[block])
                     ce = chunk.rows[block].add_cross_entropy_(by_logits, log_probs, softmax)
                     chunk_sums += chunk.rows[block].weighted(ce, kd)
-                gradients.add(chunk.places, chunk.states, chunk.logits, student.weight)
+                gradients.add(chunk.places, chunk.states, chunk.logits, student.weight, teacher.by_states)
                 sums += chunk_sums
         if part is not None:
             sums, gradients = sums / part.group.size(), gradients.of_rows(part, len(inputs[0]))
@@ -150,6 +152,14 @@ def _reader(targets: OneTeacherTargets | None, kd_coef: Tensor, vocab: int, dist
     if targets is None:
         raise ShapeError("fused_loss: kd_coef is not 0 but targets is None; give targets, or kd_coef 0.")
     return targets.reader(kd_coef, vocab, distance)
+
+
+def _check_projected(gradients: Gradients, divergence: DivergenceConfig) -> None:
+    if gradients.weight is not None or gradients.bias is not None or divergence.name != "forward_kl":
+        raise ConfigError(
+            "fused_loss: projected targets hold for forward_kl and a head that is not trained; found "
+            f"{divergence.name}{'' if gradients.weight is None else ' and a head that is'}."
+        )
 
 
 class _Chunk(NamedTuple):
@@ -177,7 +187,7 @@ def _chunks(
     for part in (index[start : start + size] for start in range(0, len(index), size)):
         states = student.states(part)
         logits = student.logits(states)
-        teacher.read(part)
+        teacher.read(part, states)
         yield _Chunk(part, rows[part], states, logits)
 
 

@@ -53,10 +53,13 @@ class Gradients:
         own = None if self.hidden is None else own_rows(part.group, self.hidden, length)
         return Gradients(own, self.weight, self.bias)
 
-    def add(self, index: Tensor, states: Tensor, by_logits: Tensor, weight: Tensor) -> None:
-        """Add what the rows `index` contribute; `by_logits` [n V] is the gradient by their logits."""
+    def add(
+        self, index: Tensor, states: Tensor, by_logits: Tensor, weight: Tensor, by_states: Tensor | None = None
+    ) -> None:
+        """Add what the rows `index` contribute: `by_logits` [n V] through their logits, `by_states` [n D] directly."""
         if self.hidden is not None:
-            self.hidden.index_copy_(0, index, torch.mm(by_logits, weight).to(self.hidden.dtype))
+            by_hidden = torch.mm(by_logits, weight).to(self.hidden.dtype)
+            self.hidden.index_copy_(0, index, by_hidden if by_states is None else by_hidden.add_(by_states))
         if self.weight is not None and self.weight.dtype == by_logits.dtype:
             self.weight[: len(weight)].addmm_(by_logits.T, states)
         elif self.weight is not None:

@@ -23,10 +23,11 @@ from limbeck.models.load import (
 )
 from limbeck.models.parts import output_layer_of
 from limbeck.models.probe import ask
-from limbeck.models.sharded import load_in_parts
+from limbeck.models.sharded import is_sharded, load_in_parts
 from limbeck.models.tiny import symbol_tokenizer
 from limbeck.teacher.cache import Spec, TeacherCache
 from limbeck.teacher.live import LiveTeacher
+from limbeck.teacher.projected import head_hash
 from limbeck.teacher.served import check_tokenizer, connect
 from limbeck.teacher.several import OneTeacher, SeveralTeachers, Teacher
 
@@ -106,6 +107,10 @@ def trainable(model: Any, config: LoopConfig) -> Any:
     """A student as the run trains it: recomputation on where asked, adapters added where asked."""
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not config.student.train_head:
+        for part in head_of(model)[:2]:
+            if part is not None:
+                part.requires_grad_(False)
     if config.lora is None:
         return model
     adapters = peft.LoraConfig(
@@ -211,6 +216,31 @@ def check_pair(config: LoopConfig, student: Any, tokenizer: Any) -> None:
     _check_vocabulary("student", student, tokenizer)
     for teacher in (config.teacher, *config.teacher.others):
         _check_teacher(teacher, tokenizer)
+        if teacher.cache is not None:
+            _check_projected(teacher.cache, config, student)
+
+
+def _check_projected(directory: Path, config: LoopConfig, student: Any) -> None:
+    """Refuse targets that were projected for another head, temperature or divergence than the run has."""
+    spec, loss = Spec.read(directory), config.loss
+    if spec.config.mode != "projected":
+        return
+    if loss.divergence.name != "forward_kl" or loss.temperature != spec.config.temperature:
+        raise ConfigError(
+            f"{directory}: projected targets are exact for forward_kl at temperature {spec.config.temperature:g}; "
+            f"found {loss.divergence.name} at {loss.temperature:g}. Change the loss, or write a cache of mode hidden."
+        )
+    head = head_of(student)
+    if is_sharded(student) or head.weight.requires_grad:
+        raise ConfigError(
+            f"{directory}: projected targets are for a student in one piece whose head stays as it is; set "
+            "student.train_head false, or lora."
+        )
+    if head_hash(head.rows(slice(spec.vocab_size))) != spec.head:
+        raise PairError(
+            f"{directory}: its targets were projected for the head of {spec.config.student}, and the student's is "
+            "another; write a cache with this student (cache.student)."
+        )
 
 
 def _check_teacher(teacher: TeacherConfig, tokenizer: Any) -> None:

@@ -277,7 +277,12 @@ def _stored(teacher: TeacherConfig) -> tuple[int, int]:
     if not (teacher.cache / SPEC).exists():
         return 0, CacheConfig().top_k
     spec = Spec.read(teacher.cache)
-    sizes = {"hidden": (spec.hidden_size, 0), "top_k": (0, spec.config.top_k), "sampled": (0, spec.config.num_samples)}
+    sizes = {
+        "hidden": (spec.hidden_size, 0),
+        "top_k": (0, spec.config.top_k),
+        "sampled": (0, spec.config.num_samples),
+        "projected": (0, 0),
+    }
     return sizes[spec.config.mode]
 
 

@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy(
         "LiveTeacher": "live",
         "OneTeacherTargets": "targets",
         "ServedTeacher": "served",
+        "ProjectedTargets": "projected",
         "SeveralTargets": "targets",
         "SeveralTeachers": "several",
         "Teacher": "several",

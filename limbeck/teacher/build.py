@@ -12,6 +12,7 @@ Killed at any moment, the same call goes on and ends with the same files.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,8 @@ from limbeck.progress import bar
 from limbeck.runner.place import Prepared
 from limbeck.stage import Place
 from limbeck.teacher.cache import CHECKSUMS, SPEC, CacheConfig, Spec, TeacherCache, check_sums, open_shards, seal
-from limbeck.teacher.score import score_shard
+from limbeck.teacher.projected import head_hash
+from limbeck.teacher.score import score_shard, student_head
 from limbeck.teacher.shard import PARTIAL, Shard, Stored
 
 SHARD_POSITIONS = 16_384
@@ -98,8 +100,16 @@ def _spec(name: str, model: Any, config: CacheConfig) -> Spec:
 def spec_of(model: Any, name: str, identity: str, vocab_size: int, config: CacheConfig) -> Spec:
     """The spec of a cache of `model`, which was loaded as `name` and has the hash `identity`."""
     weight = head_of(model).weight
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return Spec(name, identity, min(vocab_size, len(weight)), weight.shape[1], dtype, config)
+    dtype, vocab_size = str(weight.dtype).removeprefix("torch."), min(vocab_size, len(weight))
+    if config.mode != "projected":
+        return Spec(name, identity, vocab_size, weight.shape[1], dtype, config)
+    head = student_head(config.student, vocab_size, weight.device)
+    if len(head.weight) != vocab_size:
+        raise PairError(
+            f"cache.student {config.student}: its head has {len(head.weight)} rows, the teacher's vocabulary "
+            f"{vocab_size}; both need one tokenizer."
+        )
+    return Spec(name, identity, vocab_size, head.weight.shape[1], dtype, config, head_hash(head))
 
 
 def build_cache(
@@ -223,6 +233,7 @@ def fidelity(shards: Sequence[Shard]) -> dict[str, Any]:
     totals = {name: sum(shard.header[name] for shard in shards) for name in ("sequences", "tokens", "positions")}
     totals |= {name: sum(shard.header["sample"][name] for shard in shards) for name in ("rows", "entries", "mass")}
     divergences = [shard.header["sample"]["kl"] for shard in shards]
+    errors, sizes = ([shard.header["sample"].get(name) for shard in shards] for name in ("squared_error", "squared"))
     rows, size = max(1, totals["rows"]), sum(shard.path.stat().st_size for shard in shards)
     return {
         "sequences": totals["sequences"],
@@ -232,6 +243,7 @@ def fidelity(shards: Sequence[Shard]) -> dict[str, Any]:
         "flops": sum(shard.header["flops"] for shard in shards),
         "sampled_rows": totals["rows"],
         "kl_to_full_teacher_nats": None if None in divergences else sum(divergences) / rows,
+        **({} if None in errors or not shards else {"rounding_error": math.sqrt(sum(errors) / (sum(sizes) or 1.0))}),
         "mass_kept": totals["mass"] / rows,
         "entries_per_position": totals["entries"] / rows,
     }

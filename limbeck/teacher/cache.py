@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,19 +24,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.config import checked, config_hash
+from limbeck.config import checked, config_hash, only
 from limbeck.errors import CheckpointError, ConfigError, PairError, nearest
 from limbeck.ledger import Ledger
 from limbeck.models.anatomy import Head
+from limbeck.teacher import projected
 from limbeck.teacher.codec import MOST_ENTRIES, Entries, decode
 from limbeck.teacher.dense import DenseTargets
+from limbeck.teacher.projected import Precision, ProjectedTargets
 from limbeck.teacher.shard import Shard, damaged
+from limbeck.teacher.targets import OneTeacherTargets
 from limbeck.teacher.topk import TopKTargets
 from limbeck.traces.batch import Batch, Example
 
 SPEC, CHECKSUMS, SHARDS = "cache.json", "checksums.txt", "shard-*.bin"
-Mode = Literal["top_k", "sampled", "hidden"]
-MODES = ("top_k", "sampled", "hidden")
+Mode = Literal["top_k", "sampled", "hidden", "projected"]
+MODES = ("top_k", "sampled", "hidden", "projected")
+_PROJECTED_FIELDS = ("student", "temperature", "precision")
 
 
 @checked
@@ -44,13 +49,20 @@ class CacheConfig:
 
     mode: Mode = "top_k"
     """top_k: the likeliest entries and the mass of the rest | sampled: draws from the teacher, an unbiased target
-    (RS-KD, arXiv 2503.16870) | hidden: the last hidden state, from which any divergence is exact."""
+    (RS-KD, arXiv 2503.16870) | hidden: the last hidden state, from which any divergence is exact | projected: the
+    whole distribution through the head of a student that keeps it, from which forward KL is exact."""
     top_k: int = 128
     """Most entries kept at a position, 1 to 255 (mode top_k)."""
     min_probability: float = 9e-4
     """Entries below this probability go to the tail; the likeliest is always kept (mode top_k)."""
     num_samples: int = 50
     """Draws at a position (mode sampled)."""
+    student: str = only("mode", "projected", default="")
+    """Directory, alias or hub id of the student whose head the targets are for."""
+    temperature: float = only("mode", "projected", default=1.0)
+    """Softmax temperature of the KD term, > 0."""
+    precision: Precision = only("mode", "projected", default="bf16")
+    """Of the stored numbers: float32, bf16, or int8 with one scale a position."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -61,6 +73,10 @@ class CacheConfig:
             raise ConfigError(f"min_probability must be in [0, 1); found {self.min_probability}")
         if not 1 <= self.num_samples <= MOST_ENTRIES:
             raise ConfigError(f"num_samples must be in 1 to {MOST_ENTRIES}; found {self.num_samples}")
+        if (self.mode == "projected") != bool(self.student):
+            raise ConfigError(f"mode {self.mode}: student {self.student!r}; mode projected, and no other, needs one")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature must be finite and above 0; found {self.temperature}")
 
 
 class Spec(NamedTuple):
@@ -73,18 +89,29 @@ class Spec(NamedTuple):
     vocab_size: int
     """Entries of the distributions; padding rows of the head are left out."""
     hidden_size: int
+    """Of the teacher; of the student in mode projected."""
     dtype: str
     """Of the teacher's hidden states, such as float32."""
     config: CacheConfig
+    head: str = ""
+    """`head_hash` of the student in mode projected."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return self._asdict() | {"config": dataclasses.asdict(self.config)}
+        """JSON-ready; what mode projected alone knows is left out elsewhere, as caches of before have it."""
+        tree = self._asdict() | {"config": dataclasses.asdict(self.config)}
+        if self.config.mode != "projected":
+            del tree["head"]
+            for name in _PROJECTED_FIELDS:
+                del tree["config"][name]
+        return tree
 
     @property
     def identity(self) -> str:
-        """A hash of all but the name of the teacher; every shard has it in its header."""
-        return config_hash(self.as_dict() | {"teacher": ""})
+        """A hash of all but the names of the models; every shard has it in its header."""
+        tree = self.as_dict() | {"teacher": ""}
+        if self.head:
+            tree["config"]["student"] = ""
+        return config_hash(tree)
 
     @classmethod
     def read(cls, directory: Path) -> Spec:
@@ -123,9 +150,7 @@ class TeacherCache:
         check_sums(directory, lambda name: not name.startswith("shard-"))
         self.shards = open_shards(directory, self.spec)
 
-    def targets(
-        self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger
-    ) -> TopKTargets | DenseTargets:
+    def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> OneTeacherTargets:
         """Stored targets for the tokens at flat indices `rows`, in increasing order, of the batch.
 
         Raises: PairError when one of these positions is not in the cache; CheckpointError when it is damaged there.
@@ -154,7 +179,7 @@ class TeacherCache:
             shard.verify()
 
     def _read(self, example: Example, positions: np.ndarray) -> Any:
-        """Entries, or hidden states, for predicting the tokens at `positions` of the example."""
+        """What the mode keeps for predicting the tokens at `positions` of the example."""
         ids, best = example.sample.input_ids, None
         for shard in self.shards:
             for number in shard.find(ids):
@@ -174,13 +199,20 @@ class TeacherCache:
 
     def _decode(self, record: bytes, stored: np.ndarray, positions: np.ndarray) -> Any:
         rows = np.cumsum(stored)[positions] - 1
+        if self.spec.config.mode == "projected":
+            kept = projected.decode(record, int(stored.sum()), self.spec.config.precision)
+            return [tensor[torch.from_numpy(rows)] for tensor in kept]
         if self.spec.config.mode == "hidden":
             states = torch.frombuffer(bytearray(record), dtype=getattr(torch, self.spec.dtype))
             return states.view(-1, self.spec.hidden_size)[torch.from_numpy(rows)]
         return decode(record, int(stored.sum()), self.spec.vocab_size).select(rows)
 
-    def _assemble(self, parts: list[Any], device: torch.device) -> TopKTargets | DenseTargets:
+    def _assemble(self, parts: list[Any], device: torch.device) -> OneTeacherTargets:
         config = self.spec.config
+        if config.mode == "projected":
+            parts = parts or [(torch.empty(0, self.spec.hidden_size), torch.empty(0))]
+            mean_rows, constants = (torch.cat(tensors).to(device) for tensors in zip(*parts, strict=True))
+            return ProjectedTargets(mean_rows, constants, config.temperature)
         if config.mode == "hidden":
             if self._head is None:
                 raise PairError(f"{self.directory}: hidden states need the head of their teacher; give it.")

@@ -81,9 +81,9 @@ class _Reader(TargetReader):
     def allocate(self, rows: int) -> None:
         self._chunks.allocate(rows)
 
-    def read(self, index: Tensor) -> None:
-        states = self._chunks.states(index).masked_fill(self._is_blank[index, None], 0.0)
-        self._logits = self._chunks.logits(states)
+    def read(self, index: Tensor, states: Tensor) -> None:
+        theirs = self._chunks.states(index).masked_fill(self._is_blank[index, None], 0.0)
+        self._logits = self._chunks.logits(theirs)
 
     def row_loss(self, block: slice, logits: Tensor, log_probs: Tensor | None, coef: Tensor) -> Tensor:
         divergence, temperature, softmax = self._distance

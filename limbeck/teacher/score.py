@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from limbeck.cost.memory import HEAD_ROWS
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
-from limbeck.models.anatomy import head_of, hidden_rows, sizes_of
+from limbeck.models.anatomy import Head, head_of, hidden_rows, sizes_of
+from limbeck.models.load import load_model
+from limbeck.teacher import projected
 from limbeck.teacher.cache import CacheConfig, Spec
 from limbeck.teacher.codec import ENTRY_LEVELS, TAIL_LEVELS, Entries, encode, levels_of
 from limbeck.teacher.shard import Stored, write_shard
@@ -28,7 +31,12 @@ def score_shard(model: Any, spec: Spec, members: Sequence[Stored], path: Path, l
     """Run the teacher over `members`, whose order is that of the shard, and write the shard at `path`."""
     records: list[bytes] = []
     flops_before = ledger.flops["teacher"]
-    sample = {"rows": 0, "entries": 0.0, "mass": 0.0, "kl": None if spec.config.mode == "sampled" else 0.0}
+    sample = {
+        "rows": 0,
+        "entries": 0.0,
+        "mass": 0.0,
+        "kl": None if spec.config.mode in ("sampled", "projected") else 0.0,
+    }
     for group in forward_groups(members):
         with ledger.phase("teacher"):
             hidden = _hidden(model, spec, group, ledger)
@@ -61,6 +69,8 @@ def _hidden(model: Any, spec: Spec, group: Sequence[Stored], ledger: Ledger) -> 
     hidden, computed = hidden_rows(model, ids.to(device), positions.to(device), rows.to(device), lengths)
     sizes = sizes_of(model, spec.vocab_size)
     head = 0 if spec.config.mode == "hidden" else head_forward_flops(sizes, len(rows))
+    if spec.config.mode == "projected":
+        head += 2 * len(rows) * spec.vocab_size * spec.hidden_size
     ledger.add_flops(teacher=backbone_forward_flops(sizes, computed) + head)
     ledger.count(tokens=sum(lengths), sequences=len(group))
     return hidden
@@ -74,6 +84,8 @@ def _record(model: Any, spec: Spec, member: Stored, hidden: Tensor, sample: dict
         sample["rows"] += sampled
         sample["mass"] += float(sampled)
         return hidden.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    if spec.config.mode == "projected":
+        return _project(spec, head_of(model).rows(slice(spec.vocab_size)), hidden, sample)
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(member.ids.tobytes()).digest()[:7]))
     head = head_of(model).rows(slice(spec.vocab_size))
     parts = []
@@ -86,6 +98,31 @@ def _record(model: Any, spec: Spec, member: Stored, hidden: Tensor, sample: dict
         parts.append(entries)
         _compare(log_probs[::_SAMPLE_EVERY], entries.select(np.arange(len(rows))[::_SAMPLE_EVERY]), spec, sample)
     return encode(Entries.join(parts), spec.vocab_size)
+
+
+def _project(spec: Spec, head: Head, hidden: Tensor, sample: dict[str, Any]) -> bytes:
+    """A record of mode projected; adds the squared error and size of the sampled rows' c to the sums."""
+    config, student = spec.config, student_head(spec.config.student, spec.vocab_size, hidden.device)
+    parts = []
+    for rows in hidden.split(HEAD_ROWS):
+        log_probs = (head.logits(rows).float() / config.temperature).log_softmax(-1)
+        parts.append(projected.project(log_probs, student, config.temperature))
+    mean_rows, constants = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
+    record = projected.encode(mean_rows, constants, config.precision)
+    stored, _ = projected.decode(record, len(mean_rows), config.precision)
+    sampled = slice(None, None, _SAMPLE_EVERY)
+    sample["rows"] += len(mean_rows[sampled])
+    sample["mass"] += float(len(mean_rows[sampled]))
+    sample["squared_error"] = sample.get("squared_error", 0.0) + float((stored - mean_rows)[sampled].square().sum())
+    sample["squared"] = sample.get("squared", 0.0) + float(mean_rows[sampled].square().sum())
+    return record
+
+
+@lru_cache(maxsize=1)
+def student_head(name: str, vocab_size: int, device: torch.device) -> Head:
+    """The head of the student that targets are projected for, over the vocabulary, in float32."""
+    weight, bias, softcap = head_of(load_model(name)).rows(slice(vocab_size))
+    return Head(weight.detach().to(device), None if bias is None else bias.detach().to(device), softcap)
 
 
 def keep(log_probs: Tensor, config: CacheConfig) -> Entries:

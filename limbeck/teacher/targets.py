@@ -114,12 +114,16 @@ class TargetReader:
 
     row_bytes: int = 0
     """Bytes of the buffers for a position of a chunk."""
+    has_frozen_head: bool = False
+    """Whether the targets hold for one head of the student alone, which must not be trained."""
+    by_states: Tensor | None = None
+    """[C D]: what coef * D has as a gradient by the chunk's hidden states beside that through their logits."""
 
     def allocate(self, rows: int) -> None:
         """Make room for chunks of at most so many positions."""
 
-    def read(self, index: Tensor) -> None:
-        """Make the positions `index` the chunk."""
+    def read(self, index: Tensor, states: Tensor) -> None:
+        """Make the positions `index` the chunk; `states` [C D] are the student's hidden states there."""
 
     def row_loss(self, block: slice, logits: Tensor, log_probs: Tensor | None, coef: Tensor) -> Tensor:
         """D [n] of the block's rows; `logits` [n V] becomes coef * dD / dlogits.

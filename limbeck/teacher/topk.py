@@ -92,7 +92,7 @@ class _Reader(TargetReader):
     def __init__(self, targets: TopKTargets, distance: Distance) -> None:
         self._targets, self._distance = targets, distance
 
-    def read(self, index: Tensor) -> None:
+    def read(self, index: Tensor, states: Tensor) -> None:
         self._chunk = self._targets.take(index)
 
     def row_loss(self, block: slice, logits: Tensor, log_probs: Tensor | None, coef: Tensor) -> Tensor:
