@@ -7,9 +7,9 @@ Regime: float32 on a CPU, 2,048 supervised tokens, vocabularies of 49,152 (SmolL
     top_k      its 50 likeliest entries and the mass of the rest: two products, inexact
     projected  `c = W^T t` and a constant, written once into the cache: two products, exact
 
-Bound: the two products. `gradient_error` is the largest difference of the gradient by the student's hidden states from
-the dense one, over the largest entry of that; `_bf16` and `_int8` with targets stored so. Medians over repeats, forms in
-turn, the order reversed every other time.
+Bound: the two products. `gradient_error` is the largest difference of the gradient by the student's hidden states
+from the dense one, over the largest entry of that; `_bf16` and `_int8` with targets stored so. Medians over repeats,
+forms in turn, the order reversed every other time.
 
     python benchmarks/frozen_head.py [--quick] [--threads 2] [--repeats 5] [--out benchmarks/results]
 """

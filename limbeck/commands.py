@@ -43,6 +43,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "teacher stats": Command("teacher.commands:STATS", "what a teacher cache holds, costs and loses"),
     "teacher verify": Command("teacher.commands:VERIFY", "read every byte of a cache, name what is damaged"),
+    "teacher export": Command(
+        "teacher.commands:EXPORT", "write a cache's targets as columns that axolotl, DistillKit or anybody reads"
+    ),
+    "teacher import": Command("teacher.commands:IMPORT", "make a cache of such columns"),
     "traces probe": Command(
         "traces.commands:PROBE", "find where a teacher already knows the answer, for truncation.policy probed"
     ),

@@ -1,12 +1,12 @@
-"""The commands that look at a teacher cache."""
+"""The commands that look at a teacher cache, or exchange one with other trainers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from limbeck.config import checked
-from limbeck.stage import View
-from limbeck.teacher import build
+from limbeck.stage import Stage, View
+from limbeck.teacher import build, exchange
 
 
 @checked
@@ -17,6 +17,8 @@ class CacheDirectoryConfig:
     """Its directory."""
 
 
+EXPORT = Stage(name="teacher export", config=exchange.ExportCacheConfig, run=exchange.export_cache, subject="cache")
+IMPORT = Stage(name="teacher import", config=exchange.ImportCacheConfig, run=exchange.import_cache, subject="source")
 STATS = View(
     name="teacher stats",
     config=CacheDirectoryConfig,
