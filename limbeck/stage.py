@@ -190,6 +190,8 @@ _VERBS = {
     "traces stats": "count_traces",
     "teacher stats": "describe_teacher_cache",
     "teacher verify": "verify_teacher_cache",
+    "teacher export": "export_teacher_cache",
+    "teacher import": "import_teacher_cache",
     "bench serve": "bench_server",
     "evaluate show": "show_evaluation",
 }

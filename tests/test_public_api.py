@@ -17,8 +17,8 @@ from limbeck.stage import function_name
 TOP = """
     Checkpoint CheckpointError CompressionError ConfigError DataError LimbeckError ModelError PairError ShapeError
     TemplateError TraceFormatError __version__ advise bench_server build_ranker cache_teacher compress cost
-    count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export generate_traces
-    import_traces load models moments optim pipeline plan probe_traces prune quantize ranking recover
+    count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export
+    export_teacher_cache generate_traces import_teacher_cache import_traces load models moments optim pipeline plan probe_traces prune quantize ranking recover
     recover_ranker report scale serve show_evaluation show_traces sweep teacher traces train_ranker verify_teacher_cache
     verify_traces
 """
@@ -30,7 +30,7 @@ PACKAGES = {
         write_jsonl
     """,
     "teacher": """
-        CacheConfig DenseTargets LiveTeacher OneTeacherTargets ServedTeacher SeveralTargets SeveralTeachers
+        CacheConfig DenseTargets LiveTeacher OneTeacherTargets ProjectedTargets ServedTeacher SeveralTargets SeveralTeachers
         Teacher TeacherCache TeacherTargets TopKTargets build_cache
     """,
     "models": """
