@@ -50,6 +50,7 @@ from torch import Tensor
 from limbeck.compress.export.gguf import write_gguf
 from limbeck.engine.backends import load_decoder
 from limbeck.engine.int8 import INPUT_SCALE, INPUT_ZERO, Int8Linear
+from limbeck.engine.weights import SideBySide
 from limbeck.engine.requests import Request
 from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.models.load import load_model
@@ -217,6 +218,8 @@ def _products_seconds(ours: Ours, rows: int, last_rows: int, size: int, repeats:
 
 
 def _width(layer: Any) -> int:
+    if isinstance(layer, SideBySide):
+        layer = layer.parts[0]
     return layer.inputs if isinstance(layer, Int8Linear) else layer.weight.shape[1]
 
 
