@@ -50,9 +50,9 @@ from torch import Tensor
 from limbeck.compress.export.gguf import write_gguf
 from limbeck.engine.backends import load_decoder
 from limbeck.engine.int8 import INPUT_SCALE, INPUT_ZERO, Int8Linear
-from limbeck.engine.weights import SideBySide
 from limbeck.engine.requests import Request
 from limbeck.engine.scoring import Scorer, ScoringConfig
+from limbeck.engine.weights import SideBySide
 from limbeck.models.load import load_model
 
 LABELS = (2683, 787)
