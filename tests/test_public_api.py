@@ -18,9 +18,9 @@ TOP = """
     Checkpoint CheckpointError CompressionError ConfigError DataError LimbeckError ModelError PairError ShapeError
     TemplateError TraceFormatError __version__ advise bench_server build_ranker cache_teacher compress cost
     count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export
-    export_teacher_cache generate_traces import_teacher_cache import_traces load models moments optim pipeline plan probe_traces prune quantize ranking recover
-    recover_ranker report scale serve show_evaluation show_traces sweep teacher traces train_ranker verify_teacher_cache
-    verify_traces
+    export_teacher_cache generate_traces import_teacher_cache import_traces load models moments optim pipeline plan
+    probe_traces prune quantize ranking recover recover_ranker report scale serve show_evaluation show_traces sweep
+    teacher traces train_ranker verify_teacher_cache verify_traces
 """
 PACKAGES = {
     "traces": """
@@ -30,8 +30,8 @@ PACKAGES = {
         write_jsonl
     """,
     "teacher": """
-        CacheConfig DenseTargets LiveTeacher OneTeacherTargets ProjectedTargets ServedTeacher SeveralTargets SeveralTeachers
-        Teacher TeacherCache TeacherTargets TopKTargets build_cache
+        CacheConfig DenseTargets LiveTeacher OneTeacherTargets ProjectedTargets ServedTeacher SeveralTargets
+        SeveralTeachers Teacher TeacherCache TeacherTargets TopKTargets build_cache
     """,
     "models": """
         Head ScratchConfig Sizes ask_model backbone_of head_of hidden_states load_model load_scratch
