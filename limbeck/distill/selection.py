@@ -108,7 +108,8 @@ def _divergences(hidden: Tensor, head: Head, targets: OneTeacherTargets, distanc
     teacher.allocate(min(CHUNK_ROWS, len(hidden)))
     values = []
     for index in torch.arange(len(hidden), device=hidden.device).split(CHUNK_ROWS):
-        teacher.read(index)
-        logits = student.finish(student.logits(student.states(index)), torch.float32)
+        states = student.states(index)
+        teacher.read(index, states)
+        logits = student.finish(student.logits(states), torch.float32)
         values.append(teacher.row_loss(slice(None), logits, None, ones[index, None]))
     return torch.cat(values)
