@@ -134,6 +134,32 @@ def paired_retention(scores: ArrayLike, scores_uncut: ArrayLike, seed: int = 0) 
     return around(float(ours.mean() / uncut.mean()), ratios[~np.isnan(ratios)])
 
 
+def paired_gain(scores: ArrayLike, scores_uncut: ArrayLike, scores_base: ArrayLike, seed: int = 0) -> Interval:
+    """Gain kept (mean(scores) - base) / (uncut - base), with a paired bootstrap: all three keep the same drawn problems.
+
+    1 is what whole traces brought over the base student, 0 nothing, and below 0 the training took away what was there.
+    Resamples in which whole traces gain nothing say nothing of a share of it and are left out.
+
+    Args:
+      scores: [P] or [P N], the score of each problem under the run in question.
+      scores_uncut: the same problems in the same order under the uncut run.
+      scores_base: the same under the student before training.
+      seed: of the bootstrap.
+    Returns: NaN with a reason when the 95 % interval of the uncut run's own gain reaches down to 0.
+    Raises: ValueError when the numbers of problems differ.
+    """
+    ours, uncut, base = (_problems_by_samples(values).mean(1) for values in (scores, scores_uncut, scores_base))
+    if not len(ours) == len(uncut) == len(base):
+        raise ValueError(f"gain kept pairs problems: found {len(ours)}, {len(uncut)} and {len(base)} scores")
+    kept, whole = ours - base, uncut - base
+    if mean_interval(whole, seed).low <= 0:
+        reason = "what whole traces gain over the base student cannot be told from 0 on these problems"
+        return Interval(math.nan, math.nan, math.nan, reason)
+    drawn = [(kept[index].mean(1), whole[index].mean(1)) for index in resamples(len(ours), seed)]
+    above, below = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    return around(float(kept.mean() / whole.mean()), above[below > 0] / below[below > 0])
+
+
 def resamples(num_problems: int, seed: int) -> Iterator[np.ndarray]:
     """int64 [R' P] chunks of NUM_RESAMPLES draws with replacement."""
     rng = np.random.default_rng(seed)

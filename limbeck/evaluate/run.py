@@ -25,6 +25,7 @@ from limbeck.engine.sampling import SamplingConfig
 from limbeck.errors import ConfigError
 from limbeck.evaluate.answers import AnswerStyle, Verdict, answer_part, extract_answer
 from limbeck.evaluate.checking import CheckName, check_answers
+from limbeck.evaluate.derivation import Derived, first_derived, rates_of
 from limbeck.evaluate.metrics import (
     Interval,
     accuracy,
@@ -85,6 +86,8 @@ class ProblemResult:
     output_tokens: list[int]
     stopped: list[bool]
     has_end_marker: list[bool]
+    derived: Derived | None = None
+    """What was derived first, where the task tells how a derivation is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ def evaluate(
     stop_ids: Sequence[int],
     start_marker: str = "<think>",
     end_marker: str = "</think>",
+    derivation_pattern: str | None = None,
     advance: Callable[[int], Any] = lambda _: None,
 ) -> EvaluationResult:
     """Score `model` on `task`.
@@ -133,6 +137,7 @@ def evaluate(
       stop_ids: tokens that end an output.
       start_marker: opens the thought, in the prompt or in the output; may be several tokens.
       end_marker: closes the thought; may be several tokens.
+      derivation_pattern: how a derivation is written, {answer} in the place of the value; None when it is not known.
       advance: called with the number of outputs that have just ended.
     """
     prompts = [list(render_prompt(problem.messages)) for problem in task.problems]
@@ -152,6 +157,9 @@ def evaluate(
         for problem, samples in zip(task.problems, parts, strict=True)
     ]
     verdicts = _check(task, answers, config)
+    derived: list[Derived] | None = None
+    if derivation_pattern is not None:
+        derived = _derive(task, outputs, answers, config, derivation_pattern, end_marker)
     rows = [
         ProblemResult(
             key=problem.key,
@@ -163,6 +171,7 @@ def evaluate(
             output_tokens=[len(sample.token_ids) for sample in completions[index]],
             stopped=[sample.stopped for sample in completions[index]],
             has_end_marker=[end_marker in output for output in outputs[index]],
+            derived=derived[index] if derived is not None else None,
         )
         for index, problem in enumerate(task.problems)
     ]
@@ -185,6 +194,9 @@ def summarise(rows: Sequence[ProblemResult], config: EvaluateConfig) -> dict[str
         "end_marker_rate": mean_interval(_table(rows, "has_end_marker", True), seed),
         "output_tokens": mean_output_tokens(output_tokens, seed),
     }
+    known = [row.derived for row in rows if row.derived is not None]
+    if len(known) == len(rows):
+        intervals |= {name: mean_interval(table, seed) for name, table in rates_of(known).items()}
     summary: dict[str, Any] = {"num_samples": num_samples, "pass_k": pass_k}
     for name, interval in intervals.items():
         summary |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
@@ -197,13 +209,38 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _check(task: Task, answers: list[list[str | None]], config: EvaluateConfig) -> list[list[Verdict]]:
-    pairs = [
-        (answer, problem.reference)
-        for problem, samples in zip(task.problems, answers, strict=True)
-        for answer in samples
-    ]
+    """The verdict of every answer against its problem's reference."""
+    references = [[problem.reference] * len(samples) for problem, samples in zip(task.problems, answers, strict=True)]
+    return _compare(task, answers, references, config)
+
+
+def _compare(
+    task: Task, answers: list[list[str | None]], references: list[list[str | None]], config: EvaluateConfig
+) -> list[list[Verdict]]:
+    pairs = [pair for samples in zip(answers, references, strict=True) for pair in zip(*samples, strict=True)]
     flat = iter(check_answers(pairs, config.checker or task.checker, config.timeout_seconds, config.num_checkers))
     return [[next(flat) for _ in samples] for samples in answers]
+
+
+def _derive(
+    task: Task,
+    outputs: list[list[str]],
+    answers: list[list[str | None]],
+    config: EvaluateConfig,
+    pattern: str,
+    end_marker: str,
+) -> list[Derived]:
+    """What every output derived first, against the reference and against its answer."""
+    values = [[first_derived(output, pattern, end_marker) for output in samples] for samples in outputs]
+    right, is_answer = _check(task, values, config), _compare(task, answers, values, config)
+    return [
+        Derived(values=found, right=_are_right(rights), is_answer=_are_right(same))
+        for found, rights, same in zip(values, right, is_answer, strict=True)
+    ]
+
+
+def _are_right(verdicts: list[Verdict]) -> list[bool]:
+    return [verdict is Verdict.RIGHT for verdict in verdicts]
 
 
 def _table(rows: Sequence[ProblemResult], name: str, wanted: object) -> np.ndarray:

@@ -89,6 +89,7 @@ def score(name: str, config: EvaluateStageConfig, directory: Path) -> dict[str, 
             stop_ids=stop_ids(tokenizer, config.render),
             start_marker=config.render.start_marker,
             end_marker=config.render.end_marker,
+            derivation_pattern=config.render.derivation_pattern if config.render.knows_derivations else None,
             advance=progress.advance,
         )
     result, measured = with_benchmark(config, task, result)

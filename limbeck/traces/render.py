@@ -34,6 +34,8 @@ Tokenizer = Any
 
 PROBED_CHARS = "probed_cot_chars"
 """Metadata of a trace: characters of its thought in the earliest prefix from which a teacher already answers right."""
+ANY_OCCURRENCE = r"(?<![\w.])(?<!\d,){answer}(?!\w|[.,]\d)"
+"""Derivation pattern that takes the first occurrence of the answer for its derivation."""
 _SENTINEL = "limbeckSentinel"
 _WITH_THOUGHT = {"enable_thinking": True, "thinking": True}
 """What switches the thought on in templates that have a switch (Qwen3, SmolLM3; DeepSeek V3.1, Granite)."""
@@ -51,8 +53,9 @@ class RenderConfig:
     """Closes the thought. May be several tokens."""
     chat_template: Path | None = None
     """A Jinja chat template file to use instead of the tokenizer's own; needed for base models without one."""
-    derivation_pattern: str = r"(?<![\w.])(?<!\d,){answer}(?!\w|[.,]\d)"
-    """Regular expression for the first derivation of the answer in the thought; {answer} is the escaped answer."""
+    derivation_pattern: str = ANY_OCCURRENCE
+    """Regular expression for the first derivation of the answer in the thought; {answer} is the escaped answer. One
+    that says how a derivation is written ("So {answer}") also tells in evaluations what an output derived."""
 
     def __post_init__(self) -> None:
         if not self.start_marker or not self.end_marker or self.start_marker == self.end_marker:
@@ -63,6 +66,11 @@ class RenderConfig:
             re.compile(self.derivation_pattern.replace("{answer}", "0"))
         except re.error as error:
             raise ConfigError(f"derivation_pattern is no regular expression ({error})") from error
+
+    @property
+    def knows_derivations(self) -> bool:
+        """Whether the pattern says how a derivation is written, so that any value may stand in it."""
+        return self.derivation_pattern != ANY_OCCURRENCE
 
 
 class MessagesRefused(TemplateError):

@@ -21,6 +21,8 @@ from limbeck.traces.gym import read_gym
 from limbeck.traces.hub import is_hub_id, is_saved_dataset, read_hub, read_saved
 from limbeck.traces.parse import FORMATS, detect, parse_record, with_known_names
 from limbeck.traces.prompts import prompt_alone
+from limbeck.traces.recheck import SOURCE as BUILTIN_RECHECK
+from limbeck.traces.recheck import RecheckConfig, generate_rechecked
 from limbeck.traces.record import Parsed
 from limbeck.traces.synthetic import OPERATORS, generate
 from limbeck.traces.thought import Markers
@@ -29,6 +31,7 @@ from limbeck.traces.unwrap import Inner, inner_records
 
 GYM_PREFIX = "reasoning-gym:"
 BUILTIN_CHAIN = "builtin:chain"
+BUILT_IN = (BUILTIN_CHAIN, BUILTIN_RECHECK)
 NOTE = ""
 """The place of what is said about files and not about a record."""
 
@@ -39,8 +42,8 @@ class TraceConfig:
 
     source: str
     """A file (.jsonl, .ndjson or .json, plain or compressed, or .parquet); a directory of such files, or one that
-    datasets.save_to_disk wrote; reasoning-gym:TASK or builtin:chain, which make traces; else a hub id
-    (owner/name), the only source that uses the network."""
+    datasets.save_to_disk wrote; reasoning-gym:TASK, builtin:chain or builtin:recheck, which make traces;
+    else a hub id (owner/name), the only source that uses the network."""
     format: str = "auto"
     """Format of the records: limbeck, messages, sharegpt, prompt_completion, text, columns, gsm8k, reasoning_gym, or
     prompts without a reply; auto finds it for each record."""
@@ -66,16 +69,18 @@ class TraceConfig:
     """Operators in the problems of builtin:chain: one or more of + - *."""
     chain_random_labels: bool = False
     """Label the steps of builtin:chain from a random letter on instead of from a."""
+    recheck: RecheckConfig = field(default_factory=RecheckConfig)
+    """Problems and traces of builtin:recheck."""
 
     def __post_init__(self) -> None:
         if not self.source.strip():
-            raise ConfigError("source: empty; expected a path, a hub id, reasoning-gym:TASK or builtin:chain")
+            raise ConfigError("source: empty; expected a path, a hub id, reasoning-gym:TASK or a built-in task")
         if self.format not in ("auto", *FORMATS):
             raise ConfigError(f"format: unknown format {self.format!r}; {nearest(self.format, ('auto', *FORMATS))}")
         if self.markers is not None and not _are_markers(*self.markers):
             raise ConfigError(f"markers: {list(self.markers)}; expected two different strings, neither of them blank")
-        if self.source.startswith("builtin:") and self.source != BUILTIN_CHAIN:
-            raise ConfigError(f"source: no such task {self.source!r}; {nearest(self.source, (BUILTIN_CHAIN,))}")
+        if self.source.startswith("builtin:") and self.source not in BUILT_IN:
+            raise ConfigError(f"source: no such task {self.source!r}; {nearest(self.source, BUILT_IN)}")
         self._check_number()
 
     def _check_number(self) -> None:
@@ -87,7 +92,7 @@ class TraceConfig:
     @property
     def makes_traces(self) -> bool:
         """Whether the source is a task that makes its traces."""
-        return self.source == BUILTIN_CHAIN or self.source.startswith(GYM_PREFIX)
+        return self.source in BUILT_IN or self.source.startswith(GYM_PREFIX)
 
 
 def read_traces(config: TraceConfig) -> tuple[list[Trace], ReadCounts]:
@@ -134,23 +139,29 @@ def _collect(config: TraceConfig, found: Iterable[tuple[str, Parsed]]) -> tuple[
 
 def _parse_all(config: TraceConfig, parse: Callable[[Any], list[Parsed]]) -> Iterator[tuple[str, Parsed]]:
     """Every reply of the source; each record is asked for its format."""
-    if config.source == BUILTIN_CHAIN:
+    if config.source in BUILT_IN:
         _refuse_splits(config, "a task that makes its traces")
-        made = generate(
-            config.num_traces or 0,
-            config.seed,
-            config.chain_min_steps,
-            config.chain_max_steps,
-            operators=config.chain_operators,
-            random_labels=config.chain_random_labels,
-        )
-        yield from ((trace.source, Parsed(trace)) for trace in made)
+        yield from ((trace.source, Parsed(trace)) for trace in _make_traces(config))
         return
     for located in _locate(config):
         if located.where == NOTE or located.problem is not None:
             yield located.where, Parsed(None, located.problem)
             continue
         yield from _unwrapped(located, parse)
+
+
+def _make_traces(config: TraceConfig) -> list[Trace]:
+    num_traces = config.num_traces or 0
+    if config.source == BUILTIN_RECHECK:
+        return generate_rechecked(num_traces, config.seed, config.recheck)
+    return generate(
+        num_traces,
+        config.seed,
+        config.chain_min_steps,
+        config.chain_max_steps,
+        operators=config.chain_operators,
+        random_labels=config.chain_random_labels,
+    )
 
 
 def _of_inner(where: str, inner: Inner, parse: Callable[[Any], list[Parsed]]) -> Iterator[tuple[str, Parsed]]:
@@ -213,7 +224,7 @@ def _locate(config: TraceConfig) -> Iterator[Located]:
         return read_hub(config.source, config.subset, config.split)
     raise TraceFormatError(
         f"{config.source}: no such file or directory; expected a path, a hub id (owner/name), "
-        f"{GYM_PREFIX}TASK or {BUILTIN_CHAIN}."
+        f"{GYM_PREFIX}TASK or {' or '.join(BUILT_IN)}."
     )
 
 

@@ -31,21 +31,28 @@ UNITS = (3, 7, 9)
 DERIVATION_PATTERN = r"So {answer}"
 """`RenderConfig.derivation_pattern` for these traces: every digit occurs earlier, in the problem or a step."""
 
+INVERSE = {"+": "-", "-": "+", "*": "/"}
+"""What undoes an operator in a check."""
+
 Operation = tuple[str, int]
 
 
-def _check_problems(num_traces: int, min_steps: int, max_steps: int, operators: str) -> None:
+def check_problems(source: str, num_traces: int, min_steps: int, max_steps: int, operators: str) -> None:
+    """Refuse what a source of this name cannot make.
+
+    Raises: ConfigError.
+    """
     if not 1 <= min_steps <= max_steps <= len(LABELS):
         raise ConfigError(
-            f"builtin:chain: min_steps {min_steps}, max_steps {max_steps}; expected 1 <= min <= max <= {len(LABELS)}."
+            f"{source}: min_steps {min_steps}, max_steps {max_steps}; expected 1 <= min <= max <= {len(LABELS)}."
         )
     if not operators or set(operators) - set(OPERATORS):
-        raise ConfigError(f"builtin:chain: operators {operators!r}; expected one or more of {OPERATORS}")
+        raise ConfigError(f"{source}: operators {operators!r}; expected one or more of {OPERATORS}")
     choices = sum(len(UNITS) if operator == "*" else 9 for operator in set(operators))
     possible = sum(10 * choices**steps for steps in range(min_steps, max_steps + 1))
     if num_traces > possible // 2:
         raise ConfigError(
-            f"builtin:chain: {num_traces} distinct problems asked for, {possible} exist with these steps; ask for at "
+            f"{source}: {num_traces} distinct problems asked for, {possible} exist with these steps; ask for at "
             f"most {possible // 2} or allow more steps."
         )
 
@@ -67,7 +74,7 @@ def generate(
         and cannot count positions.
     Raises: ConfigError when the step range is empty, beyond the labels, or too small for so many distinct problems.
     """
-    _check_problems(num_traces, min_steps, max_steps, operators)
+    check_problems("builtin:chain", num_traces, min_steps, max_steps, operators)
     rng = random.Random(seed)
     seen: set[str] = set()
     traces: list[Trace] = []
@@ -111,11 +118,10 @@ def make_trace(start: int, steps: list[Operation], source: str = "", labels: str
     lines = [f"Given {start}" + "".join(f"{label}{op}{operand}" for label, (op, operand) in named)]
     lines += [f"{label} {values[i]}{op}{operand}={values[i + 1]}" for i, (label, (op, operand)) in enumerate(named)]
     lines += [f"So {values[-1]}", "Check"]
-    inverse = {"+": "-", "-": "+", "*": "/"}
     for i in range(len(steps) - 1, -1, -1):
         label, (op, operand) = named[i]
         before = labels[i - 1] if i else "start"
-        lines.append(f"{label} {values[i + 1]}{inverse[op]}{operand}={values[i]} {before}={values[i]} ok")
+        lines.append(f"{label} {values[i + 1]}{INVERSE[op]}{operand}={values[i]} {before}={values[i]} ok")
     answer = str(values[-1])
     return Trace(
         messages=({"role": "user", "content": problem_text(start, steps, labels)},),

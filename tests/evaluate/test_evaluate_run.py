@@ -125,6 +125,22 @@ def test_rows_say_what_happened(scripted: tuple[Scripted, Task], tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
+def test_rates_tell_what_a_score_is_made_of(scripted: tuple[Scripted, Task]) -> None:
+    model, task = scripted
+    config = EvaluateConfig(max_new_tokens=20, timeout_seconds=60.0)
+    # Right, wrong, right without an answer, cut short, no reference; the others derive nothing.
+    pattern = r"(?:\d\+\d=|<think>\n(?=\d\n)){answer}"
+    result = evaluate(
+        model, TOKENIZER, task, config, render_prompt=prompt_of, stop_ids=STOPS, derivation_pattern=pattern
+    )
+    derived = {row.key: row.derived for row in result.rows}
+    assert [one.values[0] for one in derived.values()] == ["2", "5", "6", "8", "9", None, "8", None, None, None]
+    assert [key for key, one in derived.items() if one.right[0]] == ["1+1", "3+3", "4+4", "7+1"]
+    assert [key for key, one in derived.items() if one.is_answer[0]] == ["1+1", "2+2", "5+4"]
+    assert (result.summary["derivation_right"], result.summary["answer_as_derived"]) == (0.4, 0.3)
+    assert result.summary["derivation_right_low"] <= 0.4 <= result.summary["derivation_right_high"]
+
+
 def test_config_overrides_the_task(scripted: tuple[Scripted, Task]) -> None:
     model, task = scripted
     config = EvaluateConfig(max_new_tokens=20, answer_style="boxed", timeout_seconds=60.0)
