@@ -239,7 +239,7 @@ def train_cell(cell: Cell, scratch: Path) -> dict[str, Any]:
 
 
 def key_of(line: Mapping[str, Any]) -> str:
-    """What names a cell: regime, changes and seed; not the arm's name. A field that Regime has got since is its default."""
+    """What names a cell: regime, changes and seed; not the arm's name. Fields that Regime got later are defaults."""
     return _digest([to_dict(build(Regime, line["regime"])), line["changes"], line["seed"]])
 
 

@@ -135,7 +135,7 @@ def paired_retention(scores: ArrayLike, scores_uncut: ArrayLike, seed: int = 0) 
 
 
 def paired_gain(scores: ArrayLike, scores_uncut: ArrayLike, scores_base: ArrayLike, seed: int = 0) -> Interval:
-    """Gain kept (mean(scores) - base) / (uncut - base), with a paired bootstrap: all three keep the same drawn problems.
+    """Gain kept (mean(scores) - base) / (uncut - base), with a paired bootstrap: all three share the drawn problems.
 
     1 is what whole traces brought over the base student, 0 nothing, and below 0 the training took away what was there.
     Resamples in which whole traces gain nothing say nothing of a share of it and are left out.

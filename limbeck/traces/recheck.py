@@ -67,8 +67,8 @@ class RecheckConfig:
     def __post_init__(self) -> None:
         if not (0 <= self.redundancy < 1 and 0 <= self.spread <= 2):
             raise ConfigError(
-                f"builtin:recheck: redundancy {self.redundancy}, spread {self.spread}; expected 0 <= redundancy < 1 and "
-                "0 <= spread <= 2"
+                f"builtin:recheck: redundancy {self.redundancy}, spread {self.spread}; expected 0 <= redundancy < 1 "
+                "and 0 <= spread <= 2"
             )
         longest = (self.max_steps + 1) / (1 - self.redundancy)
         if longest > LONGEST_LINES / 2:
