@@ -55,10 +55,11 @@ def run(config: ChooseConfig, out: Path, *, how: How = How()) -> Checkpoint:
 
 
 def choose(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], config: ChooseConfig) -> dict[str, Any]:
-    """The chosen run among the rows of a summary; pure.
+    """The chosen run among the rows of a summary, controls and failed runs left out; pure.
 
     The frontier holds the runs that no other run beats in score at their cost.
     """
+    rows = [row for row in rows if not row.get("control") and "failed" not in row]
     costs, scores = [float(row[config.cost]) for row in rows], [float(row["accuracy"]) for row in rows]
     kept = [_retention(row, score, max(scores)) for row, score in zip(rows, scores, strict=True)]
     frontier = list(itertools.compress(range(len(rows)), on_frontier(costs, scores)))

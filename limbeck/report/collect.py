@@ -124,10 +124,11 @@ def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
     runs, axes = _runs_and_axes(tree, file)
     names = ("task", "store", "trace_stats", "config", "versions", "machine")
     parts: dict[str, Any] = {name: object_in(tree, name, file) for name in names}
+    bases = tree.get("bases") or [object_in(tree, "base", file)]
     models = [
         row_of({**model, "name": f"{role}: {model.get('name', role)}"}, (), f"{file}: {role}", label)
-        for role in ("teacher", "base")
-        if (model := object_in(tree, role, file))
+        for role, model in (("teacher", object_in(tree, "teacher", file)), *(("base", base) for base in bases))
+        if model
     ]
     source = Source(
         label=label or path.resolve().name,

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from limbeck.report.collect import Source
-from limbeck.report.groups import Group, frontier, namer, setting, uncut_of, varied_axes
+from limbeck.report.groups import Group, cuts_beside_controls, frontier, namer, setting, uncut_of, varied_axes
 from limbeck.report.rows import Estimate, Row
 from limbeck.report.tables import ratio
 from limbeck.report.units import digits, interval, percent, percent_interval, quantity
@@ -26,8 +26,8 @@ def findings(groups: Sequence[Group], models: Sequence[Row], sources: Sequence[S
         return ["No run has been scored yet: there are costs, but no quality to set beside them. Run limbeck evaluate."]
     headlines = [sentence for family in _families(groups) for sentence in _headlines(family, groups)]
     lead = headlines[:_HEADLINES] or [_best(groups)]
-    rest = [_models(groups, models), _verdicts(groups), _endings(groups), _stopping(groups)]
-    rest += [_frontier(groups), _undefined(groups), _caveat(groups, sources)]
+    rest = [_failed(groups), _models(groups, models), *_gains(groups), _verdicts(groups), _endings(groups)]
+    rest += [_stopping(groups), _frontier(groups), _undefined(groups), _caveat(groups, sources)]
     return [*lead, *(sentence for sentence in rest if sentence)]
 
 
@@ -70,6 +70,30 @@ def _headline(group: Group, groups: Sequence[Group]) -> str:
         "not distinguishable": "The interval includes 100 %: not distinguishable from whole traces on these problems.",
     }[verdict(group) or "not distinguishable"]
     return f"{kept}{' at ' + _listed(costs) if costs else ''} of whole traces. {tail}"
+
+
+def _gains(groups: Sequence[Group]) -> list[str]:
+    """What each cut kept of the gain, beside fewer whole traces at its cost; no more than fit on a page."""
+    name, found = namer(groups), []
+    for cut, control in cuts_beside_controls(groups):
+        kept, fewer = cut.estimate("gain_kept"), control.estimate("gain_kept")
+        if kept is None or fewer is None:
+            continue
+        cost = ratio(cut, uncut_of(cut, groups), "flops")
+        at = f" at {percent(cost)} of the FLOPs" if cost is not None else ""
+        difference = "more than" if kept.value > fewer.value else "less than"
+        found.append(
+            f"Of what whole traces gain over the base student, {name(cut)} kept {percent_interval(kept)}{at}, "
+            f"{difference if kept.is_apart_from(fewer) else 'not distinguishable from'} fewer whole traces at that cost, "
+            f"which kept {percent_interval(fewer)}."
+        )
+    return found[:_HEADLINES]
+
+
+def _failed(groups: Sequence[Group]) -> str | None:
+    """Which runs failed, and why."""
+    failed = [(row.name, row.failed) for group in groups for row in group.rows if row.failed]
+    return f"Failed: {'; '.join(f'{name} ({reason})' for name, reason in failed)}" if failed else None
 
 
 def _subject(group: Group, groups: Sequence[Group]) -> str:

@@ -44,9 +44,15 @@ class Group:
         return source | dict(self.rows[0].settings)
 
     @property
+    def is_control(self) -> bool:
+        """Whether it is whole traces at the cost of a cut."""
+        return bool(self.rows[0].control_of)
+
+    @property
     def line(self) -> tuple[tuple[str, str], ...]:
         """All settings but the lead fraction: groups that agree here form one line of a plot."""
-        return (*self.settings.items(), ("keep_ending", str(self.keep_ending).lower()))
+        control = ("control", str(self.is_control).lower())
+        return (*self.settings.items(), ("keep_ending", str(self.keep_ending).lower()), control)
 
     @property
     def family(self) -> tuple[tuple[str, str], ...]:
@@ -57,7 +63,8 @@ class Group:
     def has_fraction(self) -> bool:
         """Whether the lead fraction says how much was kept."""
         policies = [value for axis, value in self.settings.items() if short_axis(axis) == "policy"]
-        return self.lead_fraction is not None and not any(policy in UNFRACTIONED for policy in policies)
+        is_cut_by_it = not self.is_control and not any(policy in UNFRACTIONED for policy in policies)
+        return self.lead_fraction is not None and is_cut_by_it
 
     @property
     def is_uncut(self) -> bool:
@@ -80,14 +87,31 @@ def group_rows(rows: Sequence[Row]) -> list[Group]:
     """Groups in the order in which their first runs come."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.source, row.settings, row.lead_fraction, row.keep_ending), []).append(row)
+        setting = (row.source, row.settings, row.lead_fraction, row.keep_ending, bool(row.failed))
+        groups.setdefault((*setting, _controlled(row, rows)), []).append(row)
     return [Group(rows=tuple(members)) for members in groups.values()]
+
+
+def _controlled(row: Row, rows: Sequence[Row]) -> tuple[object, ...]:
+    """The settings of the cuts that a control stands beside, whatever their seeds."""
+    cuts = [other for other in rows if other.source == row.source and other.name in row.control_of]
+    return tuple((cut.settings, cut.lead_fraction, cut.keep_ending) for cut in cuts)
 
 
 def uncut_of(group: Group, groups: Sequence[Group]) -> Group | None:
     """The uncut group that differs from `group` in nothing but the cut, if there is one."""
     uncut = [other for other in groups if other.is_uncut and other.family == group.family]
     return next((other for other in uncut if other.line == group.line), uncut[0] if uncut else None)
+
+
+def cuts_beside_controls(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Every cut that has one, with its control."""
+    return [
+        (cut, control)
+        for control in groups
+        for cut in groups
+        if any(row.name in control.rows[0].control_of for row in cut.rows)
+    ]
 
 
 def lines_of(groups: Sequence[Group]) -> dict[tuple[tuple[str, str], ...], list[Group]]:
@@ -124,6 +148,9 @@ def namer(groups: Sequence[Group], *, with_lead: bool = True) -> Callable[[Group
     names_lead = with_lead and len({group.lead_fraction for group in groups}) > 1
 
     def name(group: Group) -> str:
+        cuts = [other for other in groups if any(row.name in group.rows[0].control_of for row in other.rows)]
+        if group.is_control:
+            return f"whole traces at the cost of {' and '.join(map(name, cuts)) or 'a cut'}"
         parts = [setting(axis, group.settings.get(axis, "–")) for axis in varied]
         if names_lead and group.has_fraction:
             parts.insert(0, "whole traces" if group.is_uncut else f"lead {group.lead_fraction:.4g}")

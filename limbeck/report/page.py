@@ -36,19 +36,20 @@ PAGE = "report.html"
 _UNITS: dict[str, Kind] = {"bytes": "bytes", "seconds": "seconds", "flops": "flops"}
 
 
-def write_report(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
+def write_report(paths: Sequence[Path], out: Path, title: str | None = None, top: Sequence[str] = ()) -> Path:
     """Write `report.html`, `report.md`, `report.csv` and `plots/*.png` into `out`; earlier reports there are replaced.
 
     Args:
       paths: directories of sweeps, of single runs and of compressed models.
       out: directory of the report; may be that of the sweep.
       title: heading; that of the first sweep when not given.
+      top: sentences above all others.
     Returns: the page.
     Raises: CheckpointError when an input is missing or damaged, or `out` cannot be written.
     """
     evidence = collect(paths)
     groups = group_rows(evidence.rows)
-    content = _content(evidence, groups, title)
+    content = _content(evidence, groups, title) | {"top": top}
     files, figures = _draw(plots_of(groups, evidence.models))
     layer_files, layer_figures = _draw(layer_plots(evidence.compressed))
     ranking_files, ranking_figures = _draw(ranking_plots(evidence.ranking))
@@ -118,7 +119,9 @@ def _labelled(sources: Sequence[Source], name: str) -> list[dict[str, Any]]:
 
 _HOW_TO_READ = (
     "Score: fraction of the problems answered correctly. Retention: score over that of the student trained on whole "
-    "traces. In brackets, the interval; two runs whose intervals overlap are not distinguishable here. Tokens, FLOPs, "
+    "traces. Gain kept: what the run gained over the student before training, over what whole traces gained. "
+    "Derivation right, answer as derived: shares of outputs whose first derivation is right, and whose answer is what "
+    "they derived first. In brackets, the interval; two runs whose intervals overlap are not distinguishable here. Tokens, FLOPs, "
     "seconds and peak memory are those of training; validation, saving and the stored teacher pass are not in them. "
     "Frontier: no other run has at least this score at no more of this cost."
 )

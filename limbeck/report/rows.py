@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 from limbeck.errors import CheckpointError
 
 FLOP_PARTS = ("teacher", "student", "head", "sampling")
-ESTIMATES = ("accuracy", "pass_at_k", "retention", "stop_rate", "end_marker_rate", "output_tokens")
+ESTIMATES = (
+    *("accuracy", "pass_at_k", "retention", "gain_kept", "stop_rate", "end_marker_rate", "output_tokens"),
+    *("derivation_right", "answer_as_derived"),
+)  # fmt: skip
 NUMBERS = (
     *(f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")),
     *("pass_k", "unknown_fraction", "validation_ce", "tokens", "flops", "train_seconds", "peak_bytes"),
     *(f"flops_{part}" for part in FLOP_PARTS),
     *("lost_end_marker_fraction", "lost_first_derivation_fraction", "parameters"),
     *("weight_bytes", "kl_nats", "teacher_kl_nats", "perplexity_ratio", "stage_seconds"),
-    "rollout_mismatch_nats",
+    *("rollout_mismatch_nats", "learning_rate"),
 )  # fmt: skip
 """What a row may measure."""
 PLACED_AXES = (
@@ -57,6 +60,10 @@ class Row:
     lead_fraction: float | None = None
     keep_ending: bool = False
     seed: int | None = None
+    control_of: tuple[str, ...] = ()
+    """The runs whose cost it has, on whole traces; empty for all others."""
+    failed: str = ""
+    """Why it has no numbers, where it failed."""
     settings: tuple[tuple[str, str], ...] = ()
     """The other axes and their values, as text."""
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -99,6 +106,8 @@ def row_of(tree: Any, axes: Sequence[str], where: str, label: str) -> Row:
         lead_fraction=_lead_fraction(tree, where),
         keep_ending=tree.get("keep_ending") is True,
         seed=None if seed is None else int(seed),
+        control_of=_names(tree, where),
+        failed=str(tree.get("failed") or ""),
         settings=settings,
         numbers={name: value for name in NUMBERS if (value := _number(tree, name, where)) is not None},
         raw=tree,
@@ -116,6 +125,13 @@ def _lead_fraction(tree: Mapping[str, Any], where: str) -> float | None:
     if not 0 < fraction <= 1:
         raise CheckpointError(f"{where}: lead_fraction must be in (0, 1]; found {value!r}. Run the sweep again.")
     return float(fraction)
+
+
+def _names(tree: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    names = tree.get("control_of") or []
+    if not isinstance(names, list):
+        raise CheckpointError(f"{where}: control_of must be a list of names; found {names!r}. Run the sweep again.")
+    return tuple(map(str, names))
 
 
 def _number(tree: Mapping[str, Any], name: str, where: str) -> float | None:

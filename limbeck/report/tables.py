@@ -89,10 +89,18 @@ def score_table(groups: Sequence[Group], models: Sequence[Row], is_brief: bool =
     columns: dict[str, Sequence[str]] = {
         "run": [*(model.name for model in models), *map(namer(groups), groups)],
         "score": _intervals(entries, "accuracy", places),
-        "retention": [_retention(group, places) for group in entries],
+        "retention": [_of_whole(group, "retention", places) for group in entries],
+        "gain kept": [_of_whole(group, "gain_kept", places) for group in entries],
+        "derivation right": _shares(entries, "derivation_right", places),
+        "answer as derived": _shares(entries, "answer_as_derived", places),
     }
+    if is_brief and any(group.get("gain_kept") is not None for group in groups):
+        # A console has room for one of the two, and a base student that knows something makes retention flatter.
+        del columns["retention"]
     if not is_brief:
         columns |= _pass_columns(entries)
+    if len({group.get("learning_rate") for group in groups}) > 1:
+        columns["learning rate"] = _beside(models, [_rate(group) for group in groups])
     if any(len(group.rows) > 1 for group in groups):
         columns["seeds"] = _beside(models, [str(len(group.rows)) for group in groups])
     for key, cost in COSTS.items():
@@ -214,12 +222,17 @@ def _pass_columns(groups: Sequence[Group]) -> dict[str, Sequence[str]]:
     }
 
 
-def _retention(group: Group, places: int) -> str:
-    """The uncut run is what the others are measured by, so its 1 has no interval."""
-    value = group.get("retention")
+def _of_whole(group: Group, key: str, places: int) -> str:
+    """Retention or gain kept; the uncut run is what the others are measured by, so its 1 has no interval."""
+    value = group.get(key)
     if group.is_uncut and value == 1:
         return f"{value:.{places}f} (reference)"
-    return interval(group.estimate("retention"), places)
+    return interval(group.estimate(key), places)
+
+
+def _rate(group: Group) -> str:
+    rate = group.get("learning_rate")
+    return MISSING if rate is None else f"{rate:g}"
 
 
 def _mark(words: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from limbeck.distill.predict import predict_distill
 from limbeck.evaluate.cost import predict_evaluate
 from limbeck.models.load import load_tokenizer, vocabulary_size
 from limbeck.stage import Stage
-from limbeck.sweep.execute import asked_of_teacher, has_cache, match_tokens, run, scoring_of, with_cache
-from limbeck.sweep.plan import SweepConfig, plan_runs, tokenizer_name
+from limbeck.sweep.execute import all_runs, asked_of_teacher, has_cache, run, scoring_of, with_cache
+from limbeck.sweep.plan import PlannedRun, SweepConfig, base_directory, tokenizer_name
+from limbeck.sweep.tuning import setting_of
 
 SCORE_OF = "score of "
 """Begins the name of what scoring a model costs."""
@@ -25,7 +27,7 @@ SCORE_OF = "score of "
 def predict_sweep(config: SweepConfig, *, hardware: Hardware) -> list[Prediction]:
     """What `limbeck sweep` will cost, as if nothing of it were done: one prediction a pass, run and score."""
     sweep = config
-    runs = match_tokens(sweep, plan_runs(sweep))
+    runs = all_runs(sweep)
     tokenizer = load_tokenizer(tokenizer_name(sweep.distill))
     found = []
     teacher = sweep.distill.teacher.model
@@ -37,8 +39,13 @@ def predict_sweep(config: SweepConfig, *, hardware: Hardware) -> list[Prediction
     for planned in runs:
         run_config = with_cache(sweep, planned, nowhere).config
         found.append(replace(predict_distill(run_config, tokenizer=tokenizer, hardware=hardware), stage=planned.name))
+        found += _other_rates(sweep, runs, planned, found[-1])
     scored = [(f"{SCORE_OF}{planned.name}", _student(planned.config)) for planned in runs]
     scored.append((f"{SCORE_OF}the base", _student(sweep.distill)))
+    others = {base_directory(sweep, planned, nowhere): planned.config for planned in runs}
+    scored += [
+        (f"{SCORE_OF}{place.name}", _student(config)) for place, config in others.items() if place.name != "base"
+    ]
     if sweep.evaluate_teacher and teacher is not None:
         scored.append((f"{SCORE_OF}the teacher", config_of(teacher)))
     scoring = scoring_of(sweep, sweep.distill)
@@ -46,6 +53,15 @@ def predict_sweep(config: SweepConfig, *, hardware: Hardware) -> list[Prediction
         score = predict_evaluate(scoring, model=shape, tokenizer=tokenizer, hardware=hardware)
         found.append(replace(score, stage=name))
     return found
+
+
+def _other_rates(
+    sweep: SweepConfig, runs: Sequence[PlannedRun], planned: PlannedRun, predicted: Prediction
+) -> list[Prediction]:
+    """A run at the learning rates that it is tuned over, beside the one that it takes."""
+    first = next(run for run in runs if setting_of(run.config) == setting_of(planned.config))
+    rates = sweep.tune[1:] if first is planned else []
+    return [replace(predicted, stage=f"{planned.name} at another learning rate") for _ in rates]
 
 
 def _student(config: DistillConfig) -> Any:
@@ -68,6 +84,8 @@ SWEEP = Stage(
         "grid",
         "runs",
         "match",
+        "controls",
+        "tune",
         "evaluate.max_new_tokens",
         "evaluate.temperature",
         "evaluate.num_samples",

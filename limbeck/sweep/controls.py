@@ -1,7 +1,8 @@
-"""What a cut has to be compared with: whole traces at its cost, and for a choice of tokens as many random ones."""
+"""What a cut has to be compared with: whole traces at its cost, which is known before anything is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,9 +10,43 @@ from limbeck.cost.hardware import DEVICES
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import UNCUT
 from limbeck.distill.predict import predict_distill
+from limbeck.models.load import load_tokenizer
+from limbeck.sweep.plan import PlannedRun, is_uncut, naming, reference_of, tokenizer_name
 
 SAME_COST = 0.02
-"""Cuts whose costs differ by less than this share have one equal-cost arm together."""
+"""Cuts of the same uncut run whose costs differ by less than this share have one control together."""
+
+
+def with_controls(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs, and behind them whole traces at the cost of every cut.
+
+    Raises: ConfigError, naming the run, when no supervised token is left in one.
+    """
+    controls: list[tuple[PlannedRun, Cost]] = []
+    for run in runs:
+        if is_uncut(run.config):
+            continue
+        with naming(run):
+            tokenizer = load_tokenizer(tokenizer_name(run.config))
+            cost = cost_of(run.config, tokenizer)
+            config = whole_at_cost(run.config, cost, tokenizer)
+        reference = reference_of(run, list(runs))
+        twin = next((n for n, other in enumerate(controls) if _is_twin(other, config, cost)), None)
+        if twin is not None:
+            other, paid = controls[twin]
+            controls[twin] = other._replace(control_of=(*other.control_of, run.name)), paid
+            continue
+        axes = (reference or run).axes
+        controls.append((PlannedRun(f"whole-at-the-cost-of-{run.name}", axes, config, (run.name,)), cost))
+    return [*runs, *(control for control, _ in controls)]
+
+
+def _is_twin(other: tuple[PlannedRun, Cost], config: DistillConfig, cost: Cost) -> bool:
+    """Whether a control serves another cut too: nothing but the number of tokens differs, and that hardly."""
+    control, paid = other
+    training = replace(config.training, max_tokens=control.config.training.max_tokens)
+    is_same_run = replace(config, training=training) == control.config
+    return is_same_run and abs(cost.flops - paid.flops) < SAME_COST * paid.flops
 
 
 class Cost(NamedTuple):

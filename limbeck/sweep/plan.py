@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from limbeck.config import build, checked, get_field, to_dict
@@ -36,6 +38,11 @@ class SweepConfig:
     """examples: every run sees the same traces; tokens: every run sees as many tokens as the uncut one."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """How students are scored."""
+    controls: bool = False
+    """Beside every cut, whole traces at its FLOPs."""
+    tune: list[float] = field(default_factory=list)
+    """Learning rates, of which every setting takes the one with the lowest held-out loss, found with its first seed;
+    empty takes that of distill."""
     top_k: int = 128
     """Most teacher entries stored a position, for all runs at once, 0 to 255; 0 keeps the teacher live."""
     evaluate_teacher: bool = True
@@ -49,6 +56,15 @@ class SweepConfig:
                 raise ConfigError(f"grid.{axis} must be a list of at least one value; found {values!r}")
         if not 0 <= self.top_k <= MOST_ENTRIES:
             raise ConfigError(f"top_k must be in 0 to {MOST_ENTRIES}; found {self.top_k}")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        if any(not 0 < rate < float("inf") for rate in self.tune) or len(set(self.tune)) < len(self.tune):
+            raise ConfigError(f"tune must list different learning rates above 0; found {self.tune}")
+        if self.tune and self.distill.num_validation == 0:
+            raise ConfigError("tune chooses by the held-out loss; set distill.num_validation")
+        if self.tune and "optimizer.learning_rate" in axis_paths(self).values():
+            raise ConfigError("tune and an axis learning_rate are both set; leave one out")
 
 
 class PlannedRun(NamedTuple):
@@ -59,6 +75,19 @@ class PlannedRun(NamedTuple):
     axes: dict[str, Any]
     """Short axis name -> value."""
     config: DistillConfig
+    control_of: tuple[str, ...] = ()
+    """The runs whose cost a control has; empty for a run of the sweep itself."""
+    tried: tuple[tuple[float, float], ...] = ()
+    """Learning rates that were tried for its setting, and the held-out losses that they gave."""
+
+
+@contextmanager
+def naming(run: PlannedRun) -> Iterator[None]:
+    """What is wrong with a config is said with the run's name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"run {run.name}: {error}") from None
 
 
 def plan_runs(sweep: SweepConfig) -> list[PlannedRun]:
@@ -102,15 +131,20 @@ def run_name(axes: Mapping[str, Any]) -> str:
 
 
 def reference_of(run: PlannedRun, runs: list[PlannedRun]) -> PlannedRun | None:
-    """The uncut run that `run` is compared with, which differs in nothing but the cut; None when there is none."""
+    """The uncut run that `run` is compared with; None when there is none.
+
+    It differs in nothing but the cut, the number of tokens, and the learning rate where each setting tunes its own.
+    """
 
     def rest(config: DistillConfig) -> dict[str, Any]:
         tree = to_dict(config)
         tree.pop("truncation")
         tree["training"].pop("max_tokens")
+        if run.tried:
+            tree["optimizer"].pop("learning_rate")
         return tree
 
-    uncut = [r for r in runs if is_uncut(r.config)]
+    uncut = [r for r in runs if is_uncut(r.config) and not r.control_of]
     return next((other for other in uncut if rest(other.config) == rest(run.config)), None)
 
 
@@ -118,6 +152,12 @@ def is_uncut(config: DistillConfig) -> bool:
     """Whether the run keeps every token of every trace."""
     cut = config.truncation
     return exact_fraction(cut.lead_fraction) == 1 and cut.policy not in WITHOUT_FRACTION
+
+
+def base_directory(sweep: SweepConfig, run: PlannedRun, out: Path) -> Path:
+    """Where the score of a run's base student stands."""
+    name = tokenizer_name(run.config)
+    return out / ("base" if name == tokenizer_name(sweep.distill) else f"base-{run_name({'student': name})}")
 
 
 def tokenizer_name(config: DistillConfig) -> str:

@@ -1,10 +1,10 @@
-"""What a finished sweep says: one row a run, from its manifest and its evaluation, beside teacher and base student."""
+"""What a finished sweep says: one row a run, from its manifest and its evaluation, beside teacher and base students."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import numpy as np
 from limbeck.checkpoint import Checkpoint, versions
 from limbeck.config import to_dict
 from limbeck.distill.data import UNCUT
-from limbeck.evaluate.metrics import paired_retention
+from limbeck.evaluate.metrics import Interval, paired_gain, paired_retention
 from limbeck.models.load import load_tokenizer
-from limbeck.sweep.plan import PlannedRun, SweepConfig, reference_of, tokenizer_name
+from limbeck.sweep.plan import PlannedRun, SweepConfig, base_directory, reference_of, tokenizer_name
 from limbeck.traces.rendering import render_traces
 from limbeck.traces.sample import Sample
 from limbeck.traces.sources import read_traces
@@ -25,37 +25,51 @@ from limbeck.traces.stats import trace_stats
 def summarise(
     sweep: SweepConfig,
     runs: Sequence[PlannedRun],
-    models: dict[str, Any],
+    models: Mapping[Path, dict[str, Any]],
     store: dict[str, Any] | None,
     out: Path,
+    failed: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What the report reads: one row a run, from its manifest and its evaluation."""
+    """What the report reads: one row a run, from its manifest and its evaluation.
+
+    Args:
+      models: metrics of the teacher and of every base student, by directory.
+      failed: why a run failed, by name; its row holds the reason and no numbers.
+    """
     first = runs[0].config
     tokenizer = load_tokenizer(tokenizer_name(first))
     traces, _ = read_traces(first.traces)
     samples = render_traces(traces, tokenizer, first.render, first.max_trace_tokens, first.traces.on_bad).samples
-    teacher, base = models.get("teacher"), models.get("base")
+    teacher, base = models.get(out / "teacher"), models.get(out / "base")
+    bases = {place: model for place, model in models.items() if place != out / "teacher"}
+    finished = [run for run in runs if run.name not in failed]
     return {
         "title": sweep.title,
         "command": ["limbeck", *sys.argv[1:]],
         "teacher": teacher,
         "base": base,
+        "bases": list(bases.values()),
         "teacher_accuracy": teacher and teacher["accuracy"],
         "base_accuracy": base and base["accuracy"],
         "axes": list(runs[0].axes),
         "match": sweep.match,
         "task": {
             "name": sweep.problems.source,
-            "num_problems": _evaluation(out, runs[0])["num_problems"],
+            "num_problems": _evaluation(out, finished[0])["num_problems"],
             "num_samples": sweep.evaluate.num_samples,
             "temperature": sweep.evaluate.temperature,
         },
-        "runs": [_row(planned, reference_of(planned, list(runs)), out) for planned in runs],
+        "runs": [
+            _axes(planned) | {"failed": failed[planned.name]}
+            if planned.name in failed
+            else _row(planned, reference_of(planned, finished), base_directory(sweep, planned, out), out)
+            for planned in runs
+        ],
         "store": store,
         "trace_stats": _trace_facts(samples),
         "config": to_dict(sweep),
         "versions": versions(),
-        "machine": Checkpoint(out / "runs" / runs[0].name).manifest["machine"],
+        "machine": Checkpoint(out / "runs" / finished[0].name).manifest["machine"],
     }
 
 
@@ -66,22 +80,40 @@ def _trace_facts(samples: Sequence[Sample]) -> dict[str, Any]:
     return {"num_traces": stats["num_traces"], "mean_tokens": stats["tokens"]["mean"], **shares, **derivation}
 
 
-def _row(planned: PlannedRun, reference: PlannedRun | None, out: Path) -> dict[str, Any]:
-    manifest = Checkpoint(out / "runs" / planned.name).manifest
-    evaluation, ledger = _evaluation(out, planned), manifest["ledger"]
-    retention: dict[str, float | None] = dict.fromkeys(("retention", "retention_low", "retention_high"))
-    if reference is not None:
-        ratio = paired_retention(_scores(out, planned), _scores(out, reference))
-        values = (ratio.value, ratio.low, ratio.high)
-        retention = {k: (float(v) if np.isfinite(v) else None) for k, v in zip(retention, values, strict=True)}
+def _axes(planned: PlannedRun) -> dict[str, Any]:
+    """What a run is, before anything is measured."""
     return {
         "name": planned.name,
         "lead_fraction": planned.config.truncation.lead_fraction,
         "keep_ending": planned.config.truncation.keep_ending,
         "seed": planned.config.training.seed,
         **planned.axes,
+        "control": bool(planned.control_of),
+        "control_of": list(planned.control_of),
+        "student": planned.config.student.model,
+        "learning_rate": planned.config.optimizer.learning_rate,
+        "learning_rates_tried": [
+            {"learning_rate": rate, "validation_ce": loss if np.isfinite(loss) else None}
+            for rate, loss in planned.tried
+        ],
+    }
+
+
+def _row(planned: PlannedRun, reference: PlannedRun | None, base: Path, out: Path) -> dict[str, Any]:
+    manifest = Checkpoint(out / "runs" / planned.name).manifest
+    evaluation, ledger = _evaluation(out, planned), manifest["ledger"]
+    nothing = Interval(np.nan, np.nan, np.nan)
+    retention, gain = nothing, nothing
+    scores, of_base = _scores(_scored(out, planned)), _scores(base)
+    if reference is not None:
+        whole = _scores(_scored(out, reference))
+        retention, gain = paired_retention(scores, whole), paired_gain(scores, whole, of_base)
+    return {
+        **_axes(planned),
         **{key: value for key, value in evaluation.items() if key not in ("model", "num_problems")},
-        **retention,
+        **_with_ends("retention", retention),
+        **_with_ends("gain_kept", gain),
+        "base_accuracy": float(of_base.mean()),
         "tokens": ledger["tokens"],
         "flops": ledger["flops"]["total"],
         **{f"flops_{part}": ledger["flops"][part] for part in ("teacher", "student", "head")},
@@ -97,12 +129,22 @@ def _row(planned: PlannedRun, reference: PlannedRun | None, out: Path) -> dict[s
     }
 
 
+def _with_ends(name: str, interval: Interval) -> dict[str, float | None]:
+    """A value and the ends of its interval by name; what is no finite number is None."""
+    values = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {key: float(value) if np.isfinite(value) else None for key, value in values.items()}
+
+
+def _scored(out: Path, planned: PlannedRun) -> Path:
+    return out / "runs" / planned.name / "evaluation"
+
+
 def _evaluation(out: Path, planned: PlannedRun) -> dict[str, Any]:
-    return json.loads((out / "runs" / planned.name / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    return json.loads((_scored(out, planned) / "summary.json").read_text(encoding="utf-8"))
 
 
-def _scores(out: Path, planned: PlannedRun) -> np.ndarray:
+def _scores(evaluation: Path) -> np.ndarray:
     """Mean score of every problem, in order."""
-    file = out / "runs" / planned.name / "evaluation" / "results.jsonl"
+    file = evaluation / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return np.array([np.mean([verdict == "right" for verdict in row["verdicts"]]) for row in rows])
