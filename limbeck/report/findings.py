@@ -81,11 +81,12 @@ def _gains(groups: Sequence[Group]) -> list[str]:
             continue
         cost = ratio(cut, uncut_of(cut, groups), "flops")
         at = f" at {percent(cost)} of the FLOPs" if cost is not None else ""
-        difference = "more than" if kept.value > fewer.value else "less than"
+        difference = "not distinguishable from"
+        if kept.is_apart_from(fewer):
+            difference = "more than" if kept.value > fewer.value else "less than"
         found.append(
             f"Of what whole traces gain over the base student, {name(cut)} kept {percent_interval(kept)}{at}, "
-            f"{difference if kept.is_apart_from(fewer) else 'not distinguishable from'} fewer whole traces at that cost, "
-            f"which kept {percent_interval(fewer)}."
+            f"{difference} fewer whole traces at that cost, which kept {percent_interval(fewer)}."
         )
     return found[:_HEADLINES]
 

@@ -121,8 +121,9 @@ _HOW_TO_READ = (
     "Score: fraction of the problems answered correctly. Retention: score over that of the student trained on whole "
     "traces. Gain kept: what the run gained over the student before training, over what whole traces gained. "
     "Derivation right, answer as derived: shares of outputs whose first derivation is right, and whose answer is what "
-    "they derived first. In brackets, the interval; two runs whose intervals overlap are not distinguishable here. Tokens, FLOPs, "
-    "seconds and peak memory are those of training; validation, saving and the stored teacher pass are not in them. "
+    "they derived first. In brackets, the interval; two runs whose intervals overlap are not distinguishable here. "
+    "Tokens, FLOPs, seconds and peak memory are those of training; validation, saving and the stored teacher pass are "
+    "not in them. "
     "Frontier: no other run has at least this score at no more of this cost."
 )
 
