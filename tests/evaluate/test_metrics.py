@@ -17,6 +17,7 @@ from limbeck.evaluate.metrics import (
     avg_at_n,
     mean_interval,
     mean_output_tokens,
+    paired_gain,
     paired_retention,
     pass_at_k,
     stop_rate,
@@ -138,6 +139,35 @@ def test_retention_of_a_run_with_itself_is_one() -> None:
     rare[0] = 1
     assert paired_retention(rare, rare).value == 1.0
     assert paired_retention(1 - rare, rare).high == math.inf
+
+
+def test_gain_kept_by_hand() -> None:
+    base, whole = [0, 0, 0, 1] * 50, [1, 1, 0, 1] * 50
+    assert paired_gain(whole, whole, base).value == 1
+    assert (paired_gain(base, whole, base).value, paired_gain(base, whole, base).high) == (0, 0)
+    assert paired_gain([1, 0, 0, 1] * 50, whole, base).value == pytest.approx(0.5)
+    assert paired_gain([0, 0, 0, 0] * 50, whole, base).value == pytest.approx(-0.5)
+
+
+def test_gain_kept_covers() -> None:
+    rng, problems, covered = np.random.default_rng(5), 250, []
+    for seed in range(200):
+        difficulty = rng.random(problems)
+        base, cut, whole = (difficulty < level for level in (0.4, 0.7, 0.8))
+        noise = rng.random((2, problems)) < 0.1
+        found = paired_gain(np.where(noise[0], ~cut, cut), np.where(noise[1], ~whole, whole), base, seed)
+        # A tenth of the scores is turned round: 0.9 x + 0.1 (1 - x).
+        covered.append(found.low <= (0.66 - 0.4) / (0.74 - 0.4) <= found.high)
+    assert np.mean(covered) >= 0.91
+
+
+def test_gain_kept_needs_a_gain() -> None:
+    scores = np.random.default_rng(2).random((3, 40)) < 0.5
+    found = paired_gain(*scores)
+    assert math.isnan(found.value) and math.isnan(found.low)
+    assert "cannot be told from 0" in found.reason
+    with pytest.raises(ValueError, match="found 2, 3 and 3 scores"):
+        paired_gain([1, 0], [1, 0, 1], [0, 0, 0])
 
 
 def test_retention_needs_the_same_problems() -> None:

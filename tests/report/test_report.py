@@ -458,3 +458,54 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         run([directory], tmp_path / "file")
+
+
+def gain_runs() -> list[dict[str, Any]]:
+    """Whole traces, half of them, whole ones at the cost of the half, and one that failed."""
+    kept = {"gain_kept": 0.94, "gain_kept_low": 0.9, "gain_kept_high": 0.99}
+    fewer = {"gain_kept": 0.5, "gain_kept_low": 0.4, "gain_kept_high": 0.6}
+    cut, whole = make_run(0.5, **kept, learning_rate=1e-4), make_run(1.0, gain_kept=1.0, learning_rate=1e-3)
+    control = whole | {
+        "name": "fewer",
+        "tokens": 1,
+        "flops": 7e11,
+        **fewer,
+        "control": True,
+        "control_of": [cut["name"]],
+    }
+    failed = {
+        "name": "lead_fraction-0.25",
+        "lead_fraction": 0.25,
+        "keep_ending": False,
+        "seed": 0,
+        "failed": "no memory",
+    }
+    return [cut, whole, control, failed]
+
+
+def test_a_cut_stands_beside_whole_traces_at_its_cost(tmp_path: Path) -> None:
+    evidence = collect([write_sweep(tmp_path, gain_runs())])
+    groups = group_rows(evidence.rows)
+    cut, whole, control, failed = groups
+    assert control.is_control and not control.is_uncut and not control.has_fraction
+    assert uncut_of(cut, groups) is uncut_of(control, groups) is whole
+    said = findings(groups, evidence.models, evidence.sources)
+    assert (
+        "Of what whole traces gain over the base student, lead 0.5 kept 94\N{NO-BREAK SPACE}% (90–99) at "
+        "50\N{NO-BREAK SPACE}% of the FLOPs, more than fewer whole traces at that cost, which kept "
+        "50\N{NO-BREAK SPACE}% (40–60)."
+    ) in said
+    assert "Failed: lead_fraction-0.25 (no memory)" in said
+    table = score_table(groups, evidence.models)
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert rows["whole traces"]["gain kept"] == "1.000 (reference)"
+    assert rows["whole traces at the cost of lead 0.5"]["gain kept"] == "0.500 (0.400–0.600)"
+    assert rows["lead 0.5"]["learning rate"] == "0.0001"
+    assert rows["lead 0.25"]["score"] == "–"
+    assert (run([tmp_path], tmp_path, top=["It saves half."])).read_text().count("It saves half.") == 1
+
+
+def test_every_base_student_has_a_row(tmp_path: Path) -> None:
+    bases = [{"name": name, "accuracy": score} for name, score in (("a", 0.5), ("b", 0.1))]
+    evidence = collect([write_sweep(tmp_path, demo_runs(), bases=bases)])
+    assert [model.name for model in evidence.models] == ["teacher: tiny-teacher", "base: a", "base: b"]
