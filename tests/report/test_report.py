@@ -486,7 +486,7 @@ def gain_runs() -> list[dict[str, Any]]:
 def test_a_cut_stands_beside_whole_traces_at_its_cost(tmp_path: Path) -> None:
     evidence = collect([write_sweep(tmp_path, gain_runs())])
     groups = group_rows(evidence.rows)
-    cut, whole, control, failed = groups
+    cut, whole, control, _ = groups
     assert control.is_control and not control.is_uncut and not control.has_fraction
     assert uncut_of(cut, groups) is uncut_of(control, groups) is whole
     said = findings(groups, evidence.models, evidence.sources)
