@@ -1,5 +1,5 @@
-"""The main job on the embedded default, offline: the built-in teacher writes traces, two small students learn from parts
-of them, the better one is then made smaller still, and one page shows what each step saves and costs.
+"""The main job on the embedded default, offline: the built-in teacher writes traces, small students learn from parts of
+them, the best one is then made smaller still, and one page shows what each step saves and costs.
 
 1. The teacher answers problems of builtin:recheck, sampled; what it gets wrong is left out.
 2. A sweep distils two base students on the first part of the traces: a capable one, which knows how such texts run and
@@ -44,8 +44,8 @@ from limbeck.runner.process import in_process
 from limbeck.stage import How, Stage, go_on
 from limbeck.sweep import execute
 from limbeck.sweep.plan import SweepConfig
-from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.recheck import RecheckConfig, generate_rechecked
+from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig
 from limbeck.traces.synthetic import DERIVATION_PATTERN
 from limbeck.traces.thought import Markers, split_thought
@@ -172,16 +172,17 @@ def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:
 
 
 def sample_traces(config: DemoConfig, out: Path) -> Path:
-    """Traces that the teacher wrote and whose answers are right; returns their file."""
+    """Traces of the demonstration that its teacher wrote and whose answers are right; returns their file."""
+    sampling = SeededSampling(max_new_tokens=MAX_NEW_TOKENS, temperature=config.temperature, seed=config.seed)
+    return write_answers(_training_problems(config), TEACHER, sampling, config, out)
+
+
+def write_answers(problems: list[Trace], teacher: str, sampling: SeededSampling, config: Any, out: Path) -> Path:
+    """What a teacher answers right, as a file of traces; `config` says in the manifest what it was made from."""
     file = out / "traces.jsonl"
     if (out / MANIFEST).exists() and Checkpoint(out).manifest["config_hash"] == config_hash(config):
         return file
-    problems = _training_problems(config)
-    answered = answer(
-        problems,
-        TEACHER,
-        SeededSampling(max_new_tokens=MAX_NEW_TOKENS, temperature=config.temperature, seed=config.seed),
-    )
+    answered = answer(problems, teacher, sampling)
     right = [trace for trace in answered if trace is not None and trace.correct]
     if not right:
         raise LimbeckError("demo: the teacher answered no problem; its files are damaged; install limbeck again.")
@@ -193,7 +194,7 @@ def sample_traces(config: DemoConfig, out: Path) -> Path:
             "wrong": sum(trace is not None and not trace.correct for trace in answered),
             "kept": len(right),
         }
-        write_manifest(working, stage="demo traces", config=config, inputs={"teacher": TEACHER}, counts=counts)
+        write_manifest(working, stage="demo traces", config=config, inputs={"teacher": teacher}, counts=counts)
     return file
 
 
