@@ -1,4 +1,4 @@
-"""The setting of the older benchmarks: the built-in teacher's traces of builtin:chain, and its novice as the student."""
+"""The setting of older benchmarks: the built-in teacher's traces of builtin:chain, and a novice as the student."""
 
 from __future__ import annotations
 
