@@ -13,6 +13,7 @@ them, the best one is then made smaller still, and one page shows what each step
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:
         seed=config.seed + 1_000_001,
         recheck=RecheckConfig(min_steps=config.min_steps, max_steps=config.max_steps),
     )
-    runs = [
+    runs: list[Mapping[str, Any]] = [
         {"student.model": student, "truncation.policy": policy, "lead_fraction": fraction}
         for student, regime in REGIMES.items()
         for policy, fraction in CUTS[regime]

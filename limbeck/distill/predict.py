@@ -102,6 +102,14 @@ def predict_distill(
     return predict_run(setup, hardware, world_size, notes)
 
 
+def step_flops(config: DistillConfig, tokenizer: Any) -> list[int]:
+    """What the ledger will charge student and head for each planned step; the teacher and sampling are not in it."""
+    data = prepare(config, tokenizer)
+    setup = set_up(config, data, vocabulary_size(tokenizer), None, None, is_accelerator=False)
+    steps = _charges(setup, planned_steps(config, data), world_size=1)
+    return [sum(charge.student + charge.head for charge in step) for step in steps]
+
+
 def assumed_samples(count: int, prompt_tokens: int, cot_tokens: int, answer_tokens: int) -> list[Sample]:
     """Rendered traces of equal lengths, for a source that does not exist yet.
 

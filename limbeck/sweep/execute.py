@@ -56,7 +56,9 @@ def run(config: SweepConfig, out: Path, *, how: How = How()) -> Checkpoint:
     sweep, on = config, how.on
     _refuse_leaks(sweep)
     runs = all_runs(sweep)
-    store = _store(sweep, runs, out, on) if has_cache(sweep) else _refuse_empty(runs)
+    if not has_cache(sweep):
+        _refuse_empty(runs)
+    store = _store(sweep, runs, out, on) if has_cache(sweep) else None
     models = _score_models(sweep, runs, out, on)
     if sweep.tune:
         runs = tuned([with_cache(sweep, planned, out) for planned in runs], sweep.tune, out, on)

@@ -133,13 +133,14 @@ def run_name(axes: Mapping[str, Any]) -> str:
 def reference_of(run: PlannedRun, runs: list[PlannedRun]) -> PlannedRun | None:
     """The uncut run that `run` is compared with; None when there is none.
 
-    It differs in nothing but the cut, the number of tokens, and the learning rate where each setting tunes its own.
+    It differs in nothing but the cut, the number of steps, and the learning rate where each setting tunes its own.
     """
 
     def rest(config: DistillConfig) -> dict[str, Any]:
         tree = to_dict(config)
         tree.pop("truncation")
-        tree["training"].pop("max_tokens")
+        for limit in ("max_tokens", "max_steps"):
+            tree["training"].pop(limit)
         if run.tried:
             tree["optimizer"].pop("learning_rate")
         return tree
