@@ -29,7 +29,7 @@ def with_controls(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
         with naming(run):
             tokenizer = load_tokenizer(tokenizer_name(run.config))
             config = whole_at_cost(run.config, cost_of(run.config, tokenizer), tokenizer)
-        twin = next((n for n, other in enumerate(controls) if is_same(other.config, config)), None)
+        twin = next((n for n, other in enumerate(controls) if _is_same(other.config, config)), None)
         if twin is not None:
             controls[twin] = controls[twin]._replace(control_of=(*controls[twin].control_of, run.name))
             continue
@@ -38,7 +38,7 @@ def with_controls(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [*runs, *controls]
 
 
-def is_same(control: DistillConfig, wanted: DistillConfig) -> bool:
+def _is_same(control: DistillConfig, wanted: DistillConfig) -> bool:
     """Whether a control serves another cut too: nothing but the number of steps differs, and that hardly."""
     have, want = control.training.max_steps or 0, wanted.training.max_steps or 0
     like_it = replace(wanted, training=replace(wanted.training, max_steps=control.training.max_steps))
