@@ -74,7 +74,7 @@ class Regime:
     task: str = "recheck"
     """recheck or chain."""
     min_steps: int = 4
-    max_steps: int = 6
+    max_steps: int = 5
     redundancy: float = 0.8
     """Of recheck."""
     spread: float = 0.8
@@ -102,10 +102,10 @@ class Bench:
     def _source(self, seed: int, count: int) -> dict[str, Any]:
         regime = self.regime
         common: dict[str, Any] = {"source": f"builtin:{regime.task}", "num_traces": count, "seed": seed}
-        steps = {"min_steps": regime.min_steps, "max_steps": regime.max_steps}
         if regime.task == "chain":
-            return common | {f"chain_{name}": value for name, value in steps.items()}
-        return common | {"recheck": steps | {"redundancy": regime.redundancy, "spread": regime.spread}}
+            return common | {"chain_min_steps": regime.min_steps, "chain_max_steps": regime.max_steps}
+        lengths = {"redundancy": regime.redundancy, "spread": regime.spread}
+        return common | {"recheck": lengths | {"fewest_steps": regime.min_steps, "most_steps": regime.max_steps}}
 
     def _made(self, name: str, seed: int, count: int) -> Path:
         """Traces of the task as a file; none of them has a prompt of the problems."""

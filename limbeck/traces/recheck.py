@@ -1,29 +1,31 @@
 """The embedded task family `builtin:recheck`: a short derivation, then re-checks of varying number, length and kind.
 
 A problem is one of `builtin:chain` (a start digit and labelled steps modulo 10, so the prompt shows how many there
-are). The trace derives the answer at once, states it, and then goes on to check it, as reasoning models do; each
-re-check ends by stating the answer again:
+are), and so is the derivation. The trace then goes on to check what it has, as reasoning models do: it calculates from
+the answer there and back, once or several times, or only looks at it again, and states it anew behind each re-check:
 
-    a 7+4=1
-    b 1*3=3
-    So 3                    the first sufficient prefix ends here
-    Check b 1*3=3 ok        one step, looked at again
-    So 3
-    Check 3                 the steps undone, from the answer backwards
-    b 3/3=1
-    a 1-4=7 ok
-    So 3
-    Check start             the steps done again
-    a 7+4=1
-    b 1*3=3
-    So 3
+    Given 8a+7b*9
+    a 8+7=5
+    b 5*9=5
+    So 5                    the first sufficient prefix ends here
+    Check 5+2=7
+    Check 7-2=5 ok
+    So 5
+    Check 5 ok
+    So 5
+    Check 5-9=6
+    Check 6+9=5 ok
+    Check 5+4=9
+    Check 9-4=5 ok
+    So 5
 
 How much is checked is drawn for each trace apart and cannot be told from the prompt: a trace whose derivation takes n
 lines goes on for about n r / (1 - r) X lines, where r is the redundancy and X has mean 1 and a Gamma distribution.
+Re-checks copy over a few tokens only, and neither multiply nor look anything up in the prompt: a student that derives
+wrong still answers what it derived, so that its score tells how well it derives.
 
 Source: the statistics follow published ones of real traces, of whose steps 61 to 93 % come after the first sufficient
-prefix (arXiv 2605.23926) and whose lengths spread by a factor of ten. Differs: every line is right, so no re-check
-ever changes the answer.
+prefix (arXiv 2605.23926) and whose lengths spread by a factor of ten. Differs: no re-check ever changes the answer.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.traces.synthetic import (
     INVERSE,
-    LABELS,
     OPERATORS,
     Operation,
     apply_step,
     check_problems,
+    derivation_lines,
     draw_problem,
     problem_text,
 )
@@ -47,15 +49,17 @@ from limbeck.traces.trace import Trace
 SOURCE = "builtin:recheck"
 LONGEST_LINES = 100
 """Most lines of a thought: about 800 tokens, for which the built-in models have positions."""
+ROUNDS = (0, 1, 2, 3)
+"""How often a re-check calculates there and back, of which one is drawn."""
 
 
 @checked
 class RecheckConfig:
     """How long the derivations of builtin:recheck are, and how much is checked behind them."""
 
-    min_steps: int = 4
+    fewest_steps: int = 4
     """Fewest steps of a problem."""
-    max_steps: int = 6
+    most_steps: int = 5
     """Most steps of a problem."""
     operators: str = OPERATORS
     """Operators in the problems: one or more of + - *."""
@@ -70,11 +74,11 @@ class RecheckConfig:
                 f"builtin:recheck: redundancy {self.redundancy}, spread {self.spread}; expected 0 <= redundancy < 1 "
                 "and 0 <= spread <= 2"
             )
-        longest = (self.max_steps + 1) / (1 - self.redundancy)
+        longest = (self.most_steps + 2) / (1 - self.redundancy)
         if longest > LONGEST_LINES / 2:
             raise ConfigError(
-                f"builtin:recheck: {self.max_steps} steps at redundancy {self.redundancy} take {longest:.0f} lines on "
-                f"average; expected at most {LONGEST_LINES // 2}; lower max_steps or redundancy"
+                f"builtin:recheck: {self.most_steps} steps at redundancy {self.redundancy} take {longest:.0f} lines on "
+                f"average; expected at most {LONGEST_LINES // 2}; lower most_steps or redundancy"
             )
 
 
@@ -83,11 +87,11 @@ def generate_rechecked(num_traces: int, seed: int, config: RecheckConfig) -> lis
 
     Raises: ConfigError when the step range is empty, beyond the labels, or too small for so many distinct problems.
     """
-    check_problems(SOURCE, num_traces, config.min_steps, config.max_steps, config.operators)
+    check_problems(SOURCE, num_traces, config.fewest_steps, config.most_steps, config.operators)
     rng = random.Random(seed)
     traces: dict[str, Trace] = {}
     while len(traces) < num_traces:
-        start, steps = draw_problem(rng, rng.randint(config.min_steps, config.max_steps), config.operators)
+        start, steps = draw_problem(rng, rng.randint(config.fewest_steps, config.most_steps), config.operators)
         trace = make_trace(start, steps, config, rng, source=f"{SOURCE} seed {seed} number {len(traces)}")
         traces.setdefault(trace.messages[0]["content"], trace)
     return list(traces.values())
@@ -100,15 +104,15 @@ def make_trace(
     values = [start]
     for step in steps:
         values.append(apply_step(values[-1], step))
-    answer = str(values[-1])
-    derivation = [*_forwards(values, steps), f"So {answer}"]
-    checks = _checks(values, steps, round_at_random(len(derivation) * _excess(config, rng), rng), rng)
+    derivation = [*derivation_lines(values, steps), f"So {values[-1]}"]
+    lines = round_at_random(len(derivation) * _excess(config, rng), rng)
+    checks = _checks(values[-1], min(lines, LONGEST_LINES - len(derivation) - 1), rng)
     return Trace(
         messages=({"role": "user", "content": problem_text(start, steps)},),
         cot="\n".join([*derivation, *checks]),
-        answer=answer,
+        answer=derivation[-1],
         source=source,
-        reference=answer,
+        reference=str(values[-1]),
         correct=True,
         metadata={"num_steps": len(steps), "derivation_lines": len(derivation), "check_lines": len(checks)},
     )
@@ -128,32 +132,21 @@ def _excess(config: RecheckConfig, rng: random.Random) -> float:
     return mean * rng.gammavariate(shape, 1 / shape)
 
 
-def _checks(values: list[int], steps: list[Operation], lines: int, rng: random.Random) -> list[str]:
-    """Re-checks of `lines` lines together, give or take one: of any kind while all of it fits, else a single step."""
-    lines = min(lines, LONGEST_LINES - len(steps) - 2)
+def _checks(answer: int, lines: int, rng: random.Random) -> list[str]:
+    """Re-checks of `lines` lines together, give or take one: of any kind while all of it fits, else a look."""
     made: list[str] = []
     # The shortest re-check has two lines: where one is wanted, it is made half of the time.
     while lines - len(made) > rng.randint(0, 1):
-        kinds = (_again, _backwards, _one_step) if lines - len(made) >= len(steps) + 2 else (_one_step,)
-        made += [*rng.choice(kinds)(values, steps, rng), f"So {values[-1]}"]
+        fitting = [rounds for rounds in ROUNDS if 2 * rounds < lines - len(made)]
+        made += [*_check(answer, rng.choice(fitting or ROUNDS[:1]), rng), f"So {answer}"]
     return made
 
 
-def _again(values: list[int], steps: list[Operation], rng: random.Random) -> list[str]:
-    return ["Check start", *_forwards(values, steps)]
-
-
-def _backwards(values: list[int], steps: list[Operation], rng: random.Random) -> list[str]:
-    undone = [
-        f"{LABELS[i]} {values[i + 1]}{INVERSE[steps[i][0]]}{steps[i][1]}={values[i]}"
-        for i in reversed(range(len(steps)))
-    ]
-    return [f"Check {values[-1]}", *undone[:-1], f"{undone[-1]} ok"]
-
-
-def _one_step(values: list[int], steps: list[Operation], rng: random.Random) -> list[str]:
-    return [f"Check {_forwards(values, steps)[rng.randrange(len(steps))]} ok"]
-
-
-def _forwards(values: list[int], steps: list[Operation]) -> list[str]:
-    return [f"{LABELS[i]} {values[i]}{op}{operand}={values[i + 1]}" for i, (op, operand) in enumerate(steps)]
+def _check(answer: int, rounds: int, rng: random.Random) -> list[str]:
+    """Calculations from the answer there and back, so many times; none is a look at it."""
+    lines = [] if rounds else [f"{answer} ok"]
+    for _ in range(rounds):
+        operator, operand = rng.choice("+-"), rng.randint(1, 9)
+        there = apply_step(answer, (operator, operand))
+        lines += [f"{answer}{operator}{operand}={there}", f"{there}{INVERSE[operator]}{operand}={answer} ok"]
+    return [f"Check {line}" for line in lines]

@@ -109,15 +109,23 @@ def problem_text(start: int, steps: list[Operation], labels: str = LABELS) -> st
     return str(start) + "".join(f" {label}{op}{operand}" for label, (op, operand) in zip(labels, steps, strict=False))
 
 
+def derivation_lines(values: list[int], steps: list[Operation], labels: str = LABELS) -> list[str]:
+    """The problem restated, then a line a step; `values` are the start and the results."""
+    named = list(zip(labels, steps, strict=False))
+    given = f"Given {values[0]}" + "".join(f"{label}{op}{operand}" for label, (op, operand) in named)
+    return [
+        given,
+        *(f"{label} {values[i]}{op}{operand}={values[i + 1]}" for i, (label, (op, operand)) in enumerate(named)),
+    ]
+
+
 def make_trace(start: int, steps: list[Operation], source: str = "", labels: str = LABELS) -> Trace:
     """The problem with its worked solution; `reference` is the answer and `correct` is True."""
     values = [start]
     for step in steps:
         values.append(apply_step(values[-1], step))
     named = list(zip(labels, steps, strict=False))
-    lines = [f"Given {start}" + "".join(f"{label}{op}{operand}" for label, (op, operand) in named)]
-    lines += [f"{label} {values[i]}{op}{operand}={values[i + 1]}" for i, (label, (op, operand)) in enumerate(named)]
-    lines += [f"So {values[-1]}", "Check"]
+    lines = [*derivation_lines(values, steps, labels), f"So {values[-1]}", "Check"]
     for i in range(len(steps) - 1, -1, -1):
         label, (op, operand) = named[i]
         before = labels[i - 1] if i else "start"

@@ -13,7 +13,7 @@ from limbeck.sweep.execute import asked_of_teacher
 from limbeck.sweep.plan import SweepConfig, is_uncut, plan_runs, reference_of
 
 TOKENIZER = load_tokenizer("tiny-student")
-TRACES = {"source": "builtin:recheck", "num_traces": 90, "recheck": {"max_steps": 4}}
+TRACES = {"source": "builtin:recheck", "num_traces": 90, "recheck": {"most_steps": 4}}
 DISTILL = {
     "student": {"model": "tiny-student"},
     "teacher": {"model": "tiny-teacher"},
