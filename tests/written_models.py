@@ -21,8 +21,10 @@ from limbeck.models.schemes import Scheme, config_of, tensors_of
 
 def rounded_to(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Quantized:
     """Codes and scales of a weight, the scales as they will be stored."""
-    grid = grid_of(scheme)
-    scales = grid.scales(weight).to(dtype).float()
+    grid = grid_of(scheme).fitted(weight)
+    scales = grid.scales(weight)
+    if scheme.scale_dtype is None:
+        scales = scales.to(dtype).float()
     if scheme.strategy == "tensor":
         scales = scales.amax().expand_as(scales)
     return encode(weight, scales, grid)
@@ -44,7 +46,9 @@ def write_quantized(
             scheme = schemes[layer]
             quantized = rounded_to(tensor.float(), scheme, dtype)
             scale = input_scale if scheme.activations == "static" else None
-            tensors |= tensors_of(layer, quantized.codes, quantized.scales, scheme, dtype, scale)
+            tensors |= tensors_of(
+                layer, quantized.codes, quantized.scales, scheme, dtype, scale, quantized.grid.global_scale
+            )
             dense[name] = quantized.dequantize().to(dtype)
         elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
             tensors[name] = tensor

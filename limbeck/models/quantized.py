@@ -22,7 +22,10 @@ from limbeck.models.kv_quant import FP8_LARGEST, Rounding, attention_layers, rou
 from limbeck.models.schemes import KV_CACHE_SCHEME, STATUS, SUFFIXES, Scheme, Stored, stored_weight, weight_of
 from limbeck.models.weight_files import tensor_files
 
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
+FORMATS = (
+    "pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+    "mixed-precision",
+)  # fmt: skip
 
 
 class Quantization(NamedTuple):
@@ -99,9 +102,9 @@ def _read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
     if not (_is_read(weights) and _are_inputs_read(weights, inputs)) or group.get("output_activations"):
         raise ModelError(
             f"{where}: weights {weights} with input_activations {inputs} are not read; known are 2 to 8 bit groups, "
-            "int8 with dynamic int8 inputs, E4M3 with dynamic or static inputs."
+            "int8 with dynamic int8 inputs, E4M3 with dynamic or static inputs, NVFP4 and MXFP4 of weights alone."
         )
-    is_grouped = weights["strategy"] == "group"
+    is_grouped = weights["strategy"] in ("group", "tensor_group")
     return Scheme(
         bits=int(weights["num_bits"]),
         kind=weights["type"],
@@ -113,6 +116,8 @@ def _read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
 
 def _is_read(weights: Mapping[str, Any]) -> bool:
     kind, bits, strategy = weights.get("type"), int(weights.get("num_bits") or 0), weights.get("strategy")
+    if kind == "float" and bits == 4:
+        return (strategy, weights.get("group_size")) in (("tensor_group", 16), ("group", 32))
     is_type_read = bits in range(2, 9) if kind == "int" else kind == "float" and bits == 8
     return is_type_read and (strategy in ("channel", "tensor") or (strategy == "group" and bool(weights["group_size"])))
 

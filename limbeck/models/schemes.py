@@ -5,6 +5,9 @@
     w8a8          int8, a scale an output channel      int8, a scale a token, as it comes int-quantized
     fp8-dynamic   E4M3, a scale an output channel      E4M3, a scale a token, as it comes float-quantized
     fp8-static    E4M3, one scale                      E4M3, one scale, fixed             float-quantized
+    nvfp4a16      E2M1, an E4M3 scale 16 inputs and    as they are                        nvfp4-pack-quantized
+                  one float32 scale for the layer
+    mxfp4a16      E2M1, a power of two 32 inputs       as they are                        mxfp4-pack-quantized
 
 All are symmetric: asymmetric int4 fails in transformers, and no engine needs it. `quantization_status: compressed` is
 always there, since without it transformers loads the file and computes with wrong weights. Nothing is said of sparsity:
@@ -14,7 +17,7 @@ Source: the compressed-tensors checkpoint format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,13 +25,22 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import CompressionError, ConfigError, ModelError, nearest
+from limbeck.models import fp4
 from limbeck.models.packing import pack, unpack
 
 STATUS = "compressed"
 KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 """Keys and values as E4M3 with one fixed scale a layer each, the tensors `self_attn.k_scale` and `v_scale`, [1]."""
-SUFFIXES = ("weight_packed", "weight_shape", "weight_scale", "input_scale", "weight")
+SUFFIXES = ("weight_packed", "weight_shape", "weight_scale", "weight_global_scale", "input_scale", "weight")
 """What may follow a quantised layer's name, but for its bias."""
+
+
+_NEEDED = {
+    "pack-quantized": ("weight_packed", "weight_shape", "weight_scale"),
+    "nvfp4-pack-quantized": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "mxfp4-pack-quantized": ("weight_packed", "weight_scale"),
+}
+"""Tensors of a layer by format, where they are not its weight and one scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +50,9 @@ class Scheme:
     bits: int = 4
     """Width of a weight's code, 2 to 8."""
     kind: str = "int"
-    """int | float (8 bits, E4M3), of weights and inputs."""
+    """int | float (8 bits: E4M3; 4 bits: E2M1), of weights and inputs."""
     strategy: str = "group"
-    """group | channel | tensor: what shares a scale of the weights."""
+    """group | channel | tensor: what shares a scale of the weights; tensor_group: groups within one global scale."""
     group_size: int | None = 128
     """Inputs that share a scale; null unless the strategy is group."""
     activations: str | None = None
@@ -49,9 +61,17 @@ class Scheme:
     @property
     def format(self) -> str:
         """The name that compressed-tensors has for the storage."""
+        if self.kind == "float" and self.bits == 4:
+            return "nvfp4-pack-quantized" if self.strategy == "tensor_group" else "mxfp4-pack-quantized"
         if self.kind == "float":
             return "float-quantized"
         return "pack-quantized" if self.activations is None else "int-quantized"
+
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """Of the stored scales; None where they have the dtype of the other weights."""
+        dtypes = {"nvfp4-pack-quantized": torch.float8_e4m3fn, "mxfp4-pack-quantized": torch.float8_e8m0fnu}
+        return dtypes.get(self.format)
 
     @property
     def largest_code(self) -> int | None:
@@ -68,6 +88,8 @@ SCHEMES = {
     "w8a8": Scheme(bits=8, strategy="channel", group_size=None, activations="dynamic"),
     "fp8-dynamic": Scheme(bits=8, kind="float", strategy="channel", group_size=None, activations="dynamic"),
     "fp8-static": Scheme(bits=8, kind="float", strategy="tensor", group_size=None, activations="static"),
+    "nvfp4a16": Scheme(bits=4, kind="float", strategy="tensor_group", group_size=16),
+    "mxfp4a16": Scheme(bits=4, kind="float", group_size=32),
 }
 
 
@@ -79,9 +101,26 @@ def scheme_of(name: str, group_size: int | None = 128) -> Scheme:
     if name not in SCHEMES:
         raise ConfigError(f"scheme {name!r} is unknown; {nearest(name, SCHEMES)}.")
     scheme = SCHEMES[name]
-    if scheme.strategy != "group":
+    if scheme.strategy != "group" or scheme.scale_dtype is not None:
         return scheme
     return replace(scheme, group_size=group_size, strategy="channel" if group_size is None else "group")
+
+
+def takes_group_size(name: str) -> bool:
+    """Whether the group size of a scheme is a choice."""
+    return scheme_of(name, 1).group_size == 1
+
+
+def check_dtype(scheme: Scheme, dtype: torch.dtype, name: str) -> None:
+    """Refuse four-bit floats beside weights that are not bfloat16, the type in which compressed-tensors unpacks them.
+
+    Raises: CompressionError.
+    """
+    if scheme.scale_dtype is not None and dtype != torch.bfloat16:
+        raise CompressionError(
+            f"{name}: {scheme.format} goes with bfloat16 alone, and the model is {str(dtype).removeprefix('torch.')}; "
+            "write it so first (`limbeck export --format dense --dtype bfloat16`)."
+        )
 
 
 def config_of(
@@ -123,6 +162,9 @@ def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:
     }
     if scheme.group_size is not None:
         weights["group_size"] = scheme.group_size
+    if scheme.scale_dtype is not None:
+        stored = torch.uint8 if scheme.scale_dtype == torch.float8_e8m0fnu else scheme.scale_dtype
+        weights["scale_dtype"] = str(stored)
     inputs = None
     if scheme.activations is not None:
         inputs = {
@@ -148,6 +190,7 @@ def tensors_of(
     scheme: Scheme,
     dtype: torch.dtype = torch.bfloat16,
     input_scale: float | Tensor | None = None,
+    global_scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """The tensors that stand for a quantised linear layer's weight.
 
@@ -158,10 +201,14 @@ def tensors_of(
       scheme: what they were rounded for.
       dtype: of the scales, that of the model's other weights.
       input_scale: of static activations; its largest input is input_scale * 448.
+      global_scale: that scales were rounded with (`tensor_group`).
     Raises: CompressionError when they do not fit together.
     """
     where = f"{prefix}." if prefix else ""
-    stored = _stored_scales(prefix, codes, scales, scheme).to(dtype)
+    checked = _stored_scales(prefix, codes, scales, scheme)
+    if scheme.scale_dtype is not None:
+        return {f"{where}{suffix}": tensor for suffix, tensor in _fp4_tensors(codes, checked, global_scale, scheme)}
+    stored = checked.to(dtype)
     if not bool(torch.isfinite(stored).all()):
         raise CompressionError(f"{prefix}: scales do not fit into {dtype}; store the checkpoint in another dtype.")
     tensors = {f"{where}weight_scale": stored}
@@ -195,6 +242,23 @@ def _stored_scales(prefix: str, codes: Tensor, scales: Tensor, scheme: Scheme) -
     return scales[:1, 0]
 
 
+def _fp4_tensors(codes: Tensor, scales: Tensor, global_scale: float, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
+    yield "weight_packed", fp4.pack(codes)
+    if scheme.strategy == "tensor_group":
+        yield "weight_scale", (scales * global_scale).to(torch.float8_e4m3fn)
+        yield "weight_global_scale", torch.tensor([global_scale])
+    else:
+        yield "weight_scale", fp4.to_exponents(scales)
+
+
+def _fp4_weight(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Codes, and scales in float32."""
+    scales = tensors["weight_scale"]
+    if scheme.strategy == "tensor_group":
+        return fp4.unpack(tensors["weight_packed"]), scales.float() / tensors["weight_global_scale"].float()
+    return fp4.unpack(tensors["weight_packed"]), fp4.from_exponents(scales)
+
+
 class Stored(NamedTuple):
     """A quantised layer's weight as it is stored: codes times scales."""
 
@@ -213,18 +277,19 @@ def stored_weight(tensors: Mapping[str, Tensor], scheme: Scheme, where: str) -> 
       where: the layer's name, for messages.
     Raises: ModelError when a tensor is missing or has another shape than its scheme says.
     """
-    needed = ("weight_packed", "weight_shape", "weight_scale")
-    for suffix in needed if scheme.format == "pack-quantized" else ("weight", "weight_scale"):
+    for suffix in _NEEDED.get(scheme.format, ("weight", "weight_scale")):
         if suffix not in tensors:
             raise ModelError(f"{where}: no tensor {suffix}, which format {scheme.format} has; the file is damaged.")
     if scheme.format == "pack-quantized":
         codes = unpack(tensors["weight_packed"], scheme.bits, int(tensors["weight_shape"][1]))
+        scales = tensors["weight_scale"]
+    elif scheme.scale_dtype is not None:
+        codes, scales = _fp4_weight(tensors, scheme)
     else:
-        codes = tensors["weight"]
+        codes, scales = tensors["weight"], tensors["weight_scale"]
     outputs, inputs = codes.shape
     groups = inputs // scheme.group_size if scheme.group_size else 1
     shape = (1,) if scheme.strategy == "tensor" else (outputs, groups)
-    scales = tensors["weight_scale"]
     if scales.shape != shape or groups == 0 or inputs % groups:
         raise ModelError(
             f"{where}: scales {list(scales.shape)} for weight {[outputs, inputs]}; its scheme has {list(shape)}."
@@ -233,7 +298,8 @@ def stored_weight(tensors: Mapping[str, Tensor], scheme: Scheme, where: str) -> 
 
 
 def weight_of(stored: Stored, dtype: torch.dtype) -> Tensor:
-    """The dense weight [O I]: code * scale, the scale first rounded to `dtype`."""
+    """The dense weight [O I]: code * scale, the scale first rounded to `dtype` where it is stored in such a one."""
     outputs, inputs = stored.codes.shape
     grouped = stored.codes.to(torch.float32).view(outputs, stored.scales.shape[1], -1)
-    return (grouped * stored.scales.to(dtype).float()[:, :, None]).view(outputs, inputs).to(dtype)
+    scales = stored.scales.float() if stored.scheme.scale_dtype else stored.scales.to(dtype).float()
+    return (grouped * scales[:, :, None]).view(outputs, inputs).to(dtype)

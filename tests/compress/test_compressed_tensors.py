@@ -40,6 +40,14 @@ def test_every_scheme_gives_the_same_logits(name, dtype, tmp_path):
     assert_same(tmp_path, dtype)
 
 
+@pytest.mark.parametrize("name", ["nvfp4a16", "mxfp4a16"])
+def test_four_bit_floats_give_the_same_logits(name, tmp_path):
+    """In bfloat16: the library unpacks them in it whatever is asked for."""
+    model = made_model("llama-tied", hidden_size=64, intermediate_size=96)
+    write_quantized(tmp_path, model, schemes_for(model, SCHEMES[name]), torch.bfloat16)
+    assert_same(tmp_path, torch.bfloat16)
+
+
 # Experts are not quantised, and Gemma 2 has no scaled-dot-product attention in transformers, which load_model asks for.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("mixtral", "gemma2")])
 @pytest.mark.parametrize("name", ["w4a16-g16", "w8a8"])

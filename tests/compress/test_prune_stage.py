@@ -29,9 +29,9 @@ def text(path, words=3000):
     return CalibrationConfig(text=path, sequences=8, sequence_length_tokens=32)
 
 
-def saved(family, path, dtype=torch.float32):
+def saved(family, path, dtype=torch.float32, **sizes):
     """A random model with the built-in tokenizer beside it."""
-    model = made_model(family).to(dtype)
+    model = made_model(family, **sizes).to(dtype)
     model.save_pretrained(path)
     load_tokenizer("tiny-teacher").save_pretrained(path)
     return model

@@ -35,6 +35,8 @@ GRIDS = {
     "int3-channel": Grid(bits=3, group_size=None),
     "int8-63": Grid(bits=8, group_size=None, largest_code=63),
     "fp8": Grid(bits=8, kind="float", group_size=None),
+    "nvfp4": Grid(kind="float", group_size=16, scale_dtype=torch.float8_e4m3fn, global_scale=600.0),
+    "mxfp4": Grid(kind="float", group_size=16, scale_dtype=torch.float8_e8m0fnu),
 }
 
 

@@ -43,6 +43,36 @@ def test_transformers_reads_what_we_read(family, scheme, tmp_path):
     assert error_of(tmp_path) < {"w4a16": 0.6, "w8a8": 0.1, "fp8-dynamic": 0.25}[scheme]
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16"])
+def test_four_bit_floats_are_read_as_transformers_reads_them(scheme, tmp_path):
+    saved("llama", tmp_path / "model", torch.bfloat16, hidden_size=64, intermediate_size=96)
+    fields = {"model": str(tmp_path / "model"), "scheme": scheme, "calibration": text(tmp_path / "text"), "gate": QUIET}
+    run(QuantizeConfig(**fields, method="gptq"), tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        ours = load_model(str(tmp_path / "out"), torch.bfloat16, whole=True)(IDS).logits
+        torch.testing.assert_close(ours, theirs(IDS).logits, rtol=2e-2, atol=2e-2)
+    run(QuantizeConfig(**fields, method="rtn"), tmp_path / "rounded")
+    dense = load_model(str(tmp_path / "model"), whole=True).state_dict()
+    for name in ("gate_proj", "up_proj"):
+        scales = [
+            SafetensorSource(tmp_path / "out").tensor(f"model.layers.1.mlp.{layer}.weight_global_scale")
+            for layer in ("gate_proj", "up_proj")
+            if scheme == "nvfp4a16"
+        ]
+        assert len(set(map(float, scales))) <= 1, "engines fuse the two, with one global scale"
+        weight = dense[f"model.layers.1.mlp.{name}.weight"]
+        rounded = load_model(str(tmp_path / "rounded"), whole=True).state_dict()[f"model.layers.1.mlp.{name}.weight"]
+        assert float((rounded - weight).norm() / weight.norm()) < 0.13
+
+
+def test_four_bit_floats_are_refused_where_they_would_not_load(tmp_path):
+    with pytest.raises(CompressionError, match=r"nvfp4-pack-quantized goes with bfloat16 alone.*float32"):
+        quantized(tmp_path, scheme="nvfp4a16", group_size=128, method="rtn")
+    with pytest.raises(ConfigError, match="group_size 32: mxfp4a16 shares its scales as it must"):
+        QuantizeConfig(model="tiny-student", scheme="mxfp4a16", group_size=32)
+
+
 @pytest.mark.parametrize("equalization", ["awq", "smoothquant"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_equalization_alone_changes_nothing(equalization, family, tmp_path):

@@ -23,7 +23,7 @@ from limbeck.models.anatomy import backbone_of
 from limbeck.models.kv_quant import cache_scales
 from limbeck.models.load import locate, quantization_at
 from limbeck.models.quantized import read_tensors
-from limbeck.models.schemes import KV_CACHE_SCHEME, Scheme, config_of, tensors_of
+from limbeck.models.schemes import KV_CACHE_SCHEME, Scheme, check_dtype, config_of, tensors_of
 
 
 def _check_scheme(name: str, scheme: Scheme | None) -> None:
@@ -68,6 +68,7 @@ def write_compressed(
             tree = tree | {"dtype": str(dtype).removeprefix("torch.")}
     else:
         dtype = dtype or next(model.parameters()).dtype
+        check_dtype(scheme, dtype, name)
         chosen = [layer for layer, module in backbone_of(model).named_modules() if isinstance(module, nn.Linear)]
         _refuse_experts(name, model)
         tensors = _rounded(model, {f"model.{layer}" for layer in chosen}, scheme, dtype, scales)
@@ -91,6 +92,11 @@ def _rounded(
             continue
         if scheme.activations == "static":
             raise CompressionError(f"{layer}: fixed activation scales need data; run limbeck quantize for fp8-static.")
+        if scheme.strategy == "tensor_group":
+            raise CompressionError(
+                f"{layer}: layers that engines fuse share one global scale; run `limbeck quantize --scheme nvfp4a16 "
+                "--method rtn`, which needs no data either."
+            )
         grid = grid_of(scheme, dtype)
         found = encode(tensor, grid.scales(tensor, layer), grid)
         yield from tensors_of(layer, found.codes, found.scales, scheme, dtype).items()

@@ -6,13 +6,14 @@ Source: the compressed-tensors checkpoint format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from limbeck.errors import CompressionError, ConfigError
+from limbeck.models import fp4
 
 FP8_LARGEST = 448.0
 """Largest value of float8 E4M3."""
@@ -27,20 +28,23 @@ class Grid:
     bits: int = 4
     """Width of a code, 2 to 8."""
     kind: str = "int"
-    """int | float (8 bits, E4M3)."""
+    """int | float (8 bits: E4M3; 4 bits: E2M1)."""
     group_size: int | None = 128
     """Consecutive inputs that share a scale; null: all inputs of an output channel."""
     largest_code: int | None = None
     """Codes stay in -largest_code..largest_code; null: the whole width, -2^(bits-1)..2^(bits-1)-1. 63 at 8 bits keeps
     AVX2's 16-bit sums from overflowing, and costs little."""
     scale_dtype: torch.dtype = torch.float32
-    """What scales are stored in: they are rounded to it before codes are chosen, so that codes suit what is read."""
+    """What scales are stored in: they are rounded to it before codes are chosen, so that codes suit what is read.
+    E4M3 with `global_scale` (NVFP4) and E8M0, powers of two (MXFP4), too."""
+    global_scale: float = 1.0
+    """Scales are stored as E4M3 numbers of times this; see `fitted`."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("int", "float"):
             raise ConfigError(f"kind must be int or float; found {self.kind!r}")
-        if not 2 <= self.bits <= 8 or (self.kind == "float" and self.bits != 8):
-            raise ConfigError(f"bits must be 2 to 8, and 8 for kind float; found {self.bits}")
+        if not 2 <= self.bits <= 8 or (self.kind == "float" and self.bits not in (4, 8)):
+            raise ConfigError(f"bits must be 2 to 8, and 4 or 8 for kind float; found {self.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group_size must be positive or null; found {self.group_size}")
         if self.largest_code is not None and not 1 <= self.largest_code < 2 ** (self.bits - 1):
@@ -50,7 +54,8 @@ class Grid:
     def range(self) -> tuple[float, float]:
         """Lowest and highest code."""
         if self.kind == "float":
-            return -FP8_LARGEST, FP8_LARGEST
+            largest = FP8_LARGEST if self.bits == 8 else fp4.LARGEST
+            return -largest, largest
         if self.largest_code is not None:
             return -self.largest_code, self.largest_code
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
@@ -72,6 +77,8 @@ class Grid:
     def round(self, values: Tensor) -> Tensor:
         """Nearest codes of values in units of the scale, as float32."""
         low, high = self.range
+        if self.kind == "float" and self.bits == 4:
+            return fp4.round_to_nearest(values)
         if self.kind == "float":
             return values.clamp(low, high).to(torch.float8_e4m3fn).float()
         return values.round().clamp_(low, high)
@@ -85,8 +92,19 @@ class Grid:
         return self.storable((grouped.abs().amax(-1) / self.range[1]).clamp(min=SMALLEST_SCALE))
 
     def storable(self, scales: Tensor) -> Tensor:
-        """Scales as `storable` gives them for this grid's dtype."""
+        """Scales as this grid's dtype holds them, float32."""
+        if self.scale_dtype == torch.float8_e8m0fnu:
+            return fp4.power_of_two(scales)
+        if self.scale_dtype == torch.float8_e4m3fn:
+            return storable((scales * self.global_scale).clamp(max=FP8_LARGEST), self.scale_dtype) / self.global_scale
         return storable(scales, self.scale_dtype)
+
+    def fitted(self, *weights: Tensor) -> Grid:
+        """The grid for these weights, which share one global scale where it has one: its largest is E4M3's largest."""
+        if self.scale_dtype != torch.float8_e4m3fn:
+            return self
+        largest = max(float(weight.abs().max()) for weight in weights)
+        return replace(self, global_scale=FP8_LARGEST * self.range[1] / max(largest, SMALLEST_SCALE))
 
 
 def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:

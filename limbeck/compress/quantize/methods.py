@@ -28,7 +28,7 @@ def grid_of(scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Grid:
         kind=scheme.kind,
         group_size=scheme.group_size,
         largest_code=scheme.largest_code,
-        scale_dtype=scale_dtype,
+        scale_dtype=scheme.scale_dtype or scale_dtype,
     )
 
 
@@ -87,11 +87,13 @@ class Quantize:
         factors = None
         if self._equalize is not None and fold is not None:
             grid = grid_of(self._schemes[problems[0].name], dtypes[problems[0].name])
+            grid = grid.fitted(*(problem.weight for problem in problems))
             factors, problems = self._equalized(self._equalize(problems, grid), problems, fold)
         weights: dict[str, Tensor] = {}
         for scheme, dtype in dict.fromkeys((self._schemes[p.name], dtypes[p.name]) for p in problems):
             members = [p for p in problems if (self._schemes[p.name], dtypes[p.name]) == (scheme, dtype)]
-            stacked, grid = _stacked(members), grid_of(scheme, dtype)
+            stacked = _stacked(members)
+            grid = grid_of(scheme, dtype).fitted(stacked.weight)
             # One scale for the layer leaves nothing to solve but rounding.
             is_one_scale = scheme.strategy == "tensor"
             quantized = _one_scale(stacked, grid) if is_one_scale else self._round(stacked, grid, self._settings)
@@ -118,7 +120,9 @@ class Quantize:
         for name, (quantized, scheme, input_scale) in self._done.items():
             dtype = blocks.dtypes[f"{name}.weight"]
             scale = input_scale if scheme.activations == "static" else None
-            tensors |= tensors_of(name, quantized.codes, quantized.scales, scheme, dtype, scale)
+            tensors |= tensors_of(
+                name, quantized.codes, quantized.scales, scheme, dtype, scale, quantized.grid.global_scale
+            )
         self._done = {}
         return blocks.stored(number, tensors)
 

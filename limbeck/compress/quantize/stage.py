@@ -28,7 +28,7 @@ from limbeck.compress.quantize.smoothquant import SmoothQuantConfig
 from limbeck.compress.stage import CompressConfig, Job, compress
 from limbeck.config import checked, only
 from limbeck.errors import ConfigError, nearest
-from limbeck.models.schemes import Scheme, config_of, scheme_of
+from limbeck.models.schemes import Scheme, check_dtype, config_of, scheme_of, takes_group_size
 from limbeck.progress import console
 from limbeck.stage import How
 
@@ -46,7 +46,8 @@ class QuantizeConfig(CompressConfig):
     """Quantise a model's linear layers; embeddings and head stay as they are."""
 
     scheme: str = "w4a16"
-    """w2a16 to w8a16 (weights only, groups) | w8a8 (int8, inputs a token) | fp8-dynamic | fp8-static."""
+    """w2a16 to w8a16 (weights only, groups) | w8a8 (int8, inputs a token) | fp8-dynamic | fp8-static | nvfp4a16,
+    mxfp4a16 (weights only, four-bit floats)."""
     group_size: int | None = DEFAULT_GROUP
     """Inputs that share a scale in the weight-only schemes; must divide the inputs of every layer. Null: one a row."""
     method: str = "quantease"
@@ -77,9 +78,9 @@ class QuantizeConfig(CompressConfig):
         if self.equalization not in ("none", *EQUALIZERS):
             known = ("none", *EQUALIZERS)
             raise ConfigError(f"equalization: unknown {self.equalization!r}; {nearest(self.equalization, known)}")
-        has_groups = self.mixed is not None or scheme_of(self.scheme, 1).group_size is not None
+        has_groups = self.mixed is not None or takes_group_size(self.scheme)
         if not has_groups and self.group_size not in (None, DEFAULT_GROUP):
-            raise ConfigError(f"group_size {self.group_size}: {self.scheme} has one scale a row; leave it out")
+            raise ConfigError(f"group_size {self.group_size}: {self.scheme} shares its scales as it must; leave it out")
         if self.pattern is not None:
             Pattern.parse(self.pattern)
 
@@ -101,6 +102,8 @@ def run(config: QuantizeConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """
     blocks = Blocks(config.model)
     schemes = _schemes(config, blocks)
+    for scheme in set(schemes.values()):
+        check_dtype(scheme, blocks.config.dtype, config.model)
     needs_data = config.needs_data or any(scheme.activations == "static" for scheme in schemes.values())
     pattern = None if config.pattern is None else Pattern.parse(config.pattern)
     rounding, settings = _rounding(config, pattern)
