@@ -58,6 +58,7 @@ _FUNCTIONS = (
     "bench_server",
     "build_ranker",
     "cache_teacher",
+    "complete_traces",
     "count_traces",
     "demo",
     "describe_teacher_cache",

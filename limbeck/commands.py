@@ -35,6 +35,9 @@ COMMANDS: dict[str, Command] = {
     "traces verify": Command(
         "evaluate.commands:VERIFY", "check answers, then filter by pass rate, length and overlap with test sets"
     ),
+    "traces complete": Command(
+        "evaluate.commands:COMPLETE", "cut traces, let a student finish them, keep what is right; resumable"
+    ),
     "traces show": Command("traces.commands:SHOW", "print traces with their segments, weights and cut"),
     "traces stats": Command("traces.commands:STATS", "count segments, and what a cut would lose"),
     "teacher cache": Command(

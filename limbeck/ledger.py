@@ -104,7 +104,7 @@ class Ledger:
             self.counts[name] += int(tree[name])
         for name in FLOP_PARTS:
             self.flops[name] += int(tree["flops"][name])
-        self.audit = dict(tree["flops_audit"])
+        self.audit = dict(tree["flops_audit"]) or self.audit
         for name, value in tree["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
         for name, value in tree["peak_bytes"].items():

@@ -20,12 +20,13 @@ TOP = """
     count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export
     export_teacher_cache generate_traces import_teacher_cache import_traces load models moments optim pipeline plan
     probe_traces prune quantize ranking recover recover_ranker report scale serve show_evaluation show_traces sweep
-    teacher traces train_ranker verify_teacher_cache verify_traces
+    teacher traces train_ranker verify_teacher_cache verify_traces complete_traces
 """
 PACKAGES = {
     "traces": """
         Batch Cut Example Markers RenderConfig Sample SelectConfig SupervisionConfig Trace TraceConfig
-        TruncationConfig apply_cut collate generate_chain make_example parse_record read_problems read_traces
+        TruncationConfig apply_cut collate common_length fit_cut generate_chain make_example parse_record read_problems
+        read_traces
         render_prompt render_trace select_traces split_thought split_traces stop_ids token_weights truncate_sample
         write_jsonl
     """,

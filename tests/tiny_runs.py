@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from limbeck.config import build, to_dict
 from limbeck.distill import train
+from limbeck.distill.borders import borders_of
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.microbatch import MicroBatch, StepLoss, Student, step_totals
@@ -113,7 +114,8 @@ def one_step(
     student.train()
     data = prepare(config, tokenizer)
     totals = step_totals(data.train, config.loss.normalization)
-    wanted = StepLoss(config.loss, config.kd_ratio, totals, config.supervision.select)
+    borders = borders_of(config.supervision.borders, tokenizer, config.render)
+    wanted = StepLoss(config.loss, config.kd_ratio, totals, config.supervision.select, borders)
     ledger = Ledger()
     ce = kd = 0.0
     counter = flop_counter()

@@ -15,6 +15,7 @@ from limbeck.teacher.cache import CacheConfig
 from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import make_example
 from limbeck.traces.counts import tell
+from limbeck.traces.fit import fit
 from limbeck.traces.render import RenderConfig
 from limbeck.traces.rendering import render_traces
 from limbeck.traces.select import SelectConfig, select_traces
@@ -58,7 +59,8 @@ def run(config: CacheStageConfig, out: Path, *, how: How = How()) -> Checkpoint:
     )
     tell([*read.lines(), *selected.lines(), *notes])
     segments = SupervisionConfig(preset=config.segments)
-    examples = [make_example(sample, config.truncation, segments) for sample in samples]
+    cut = fit(config.truncation, samples)
+    examples = [make_example(sample, cut, segments) for sample in samples]
     asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
     write_cache(config.teacher, config.cache, asked, out, config, how.on)
     return Checkpoint(out)

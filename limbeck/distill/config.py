@@ -11,8 +11,10 @@ from limbeck.client import ClientConfig, server_root
 from limbeck.config import checked
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.fused import CHUNK_BYTES
+from limbeck.distill.moving_cut import CutScheduleConfig, check_schedule
 from limbeck.distill.on_policy import OnPolicyConfig
 from limbeck.distill.parallel import ParallelConfig
+from limbeck.distill.stop_control import StopControlConfig
 from limbeck.errors import ConfigError
 from limbeck.models.tiny import ScratchConfig
 from limbeck.optim.build import OptimizerConfig
@@ -317,6 +319,10 @@ class DistillConfig:
     """How text becomes tokens."""
     truncation: TruncationConfig = field(default_factory=TruncationConfig)
     """Which part of every trace is kept."""
+    cut_schedule: CutScheduleConfig | None = None
+    """Move the share that is kept from step to step; null leaves it."""
+    stop_control: StopControlConfig | None = None
+    """Leave more traces whole when the student forgets how to stop; null does not look."""
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     """Which segments carry loss."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -343,6 +349,32 @@ class DistillConfig:
             )
         self._check_parallel()
         self._check_sizes()
+        self._check_moving()
+        if self.supervision.borders is not None and not 0 < self.kd_ratio < 1:
+            raise ConfigError(
+                f"supervision.borders takes CE where a teacher may stop, so it needs both terms; kd_ratio is "
+                f"{self.kd_ratio:g}: set a teacher and loss.kd_ratio above 0 and below 1"
+            )
+        if self.supervision.borders is not None and self.training.parallel.shard_head:
+            raise ConfigError("supervision.borders reads whole rows of logits; set parallel.shard_head false")
+
+    def _check_moving(self) -> None:
+        """A cut that moves needs a known number of steps, and a controller something to look at."""
+        if self.cut_schedule is not None:
+            check_schedule(self.truncation)
+        if self.moves_cut and (self.training.batch_tokens is not None or self.training.max_tokens is not None):
+            raise ConfigError(
+                "cut_schedule and stop_control cut each step anew, so its tokens are not known beforehand: set "
+                "training.batch_size and epochs or max_steps, not batch_tokens or max_tokens"
+            )
+        if self.stop_control is None:
+            return
+        if self.truncation.policy == "random_horizon":
+            raise ConfigError("stop_control leaves traces whole, which the weights of random_horizon do not know")
+        if self.num_validation == 0:
+            raise ConfigError("stop_control asks held-out prompts; set num_validation")
+        if self.training.parallel.strategy == "shard":
+            raise ConfigError("stop_control needs parallel.strategy replicate: a student in parts writes too slowly")
 
     def _check_sizes(self) -> None:
         if self.training.keep_best is not None and self.num_validation == 0:
@@ -362,6 +394,11 @@ class DistillConfig:
             raise ConfigError("supervision.select reads whole rows of logits; set parallel.shard_head false")
         if parallel.tensor_parallel_size > 1 and self.lora is not None:
             raise ConfigError("parallel.tensor_parallel_size above 1 splits plain linear layers; leave lora out")
+
+    @property
+    def moves_cut(self) -> bool:
+        """Whether traces are cut anew for every step."""
+        return self.cut_schedule is not None or self.stop_control is not None
 
     @property
     def kd_ratio(self) -> float:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from limbeck.distill.config import DistillConfig
+from limbeck.distill.moving_cut import MovingCut
 from limbeck.distill.rollouts import Prompts
 from limbeck.errors import ConfigError
 from limbeck.traces.batch import Example, make_example
+from limbeck.traces.fit import fit
 from limbeck.traces.render import RenderConfig, render_prompt
 from limbeck.traces.rendering import render_traces
 from limbeck.traces.sample import Sample
@@ -40,6 +42,8 @@ class Data(NamedTuple):
     """Of the training examples, where the student is to write rollouts."""
     validation_groups: list[list[Example]] | None = None
     """The held-out examples as they are to be validated together; None: grouped by length."""
+    moving: MovingCut | None = None
+    """The cut of every step, where it moves; `train` then holds the longest cuts."""
     notes: Sequence[str] = ()
     """What was left out, put together or held out, for the console."""
 
@@ -63,7 +67,8 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
     validation, _, _ = render_traces(
         validation_traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad
     )
-    examples = [make_example(sample, config.truncation, config.supervision) for sample in train]
+    cut, moving = cuts_of(config, train)
+    examples = [make_example(sample, cut, config.supervision) for sample in train]
     _check_supervised(examples, config.kd_ratio)
     counts = {
         "read": asdict(read),
@@ -71,12 +76,21 @@ def prepare(config: DistillConfig, tokenizer: Any) -> Data:
         "left_out": dropped,
         "train_traces": len(train),
         "validation_traces": len(validation),
-        **cut_counts(train, examples, config.truncation),
+        **cut_counts(train, examples, cut),
     }
     uncut = [make_example(sample, UNCUT, RESPONSE) for sample in validation]
     prompts = None if config.on_policy is None else _prompts(train_traces, train, tokenizer, config.render)
     told = [*read.lines(), *selected.lines(), *notes, *parts_left_out(counts, len(traces))]
-    return Data(examples, uncut, counts, prompts, notes=told)
+    return Data(examples, uncut, counts, prompts, moving=moving, notes=told)
+
+
+def cuts_of(config: DistillConfig, samples: Sequence[Sample]) -> tuple[TruncationConfig, MovingCut | None]:
+    """The cut of some whole samples, fitted to them; where it moves, the longest one and that of every step."""
+    if not config.moves_cut:
+        return fit(config.truncation, samples), None
+    raised = None if config.stop_control is None else config.stop_control.raises
+    moving = MovingCut.of(samples, config.truncation, config.supervision, config.cut_schedule, raised)
+    return moving.longest(), moving
 
 
 def _check_supervised(examples: Sequence[Example], kd_ratio: float) -> None:

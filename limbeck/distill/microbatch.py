@@ -23,7 +23,7 @@ from limbeck.models.sharded import assemble
 from limbeck.teacher.several import Teacher
 from limbeck.teacher.targets import TeacherTargets
 from limbeck.traces.batch import Batch, Example
-from limbeck.traces.supervise import TokenSelection
+from limbeck.traces.supervise import AtBorders, TokenSelection
 
 
 class Student(NamedTuple):
@@ -59,12 +59,20 @@ class Totals(NamedTuple):
 
 def step_totals(examples: Sequence[Example], normalization: str) -> Totals:
     """Denominators over all examples of a step, whichever rank or micro-batch they fall to."""
-    sums = np.array([[e.ce_weight.sum(dtype=np.float64), e.kd_weight.sum(dtype=np.float64)] for e in examples])
-    sums = sums.reshape(-1, 2)
+    sums = np.array([example.weight_sums for example in examples]).reshape(-1, 2)
     if normalization == "sequence_mean":
         sums = (sums > 0).astype(np.float64)
     ce, kd = sums.sum(axis=0)
     return Totals(float(ce), float(kd))
+
+
+class Borders(NamedTuple):
+    """Where CE gives way, because the teacher may stop (`borders`)."""
+
+    end_ids: Tensor
+    """int64 [K]: the first token of the end marker, and those that end a turn."""
+    probability: float
+    ce: AtBorders
 
 
 class StepLoss(NamedTuple):
@@ -75,6 +83,7 @@ class StepLoss(NamedTuple):
     totals: Totals
     select: TokenSelection | None = None
     """Which of the KD positions are kept; None keeps all."""
+    borders: Borders | None = None
 
     @property
     def is_any(self) -> bool:
@@ -99,7 +108,7 @@ class MicroBatch(NamedTuple):
 
         A term without any weight in the step has a coefficient of 0, so empty supervision gives 0, never NaN.
         """
-        _, kd_ratio, totals, _ = self.loss
+        kd_ratio, totals = self.loss.kd_ratio, self.loss.totals
         rows, weights = self.batch.target_rows(), [self.batch.ce_weight.flatten(), self.batch.kd_weight.flatten()]
         if self.loss.config.normalization == "sequence_mean":
             weights = [_per_sequence(self.batch, weight) for weight in weights]

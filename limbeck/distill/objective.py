@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from limbeck.distill.borders import spare_borders
 from limbeck.distill.fused import FusedLoss, fused_loss
 from limbeck.distill.microbatch import MicroBatch, laid_out_tokens
 from limbeck.distill.rows import SupervisedRows
-from limbeck.distill.selection import select_by_divergence, select_by_entropy
+from limbeck.distill.selection import select_by_student, select_without_student
 from limbeck.ledger import head_flops
 from limbeck.models.anatomy import head_of
 from limbeck.models.sharded import is_sharded, whole_head
@@ -21,7 +22,7 @@ class Distillation:
 
     A student in parts is run by all processes together, so there the pass is made for every micro-batch, even without
     examples (`traces.batch.idle`), which then costs a token that is not charged. Rows that the selection leaves without
-    any term skip the student's head and, where the teacher alone decides, its forward pass.
+    any term skip the student's head and, where the student is not asked which, its forward pass.
     """
 
     shard_head: bool = False
@@ -36,12 +37,12 @@ class Distillation:
         supervised = supervised._replace(targets=_ask(given, supervised, part))
         if len(supervised.rows) == 0 and not is_sharded(model):
             return None
-        supervised = select_by_entropy(given, supervised)
+        supervised = select_without_student(given, spare_borders(given, supervised))
         hidden, computed = given.hidden_states(supervised.rows)
         losses = []
         with given.ledger.phase("head"):
             head = whole_head(head) if part is None else head_rows(head, part)
-            supervised, hidden = select_by_divergence(given, supervised, hidden, head)
+            supervised, hidden = select_by_student(given, supervised, hidden, head)
             for ce_coef, kd_coef, targets in supervised.by_teacher():
                 loss = fused_loss(
                     hidden,

@@ -22,6 +22,9 @@ class OnPolicyConfig(SamplingConfig):
     """Sampling temperature of the rollouts, > 0; 0.8 to 0.9 serve best (2502.14305)."""
     max_new_tokens: int = 300
     """Longest rollout in tokens. A few tokens are rollouts of prefixes only (2602.15260)."""
+    first_new_tokens: int | None = None
+    """Longest rollout at the first on-policy step in tokens, >= 1; from there it grows in a straight line to
+    max_new_tokens at the last step (a progressive horizon, 2605.31490). Null: max_new_tokens from the start."""
     max_staleness_steps: int | None = 0
     """Most optimizer steps between the weights that wrote a rollout and those it trains; null writes all rollouts once,
     at the first on-policy step (offline on-policy distillation)."""
@@ -49,6 +52,11 @@ class OnPolicyConfig(SamplingConfig):
             raise ConfigError(
                 f"on_policy.max_staleness_steps must be 0 or more, or null; found {self.max_staleness_steps}"
             )
+        if self.first_new_tokens is not None and not 1 <= self.first_new_tokens <= self.max_new_tokens:
+            raise ConfigError(
+                f"on_policy.first_new_tokens must be in 1 to max_new_tokens ({self.max_new_tokens}); found "
+                f"{self.first_new_tokens}"
+            )
         if not self.length_warning_factor > 0:
             raise ConfigError(f"on_policy.length_warning_factor must be above 0; found {self.length_warning_factor}")
         self._check_importance()
@@ -72,6 +80,18 @@ class OnPolicyConfig(SamplingConfig):
         """Whether `step` trains on rollouts: of the first n steps of the second stage, ceil(fraction n) do."""
         since = step - self.first_step(total_steps)
         return since >= 0 and math.ceil((since + 1) * self.fraction) > math.ceil(since * self.fraction)
+
+    def new_tokens_at(self, step: int, total_steps: int) -> int:
+        """Longest rollout in tokens of what is written at `step`."""
+        if self.first_new_tokens is None:
+            return self.max_new_tokens
+        first = self.first_step(total_steps)
+        steps = max(1, total_steps - 1 - first)
+        return self.first_new_tokens + (self.max_new_tokens - self.first_new_tokens) * (step - first) // steps
+
+    def written_at(self, step: int, total_steps: int) -> int:
+        """The step whose weights write the rollouts of an on-policy `step`: the first such one of its window."""
+        return next(n for n in self.window(step, total_steps) if self.is_on_policy(n, total_steps))
 
     def window(self, step: int, total_steps: int) -> range:
         """The steps that share the rollouts of an on-policy `step`; weights are at most `max_staleness_steps` old."""

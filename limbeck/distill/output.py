@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from limbeck.checkpoint import hash_path
+from limbeck.checkpoint import Checkpoint, hash_path
 from limbeck.distill.config import DistillConfig, LoopConfig
 from limbeck.distill.setup import Run
 from limbeck.errors import CheckpointError
@@ -49,6 +49,14 @@ def inputs_of(config: DistillConfig) -> dict[str, str]:
     found |= {role: model_hash(name) for role, name in names.items() if name is not None}
     traces = Path(config.traces.source)
     return found | ({"traces": hash_path(traces)} if traces.exists() else {})
+
+
+def cost_of_traces(config: DistillConfig) -> Mapping[str, Any] | None:
+    """The ledger of `limbeck traces complete` where the traces are its own: a student wrote them for this run."""
+    source = Path(config.traces.source)
+    made = Checkpoint(source if source.is_dir() else source.parent)
+    is_completed = made.is_finished and made.manifest["stage"] == "traces complete"
+    return made.cost if is_completed else None
 
 
 def keep_lines(path: Path, count: int) -> None:

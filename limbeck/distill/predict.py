@@ -21,15 +21,15 @@ from limbeck.cost.memory import Loss, Pass, Student, Teacher, Way, saved_bytes, 
 from limbeck.cost.prediction import Prediction, flops_of
 from limbeck.cost.shapes import Dims, config_of, on_meta, scratch_shape
 from limbeck.distill.config import DistillConfig, TeacherConfig
-from limbeck.distill.data import Data, prepare
+from limbeck.distill.data import Data, cuts_of, prepare
 from limbeck.distill.pair import student_tokenizer_name, trainable
 from limbeck.distill.plan import PlannedStep, split_step
 from limbeck.distill.rollouts import Prompts
+from limbeck.distill.sampling_cost import rollouts_of, sampling_of
 from limbeck.distill.setup import planned_steps
 from limbeck.ledger import (
     backbone_backward_flops,
     backbone_forward_flops,
-    decoding_flops,
     head_flops,
     head_forward_flops,
 )
@@ -208,7 +208,7 @@ def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Se
     flat = [charge for step in charges for charge in step]
     if not flat:
         return Prediction("distill", steps=len(steps), notes=tuple(notes))
-    sampling, written = _sampling(setup, steps)
+    sampling, written = sampling_of(setup.config, setup.data, setup.student.sizes, steps)
     flops = flops_of(
         teacher=sum(charge.teacher for charge in flat),
         student=sum(charge.student for charge in flat),
@@ -229,7 +229,9 @@ def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Se
 
 
 def _assumptions(setup: Setup, sampling: int) -> Iterator[str]:
-    if sampling:
+    if setup.config.stop_control is not None:
+        yield "the student goes on stopping by itself, so that no more traces stay whole"
+    if setup.config.on_policy is not None and sampling:
         yield "rollouts as long as the given responses, or max_new_tokens where that is less"
     if setup.config.supervision.select is not None:
         yield "selected positions spread evenly over every sequence"
@@ -274,7 +276,9 @@ def data_of(config: DistillConfig, samples: Sequence[Sample]) -> Data:
         ids = [sample.input_ids[sample.segment_ids == PROMPT].tolist() for sample in samples]
         lengths = [len(sample) - len(prompt) for sample, prompt in zip(samples, ids, strict=True)]
         prompts = Prompts(ids, float(np.mean(lengths)))
-    return Data([make_example(sample, config.truncation, config.supervision) for sample in samples], [], {}, prompts)
+    cut, moving = cuts_of(config, samples)
+    examples = [make_example(sample, cut, config.supervision) for sample in samples]
+    return Data(examples, [], {}, prompts, moving=moving)
 
 
 def _stored(teacher: TeacherConfig) -> tuple[int, int]:
@@ -300,11 +304,16 @@ def _has_head_norms(shape: Any) -> bool:
 
 def _charges(setup: Setup, steps: Sequence[PlannedStep], world_size: int) -> Iterator[list[Charge]]:
     """The micro-batches of every step, over all ranks."""
-    policy, training = setup.config.on_policy, setup.config.training
+    policy, moving, training = setup.config.on_policy, setup.data.moving, setup.config.training
     for number, step in enumerate(steps):
-        examples, kd_ratio = setup.data.train, setup.config.kd_ratio
+        examples, kd_ratio, is_own = setup.data.train, setup.config.kd_ratio, False
         if policy is not None and policy.is_on_policy(number, len(steps)):
-            examples, kd_ratio = _rollouts(setup, step.indices), 1.0
+            assert setup.data.prompts is not None
+            examples, kd_ratio, is_own = rollouts_of(policy, setup.data.prompts, number, steps), 1.0, True
+        elif moving is not None:
+            share = setup.config.truncation.whole_fraction
+            examples, is_own = moving.examples(number, len(steps), step.indices, share), True
+        if is_own:
             lengths = [len(example) for example in examples]
             step = split_step(range(len(examples)), lengths, training.microbatch_tokens, training.layout, world_size)
         groups = [[examples[i] for i in group] for rank in step.microbatches for group in rank]
@@ -322,18 +331,20 @@ def charge_of(setup: Setup, examples: Sequence[Example], kd_ratio: float) -> Cha
     is_taught = bool(kd.any())
     kept = _kept(setup, batch, asked, ce[asked], kd[asked]) if is_taught else asked
     sizes, select = setup.student.sizes, setup.config.supervision.select
-    by_divergence = is_taught and select is not None and select.by == "divergence"
-    sent = _pass(setup.student.way, batch, asked if by_divergence else kept)
+    reads_student = is_taught and select is not None and select.reads_student
+    sent = _pass(setup.student.way, batch, asked if reads_student else kept)
     flops = backbone_forward_flops(sizes, sent.computed) + backbone_backward_flops(sizes, sent.computed)
     head = head_flops(sizes, len(kept))
-    if by_divergence:
-        teachers = len(setup.loss.teacher_widths) + bool(setup.loss.topk)
-        head += max(1, teachers) * head_forward_flops(sizes, len(asked))
+    if reads_student and select is not None:
+        teachers = max(1, len(setup.loss.teacher_widths) + bool(setup.loss.topk))
+        head += select.head_passes(teachers) * head_forward_flops(sizes, len(asked))
     passes: tuple[Pass, ...] = ()
     teaching = 0
     if is_taught:
         passes = tuple(_pass(teacher.way, batch, asked) for teacher in setup.teachers)
-        teaching = _teaching(setup, passes, len(asked) + (len(kept) if select is not None else 0))
+        scored = len(asked) if select is None or select.reads_teacher else 0
+        scored += len(asked) if setup.config.supervision.borders is not None and kd_ratio < 1 else 0
+        teaching = _teaching(setup, passes, scored + (len(kept) if select is not None else 0))
     return Charge(batch.num_tokens, flops, teaching, head, sent._replace(rows=len(kept)), passes)
 
 
@@ -367,7 +378,7 @@ def _pass(way: Way, batch: Batch, rows: Tensor) -> Pass:
 def _kept(setup: Setup, batch: Batch, asked: Tensor, ce: Tensor, kd: Tensor) -> Tensor:
     """The positions that token selection leaves: of every sequence as many as it keeps, spread evenly, the last too."""
     select = setup.config.supervision.select
-    if select is None:
+    if select is None or select.fraction is None:
         return asked
     packed = batch.layout == "packed"
     widths = batch.sequence_lengths if packed else [batch.input_ids.shape[1]] * len(batch.input_ids)
@@ -379,43 +390,6 @@ def _kept(setup: Setup, batch: Batch, asked: Tensor, ce: Tensor, kd: Tensor) -> 
             count = share_of(len(place), select.fraction)
             keep[place[torch.linspace(len(place) / count - 1, len(place) - 1, count).round().long()]] = True
     return asked[keep]
-
-
-def _rollouts(setup: Setup, indices: Sequence[int]) -> list[Example]:
-    """Rollouts of the assumed length for the prompts of a step."""
-    policy, prompts = setup.config.on_policy, setup.data.prompts
-    assert policy is not None and prompts is not None
-    written = _rollout_tokens(setup)
-    examples = []
-    for index in indices:
-        prompt = prompts.ids[index]
-        weight = np.concatenate([np.zeros(len(prompt)), np.ones(written)]).astype(np.float32)
-        # Behind the prompt, no two rollouts are alike.
-        ids = np.array([*prompt, *[index] * written], dtype=np.int32)
-        sample = Sample(input_ids=ids, segment_ids=(weight > 0).astype(np.int8), ending_start=len(ids))
-        examples += [Example(sample=sample, ce_weight=np.zeros_like(weight), kd_weight=weight)] * policy.num_samples
-    return examples
-
-
-def _rollout_tokens(setup: Setup) -> int:
-    policy, prompts = setup.config.on_policy, setup.data.prompts
-    assert policy is not None and prompts is not None
-    return max(1, min(policy.max_new_tokens, round(prompts.mean_response_tokens)))
-
-
-def _sampling(setup: Setup, steps: Sequence[PlannedStep]) -> tuple[int, int]:
-    """FLOPs and tokens of all rollouts: the prompts of a window are answered once."""
-    policy, prompts = setup.config.on_policy, setup.data.prompts
-    if policy is None or prompts is None:
-        return 0, 0
-    windows: dict[int, set[int]] = {}
-    for number, step in enumerate(steps):
-        if policy.is_on_policy(number, len(steps)):
-            windows.setdefault(policy.window(number, len(steps)).start, set()).update(step.indices)
-    written = [_rollout_tokens(setup)] * policy.num_samples
-    asked = [len(prompts.ids[index]) for members in windows.values() for index in members]
-    sizes = setup.student.sizes
-    return sum(decoding_flops(sizes, length, written) for length in asked), sum(written) * len(asked)
 
 
 def _seconds(setup: Setup, charges: Sequence[Charge], flops: int, steps: int, hardware: Hardware) -> float:

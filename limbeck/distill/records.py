@@ -45,6 +45,8 @@ class Records:
         first = resumed.step if resumed else 0
         if resumed and resumed.rollouts is not None and run.rollouts is not None:
             run.rollouts.restore(resumed.rollouts)
+        if resumed and resumed.share is not None and run.stop_control is not None:
+            run.stop_control.share = resumed.share
         if run.ranks.is_first:
             keep_lines(self._metrics, first)
         if self._guard is not None and first:
@@ -80,7 +82,10 @@ class Records:
         if run.ranks.is_first or is_sharded(run.student.model):
             with run.ledger.phase("saving"):
                 rollouts = None if run.rollouts is None else run.rollouts.state()
-                save_state(self._directory, step, run.student.model, run.optimizer, cost, self._identity, rollouts)
+                share = None if run.stop_control is None else run.stop_control.share
+                save_state(
+                    self._directory, step, run.student.model, run.optimizer, cost, self._identity, rollouts, share
+                )
         if self._guard is not None:
             self._guard.saved()
 

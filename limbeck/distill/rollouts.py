@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import PlannedStep
 from limbeck.engine.complete import Completion, complete, generator_for, write
 from limbeck.engine.rescore import rescore
+from limbeck.engine.sampling import SamplingConfig
 from limbeck.ledger import Ledger, decoding_flops
 from limbeck.models.anatomy import Sizes
 from limbeck.progress import console
@@ -82,7 +83,8 @@ class Rollouts:
         mine = needed[ranks.rank :: ranks.world_size]
         prompts = [self.prompts.ids[i] for i in mine]
         with ledger.phase("sampling"):
-            found = self._write(model, prompts, mine, self.seed * 1_000_003 + step)
+            limits = replace(self.config, max_new_tokens=self.config.new_tokens_at(step, len(self.steps)))
+            found = self._write(model, prompts, mine, self.seed * 1_000_003 + step, limits)
         parts = [dict(zip(mine, found, strict=True))]
         self._charge(ledger, sizes, prompts, found)
         if ranks.world_size > 1:
@@ -92,14 +94,14 @@ class Rollouts:
         self.refreshed_at = step
 
     def _write(
-        self, model: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], seed: int
+        self, model: Any, prompts: Sequence[Sequence[int]], keys: Sequence[int], seed: int, limits: SamplingConfig
     ) -> list[list[Completion]]:
         if self.config.precision == "float32" or not prompts:
-            return complete(model, prompts, self.config, self.stop_ids, seed, keys=keys)
+            return complete(model, prompts, limits, self.stop_ids, seed, keys=keys)
         start = time.perf_counter()
-        generator = generator_for(model, self.config, max(map(len, prompts)))
+        generator = generator_for(model, limits, max(map(len, prompts)))
         self.rounding_seconds = time.perf_counter() - start
-        found = write(generator, prompts, self.config, self.stop_ids, seed, keys=keys, log_probs=True)
+        found = write(generator, prompts, limits, self.stop_ids, seed, keys=keys, log_probs=True)
         rescore(model, prompts, found, self.config.temperature)
         return found
 

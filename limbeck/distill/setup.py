@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from limbeck.distill.borders import borders_of
 from limbeck.distill.config import DistillConfig, LoopConfig
 from limbeck.distill.data import Data, prepare
-from limbeck.distill.microbatch import MicroBatch, Objective, StepLoss, Student
+from limbeck.distill.microbatch import Borders, MicroBatch, Objective, StepLoss, Student
 from limbeck.distill.objective import Distillation
 from limbeck.distill.pair import check_pair, load_student, load_student_in_parts, load_teacher
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import PlannedStep, plan_steps
 from limbeck.distill.preflight import carry, check_templates
 from limbeck.distill.rollouts import Rollouts, make_rollouts
+from limbeck.distill.stop_control import StopControl
 from limbeck.distill.zeros import KeptZeros
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
@@ -25,6 +27,7 @@ from limbeck.models.sharded import is_sharded
 from limbeck.optim.build import build_optimizer
 from limbeck.teacher.several import Teacher
 from limbeck.traces.batch import Example, collate, idle
+from limbeck.traces.render import stop_ids
 from limbeck.traces.supervise import TokenSelection
 
 
@@ -43,8 +46,12 @@ class Run(NamedTuple):
     """The loss of a micro-batch."""
     select: TokenSelection | None = None
     """Which of the KD positions are trained on; None: all."""
+    borders: Borders | None = None
+    """Where CE gives way to the teacher; None: nowhere."""
     rollouts: Rollouts | None = None
     """What the student writes itself, where the config asks for it."""
+    stop_control: StopControl | None = None
+    """What raises the share of whole traces, where the config asks for it."""
     zeros: KeptZeros | None = None
     """The zeros of a pruned student, where the config keeps them."""
     identity: Mapping[str, Any] = MappingProxyType({})
@@ -102,7 +109,9 @@ def set_up(config: DistillConfig, ranks: Ranks) -> Run:
         ranks,
         Distillation(parallel.shard_head),
         config.supervision.select,
+        borders_of(config.supervision.borders, tokenizer, config.render),
         _rollouts(config, steps, data, tokenizer),
+        _stop_control(config, data, tokenizer),
         KeptZeros(model) if config.student.keep_zeros else None,
         identity={"start": None},  # as states written by earlier versions have it
     )
@@ -131,6 +140,16 @@ def _rollouts(config: DistillConfig, steps: Sequence[PlannedStep], data: Data, t
     if config.on_policy is None or data.prompts is None:
         return None
     return make_rollouts(config.on_policy, steps, data.prompts, tokenizer, config.render, config.training.seed)
+
+
+def _stop_control(config: DistillConfig, data: Data, tokenizer: Any) -> StopControl | None:
+    control = config.stop_control
+    if control is None:
+        return None
+    if not data.validation:
+        raise ConfigError("stop_control asks held-out prompts, and none is held out; set num_validation.")
+    share = config.truncation.whole_fraction if control.raises == "whole" else 0.0
+    return StopControl(control, share, data.validation, stop_ids(tokenizer, config.render))
 
 
 def _refuse_long(data: Data, limit_tokens: int) -> None:

@@ -38,6 +38,8 @@ class Resumed(NamedTuple):
     """Steps already done."""
     rollouts: dict[str, Any] | None
     """The rollouts in use (`Rollouts.state`)."""
+    share: float | None
+    """Share of whole traces that a controller has raised (`StopControl.share`)."""
 
 
 def save_state(
@@ -48,6 +50,7 @@ def save_state(
     cost: Mapping[str, Any],
     identity: str,
     rollouts: Mapping[str, Any] | None = None,
+    share: float | None = None,
 ) -> None:
     """Write the state after `step` steps below `directory`; `cost` is the ledger's, over all ranks.
 
@@ -82,6 +85,7 @@ def save_state(
             "groups": groups,
             "ledger": dict(cost),
             "rollouts": rollouts,
+            "share": share,
         },
     )
     older = list(directory.glob(STATE_PREFIX + "*"))
@@ -115,7 +119,7 @@ def load_state(
             raise CheckpointError(
                 f"{path}: this state belongs to another config or other traces; use the same ones or drop --resume."
             )
-        resumed = Resumed(int(tree["step"]), tree["rollouts"])
+        resumed = Resumed(int(tree["step"]), tree["rollouts"], tree.get("share"))
         if is_sharded(model) or not (path / WEIGHTS).exists():
             _restore_parts(path, model, optimizer, tree["optimizer"])
         else:

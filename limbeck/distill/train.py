@@ -19,7 +19,7 @@ import torch
 from limbeck.checkpoint import Checkpoint, write_manifest
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.job import training_job
-from limbeck.distill.output import inputs_of, metrics_of, write_model
+from limbeck.distill.output import cost_of_traces, inputs_of, metrics_of, write_model
 from limbeck.distill.parallel import clip_gradients, sum_gradients, sum_numbers, total_cost, wait
 from limbeck.distill.preflight import report
 from limbeck.distill.records import Records
@@ -63,6 +63,8 @@ def run(
         setup = setup.whole()
         if ranks.is_first:
             write_model(setup, working)
+        if ranks.is_first and (written := cost_of_traces(config)) is not None:
+            setup.ledger.restore(written)
         cost = total_cost(setup.ledger, ranks)
         if ranks.is_first:
             write_manifest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from limbeck.evaluate import show, stage, verify
+from limbeck.evaluate import cut_and_complete, show, stage, verify
 from limbeck.evaluate.cost import predict_evaluate
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.models.load import model_hash
@@ -58,6 +58,26 @@ VERIFY = Stage(
         "max_tokens",
         "tokenizer",
         "evaluation",
+    ),
+)
+COMPLETE = Stage(
+    name="traces complete",
+    config=cut_and_complete.CompleteConfig,
+    run=cut_and_complete.run,
+    takes=("overwrite", "resume"),
+    predict=cut_and_complete.predict_complete,
+    subject="student",
+    first=(
+        "student",
+        "traces.source",
+        "traces.num_traces",
+        "truncation.policy",
+        "truncation.lead_fraction",
+        "sampling.num_samples",
+        "sampling.temperature",
+        "sampling.max_new_tokens",
+        "failed",
+        "checker",
     ),
 )
 SHOW = View(

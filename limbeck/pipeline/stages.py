@@ -43,7 +43,7 @@ from limbeck.traces.supervise import Preset
 from limbeck.traces.truncate import TruncationConfig
 
 EVALUATE = "evaluate"
-_FROM_THE_FRONT = ("lead", "budget", "first_derivation", "probed")
+_FROM_THE_FRONT = ("lead", "budget", "common_length", "random_horizon", "first_derivation", "probed")
 """Policies that keep the beginning of a trace, so that the uncut one holds all that a teacher says of the cut one."""
 
 

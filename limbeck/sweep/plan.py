@@ -152,7 +152,7 @@ def reference_of(run: PlannedRun, runs: list[PlannedRun]) -> PlannedRun | None:
 def is_uncut(config: DistillConfig) -> bool:
     """Whether the run keeps every token of every trace."""
     cut = config.truncation
-    return exact_fraction(cut.lead_fraction) == 1 and cut.policy not in WITHOUT_FRACTION
+    return exact_fraction(cut.lead_fraction) == 1 and cut.policy not in WITHOUT_FRACTION and cut.budget_tokens is None
 
 
 def base_directory(sweep: SweepConfig, run: PlannedRun, out: Path) -> Path:

@@ -49,14 +49,21 @@ class DenseTargets(OneTeacherTargets):
     def logits(self) -> Tensor:
         return logits_of(self.hidden, self.head)
 
-    @torch.no_grad()
     def entropy(self, vocab: int) -> Tensor:
+        return self._of_log_probs(entropy_of, vocab)
+
+    def probability_of(self, entries: Tensor, vocab: int) -> Tensor:
+        return self._of_log_probs(lambda log_probs: log_probs[:, entries].exp().sum(-1), vocab)
+
+    @torch.no_grad()
+    def _of_log_probs(self, what: Callable[[Tensor], Tensor], vocab: int) -> Tensor:
+        """`what` of the log-probabilities [n V] of each chunk: [N]."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             chunks = ChunkedLogits(self.hidden, self.head, vocab)
             chunks.allocate(min(CHUNK_ROWS, len(self)))
             return torch.cat(
                 [
-                    entropy_of(torch.log_softmax(chunks.finish(chunks.logits(chunks.states(index)), torch.float32), -1))
+                    what(torch.log_softmax(chunks.finish(chunks.logits(chunks.states(index)), torch.float32), -1))
                     for index in torch.arange(len(self), device=self.hidden.device).split(CHUNK_ROWS)
                 ]
             )

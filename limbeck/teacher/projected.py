@@ -57,6 +57,11 @@ class ProjectedTargets(OneTeacherTargets):
     def entropy(self, vocab: int) -> NoReturn:
         raise ConfigError("select.by teacher_entropy: projected targets do not hold it; use a live teacher.")
 
+    def probability_of(self, entries: Tensor, vocab: int) -> NoReturn:
+        raise ConfigError(
+            "supervision.borders: projected targets do not tell how likely an end is; use a live teacher."
+        )
+
     def head_flops(self, vocab: int) -> int:
         return 0
 

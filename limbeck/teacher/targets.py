@@ -66,6 +66,13 @@ class TeacherTargets(ABC):
         """Entropy in nats [N] at temperature 1; of several teachers sum_i w_i H(p_i)."""
 
     @abstractmethod
+    def probability_of(self, entries: Tensor, vocab: int) -> Tensor:
+        """Probability [N] of some entries together, int64 [K], at temperature 1; of several teachers the weighted mean.
+
+        Entries that a form does not keep count as 0.
+        """
+
+    @abstractmethod
     def head_flops(self, vocab: int) -> int:
         """What multiplying all N positions by the teachers' heads costs, over at most `vocab` entries."""
 
@@ -162,6 +169,10 @@ class SeveralTargets(TeacherTargets):
 
     def entropy(self, vocab: int) -> Tensor:
         return weighted_sum((weight, part.entropy(vocab)) for part, weight in self.by_teacher())
+
+    def probability_of(self, entries: Tensor, vocab: int) -> Tensor:
+        total = sum(self.weights)
+        return weighted_sum((weight / total, part.probability_of(entries, vocab)) for part, weight in self.by_teacher())
 
     def head_flops(self, vocab: int) -> int:
         return sum(part.head_flops(vocab) for part in self.parts)

@@ -81,6 +81,10 @@ class TopKTargets(OneTeacherTargets):
         """Over the K + 1 events."""
         return entropy_of(self.events())
 
+    def probability_of(self, entries: Tensor, vocab: int) -> Tensor:
+        is_named = torch.isin(self.ids, entries) & (self.log_probs > -torch.inf)
+        return torch.where(is_named, self.log_probs.exp(), 0.0).sum(-1)
+
     def head_flops(self, vocab: int) -> int:
         return 0
 

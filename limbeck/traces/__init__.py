@@ -31,6 +31,8 @@ __getattr__, __dir__, __all__ = lazy(
         "TruncationConfig": "truncate",
         "apply_cut": "truncate",
         "collate": "batch",
+        "common_length": "horizon",
+        "fit_cut": "fit:fit",
         "generate_chain": "synthetic:generate",
         "make_example": "batch",
         "parse_record": "parse",

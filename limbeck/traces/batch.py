@@ -31,9 +31,18 @@ class Example:
     """float32 [n]."""
     kd_weight: np.ndarray
     """float32 [n]."""
+    whole_weights: tuple[float, float] | None = None
+    """Sums of CE and KD weights over the whole trace, where the weights of the kept tokens stand for it; else None."""
 
     def __len__(self) -> int:
         return len(self.sample)
+
+    @property
+    def weight_sums(self) -> tuple[float, float]:
+        """What its CE and its KD weights count as in the denominators of a step."""
+        if self.whole_weights is not None:
+            return self.whole_weights
+        return float(self.ce_weight.sum(dtype=np.float64)), float(self.kd_weight.sum(dtype=np.float64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +82,15 @@ class Batch:
 
 
 def make_example(sample: Sample, truncation: TruncationConfig, supervision: SupervisionConfig) -> Example:
-    """Cut a sample and weigh its tokens."""
+    """Cut a sample and weigh its tokens; `truncation` is fitted to all samples (`traces.fit`)."""
     cut = truncate(sample, truncation)
     cut_sample = apply_cut(sample, cut)
-    ce_weight, kd_weight = token_weights(cut_sample, cut.supervised, supervision)
-    return Example(sample=cut_sample, ce_weight=ce_weight, kd_weight=kd_weight)
+    ce_weight, kd_weight = token_weights(cut_sample, cut.loss_weight(), supervision)
+    whole = None
+    if cut.weight is not None:
+        ce, kd = token_weights(sample, np.ones(len(sample), dtype=np.float32), supervision)
+        whole = float(ce.sum(dtype=np.float64)), float(kd.sum(dtype=np.float64))
+    return Example(sample=cut_sample, ce_weight=ce_weight, kd_weight=kd_weight, whole_weights=whole)
 
 
 def idle(layout: Layout, pad_id: int) -> Batch:

@@ -20,13 +20,14 @@ from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
 from limbeck.traces.counts import tell
+from limbeck.traces.fit import fit
 from limbeck.traces.render import RenderConfig, render
 from limbeck.traces.rendering import notes_on
 from limbeck.traces.sample import SEGMENT_NAMES, Sample
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.supervise import SupervisionConfig, token_weights
 from limbeck.traces.trace import Trace
-from limbeck.traces.truncate import TruncationConfig, apply_cut, truncate
+from limbeck.traces.truncate import ACROSS_TRACES, TruncationConfig, apply_cut, truncate
 
 COLOURS = ("cyan", "yellow", "green")
 """Of prompt, cot and answer."""
@@ -82,15 +83,18 @@ def run(config: ShowConfig) -> None:
     Raises: ConfigError when the source has fewer traces, and what reading, loading and rendering raise.
     """
     limit = config.start + config.num
-    number = min(limit, config.traces.num_traces or limit)
+    is_alone = config.truncation.policy not in ACROSS_TRACES
+    number = min(limit, config.traces.num_traces or limit) if is_alone else config.traces.num_traces
     traces, read = read_traces(replace(config.traces, num_traces=number))
     if config.start >= len(traces):
         raise ConfigError(f"start: {config.start}; {config.traces.source} has {len(traces)} traces, counted from 0.")
     tokenizer = load_tokenizer(config.tokenizer)
     tell([*read.lines(), *notes_on(traces[config.start :], tokenizer, config.render)])
-    console = Console()
-    for index, trace in enumerate(traces[config.start :], start=config.start):
-        view = view_cut(render(trace, tokenizer, config.render), config.truncation, config.supervision)
+    console, cut = Console(), config.truncation
+    if not is_alone:
+        cut = fit(cut, [render(trace, tokenizer, config.render) for trace in traces])
+    for index, trace in enumerate(traces[config.start : limit], start=config.start):
+        view = view_cut(render(trace, tokenizer, config.render), cut, config.supervision)
         console.print(_heading(trace, index), soft_wrap=True)
         console.print(trace_text(view, tokenizer), soft_wrap=True)
         console.print()
@@ -107,7 +111,7 @@ def view_cut(sample: Sample, truncation: TruncationConfig, supervision: Supervis
     states = np.full(len(sample), DROPPED, dtype=np.int8)
     states[cut.kept] = np.where(cut.supervised, TRAINED, CONTEXT)
     weights = []
-    for kept_weight in token_weights(apply_cut(sample, cut), cut.supervised, supervision):
+    for kept_weight in token_weights(apply_cut(sample, cut), cut.loss_weight(), supervision):
         weight = np.zeros(len(sample), dtype=np.float32)
         weight[cut.kept] = kept_weight
         weights.append(weight)

@@ -13,6 +13,7 @@ from rich.table import Table
 from limbeck.config import checked
 from limbeck.models.load import load_tokenizer
 from limbeck.traces.counts import tell
+from limbeck.traces.fit import fit
 from limbeck.traces.render import RenderConfig
 from limbeck.traces.rendering import render_traces
 from limbeck.traces.sample import ANSWER, COT, SEGMENT_NAMES, Sample
@@ -75,15 +76,16 @@ def trace_stats(samples: Sequence[Sample], truncation: TruncationConfig) -> dict
 
     Args:
       samples: whole samples, at least one.
-      truncation: the cut of `cut`; `lead_fractions` repeats it with other fractions, as policy lead when it has none.
+      truncation: the cut of `cut`; `lead_fractions` repeats it with other fractions and no whole traces, as policy
+        lead when it has none.
     Returns: JSON-ready figures. Shares are of traces that have the part in question, None when no trace has it; a
       position is the share of the sequence that ends with the derivation.
     """
     lengths = np.array([len(sample) for sample in samples])
     positions = [s.derivation_end / len(s) for s in samples if s.derivation_end is not None]
-    base = truncation
-    if truncation.policy in WITHOUT_FRACTION:
-        base = replace(truncation, policy="lead", budget_tokens=None)
+    policy = "lead" if truncation.policy in WITHOUT_FRACTION else truncation.policy
+    base = replace(truncation, policy=policy, budget_tokens=None, whole_fraction=0.0)
+    cut = fit(truncation, samples)
     return {
         "num_traces": len(samples),
         "tokens": {
@@ -99,9 +101,10 @@ def trace_stats(samples: Sequence[Sample], truncation: TruncationConfig) -> dict
             "mean_position": float(np.mean(positions)) if positions else None,
             "median_position": float(np.median(positions)) if positions else None,
         },
-        "cut": {"truncation": asdict(truncation), **cut_losses(samples, truncation)},
+        "cut": {"truncation": asdict(cut), **cut_losses(samples, cut)},
         "lead_fractions": [
-            {"lead_fraction": float(x), **cut_losses(samples, replace(base, lead_fraction=x))} for x in LEAD_FRACTIONS
+            {"lead_fraction": float(x), **cut_losses(samples, fit(replace(base, lead_fraction=x), samples))}
+            for x in LEAD_FRACTIONS
         ],
     }
 

@@ -44,6 +44,13 @@ TINY = {
     "traces import": {"traces": CHAIN},
     "traces generate": {"prompts": CHAIN, "model": "tiny-student", "max_new_tokens": 4, "generate.on_bad": "keep"},
     "traces verify": {"traces": CHAIN, "checker": "exact", "keep": "all"},
+    "traces complete": {
+        "traces": CHAIN,
+        "student": "tiny-student",
+        "truncation": {"lead_fraction": 0.5},
+        "max_new_tokens": 4,
+        "checker": "exact",
+    },
     "traces probe": {"traces": CHAIN, "teacher": "tiny-student"},
     "teacher cache": {"traces": CHAIN, "teacher": "tiny-student"},
     "distill": DISTILL,

@@ -84,6 +84,21 @@ def test_bad_settings_are_refused(fields, what):
         OnPolicyConfig(**fields)
 
 
+def test_rollouts_grow_in_a_straight_line_from_first_to_last(teacher, tmp_path):
+    changes = {"start_fraction": 0.34, "first_new_tokens": 2, "max_new_tokens": 11, "max_staleness_steps": 0}
+    policy = OnPolicyConfig(**changes)
+    assert [policy.new_tokens_at(step, 6) for step in range(2, 6)] == [2, 5, 8, 11]
+    assert OnPolicyConfig(max_new_tokens=9).new_tokens_at(0, 6) == 9
+    whole = config(teacher, on_policy=changes)
+    train.run(whole, tmp_path / "whole")
+    rows = metrics_of(tmp_path / "whole")
+    # A student from scratch hardly ever stops, so most rollouts are as long as they may be.
+    for row, limit in zip(rows[2:], (2, 5, 8, 11), strict=True):
+        assert limit / 2 < row["rollout_tokens"] <= limit
+    with pytest.raises(ConfigError, match="first_new_tokens"):
+        OnPolicyConfig(first_new_tokens=400)
+
+
 def test_teachers_that_cannot_score_new_text_are_refused(teacher, tmp_path):
     with pytest.raises(ConfigError, match="score new text"):
         config(teacher, **{"teacher.cache": str(tmp_path)})

@@ -32,6 +32,14 @@ CASES = {
         "teacher.others": [{"model": "tiny-student", "weight": 0.5}],
     },
     "growing batches": {"training.batch_growth": {"per_step": 1, "largest": 6}},
+    "a common length": {"truncation": {"policy": "common_length", "lead_fraction": 0.5}},
+    "a random horizon": {"truncation": {"policy": "random_horizon", "lead_fraction": 0.5}},
+    "a horizon that grows": {
+        "truncation": {"policy": "common_length", "lead_fraction": 0.3},
+        "cut_schedule": {},
+        "training.microbatch_tokens": 150,
+    },
+    "borders": {"teacher.model": "tiny-teacher", "supervision.borders": {"ce": "kd"}},
     "tokens for a limit": {"training.max_steps": None, "training.max_tokens": 700},
 }
 
@@ -56,7 +64,7 @@ def test_qwen_shapes_take_transformers_own_forward(tmp_path):
     assert predict_distill(config, hardware=HERE).total_flops == ledger["flops"]["total"]
 
 
-@pytest.mark.parametrize("by", ["teacher_entropy", "divergence"])
+@pytest.mark.parametrize("by", ["random", "teacher_entropy", "divergence", "tip"])
 def test_selected_positions_are_near(tmp_path, by):
     changes = {"supervision.select": {"by": by, "fraction": 0.4}, "teacher.model": "tiny-teacher", "loss.kd_ratio": 1.0}
     config = run_config(changes)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample
 from limbeck.traces.supervise import Preset, SupervisionConfig, token_weights
-from limbeck.traces.truncate import Policy, TruncationConfig, Unit, apply_cut, share_of, truncate
+from limbeck.traces.truncate import ACROSS_TRACES, Policy, TruncationConfig, Unit, apply_cut, share_of, truncate
 
-POLICIES, UNITS, PRESETS = get_args(Policy), get_args(Unit), get_args(Preset)
+POLICIES = [policy for policy in get_args(Policy) if policy not in ACROSS_TRACES]
+UNITS, PRESETS = get_args(Unit), get_args(Preset)
 SHARES = st.fractions(min_value=Fraction(1, 1000), max_value=1, max_denominator=1000)
 
 relaxed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
