@@ -6,6 +6,7 @@ redundancy and spread of the traces, number of traces, learning rate. An arm say
 
     {"common_length": 0.5}              one length for all traces, so that this share of all tokens is kept
     {"equal_cost": {...another arm}}    whole traces at the FLOPs of another arm
+    {"completed": {...a cut}}           traces cut so and finished by the base student, the first "traces.num_traces"
     {"untrained": true}                 the base student as it is
 
     from _cells import Regime, train_cells
@@ -39,7 +40,8 @@ from limbeck.config import build, checked, to_dict
 from limbeck.distill.commands import DISTILL
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import prepare
-from limbeck.evaluate.commands import EVALUATE
+from limbeck.evaluate.commands import COMPLETE, EVALUATE
+from limbeck.evaluate.cut_and_complete import CompleteConfig
 from limbeck.evaluate.run import EvaluateConfig
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.flags import set_field
@@ -133,6 +135,20 @@ class Bench:
         go_on(DISTILL, build(DistillConfig, tree), out)
         return str(out)
 
+    def _completed(self, cut: Mapping[str, Any], count: int | None) -> Path:
+        """The first traces, cut, and finished by the base student."""
+        tree: dict[str, Any] = {
+            "student": self.student,
+            "traces": {"source": str(self._made("traces", 1, self.regime.num_traces)), "num_traces": count},
+            "sampling": {"max_new_tokens": 640, "temperature": self.regime.temperature},
+            "checker": "exact",
+        }
+        for path, value in cut.items():
+            set_field(CompleteConfig, tree, path, value, flag=path)
+        out = self.root / f"completed-{_digest(tree)}"
+        go_on(COMPLETE, build(CompleteConfig, tree), out)
+        return out
+
     def config(self, changes: Mapping[str, Any], seed: int) -> DistillConfig:
         """The run of an arm, its teacher live."""
         regime = self.regime
@@ -147,10 +163,14 @@ class Bench:
             "optimizer": {"learning_rate": regime.learning_rate, "beta2": 0.98},
             "schedule": {"warmup_fraction": 0.05},
         }
-        special = {"common_length", "equal_cost", "untrained"}
+        special = {"common_length", "equal_cost", "untrained", "completed"}
         for path, value in changes.items():
             if path not in special:
                 set_field(DistillConfig, tree, path, value, flag=path)
+        if "completed" in changes:
+            tree["traces"]["source"] = str(
+                self._completed(changes["completed"], tree["traces"].pop("num_traces", None))
+            )
         if "common_length" in changes:
             lengths = [len(example) for example in prepare(build(DistillConfig, tree), self.tokenizer).train]
             tree["truncation"] = {"policy": "budget", "budget_tokens": common_length(lengths, changes["common_length"])}
