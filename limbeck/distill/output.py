@@ -55,7 +55,7 @@ def cost_of_traces(config: DistillConfig) -> Mapping[str, Any] | None:
     """The ledger of `limbeck traces complete` where the traces are its own: a student wrote them for this run."""
     source = Path(config.traces.source)
     made = Checkpoint(source if source.is_dir() else source.parent)
-    is_completed = made.is_finished and made.manifest["stage"] == "traces complete"
+    is_completed = source.exists() and made.is_finished and made.manifest["stage"] == "traces complete"
     return made.cost if is_completed else None
 
 

@@ -104,9 +104,22 @@ def predict_distill(
 
 def step_flops(config: DistillConfig, tokenizer: Any) -> list[int]:
     """What the ledger will charge student and head for each planned step; the teacher and sampling are not in it."""
-    data = prepare(config, tokenizer)
-    setup = set_up(config, data, vocabulary_size(tokenizer), None, None, is_accelerator=False)
-    steps = _charges(setup, planned_steps(config, data), world_size=1)
+    return _step_flops(_read(config, tokenizer))
+
+
+def own_flops(config: DistillConfig, tokenizer: Any) -> int:
+    """What the ledger will charge student, head and sampling: all but the teacher."""
+    setup = _read(config, tokenizer)
+    steps = planned_steps(config, setup.data)
+    return sum(_step_flops(setup)) + sampling_of(config, setup.data, setup.student.sizes, steps)[0]
+
+
+def _read(config: DistillConfig, tokenizer: Any) -> Setup:
+    return set_up(config, prepare(config, tokenizer), vocabulary_size(tokenizer), None, None, is_accelerator=False)
+
+
+def _step_flops(setup: Setup) -> list[int]:
+    steps = _charges(setup, planned_steps(setup.config, setup.data), world_size=1)
     return [sum(charge.student + charge.head for charge in step) for step in steps]
 
 

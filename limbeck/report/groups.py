@@ -15,7 +15,10 @@ from statistics import fmean
 from limbeck.report.rows import Estimate, Row
 from limbeck.sweep.frontier import on_frontier
 
-CUT_AXES = ("policy", "unit", "budget_tokens", "mask_only", "whole_fraction", "max_weight")
+CUT_AXES = (
+    *("policy", "unit", "budget_tokens", "mask_only", "whole_fraction", "max_weight"),
+    *("cut_schedule", "final_fraction", "stop_control"),
+)  # fmt: skip
 """Axes that say how traces are cut, beside lead_fraction and keep_ending."""
 UNFRACTIONED = ("budget", "first_derivation", "probed")
 """Policies that cut although lead_fraction is 1."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import UNCUT
-from limbeck.distill.predict import step_flops
+from limbeck.distill.predict import own_flops, step_flops
 from limbeck.models.load import load_tokenizer
 from limbeck.sweep.plan import PlannedRun, is_uncut, naming, reference_of, tokenizer_name
 
@@ -46,8 +46,8 @@ def _is_same(control: DistillConfig, wanted: DistillConfig) -> bool:
 
 
 def cost_of(config: DistillConfig, tokenizer: Any) -> int:
-    """FLOPs of student and head that a run will take; the teacher's pass is paid once for all runs of a sweep."""
-    return sum(step_flops(config, tokenizer))
+    """FLOPs that a run will take, all but the teacher's, whose pass is paid once for all runs of a sweep."""
+    return own_flops(config, tokenizer)
 
 
 def whole_at_cost(config: DistillConfig, flops: int, tokenizer: Any) -> DistillConfig:
@@ -58,7 +58,7 @@ def whole_at_cost(config: DistillConfig, flops: int, tokenizer: Any) -> DistillC
       flops: those of the cut, at most those of the whole run.
       tokenizer: of the student.
     """
-    whole = replace(config, truncation=UNCUT)
+    whole = replace(config, truncation=UNCUT, cut_schedule=None, stop_control=None)
     spent = list(accumulate(step_flops(whole, tokenizer)))
     steps = min(range(len(spent)), key=lambda number: abs(spent[number] - flops)) + 1
     return replace(whole, training=replace(whole.training, max_tokens=None, max_steps=steps))

@@ -138,7 +138,8 @@ def reference_of(run: PlannedRun, runs: list[PlannedRun]) -> PlannedRun | None:
 
     def rest(config: DistillConfig) -> dict[str, Any]:
         tree = to_dict(config)
-        tree.pop("truncation")
+        for cut in ("truncation", "cut_schedule", "stop_control"):
+            tree.pop(cut)
         for limit in ("max_tokens", "max_steps"):
             tree["training"].pop(limit)
         if run.tried:
@@ -152,7 +153,8 @@ def reference_of(run: PlannedRun, runs: list[PlannedRun]) -> PlannedRun | None:
 def is_uncut(config: DistillConfig) -> bool:
     """Whether the run keeps every token of every trace."""
     cut = config.truncation
-    return exact_fraction(cut.lead_fraction) == 1 and cut.policy not in WITHOUT_FRACTION and cut.budget_tokens is None
+    is_fixed = cut.policy in WITHOUT_FRACTION or cut.budget_tokens is not None or config.cut_schedule is not None
+    return exact_fraction(cut.lead_fraction) == 1 and not is_fixed
 
 
 def base_directory(sweep: SweepConfig, run: PlannedRun, out: Path) -> Path:

@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from limbeck.config import checked
+from limbeck.config import checked, only
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.horizon import DRAWS, horizon, horizon_weights
 from limbeck.traces.sample import ANSWER, PROMPT, Sample
@@ -66,8 +66,8 @@ class TruncationConfig:
     """What the fraction is of: the whole sequence (as in the paper), the response, or the cot."""
     budget_tokens: int | None = None
     """Tokens of the unit kept by the budget policy, or the scale of random_horizon in place of its fraction, >= 1."""
-    max_weight: float | None = None
-    """Largest weight of a token under random_horizon, >= 1; null leaves them as they are, and the loss unbiased."""
+    max_weight: float | None = only("policy", "random_horizon", default=None)
+    """Largest weight of a token, >= 1; null leaves them as they are, and the loss unbiased."""
     whole_fraction: float = 0.0
     """Share of the traces, chosen by seed, that stay whole, 0 <= x <= 1. With common_length they count in its share."""
     keep_ending: bool = False
@@ -84,8 +84,8 @@ class TruncationConfig:
         self._check_amounts()
         if not 0 <= self.whole_fraction <= 1:
             raise ConfigError(f"whole_fraction must be in [0, 1]; found {self.whole_fraction}")
-        if self.max_weight is not None and not (self.policy == "random_horizon" and self.max_weight >= 1):
-            raise ConfigError("max_weight goes with policy random_horizon and is at least 1")
+        if self.max_weight is not None and not self.max_weight >= 1:
+            raise ConfigError(f"max_weight must be at least 1; found {self.max_weight}")
         if self.policy == "random_horizon" and (self.whole_fraction or self.keep_ending):
             raise ConfigError(
                 "policy random_horizon weighs tokens by how likely they are kept; leave keep_ending and whole_fraction"

@@ -14,7 +14,8 @@ from tiny_runs import assert_same_bits, metrics_of, run_config, save_model
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.cost.hardware import Hardware
-from limbeck.distill import train
+from limbeck.distill import caching, train
+from limbeck.distill.caching import CacheStageConfig
 from limbeck.distill.data import prepare
 from limbeck.distill.moving_cut import fraction_at
 from limbeck.distill.parallel import Ranks
@@ -25,6 +26,7 @@ from limbeck.distill.stop_control import StopControlConfig
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
 from limbeck.stage import How
+from limbeck.teacher.cache import CacheConfig
 from limbeck.traces.truncate import exact_fraction
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -167,3 +169,28 @@ def test_whole_traces_among_cut_ones_are_those_of_the_seed():
 
     cut, some, whole = lengths(0.0), lengths(0.4), lengths(1.0)
     assert np.all((some == cut) | (some == whole)) and 0 < np.sum(some == whole) < len(whole)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "top_k", "sampled"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"truncation.policy": "common_length", "truncation.lead_fraction": 0.5},
+        {"truncation.policy": "random_horizon", "truncation.lead_fraction": 0.5},
+        {**SCHEDULE, "truncation.policy": "common_length"},
+        {"truncation.lead_fraction": 0.4, "truncation.whole_fraction": 0.3},
+    ],
+    ids=["common length", "random horizon", "schedule", "whole share"],
+)
+def test_one_cache_of_whole_traces_serves_every_cut(tmp_path, mode, cut):
+    teacher = save_model(tmp_path / "teacher", sharpness=30.0)
+    live = run_config({"teacher.model": teacher, "training.max_steps": 2, **cut})
+    stored = CacheStageConfig(teacher=teacher, traces=live.traces, cache=CacheConfig(mode=mode, num_samples=4))
+    caching.run(stored, tmp_path / "cache")
+    cached = run_config({"teacher.model": teacher, "teacher.cache": tmp_path / "cache", "training.max_steps": 2, **cut})
+    train.run(cached, tmp_path / "cached")
+    train.run(live, tmp_path / "live")
+    losses = [[row["kd_term"] for row in metrics_of(tmp_path / name)] for name in ("cached", "live")]
+    if mode == "hidden":
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert all(loss > 0 for loss in losses[0])

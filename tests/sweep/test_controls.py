@@ -41,6 +41,23 @@ def test_a_control_costs_what_its_cut_costs_and_keeps_whole_traces():
         assert control.axes == whole.axes | {"seed": control.config.training.seed}
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"truncation.policy": "common_length", "lead_fraction": 0.5},
+        {"lead_fraction": 0.3, "cut_schedule": {"final_fraction": 0.6}},
+        {"lead_fraction": 0.4, "stop_control": {"max_new_tokens": 8, "every_steps": 5}},
+    ],
+)
+def test_cuts_that_keep_more_have_their_control_and_their_reference(cut):
+    runs = with_controls(plan_runs(sweep(runs=[cut, {"lead_fraction": 1.0}])))
+    cut_run, whole, control = runs
+    assert control.control_of == (cut_run.name,) and reference_of(cut_run, runs) == whole
+    assert is_uncut(control.config) and control.config.stop_control is control.config.cut_schedule is None
+    longest = max(step_flops(whole.config, TOKENIZER))
+    assert abs(cost_of(control.config, TOKENIZER) - cost_of(cut_run.config, TOKENIZER)) <= longest / 2
+
+
 def test_no_run_is_compared_with_a_control():
     runs = with_controls(plan_runs(sweep(grid={"lead_fraction": [0.5, 1.0]})))
     assert [reference_of(run, runs).name for run in runs] == ["lead_fraction-1.0"] * 3

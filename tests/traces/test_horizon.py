@@ -172,7 +172,7 @@ def test_what_needs_all_traces_is_refused_without_them():
     ("fields", "message"),
     [
         ({"whole_fraction": 1.5}, "whole_fraction must be"),
-        ({"max_weight": 2.0}, "goes with policy random_horizon"),
+        ({"max_weight": 2.0}, "max_weight"),
         ({"policy": "random_horizon", "lead_fraction": 0.5, "max_weight": 0.5}, "at least 1"),
         ({"policy": "random_horizon", "lead_fraction": 0.5, "whole_fraction": 0.1}, "whole_fraction"),
         ({"policy": "random_horizon", "lead_fraction": 0.5, "keep_ending": True}, "keep_ending"),
