@@ -8,12 +8,13 @@ step sizes, a factor of 3 apart, widened until the best lies inside, times two v
 Cost: gradients until the target (within 1 % of the known minimum; 5 % of the way from the plateau to what training
 finds), 1,000 steps at most.
 
-Methods: ASGLD with momentum 0.9, grad_threshold="auto" and two radii. Controls: SGD with momentum 0 and 0.9, Adam, both
-after one kick at the start (jitter_), noise at every step (PerturbedSGD), SAM, NEON.
+Methods: ASGLD with momentum 0.9, grad_threshold="auto" and two radii; the same with the gate snr, which tells a small
+gradient from a noisy one by two half-batches. Controls: SGD with momentum 0 and 0.9, Adam, both after one kick at the
+start (jitter_), noise at every step (PerturbedSGD), SAM, NEON.
 
 Bound: none. Keys: `wins`, `ties`, `losses` of ASGLD against the control with the lowest median, by whether 95 %
-bootstrap intervals of the medians meet; `verdicts` a problem; `medians` (null: half the runs or more never arrived);
-`over_best` the ratio of medians. Peers: the controls.
+bootstrap intervals of the medians meet (`snr_wins` ... with the gate snr); `verdicts` a problem; `medians` (null: half
+the runs or more never arrived); `over_best` the ratio of medians. Peers: the controls.
 
     python benchmarks/saddles.py [--quick] [--scratch DIRECTORY] [--out benchmarks/results]
 """
@@ -27,7 +28,7 @@ from typing import Any
 from _study import Outcome, main
 
 from studies.fit import lower_median
-from studies.saddles import OURS, SaddlesConfig, measure, median_table, settings_table
+from studies.saddles import OTHER, OURS, SaddlesConfig, measure, median_table, settings_table
 
 QUICK: dict[str, Any] = {"lrs": (0.1, 0.3), "widenings": 0, "tune_seeds": 1, "num_seeds": 3, "max_steps": 150}
 
@@ -41,9 +42,11 @@ def run(quick: bool, scratch: Path) -> Outcome:
         for problem, methods in result["problems"].items()
     }
     keys = {
-        **{word: result[word] for word in ("wins", "ties", "losses", "verdicts")},
+        **result["counts"][OURS],
+        **{f"snr_{word}": number for word, number in result["counts"][OTHER].items()},
+        "verdicts": result["verdicts"],
         "medians": {problem: {m: _plain(x) for m, x in found.items()} for problem, found in medians.items()},
-        "over_best": {problem: _over_best(found) for problem, found in medians.items()},
+        "over_best": {name: {p: _over_best(found, name) for p, found in medians.items()} for name in (OURS, OTHER)},
         "edges": sum(not found["is_inside"] for methods in result["problems"].values() for found in methods.values()),
     }
     return keys, {"Median gradients [95 %]": median_table(result), "Tuned settings": settings_table(result)}, []
@@ -53,9 +56,9 @@ def _median(gradients: list[float | None]) -> float:
     return lower_median([math.inf if count is None else count for count in gradients])
 
 
-def _over_best(medians: dict[str, float]) -> float | None:
-    best = min(median for method, median in medians.items() if method != OURS)
-    return _plain(medians[OURS] / best) if math.isfinite(best) else None
+def _over_best(medians: dict[str, float], name: str) -> float | None:
+    best = min(median for method, median in medians.items() if method not in (OURS, OTHER))
+    return _plain(medians[name] / best) if math.isfinite(best) else None
 
 
 def _plain(value: float) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +34,14 @@ PROTOCOL = (
     "inside, times two variants; the lowest median number of gradients wins and is measured on other seeds. A win or a "
     "loss is a 95 % interval of the median that does not meet the best control's."
 )
-OURS = "asgld"
+OURS, OTHER = "asgld", "asgld_snr"
+"""The method in question, and the same with a gate that tells a small gradient from a noisy one by two half-batches."""
+WORDS = {"win": "wins", "tie": "ties", "loss": "losses"}
 TRAIN_STEPS = 3_000
 """Steps of Adam that find what a small network can reach."""
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "asgld": ({"noise_radius": 0.01}, {"noise_radius": 0.1}),
+    "asgld_snr": ({"noise_radius": 0.01, "gate": "snr"}, {"noise_radius": 0.1, "gate": "snr"}),
     "sgd": ({"momentum": 0.0}, {"momentum": 0.9}),
     "adam": ({}, {}),
     "jitter_sgd": ({"noise_radius": 0.01}, {"noise_radius": 0.1}),
@@ -50,6 +53,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 """Method -> the settings that are tried with every step size."""
 _MAKERS = {
     "asgld": "asgld_momentum",
+    "asgld_snr": "asgld_momentum",
     "sgd": "sgd_momentum",
     "jitter_sgd": "jitter_sgd_momentum",
     "noisy": "perturbed_sgd",
@@ -103,7 +107,7 @@ class SaddlesConfig:
         for name in self.problems:
             if name not in STARTS:
                 raise ConfigError(f"problems: found {name!r}; {nearest(name, STARTS)}")
-        if OURS not in self.methods or len(self.methods) < 2:
+        if OURS not in self.methods or set(self.methods) <= {OURS, OTHER}:
             raise ConfigError(f"methods: give {OURS} and one control at least.")
         if len(self.lrs) < 2 or list(self.lrs) != sorted(set(self.lrs)) or not self.lrs[0] > 0:
             raise ConfigError(f"lrs must be two or more rising step sizes; found {list(self.lrs)}.")
@@ -134,12 +138,20 @@ def measure(config: SaddlesConfig, cells_path: Path) -> dict[str, Any]:
     cells: list[Cell] = [(problem, method) for problem in config.problems for method in config.methods]
     found = measure_cells(measure_cell, config, cells, cells_path, "saddles", config.num_workers)
     problems = {problem: {method: found[(problem, method)] for method in config.methods} for problem in config.problems}
-    verdicts = {problem: _verdict(methods) for problem, methods in problems.items()}
+    judged = {name: {p: _verdict(methods, name) for p, methods in problems.items()} for name in ours(config.methods)}
     return {
         "problems": problems,
-        "verdicts": verdicts,
-        **{f"{word}s" if word != "loss" else "losses": _count(verdicts, word) for word in ("win", "tie", "loss")},
+        "verdicts": judged,
+        "counts": {
+            name: {plural: list(verdicts.values()).count(word) for word, plural in WORDS.items()}
+            for name, verdicts in judged.items()
+        },
     }
+
+
+def ours(methods: Collection[str]) -> list[str]:
+    """Those of `methods` that are judged; the others are their controls."""
+    return [name for name in (OURS, OTHER) if name in methods]
 
 
 def measure_cell(config: SaddlesConfig, cell: Cell) -> dict[str, Any]:
@@ -170,13 +182,14 @@ def measure_cell(config: SaddlesConfig, cell: Cell) -> dict[str, Any]:
 
 
 def median_table(result: Mapping[str, Any]) -> Table:
-    """One row a method: median gradients on each problem; the last row says how ASGLD fares."""
+    """One row a method: median gradients on each problem; the last rows say how ASGLD fares."""
     problems = result["problems"]
     methods = list(next(iter(problems.values())))
     rows: list[tuple[Any, ...]] = [
         (method, *(_cell_text(problems[problem][method]["gradients"]) for problem in problems)) for method in methods
     ]
-    rows.append((f"{OURS} against the best control", *(result["verdicts"][problem] for problem in problems)))
+    for name, verdicts in result["verdicts"].items():
+        rows.append((f"{name} against the best control", *(verdicts[problem] for problem in problems)))
     return ("method", *problems), rows
 
 
@@ -217,18 +230,14 @@ def _slowness(gradients: list[float | None]) -> tuple[float, int]:
     return lower_median(times), -sum(map(math.isfinite, times))
 
 
-def _verdict(methods: Mapping[str, Mapping[str, Any]]) -> str:
-    """win, tie or loss of ASGLD against the control with the lowest median."""
-    controls = {name: _numbers(found["gradients"]) for name, found in methods.items() if name != OURS}
-    ours = median_interval(_numbers(methods[OURS]["gradients"]))
-    theirs = median_interval(min(controls.values(), key=lower_median))
-    if ours[1] < theirs[0]:
+def _verdict(methods: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """win, tie or loss of a method of ours against the control with the lowest median."""
+    controls = [_numbers(found["gradients"]) for control, found in methods.items() if control not in ours(methods)]
+    mine = median_interval(_numbers(methods[name]["gradients"]))
+    theirs = median_interval(min(controls, key=lower_median))
+    if mine[1] < theirs[0]:
         return "win"
-    return "loss" if ours[0] > theirs[1] else "tie"
-
-
-def _count(verdicts: Mapping[str, str], word: str) -> int:
-    return sum(verdict == word for verdict in verdicts.values())
+    return "loss" if mine[0] > theirs[1] else "tie"
 
 
 def _numbers(gradients: list[float | None]) -> list[float]:

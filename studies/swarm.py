@@ -40,6 +40,7 @@ class Swarm:
         self, problem: Problem, method: Method, settings: Settings, starts: Tensor, seeds: Sequence[int]
     ) -> None:
         self.problem, self.method = problem, method
+        self._observes = settings.gate in ("cross", "snr")
         self.points = starts.clone()
         self.gradients = torch.zeros(len(starts), dtype=torch.float64)
         self._params = [torch.nn.Parameter(row) for row in self.points]
@@ -50,10 +51,15 @@ class Swarm:
         self._generator = torch.Generator().manual_seed(1_000_003 + seeds[0])
 
     def step(self, batch_size: int | None) -> None:
-        """One optimizer step of every run, on a mini-batch of its own or on the exact gradient."""
+        """One optimizer step of every run, on a mini-batch of its own or on the exact gradient.
+
+        The gates cross and snr are told of the two halves of the mini-batch.
+        """
         batch = None
         if batch_size is None:
             slopes = self.problem.gradient(self.points)
+        elif self._observes:
+            slopes = self._observed_halves(batch_size)
         else:
             batch = self.problem.draw(len(self.points), batch_size, self._generator)
             slopes = self.problem.batch_gradient(self.points, batch)
@@ -65,6 +71,18 @@ class Swarm:
         projected = self.problem.project(self.points)
         if projected is not self.points:
             self.points.copy_(projected)
+
+    def _observed_halves(self, batch_size: int) -> Tensor:
+        """The mini-batch's gradient from its two halves, of whose product the optimizers are told."""
+        first, second = (
+            self.problem.batch_gradient(
+                self.points, self.problem.draw(len(self.points), batch_size // 2, self._generator)
+            )
+            for _ in range(2)
+        )
+        for optimizer, square in zip(self._optimizers, (first * second).flatten(1).sum(1).tolist(), strict=True):
+            optimizer.observe(square)
+        return (first + second) / 2
 
     def _closure(self, index: int, batch: Tensor | None) -> Callable[[], float]:
         """Loss and gradient of one run where it stands, on the mini-batch of this step."""
