@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -141,6 +142,16 @@ def _trains_densely(param: Tensor) -> bool:
             f"a gradient of layout {grad.layout} cannot be perturbed as a whole; use sparse=False in the embedding."
         )
     return True
+
+
+def members(groups: Iterable[dict[str, Any]]) -> list[Any]:
+    """What the groups hold, in their order: parameters, or the numbers that stand for them in a state."""
+    return [param for group in groups for param in group["params"]]
+
+
+def total_numel(blocks: Iterable[Block]) -> int:
+    """Real numbers in the logical parameters of all blocks."""
+    return sum(block.numel for block in blocks)
 
 
 def real_numel(param: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +23,7 @@ OptimizerName = Literal[
 ]
 ADAM = ("adamw", "perturb(adamw)")
 NOISY = tuple(name for name in get_args(OptimizerName) if name not in ("adamw", "sgd"))
+SAMPLERS = ("sgld", "psgld")
 WITH_MOMENTUM = ("sgd", "asgld", "asg", "agld", "noisy_sgd", "perturb(sgd)")
 
 
@@ -75,17 +77,17 @@ class OptimizerConfig:
     """Gate and noise."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate must be finite and greater than 0; found {self.learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"weight_decay must be finite and at least 0; found {self.weight_decay}")
-        if not 0 < self.epsilon < math.inf:
-            raise ConfigError(f"epsilon must be finite and greater than 0; found {self.epsilon}")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ConfigError(f"beta1 and beta2 must be in [0, 1); found {self.beta1} and {self.beta2}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum must be in [0, 1); found {self.momentum}")
-        if self.name in ("sgld", "psgld") and not (self.noise.temperature or 0) > 0:
+        for field, is_in, wanted in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "finite and greater than 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "finite and at least 0"),
+            ("epsilon", 0 < self.epsilon < math.inf, "finite and greater than 0"),
+            ("beta1", 0 <= self.beta1 < 1, "in [0, 1)"),
+            ("beta2", 0 <= self.beta2 < 1, "in [0, 1)"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+        ):
+            if not is_in:
+                raise ConfigError(f"{field} must be {wanted}; found {getattr(self, field)}")
+        if self.name in SAMPLERS and not (self.noise.temperature or 0) > 0:
             raise ConfigError(f"{self.name} needs noise.temperature, greater than 0; found {self.noise.temperature}")
         if self.name == "noisy_sgd" and self.noise.noise_radius is None:
             raise ConfigError("noisy_sgd adds noise at every step; set noise.noise_radius")
@@ -98,53 +100,48 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, total_steps: int)
       total_steps: of the run; the noise ends `noise.quiet_fraction` of them before.
     Raises: ConfigError when nothing trains or the settings cannot work.
     """
-    groups = parameter_groups(model, config.weight_decay)
-    descent: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum}
-    noise = config.noise
-    gated: dict[str, Any] = {"grad_threshold": noise.grad_threshold, "escape_steps": noise.escape_steps}
-    shape: dict[str, Any] = {"noise_radius": noise.noise_radius, "mode": noise.mode, "noise_scale": noise.noise_scale}
-    shared: dict[str, Any] = {"seed": noise.noise_seed}
-    optimizer: torch.optim.Optimizer
-    if config.name in ("adamw", "sgd"):
-        return _plain(config.name, groups, config)
-    if config.name in ("sgld", "psgld"):
-        optimizer = _sampler(config, groups)
-    elif config.name == "asg":
-        optimizer = ASG(groups, **descent, **gated, step_boost=noise.step_boost)
-    elif config.name == "noisy_sgd":
-        optimizer = NoisySGD(groups, **descent, noise_radius=noise.noise_radius or 0.0, **shared)
-    elif config.name in ("asgld", "agld"):
-        family = ASGLD if config.name == "asgld" else AGLD
-        optimizer = family(groups, **descent, **gated, **shape, **shared)
-    else:
-        inner = _plain(config.name.removeprefix("perturb(").removesuffix(")"), groups, config)
-        optimizer = Perturb(inner, **gated, **shape, **shared)
+    optimizer = MAKERS[config.name](parameter_groups(model, config.weight_decay), config)
+    if config.name not in NOISY:
+        return optimizer
     for group in optimizer.param_groups:
-        group["noise_steps"] = round((1 - noise.quiet_fraction) * total_steps)
-        if group["is_plain"] and config.name not in ("sgld", "psgld"):
+        group["noise_steps"] = round((1 - config.noise.quiet_fraction) * total_steps)
+        if group["is_plain"] and config.name not in SAMPLERS:
             group["noise_radius"] = 0.0
     return optimizer
 
 
-def _sampler(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    noise = config.noise
-    settings: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "temperature": noise.temperature,
+def _gate(noise: NoiseConfig) -> dict[str, Any]:
+    return {"grad_threshold": noise.grad_threshold, "escape_steps": noise.escape_steps}
+
+
+def _spread(noise: NoiseConfig) -> dict[str, Any]:
+    return {
+        "noise_radius": noise.noise_radius,
+        "mode": noise.mode,
+        "noise_scale": noise.noise_scale,
         "seed": noise.noise_seed,
     }
-    if config.name == "sgld":
-        return SGLD(groups, **settings)
-    # The loss makes its gradients in closed form, once: there is no second derivative for the correction term.
-    return PSGLD(groups, **settings, correction=False)
 
 
-def _plain(name: str, groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
-    # One call for all tensors, where they lie on the same processes; with tensor parallelism they do not.
-    meshes = {p.device_mesh for group in groups for p in group["params"] if isinstance(p, DTensor)}
-    at_once = len(meshes) < 2
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, foreach=at_once)
+def _descent(config: OptimizerConfig) -> dict[str, Any]:
+    return {"lr": config.learning_rate, "momentum": config.momentum}
+
+
+def _sampler(config: OptimizerConfig) -> dict[str, Any]:
+    return {"lr": config.learning_rate, "temperature": config.noise.temperature, "seed": config.noise.noise_seed}
+
+
+def _noisy_sgd(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    noise = config.noise
+    return NoisySGD(groups, **_descent(config), noise_radius=noise.noise_radius or 0.0, seed=noise.noise_seed)
+
+
+def _sgd(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, **_descent(config), foreach=_on_one_mesh(groups))
+
+
+def _adamw(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    at_once = _on_one_mesh(groups)
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
@@ -155,24 +152,45 @@ def _plain(name: str, groups: list[dict], config: OptimizerConfig) -> torch.opti
     )
 
 
+def _on_one_mesh(groups: list[dict]) -> bool:
+    """Whether all tensors lie on the same processes, so that one call can step them; in tensor parallelism not."""
+    return len({p.device_mesh for group in groups for p in group["params"] if isinstance(p, DTensor)}) < 2
+
+
+MAKERS: dict[str, Callable[[list[dict], OptimizerConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "asgld": lambda groups, c: ASGLD(groups, **_descent(c), **_gate(c.noise), **_spread(c.noise)),
+    "asg": lambda groups, c: ASG(groups, **_descent(c), **_gate(c.noise), step_boost=c.noise.step_boost),
+    "agld": lambda groups, c: AGLD(groups, **_descent(c), **_gate(c.noise), **_spread(c.noise)),
+    "sgld": lambda groups, c: SGLD(groups, **_sampler(c)),
+    "psgld": lambda groups, c: PSGLD(groups, **_sampler(c)),
+    "noisy_sgd": _noisy_sgd,
+    "perturb(adamw)": lambda groups, c: Perturb(_adamw(groups, c), **_gate(c.noise), **_spread(c.noise)),
+    "perturb(sgd)": lambda groups, c: Perturb(_sgd(groups, c), **_gate(c.noise), **_spread(c.noise)),
+}
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices with decay; norms, biases and embeddings (a tied head included) without.
 
     Raises: ConfigError when nothing trains.
     """
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
+    embeddings = _embeddings(model)
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_plain = parameter.ndim < 2 or id(parameter) in embeddings
+            (plain if is_plain else decayed).append(parameter)
+    if not decayed and not plain:
         raise ConfigError("no parameter of the student requires a gradient, so there is nothing to train.")
-    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
-    plain = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "is_plain": False},
         {"params": plain, "weight_decay": 0.0, "is_plain": True},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return {id(parameter) for table in tables for parameter in table.parameters(recurse=False)}

@@ -1,21 +1,13 @@
-"""What the loss looks like where an optimizer stands, and when its gate fired.
-
-Curvature comes from Hessian-vector products (double backward) and the Lanczos method, for many points at
-once. The predictions are closed forms: how long an escape takes, how much the noise costs.
-"""
+"""Curvature where an optimizer stands: from Hessian-vector products (double backward) and the Lanczos method."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from limbeck.errors import CheckpointError
 
 Loss = Callable[[Tensor], Tensor]
 """Points `[P, *shape]` to one loss each `[P]`."""
@@ -108,31 +100,6 @@ def curvature_at(loss: Loss, points: Tensor, num_products: int = 40, seed: int =
     return smallest_eigenvalue(product, start, num_products)
 
 
-def model_curvature(
-    loss: Callable[[], Tensor], parameters: Iterable[Tensor], num_products: int = 40, seed: int = 0
-) -> Curvature:
-    """The smallest Hessian eigenvalue of the scalar `loss()` in all `parameters` together: P = 1."""
-    leaves = [parameter for parameter in parameters if parameter.requires_grad]
-    product = hessian_product(loss(), leaves)
-    start = torch.randn(1, sum(leaf.numel() for leaf in leaves), generator=_generator(seed)).to(leaves[0])
-    return smallest_eigenvalue(lambda vectors: product(vectors[0]).unsqueeze(0), start, num_products)
-
-
-def hessian_product(loss: Tensor, leaves: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """A function that applies the Hessian of the scalar `loss` in `leaves` to a flat vector `[n]`."""
-    slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-
-    def product(vector: Tensor) -> Tensor:
-        parts = vector.split([leaf.numel() for leaf in leaves])
-        inner = sum((slope * part.view_as(slope)).sum() for slope, part in zip(slopes, parts, strict=True))
-        if not isinstance(inner, Tensor) or not inner.requires_grad:
-            return torch.zeros_like(vector)
-        images = torch.autograd.grad(inner, leaves, retain_graph=True, materialize_grads=True)
-        return torch.cat([image.flatten() for image in images])
-
-    return product
-
-
 def second_order(
     loss: Loss, points: Tensor, eps: float, curvature_tolerance: float, num_products: int = 40, seed: int = 0
 ) -> SecondOrder:
@@ -163,58 +130,18 @@ def hessian_trace(
     Source: Hutchinson 1990: the mean of v^T H v over random sign vectors v.
     """
     leaves = [parameter for parameter in parameters if parameter.requires_grad]
-    product = hessian_product(loss(), leaves)
-    num_scalars = sum(leaf.numel() for leaf in leaves)
-    signs = torch.randint(2, (num_probes, num_scalars), generator=_generator(seed)).to(leaves[0]) * 2 - 1
-    traces = torch.stack([(product(probe) * probe).sum() for probe in signs]).double()
+    slope = _flat(torch.autograd.grad(loss(), leaves, create_graph=True, materialize_grads=True))
+    if not slope.requires_grad:  # that of a linear loss
+        return 0.0, 0.0
+    signs = torch.randint(2, (num_probes, len(slope)), generator=_generator(seed)).to(slope) * 2 - 1
+    products = [torch.autograd.grad(slope, leaves, probe, retain_graph=True, materialize_grads=True) for probe in signs]
+    traces = torch.stack([_flat(image) @ probe for image, probe in zip(products, signs, strict=True)]).double()
     error = float(traces.std() / math.sqrt(num_probes)) if num_probes > 1 else math.inf
     return float(traces.mean()), error
 
 
-class FiresLog:
-    """The steps at which a gate fired, from `optimizer.stats()`; nothing leaves the device before `rows`."""
-
-    def __init__(self) -> None:
-        self._stats: list[tuple[int, dict[str, Any]]] = []
-
-    def add(self, step: int, stats: Mapping[str, Any]) -> None:
-        """Note `optimizer.stats()` after a step; tensors are copied, because the optimizer may reuse them."""
-        kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in stats.items()}
-        self._stats.append((step, kept))
-
-    def rows(self) -> list[dict[str, float]]:
-        """One row for each noted step at which the number of fires rose."""
-        rows: list[dict[str, float]] = []
-        fires = 0.0
-        for step, stats in self._stats:
-            row = {"step": float(step), **{name: float(value) for name, value in stats.items()}}
-            if row["fires"] > fires:
-                rows.append(row)
-            fires = row["fires"]
-        return rows
-
-    def write(self, path: Path) -> None:
-        """Write the rows as JSON lines."""
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows()), encoding="utf-8")
-
-
-def read_fires(path: Path) -> list[dict[str, float]]:
-    """The rows that `FiresLog.write` wrote.
-
-    Raises: CheckpointError when the file is missing or a line is not a JSON object.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such fires log. Name a file that FiresLog.write made.")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}, line {number}: not JSON ({error.msg}). Write it again.") from error
-        if not isinstance(row, dict):
-            raise CheckpointError(f"{path}, line {number}: found {line[:40]!r}, expected an object.")
-        rows.append(row)
-    return rows
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _orthogonal(vectors: Tensor, basis: list[Tensor]) -> Tensor:

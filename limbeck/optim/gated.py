@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -17,19 +16,17 @@ from torch import Tensor
 
 from limbeck.errors import ConfigError
 from limbeck.optim import gates, rule
-from limbeck.optim.block import Block, Draw, gather, noise_names, plain_grads
-from limbeck.optim.noise import add_noise_
-from limbeck.optim.noisy import NoisyOptimizer
-from limbeck.optim.settings import LOW_PRECISION, check_gate
-from limbeck.optim.sharding import local, sum_over_shards
-from limbeck.optim.spread import plain, shape_factor, unit_stds
+from limbeck.optim.block import Block, members, plain_grads, total_numel
+from limbeck.optim.injected import InjectingOptimizer
+from limbeck.optim.settings import LOW_PRECISION, WITH_GATE, check_gate
+from limbeck.optim.sharding import local
 from limbeck.optim.theory import escape_window
 
 Half = list[tuple[Tensor, Tensor]]
 """Parameters, and their gradients after the first half-batch."""
 
 
-class GatedOptimizer(NoisyOptimizer):
+class GatedOptimizer(InjectingOptimizer):
     """An optimizer with a gate and noise; a subclass writes `step` out of the parts below."""
 
     _counters: tuple[str, ...] = (
@@ -47,15 +44,15 @@ class GatedOptimizer(NoisyOptimizer):
     _pending: float | Tensor | None = None
     """The estimate that `observe` was told since the last step."""
     _statistic: float | Tensor = math.inf
-    _warned = False
     _told_no_scale = False
 
     def stats(self) -> dict[str, Tensor]:
         """What the last step measured and did; reading it is up to the caller, nothing is synchronised here.
 
-        Returns: `statistic` (S; a lower bound while the gate is clearly shut, inf when it was not measured), `fires`
-          (so far), `steps_since_fire` (inf before the first), `noise_norm` (of the noise added by the last step that
-          drew any), `boosted_next` (whether the next step is a boosted one); for the group with the most fires.
+        Returns: `statistic` (S; a lower bound while the gate is clearly shut, inf when it was not measured),
+          `threshold` (what S is compared with; inf without a gate), `fires` (so far), `steps_since_fire` (inf before
+          the first), `noise_norm` (of the noise added by the last step that drew any), `boosted_next` (whether the next
+          step is a boosted one); for the group with the most fires.
         """
         group = self.param_groups[0]
         if self._on_host():
@@ -63,6 +60,7 @@ class GatedOptimizer(NoisyOptimizer):
         since = torch.as_tensor(group["noise_step"] - 1 - group["last_fire"], dtype=torch.float64)
         return {
             "statistic": torch.as_tensor(self._statistic),
+            "threshold": torch.as_tensor(self._threshold(group) if group["mode"] in WITH_GATE else math.inf),
             "fires": torch.as_tensor(group["fires"]),
             "steps_since_fire": torch.where(torch.as_tensor(group["fires"]) > 0, since, math.inf),
             "noise_norm": torch.as_tensor(self._noise_square).sqrt(),
@@ -88,12 +86,12 @@ class GatedOptimizer(NoisyOptimizer):
           scale: GradScaler's scale while the gradients are still multiplied by it.
         Raises: ConfigError when the halves gave gradients to different parameters.
         """
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.requires_grad]
+        params = [p for p in members(self.param_groups) if p.grad is not None and p.requires_grad]
         if self._half is None:
             self._half = [(p, p.grad.detach().clone()) for p in params]
             return
         half, self._half = self._half, None
-        if len(half) != len(params) or any(a is not b for (a, _), b in zip(half, params, strict=True)):
+        if [id(p) for p, _ in half] != list(map(id, params)):
             raise ConfigError(
                 "observe_half: the two half-batches gave gradients to different parameters; use gate='norm'."
             )
@@ -143,17 +141,6 @@ class GatedOptimizer(NoisyOptimizer):
             ]
         return vectors
 
-    def _domain(self, blocks: list[Block]) -> list[Block]:
-        """The blocks that the gate and the noise's energy speak of: those of all ranks that share this optimizer."""
-        owner = self._owner_of_all()
-        if owner is None:
-            return blocks
-        groups = [
-            {**mine, "params": all_ranks["params"]}
-            for mine, all_ranks in zip(self.param_groups, owner.param_groups, strict=True)
-        ]
-        return gather(groups, self.__dict__.setdefault("_owner_traits", {}))
-
     def _boost(self, group: dict[str, Any]) -> float | Tensor:
         """psi of the coming step."""
         if group["step_boost"] == 1.0:
@@ -168,8 +155,7 @@ class GatedOptimizer(NoisyOptimizer):
             self._half = None
             raise ConfigError("observe_half was called after one half-batch only; call it after each of the two.")
         domain = self._domain(blocks)
-        numel = sum(block.numel for block in domain if not self._is_quiet(block.group))
-        numel = numel or sum(block.numel for block in domain)
+        numel = self._noise_numel(domain)
         was_told = self._fold_observation()
         asking = [self._asks(block.group, numel) for block in blocks]
         self._statistic = self._measure(domain, asking, was_told) if any(asking) else math.inf
@@ -178,23 +164,18 @@ class GatedOptimizer(NoisyOptimizer):
             block.group["noise_step"] += 1
         return amounts
 
+    def _noise_numel(self, domain: list[Block]) -> int:
+        """d: real numbers that noise may move; all of them where none is to."""
+        return total_numel(b for b in domain if not self._is_quiet(b.group)) or total_numel(domain)
+
     def _shut_grads(self) -> list[list[Tensor]] | None:
         """The gradients of every group if a first piece of them passes every threshold: the usual case, found quickly.
 
         Returns: None if the gate may open, or asks for more than this rank's whole, dense gradients.
         """
-        if self._owner is not None:
+        limit = self._quick_limit()
+        if limit is None:
             return None
-        limit = 0.0
-        for group in self.param_groups:
-            threshold = group["grad_threshold"]
-            if group["gate"] != "norm" or group["mode"] not in ("gated", "smooth") or group["lr"] == 0:
-                return None
-            if threshold == "auto" and not rule.auto_weight(group["noise_step"]):
-                threshold = self._threshold(group)
-            if not isinstance(threshold, float | int):
-                return None
-            limit = max(limit, threshold)
         known, grads = self._known_traits(), []
         for i, group in enumerate(self.param_groups):
             found = plain_grads(i, group["params"], known)
@@ -207,6 +188,19 @@ class GatedOptimizer(NoisyOptimizer):
             return None
         self._statistic = math.sqrt(square)
         return grads
+
+    def _quick_limit(self) -> float | None:
+        """The highest threshold, if a gradient norm above it is all that the gates of this step ask for."""
+        if self._owner is not None:
+            return None
+        limits = []
+        for group in self.param_groups:
+            if group["gate"] != "norm" or group["mode"] not in WITH_GATE or group["lr"] == 0:
+                return None
+            if group["grad_threshold"] == "auto" and rule.auto_weight(group["noise_step"]):
+                return None
+            limits.append(self._threshold(group))
+        return None if any(isinstance(limit, Tensor) for limit in limits) else max(limits)
 
     def _amount(self, group: dict[str, Any], asks: bool, numel: int) -> float | Tensor:
         """r * phi of one group; the counters of its fires move."""
@@ -231,38 +225,42 @@ class GatedOptimizer(NoisyOptimizer):
 
     def _asks(self, group: dict[str, Any], numel: int) -> bool:
         """Whether the group wants to know S at this step."""
-        if group["mode"] not in ("gated", "smooth") or not self._is_on(group) or not numel:
+        if group["mode"] not in WITH_GATE or not self._is_on(group) or not numel:
             return False
         if self._is_quiet(group) and group["step_boost"] == 1.0:
             return False
-        if group["mode"] == "smooth" or group["gate"] == "ema":
-            # The noise, or the average, needs every step.
-            return True
+        # The noise, or the average, needs every step.
+        return group["mode"] == "smooth" or group["gate"] == "ema" or self._is_due(group, numel)
+
+    def _is_due(self, group: dict[str, Any], numel: int) -> bool:
+        """Whether the automatic threshold wants this step's S, or the wait after the last fire is over."""
         if group["grad_threshold"] == "auto" and rule.auto_weight(group["noise_step"]):
             return True
         since = group["noise_step"] - group["last_fire"]
         return isinstance(since, Tensor) or since > self._escape_steps(group, numel)
 
     def _measure(self, domain: list[Block], asking: list[bool], was_told: bool) -> float | Tensor:
-        first = self.param_groups[0]
-        groups = [group for group, asks in zip(self.param_groups, asking, strict=True) if asks]
-        weight = rule.auto_weight(first["noise_step"]) if "auto" in [g["grad_threshold"] for g in groups] else 0
+        first, groups = self.param_groups[0], list(compress(self.param_groups, asking))
+        is_automatic = "auto" in [group["grad_threshold"] for group in groups]
+        weight = rule.auto_weight(first["noise_step"]) if is_automatic else 0
         if first["gate"] in ("cross", "snr"):
             statistic = self._observation(first, was_told)
         else:
-            limits = [self._threshold(group) for group in groups]
-            limit = math.inf if weight or not self._on_host() else max(limits)
-            blocks = [block for block in domain if block.params]
-            if first["gate"] == "norm":
-                vectors = [gates.Vector(block.params, block.grads) for block in blocks]
-            else:
-                vectors = self._averages(blocks)
-            statistic = gates.vector_norm(vectors, limit, all(block.is_plain for block in blocks))
+            limit = math.inf if weight or not self._on_host() else max(map(self._threshold, groups))
+            statistic = self._norm([block for block in domain if block.params], limit)
         if weight:
             median, steps = rule.next_median(first["gate_median"], first["gate_median_steps"], statistic, weight)
             for group in self.param_groups:
                 group["gate_median"], group["gate_median_steps"] = median, steps
         return statistic
+
+    def _norm(self, blocks: list[Block], limit: float) -> float | Tensor:
+        """S of the gates norm and ema; above the limit a lower bound of it."""
+        if self.param_groups[0]["gate"] == "norm":
+            vectors = [gates.Vector(block.params, block.grads) for block in blocks]
+        else:
+            vectors = self._averages(blocks)
+        return gates.vector_norm(vectors, limit, all(block.is_plain for block in blocks))
 
     def _fold_observation(self) -> bool:
         """Let the estimate that `observe` was told enter the averages of cross and snr, unless it is not finite.
@@ -309,70 +307,8 @@ class GatedOptimizer(NoisyOptimizer):
     def _is_quiet(self, group: dict[str, Any]) -> bool:
         return group["noise_radius"] == 0 or float(group["lr"]) == 0
 
-    def _is_on(self, group: dict[str, Any]) -> bool:
-        # A learning rate of 0 freezes a group.
-        if float(group["lr"]) == 0:
-            return False
-        return group["noise_steps"] is None or group["noise_step"] < group["noise_steps"]
-
     def _on_host(self) -> bool:
         return all(not isinstance(group["fires"], Tensor) for group in self.param_groups)
-
-    def _add_noise(
-        self,
-        blocks: list[Block],
-        amounts: Sequence[float | Tensor],
-        joint: Sequence[Joint | None] | None = None,
-    ) -> None:
-        """Add noise of radius `amounts[i]` to block i; a Joint descent is done in the same float32 sum."""
-        noisy = [i for i, block in enumerate(blocks) if block.params and is_noise(amounts[i])]
-        if not noisy:
-            return
-        self._warn_if_lost(blocks, amounts)
-        first, names = self.param_groups[0], self._noise_names()
-        domain = [block for block in self._domain(blocks) if block.params and not self._is_quiet(block.group)]
-        stds = unit_stds(blocks, domain, first["noise_scale"])
-        factor = self._shape_factor(domain)
-        params, squares = [], []
-        for i in noisy:
-            block, descent = blocks[i], joint[i] if joint else None
-            for j, (key, where) in enumerate(block.draws(first["noise_step"] - 1, names[i])):
-                value, std = block.values[j], amounts[i] * (stds[id(block)][j] * factor)
-                extra = descent.of(j) if descent and value.dtype in LOW_PRECISION else {}
-                stochastic = value.dtype in LOW_PRECISION and block.group["low_precision"] == "stochastic"
-                squares.append(add_noise_(value, key, where, std, stochastic=stochastic, **extra))
-                params.append(block.params[j])
-        self._noise_square = _total(params, squares)
-
-    def _shape_factor(self, domain: list[Block]) -> float | Tensor:
-        first = self.param_groups[0]
-        if first["noise"] == "gaussian":
-            return 1.0
-        owner = self._owner_of_all()
-        names = self._noise_names() if owner is None else noise_names(owner.param_groups)
-        order = {id(group["params"]): i for i, group in enumerate((owner or self).param_groups)}
-        draws: dict[int, list[Draw]] = {
-            id(block): block.draws(first["noise_step"] - 1, names[order[id(block.group["params"])]]) for block in domain
-        }
-        return shape_factor(domain, first["noise"], unit_stds(domain, domain, first["noise_scale"]), draws)
-
-    def _warn_if_lost(self, blocks: list[Block], amounts: Sequence[float | Tensor]) -> None:
-        low = [v for b in blocks for v in b.values if v.dtype in LOW_PRECISION and b.group["low_precision"] != "master"]
-        if self._warned or not low:
-            return
-        self._warned = True
-        numel = sum(block.numel for block in blocks)
-        rms = math.sqrt(float(gates.exact_squares(low).sum()) / max(1, sum(v.numel() for v in low)))
-        step = rms * torch.finfo(low[0].dtype).eps
-        spread = 1.0 if blocks[0].group["noise_scale"] == "coordinate" else math.sqrt(numel)
-        std = max(float(amount) for amount in amounts) / spread
-        if 0 < std < step / 4:
-            warnings.warn(
-                f"{type(self).__name__}: the noise's standard deviation {std:.1e} is below a quarter of the rounding "
-                f"step {step:.1e} of {low[0].dtype} parameters, so rounding drowns it; use float32 parameters or "
-                "low_precision='master'.",
-                stacklevel=4,
-            )
 
     def _warn_without_scale(self, radius: float | Tensor, phi: float | Tensor) -> None:
         if self._told_no_scale or isinstance(radius, Tensor) or isinstance(phi, Tensor) or radius or not phi:
@@ -383,26 +319,3 @@ class GatedOptimizer(NoisyOptimizer):
             "kick's default radius is 0; set noise_radius.",
             stacklevel=5,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Joint:
-    """The descent of a block whose low-precision parameters are summed with their noise in float32 and rounded once."""
-
-    directions: list[Tensor]
-    lr: float | Tensor
-    decay: float
-
-    def of(self, index: int) -> dict[str, Any]:
-        """The arguments of `add_noise_` for one parameter."""
-        return {"direction": self.directions[index], "lr": self.lr, "decay": self.decay}
-
-
-def is_noise(amount: float | Tensor) -> bool:
-    """Whether noise of this radius is to be drawn; an accelerator's radius may be 0, which only it knows."""
-    return isinstance(amount, Tensor) or amount != 0.0
-
-
-def _total(params: list[Tensor], squares: list[float | Tensor]) -> float | Tensor:
-    values = torch.stack([torch.as_tensor(square, dtype=torch.float32) for square in squares])
-    return plain(sum_over_shards(params, values).sum())

@@ -24,14 +24,12 @@ def jitter_(params: Iterable[Tensor | tuple[str, Tensor]], noise_radius: float, 
       noise_radius: r.
       seed: None draws one from torch's generator.
     """
-    pairs = [item if isinstance(item, tuple) else (None, item) for item in params]
-    tensors = [tensor for _, tensor in pairs]
-    group: dict = {"params": tensors}
-    if pairs and pairs[0][0] is not None:
-        group["param_names"] = [name for name, _ in pairs]
+    items = list(params)
+    names, tensors = zip(*items, strict=True) if items and isinstance(items[0], tuple) else ((), items)
     given = checked_seed("jitter_", seed)
     drawn = agreed_seed(tensors) if given is None else given
-    moving = [(name, p) for name, p in zip(noise_names([group])[0], tensors, strict=True) if p.requires_grad]
+    keys = noise_names([{"params": tensors, "param_names": names}])[0]
+    moving = [(key, p) for key, p in zip(keys, tensors, strict=True) if p.requires_grad]
     std = noise_radius / math.sqrt(max(1, sum(real_numel(p) for _, p in moving)))
-    for name, param in moving:
-        add_noise_(local(param.detach()), NoiseKey(drawn, 0, parameter_id(name)), layout(param), std)
+    for key, param in moving:
+        add_noise_(local(param.detach()), NoiseKey(drawn, 0, parameter_id(key)), layout(param), std)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
-from limbeck.optim.block import real_numel
 from limbeck.optim.noise import NoiseKey, draw, parameter_id
 from limbeck.optim.noisy import checked_seed, evaluate
 from limbeck.optim.seed import agreed_seed
@@ -77,50 +76,41 @@ class NEON(Optimizer):
         loss = evaluate(closure)
         (group,) = self.param_groups
         params = [p for p in group["params"] if p.grad is not None]
-        slope = [p.grad.detach().clone() for p in params]
-        if _norm(slope) <= group["grad_threshold"]:
-            way = self._search(params, slope, group, closure)
+        here, slope = _flat(params), _flat([p.grad for p in params])
+        if slope.double().norm() <= group["grad_threshold"]:
+            way = self._search(params, here, slope, closure)
             if way is not None:
-                self._leave(params, way, closure)
+                sides = [(float(self._look(params, here + u, closure)), here + u) for u in (way, -way)]
+                _put(params, min(sides, key=lambda side: side[0])[1])
                 return loss
-        for p, g in zip(params, slope, strict=True):
-            p.sub_(g, alpha=group["lr"])
+        _put(params, here - group["lr"] * slope)
         return loss
 
-    def _search(
-        self, params: list[Tensor], slope: list[Tensor], group: dict[str, Any], closure: Callable[[], Any]
-    ) -> list[Tensor] | None:
-        """u of norm F along negative curvature, or None; the parameters end where they began."""
-        here = [p.clone() for p in params]
-        std = group["noise_radius"] / math.sqrt(sum(real_numel(p) for p in params))
+    def _search(self, params: list[Tensor], here: Tensor, slope: Tensor, closure: Callable[[], Any]) -> Tensor | None:
+        """u of norm F along negative curvature, or None."""
+        (group,) = self.param_groups
         keys = [NoiseKey(group["seed"], group["searches"], parameter_id(i)) for i in range(len(params))]
-        u = [draw(key, layout(p), p.device).to(p.dtype) * std for key, p in zip(keys, params, strict=True)]
+        noise = _flat([draw(key, layout(p), p.device) for key, p in zip(keys, params, strict=True)])
+        u = group["noise_radius"] / math.sqrt(max(1, len(noise))) * noise.to(here.dtype)
         group["searches"] += 1
         for _ in range(group["search_steps"]):
-            for p, x, part in zip(params, here, u, strict=True):
-                p.copy_(x + part)
-            evaluate(closure)
-            for part, p, g in zip(u, params, slope, strict=True):
-                assert p.grad is not None
-                part.sub_(p.grad - g, alpha=group["lr"])
-            if _norm(u) >= group["escape_distance"]:
-                break
-        for p, x in zip(params, here, strict=True):
-            p.copy_(x)
-        size = _norm(u)
-        return None if size < group["escape_distance"] else [part * (group["escape_distance"] / size) for part in u]
+            self._look(params, here + u, closure)
+            u = u - group["lr"] * (_flat([p.grad for p in params]) - slope)
+            size = u.double().norm()
+            if size >= group["escape_distance"]:
+                return u * float(group["escape_distance"] / size)
+        return None
 
-    def _leave(self, params: list[Tensor], way: list[Tensor], closure: Callable[[], Any]) -> None:
-        """x + u or x - u, whichever has the lower loss."""
-        losses = []
-        for factor in (1.0, -2.0):
-            for p, part in zip(params, way, strict=True):
-                p.add_(part, alpha=factor)
-            losses.append(float(evaluate(closure)))
-        if losses[0] < losses[1]:
-            for p, part in zip(params, way, strict=True):
-                p.add_(part, alpha=2.0)
+    def _look(self, params: list[Tensor], there: Tensor, closure: Callable[[], Any]) -> Any:
+        """The loss at another point; the gradients are those of there then."""
+        _put(params, there)
+        return evaluate(closure)
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+def _flat(tensors: list[Any]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.zeros(0)
+
+
+def _put(params: list[Tensor], point: Tensor) -> None:
+    for p, part in zip(params, point.split([p.numel() for p in params]), strict=True):
+        p.copy_(part.view_as(p))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
-from limbeck.optim.block import Block, Traits, gather, noise_names
+from limbeck.optim.block import Block, Traits, gather, members, noise_names
 from limbeck.optim.seed import agreed_seed
 from limbeck.optim.settings import COUNTERS, LOW_PRECISION, check_common, check_whole, whole_number
 from limbeck.optim.sharding import layout, local
@@ -43,7 +43,7 @@ class NoisyOptimizer(Optimizer):
         super().__init__(params, settings)
 
     def stats(self) -> dict[str, Tensor]:
-        """What the last step did: `statistic`, `fires`, `steps_since_fire`, `noise_norm`, `boosted_next`."""
+        """What the last step did: statistic, threshold, fires, steps_since_fire, noise_norm, boosted_next."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -107,6 +107,11 @@ class NoisyOptimizer(Optimizer):
         """Whether the group is outside the noise domain."""
         return float(group["lr"]) == 0
 
+    def _is_on(self, group: dict[str, Any]) -> bool:
+        """Whether the group moves at this step, and its noise is not over yet."""
+        ends = group["noise_steps"]
+        return float(group["lr"]) != 0 and (ends is None or group["noise_step"] < ends)
+
     def _is_frozen(self) -> bool:
         """Whether every learning rate is 0: no step is taken then.
 
@@ -129,8 +134,7 @@ class NoisyOptimizer(Optimizer):
         owner = self._owner_of_all()
         if owner is None:
             return noise_names(self.param_groups)
-        every = (p for group in owner.param_groups for p in group["params"])
-        return noise_names(self.param_groups, {id(p): i for i, p in enumerate(every)})
+        return noise_names(self.param_groups, {id(p): i for i, p in enumerate(members(owner.param_groups))})
 
     def _use_masters(self, block: Block) -> None:
         """Let the step change float32 masters in place of the low-precision parameters that have one."""
@@ -171,9 +175,7 @@ def complete(group: dict[str, Any], counters: tuple[str, ...], settings: dict[st
 
 def keep_float32(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Undo torch's cast of loaded state to the type of low-precision parameters, where the state was float32."""
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, param in zip(ids, params, strict=True):
+    for i, param in zip(members(state_dict["param_groups"]), members(optimizer.param_groups), strict=True):
         if param.dtype not in LOW_PRECISION:
             continue
         for name, value in state_dict["state"].get(i, {}).items():

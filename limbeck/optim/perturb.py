@@ -12,7 +12,7 @@ from limbeck.errors import ConfigError
 from limbeck.optim.gated import GatedOptimizer
 from limbeck.optim.noisy import NoisyOptimizer, checked_seed, complete, keep_float32, with_plain_counters
 from limbeck.optim.seed import agreed_seed
-from limbeck.optim.settings import NOISE_DEFAULTS, Gate, LowPrecision, Mode, NoiseScale, NoiseShape, Threshold
+from limbeck.optim.settings import NOISE_DEFAULTS, Gate, LowPrecision, Mode, NoiseScale, NoiseShape, Threshold, given
 
 Groups = list[dict[str, Any]]
 
@@ -59,22 +59,9 @@ class Perturb(GatedOptimizer):
             raise ConfigError(
                 "Perturb: low_precision='master' is not possible, the optimizer steps the parameters themselves."
             )
+        settings = {**NOISE_DEFAULTS, **given(locals())}
         drawn = checked_seed("Perturb", seed)
-        settings = {
-            **NOISE_DEFAULTS,
-            "grad_threshold": grad_threshold,
-            "noise_radius": noise_radius,
-            "escape_steps": escape_steps,
-            "mode": mode,
-            "gate": gate,
-            "gate_beta": gate_beta,
-            "noise": noise,
-            "noise_scale": noise_scale,
-            "anneal_power": anneal_power,
-            "noise_steps": noise_steps,
-            "low_precision": low_precision,
-            "seed": agreed_seed(optimizer.param_groups) if drawn is None else drawn,
-        }
+        settings["seed"] = agreed_seed(optimizer.param_groups) if drawn is None else drawn
         # Optimizer.__init__ would make groups of its own; torch's __setstate__ sets up hooks and profiling alone.
         Optimizer.__setstate__(self, {"optimizer": optimizer, "settings": settings})
         before = [dict(group) for group in self.param_groups]
@@ -97,7 +84,7 @@ class Perturb(GatedOptimizer):
                 group["noise_step"] += 1
             return loss
         blocks = self._gather()
-        self._add_noise(blocks, self._decide(blocks))
+        self._add_noise(blocks, self._decide(blocks), [None] * len(blocks))
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import ConfigError
+from limbeck.optim.block import members
 from limbeck.optim.langevin import Langevin, count
-from limbeck.optim.settings import LowPrecision, NoiseScale, NoiseShape
+from limbeck.optim.settings import LowPrecision, NoiseScale, NoiseShape, given
 from limbeck.optim.sharding import local
 from limbeck.optim.theory import from_constants
 
@@ -48,20 +49,7 @@ class PerturbedGD(Langevin):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = {
-            "lr": lr,
-            "grad_threshold": grad_threshold,
-            "noise_radius": noise_radius,
-            "escape_steps": escape_steps,
-            "loss_drop": loss_drop,
-            "momentum": momentum,
-            "low_precision": low_precision,
-            "seed": seed,
-            "maximize": maximize,
-            "foreach": foreach,
-            "noise": "ball",
-        }
-        super().__init__(params, settings)
+        super().__init__(params, {**given(locals()), "noise": "ball"})
 
     @classmethod
     def from_constants(
@@ -96,7 +84,7 @@ class PerturbedGD(Langevin):
         if self._has_failed(float(loss)):
             self._restore()
             return loss
-        before = {p: p.detach().clone() for p in self._all_params()} if self._may_fire() else {}
+        before = {p: p.detach().clone() for p in members(self.param_groups)} if self._may_fire() else {}
         super().step()
         self._remember(before, float(loss))
         return loss
@@ -121,14 +109,11 @@ class PerturbedGD(Langevin):
             group["kick_loss"] = loss
 
     def _restore(self) -> None:
-        for param in self._all_params():
+        for param in members(self.param_groups):
             # A parameter that joined after the kick has nothing to go back to.
             local(param.detach()).copy_(local(self.state[param].get("before_kick", param.detach())))
         for group in self.param_groups:
             group["converged"] = True
-
-    def _all_params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -167,21 +152,7 @@ class PerturbedSGD(Langevin):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        settings = {
-            "lr": lr,
-            "noise_radius": noise_radius,
-            "noise_scale": noise_scale,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "noise_steps": noise_steps,
-            "low_precision": low_precision,
-            "seed": seed,
-            "maximize": maximize,
-            "foreach": foreach,
-            "mode": "constant",
-            "noise": self._shape,
-        }
-        super().__init__(params, settings)
+        super().__init__(params, {**given(locals()), "mode": "constant", "noise": self._shape})
 
     def _radius(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * float(group["noise_radius"])

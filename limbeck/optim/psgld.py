@@ -14,7 +14,7 @@ from limbeck.errors import ConfigError
 from limbeck.optim.block import Block
 from limbeck.optim.noise import SIGNS, draw, square_norm
 from limbeck.optim.sampler import Sampler
-from limbeck.optim.settings import LowPrecision, number
+from limbeck.optim.settings import LowPrecision, given, number
 from limbeck.optim.sharding import local
 
 
@@ -58,20 +58,7 @@ class PSGLD(Sampler):
         seed: int | None = None,
         maximize: bool = False,
     ) -> None:
-        settings = {
-            "lr": lr,
-            "temperature": temperature,
-            "alpha": alpha,
-            "eps": eps,
-            "adapt_steps": adapt_steps,
-            "correction": correction,
-            "weight_decay": weight_decay,
-            "noise_steps": noise_steps,
-            "low_precision": low_precision,
-            "seed": seed,
-            "maximize": maximize,
-        }
-        super().__init__(params, settings)
+        super().__init__(params, given(locals()))
 
     def _update(
         self, x: Tensor, grad: Tensor, noise: Tensor | None, states: list[Tensor], settings: Mapping[str, Any]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
+from limbeck.optim.block import members
 from limbeck.optim.noisy import evaluate
 from limbeck.optim.settings import number
 from limbeck.optim.sharding import local, sum_over_shards
@@ -40,7 +41,7 @@ class SAM(Optimizer):
         if closure is None:
             raise ConfigError("SAM: a step needs a closure that computes the gradients, since it takes two of them.")
         loss = evaluate(closure)
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        params = [p for p in members(self.param_groups) if p.grad is not None]
         before = [local(p.detach()).clone() for p in params]
         for p, push in zip(params, uphill([local(p.grad) for p in params], params, self.rho), strict=True):
             local(p.detach()).add_(push)

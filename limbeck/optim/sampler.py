@@ -56,27 +56,29 @@ class Sampler(NoisyOptimizer):
             self._make_state(block)
         if self._is_frozen():
             return loss
+        self._move(blocks)
+        for group in self.param_groups:
+            group["noise_step"] += 1
+        return loss
+
+    def _move(self, blocks: list[Block]) -> None:
         moving = [
             (block, names)
             for block, names in zip(blocks, self._noise_names(), strict=True)
             if block.params and float(block.group["lr"]) != 0
         ]
         extras = [self._prepare(block, names) for block, names in moving]
-        squares = [
-            self._update_block(block, names, extra) for (block, names), extra in zip(moving, extras, strict=True)
-        ]
-        self._noise_square = sum(squares) if squares else 0.0
+        squares = [self._update_block(*item, extra) for item, extra in zip(moving, extras, strict=True)]
+        self._noise_square = sum(squares, 0.0)
         for block, _ in moving:
             self._round_masters(block)
             self._conclude(block)
-        for group in self.param_groups:
-            group["noise_step"] += 1
-        return loss
 
     def stats(self) -> dict[str, Tensor]:
         """As the gated optimizers' `stats`, so that one log fits all; without a gate only `noise_norm` speaks."""
         return {
             "statistic": torch.tensor(math.inf),
+            "threshold": torch.tensor(math.inf),
             "fires": torch.as_tensor(self.param_groups[0]["fires"]),
             "steps_since_fire": torch.tensor(math.inf, dtype=torch.float64),
             "noise_norm": torch.as_tensor(self._noise_square).sqrt(),
@@ -121,13 +123,11 @@ class Sampler(NoisyOptimizer):
 
     def _update_block(self, block: Block, names: list[str], extras: list[list[Tensor]]) -> float | Tensor:
         group, squares = block.group, []
-        ends = group["noise_steps"]
-        is_hot = float(group["temperature"]) > 0 and (ends is None or group["noise_step"] < ends)
+        is_hot = float(group["temperature"]) > 0 and self._is_on(group)
         for j, (key, where) in enumerate(block.draws(group["noise_step"], names)):
-            state = self.state[block.params[j]] if self._state_names else {}
+            state = self.state.get(block.params[j], {})
             tensors = [block.values[j], self._gradient(block, j), *(local(state[name]) for name in self._state_names)]
-            numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-            settings = {**group, **numbers} if numbers else group
+            settings = {**group, **{name: value for name, value in state.items() if not isinstance(value, Tensor)}}
             squares.append(self._update_param([*tensors, *extras[j]], key if is_hot else None, where, settings))
         values = torch.stack([torch.as_tensor(square, dtype=torch.float32) for square in squares])
         return plain(sum_over_shards(block.params, values).sum())

@@ -18,6 +18,8 @@ NoiseScale = Literal["energy", "relative", "coordinate"]
 LowPrecision = Literal["stochastic", "master", "nearest"]
 Threshold = float | Literal["auto"] | None
 
+WITH_GATE = ("gated", "smooth")
+"""The modes that measure S; the others add noise at every step."""
 NEVER = -(2**31)
 """`last_fire` of a group that has not fired."""
 NOISE_DEFAULTS: dict[str, Any] = {
@@ -82,18 +84,11 @@ def check_common(name: str, group: dict[str, Any]) -> None:
       name: of the optimizer, for the message.
     Raises: ConfigError.
     """
-    for field, known in CHOICES.items():
-        if field in group and group[field] not in known:
-            raise ConfigError(f"{name}: {field} is {group[field]!r}; {nearest(str(group[field]), known)}")
-    for field in _AT_LEAST_ZERO:
-        if _is_given(group, field) and not number(name, field, group[field]) >= 0:
+    _check_choices(name, group)
+    for field in (*_AT_LEAST_ZERO, *_COUNTS):
+        read = whole_number if field in _COUNTS else number
+        if _is_given(group, field) and read(name, field, group[field]) < 0:
             raise ConfigError(f"{name}: {field} is {group[field]}; it must not be negative.")
-    for field in _COUNTS:
-        if _is_given(group, field) and whole_number(name, field, group[field]) < 0:
-            raise ConfigError(f"{name}: {field} is {group[field]}; it must not be negative.")
-    for field in _FLAGS:
-        if field in group and group[field] not in (False, True):
-            raise ConfigError(f"{name}: {field} is {group[field]!r}; give True or False.")
     group["seed"] = whole_number(name, "seed", group["seed"])
 
 
@@ -106,7 +101,7 @@ def check_gate(name: str, group: dict[str, Any], needs_radius: bool) -> None:
     """
     if not 0 <= number(name, "gate_beta", group["gate_beta"]) < 1:
         raise ConfigError(f"{name}: gate_beta is {group['gate_beta']}; it lies in [0, 1).")
-    is_gated = group["mode"] in ("gated", "smooth") and group["gate"] != "snr"
+    is_gated = group["mode"] in WITH_GATE and group["gate"] != "snr"
     _check_threshold(name, group, is_gated)
     if needs_radius and not is_gated and group["noise_radius"] is None:
         raise ConfigError(f"{name}: mode={group['mode']!r} with gate={group['gate']!r} needs noise_radius.")
@@ -151,6 +146,20 @@ def whole_number(name: str, field: str, value: Any) -> int:
         except TypeError:
             pass
     raise ConfigError(f"{name}: {field} is {value!r}; give a whole number.")
+
+
+def given(names: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the arguments of an `__init__`, from its `locals()`."""
+    return {name: value for name, value in names.items() if name not in ("self", "params", "optimizer", "__class__")}
+
+
+def _check_choices(name: str, group: dict[str, Any]) -> None:
+    for field, known in CHOICES.items():
+        if field in group and group[field] not in known:
+            raise ConfigError(f"{name}: {field} is {group[field]!r}; {nearest(str(group[field]), known)}")
+    for field in _FLAGS:
+        if field in group and group[field] not in (False, True):
+            raise ConfigError(f"{name}: {field} is {group[field]!r}; give True or False.")
 
 
 def _is_given(group: dict[str, Any], field: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from limbeck.errors import ConfigError
 from limbeck.optim.noise import square_norm
 from limbeck.optim.sampler import Sampler
-from limbeck.optim.settings import LowPrecision, number
+from limbeck.optim.settings import LowPrecision, given, number
 
 
 class SGHMC(Sampler):
@@ -44,18 +44,7 @@ class SGHMC(Sampler):
         seed: int | None = None,
         maximize: bool = False,
     ) -> None:
-        settings = {
-            "lr": lr,
-            "temperature": temperature,
-            "friction": friction,
-            "gradient_noise": gradient_noise,
-            "weight_decay": weight_decay,
-            "noise_steps": noise_steps,
-            "low_precision": low_precision,
-            "seed": seed,
-            "maximize": maximize,
-        }
-        super().__init__(params, settings)
+        super().__init__(params, given(locals()))
 
     def _update(
         self, x: Tensor, grad: Tensor, noise: Tensor | None, states: list[Tensor], settings: Mapping[str, Any]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from limbeck.optim.noise import square_norm
 from limbeck.optim.sampler import Sampler
-from limbeck.optim.settings import LowPrecision
+from limbeck.optim.settings import LowPrecision, given
 
 
 class SGLD(Sampler):
@@ -44,16 +44,7 @@ class SGLD(Sampler):
         seed: int | None = None,
         maximize: bool = False,
     ) -> None:
-        settings = {
-            "lr": lr,
-            "temperature": temperature,
-            "weight_decay": weight_decay,
-            "noise_steps": noise_steps,
-            "low_precision": low_precision,
-            "seed": seed,
-            "maximize": maximize,
-        }
-        super().__init__(params, settings)
+        super().__init__(params, given(locals()))
 
     @classmethod
     def from_posterior(

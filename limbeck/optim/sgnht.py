@@ -13,7 +13,7 @@ from limbeck.optim.block import Block
 from limbeck.optim.gates import exact_squares
 from limbeck.optim.noise import square_norm
 from limbeck.optim.sampler import Sampler
-from limbeck.optim.settings import LowPrecision, number
+from limbeck.optim.settings import LowPrecision, given, number
 from limbeck.optim.sharding import local, sum_over_shards
 from limbeck.optim.spread import plain
 
@@ -50,17 +50,7 @@ class SGNHT(Sampler):
         seed: int | None = None,
         maximize: bool = False,
     ) -> None:
-        settings = {
-            "lr": lr,
-            "temperature": temperature,
-            "diffusion": diffusion,
-            "weight_decay": weight_decay,
-            "noise_steps": noise_steps,
-            "low_precision": low_precision,
-            "seed": seed,
-            "maximize": maximize,
-        }
-        super().__init__(params, settings)
+        super().__init__(params, given(locals()))
 
     def _update(
         self, x: Tensor, grad: Tensor, noise: Tensor | None, states: list[Tensor], settings: Mapping[str, Any]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from limbeck.optim.block import Block, Draw, real_numel
+from limbeck.optim.block import Block, Draw, real_numel, total_numel
 from limbeck.optim.gates import exact_squares
 from limbeck.optim.noise import draw, uniform
 from limbeck.optim.sharding import sum_over_shards
@@ -21,21 +21,28 @@ def unit_stds(blocks: list[Block], domain: list[Block], noise_scale: str) -> dic
     """
     if noise_scale == "coordinate":
         return {id(block): [1.0] * len(block.params) for block in blocks}
-    if noise_scale == "energy":
-        std = 1 / math.sqrt(max(1, sum(block.numel for block in domain)))
-        return {id(block): [std] * len(block.params) for block in blocks}
-    total = _squares(domain).sum()
-    if total.device.type == "cpu" and not total:
-        return unit_stds(blocks, domain, "energy")
-    sizes = torch.tensor([real_numel(p) for block in blocks for p in block.params], device=total.device)
+    if noise_scale == "relative":
+        total = _squares(domain).sum()
+        if total.device.type != "cpu" or total:
+            return _relative_stds(blocks, total)
+    std = 1 / math.sqrt(max(1, total_numel(domain)))
+    return {id(block): [std] * len(block.params) for block in blocks}
+
+
+def _relative_stds(blocks: list[Block], total: Tensor) -> dict[int, list[float | Tensor]]:
+    """Each tensor's energy is its share of the squared norm, `total`."""
+    sizes = torch.tensor([real_numel(p) for p in _params(blocks)], device=total.device)
     stds = iter((_squares(blocks) / total / sizes.clamp(min=1)).sqrt().float())
     return {id(block): [plain(next(stds)) for _ in block.params] for block in blocks}
 
 
+def _params(blocks: list[Block]) -> list[Tensor]:
+    return [p for block in blocks for p in block.params]
+
+
 def _squares(blocks: list[Block]) -> Tensor:
     """[P] the squared norm of every parameter."""
-    params = [p for block in blocks for p in block.params]
-    return sum_over_shards(params, exact_squares([value for block in blocks for value in block.values]))
+    return sum_over_shards(_params(blocks), exact_squares([value for block in blocks for value in block.values]))
 
 
 def shape_factor(
@@ -52,12 +59,13 @@ def shape_factor(
             squares.append(square * stds[id(block)][j] ** 2)
     # float32 hides the order in which shards were added up.
     norm = sum_over_shards(params, torch.stack(squares)).sum().sqrt().float()
-    if not any(block.numel for block in domain):
+    numel = total_numel(domain)
+    if not numel:
         return 1.0
     if noise == "sphere":
         return 1.0 / plain(norm)
     first, _ = draws[id(domain[0])][0]
-    return uniform(first._replace(parameter=0)) ** (1 / sum(block.numel for block in domain)) / plain(norm)
+    return uniform(first._replace(parameter=0)) ** (1 / numel) / plain(norm)
 
 
 def plain(value: Tensor) -> float | Tensor:

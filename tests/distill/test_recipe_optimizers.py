@@ -131,6 +131,7 @@ def test_the_log_has_gate_and_noise_of_every_step(tmp_path):
     rows = lines(train.run(config("perturb(adamw)"), tmp_path / "noisy"))
     assert [row["fires"] for row in rows] == [1, 2, 3, 3]  # the schedule ends at a rate of 0
     assert all(row["noise_norm"] > 0 and 0 < row["gate_statistic"] < 1e3 for row in rows[:3])
+    assert {row["gate_threshold"] for row in rows} == {1e3}
     assert "fires" not in lines(train.run(config("adamw"), tmp_path / "plain"))[0]
 
 

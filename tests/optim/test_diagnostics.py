@@ -1,11 +1,10 @@
-"""Curvature against dense eigenvalues, predictions against simulation, and the fires log."""
+"""Curvature against dense eigenvalues, predictions against simulation."""
 
 import math
 
 import pytest
 import torch
 
-from limbeck.errors import CheckpointError
 from limbeck.optim import diagnostics, theory
 from studies.problems import QuadraticSaddle, QuarticSaddle, make
 
@@ -57,23 +56,6 @@ def test_the_bound_on_products_is_enough_in_a_thousand_dimensions():
     assert diagnostics.products_needed(5, 100.0, 1e-6) == 5
 
 
-def test_the_curvature_of_a_module_is_that_of_the_same_function_written_flat():
-    layer = torch.nn.Linear(3, 2).double()
-    inputs, targets = torch.randn(9, 3).double(), torch.randn(9, 2).double()
-
-    def loss() -> torch.Tensor:
-        return (torch.tanh(layer(inputs)) - targets).square().mean()
-
-    found = diagnostics.model_curvature(loss, layer.parameters(), num_products=8)
-
-    def flat(vector: torch.Tensor) -> torch.Tensor:
-        return (torch.tanh(inputs @ vector[:6].view(2, 3).T + vector[6:]) - targets).square().mean()
-
-    point = torch.cat([layer.weight.flatten(), layer.bias]).detach()
-    hessian = torch.autograd.functional.hessian(flat, point)
-    assert float(found.eigenvalue) == pytest.approx(float(torch.linalg.eigvalsh(hessian)[0]), rel=1e-6)
-
-
 def test_second_order_tells_a_saddle_a_slope_and_a_minimum_apart():
     saddle = QuarticSaddle(num_dims=6)
     (minimum, _) = saddle.facts().minima
@@ -116,23 +98,3 @@ def test_the_predicted_loss_bump_is_the_mean_rise_over_kicks():
     noise = float(rises.std()) / math.sqrt(num_kicks)
     assert bump == pytest.approx(float(rises.mean()), abs=4 * (noise + bump * error / trace))
     assert 0 < error < 0.1 * trace
-
-
-def test_the_fires_log_keeps_the_steps_that_fired_and_survives_a_round_trip(tmp_path):
-    log = diagnostics.FiresLog()
-    fires = torch.tensor(0)
-    for step, fired in enumerate([True, False, False, True]):
-        fires += int(fired)
-        log.add(step, {"fires": fires, "statistic": 0.5 * step})
-    assert [row["step"] for row in log.rows()] == [0, 3]
-    assert log.rows()[1] == {"step": 3.0, "fires": 2.0, "statistic": 1.5}
-    log.write(tmp_path / "fires.jsonl")
-    assert diagnostics.read_fires(tmp_path / "fires.jsonl") == log.rows()
-
-
-def test_a_damaged_fires_log_is_refused_with_its_line(tmp_path):
-    (tmp_path / "fires.jsonl").write_text('{"step": 1}\nnot json\n')
-    with pytest.raises(CheckpointError, match="line 2"):
-        diagnostics.read_fires(tmp_path / "fires.jsonl")
-    with pytest.raises(CheckpointError, match="no such"):
-        diagnostics.read_fires(tmp_path / "absent.jsonl")

@@ -30,14 +30,21 @@ def test_an_optimizer_without_noise_has_no_columns_and_nothing_to_say():
 def test_a_shut_gate_shows_its_statistic_and_says_that_it_stayed_shut():
     p = param()
     optimizer = stepped(ASGLD([p], 0.1, grad_threshold=1e-3), p, 2.0, steps=3)
-    assert noise_columns(optimizer) == {"gate_statistic": pytest.approx(6.0), "fires": 0, "noise_norm": 0.0}
+    assert noise_columns(optimizer) == {
+        "gate_statistic": pytest.approx(6.0),
+        "gate_threshold": 1e-3,
+        "fires": 0,
+        "noise_norm": 0.0,
+    }
     (note,) = noise_notes(optimizer)
     assert "ASGLD never opened (grad_threshold 0.001)" in note
 
 
 def test_auto_says_what_it_takes_a_tenth_of():
     p = param()
-    (note,) = noise_notes(stepped(Perturb(torch.optim.SGD([p], 0.1), grad_threshold="auto"), p, 2.0, steps=3))
+    optimizer = stepped(Perturb(torch.optim.SGD([p], 0.1), grad_threshold="auto"), p, 2.0, steps=3)
+    assert noise_columns(optimizer)["gate_threshold"] == pytest.approx(0.6)
+    (note,) = noise_notes(optimizer)
     assert "auto, a tenth of 6" in note
 
 
@@ -52,7 +59,7 @@ def test_noise_at_every_step_needs_no_gate_to_open():
     p = param()
     for optimizer in (SGLD([p], 0.1, temperature=1.0), ASGLD([p], 0.1, mode="constant", noise_radius=1.0)):
         columns = noise_columns(stepped(optimizer, p, 1.0))
-        assert columns["gate_statistic"] is None
+        assert columns["gate_statistic"] is columns["gate_threshold"] is None
         assert columns["noise_norm"] > 0
         assert noise_notes(optimizer) == []
         assert json.loads(json.dumps(columns, allow_nan=False)) == columns
