@@ -75,6 +75,52 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[float], Tensor]], target: fl
     save_figure(figure, path)
 
 
+def medians(result: Mapping[str, Mapping[str, Sequence[float]]], never: float, path: Path) -> None:
+    """One panel a problem: median, lower and upper end of every method; what never arrives stands at `never`."""
+    columns = min(4, len(result))
+    rows = math.ceil(len(result) / columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows), squeeze=False, sharey=True)
+    for panel in grid.flat[len(result) :]:
+        panel.set_visible(False)
+    for panel, (problem, methods) in zip(grid.flat, result.items(), strict=False):
+        for i, (middle, low, high) in enumerate(methods.values()):
+            arrives = math.isfinite(middle)
+            panel.plot([low, min(high, never)], [i, i], "-", color="C0" if arrives else "none")
+            panel.plot(min(middle, never), i, "o" if arrives else "x", color="C0" if arrives else "C3")
+        panel.set(title=problem, xscale="log", xlim=(5, 1.4 * never), yticks=range(len(methods)))
+        panel.set_yticklabels(list(methods))
+    figure.supxlabel("gradients until the target (median, 95 %); a cross: never")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def held_out_losses(result: Mapping[str, Any], every: int, path: Path) -> None:
+    """The held-out loss of every run of every method against steps."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for i, (method, runs) in enumerate(result.items()):
+        for j, found in enumerate(runs):
+            steps = [every * k for k in range(len(found["losses"]))]
+            axes.plot(steps, found["losses"], f"C{i}.-", label=method if j == 0 else None, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="held-out loss")
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def reliability(probabilities: Mapping[str, Tensor], labels: Tensor, path: Path, num_bins: int = 10) -> None:
+    """The share of positive labels against the mean probability in bins of equal width."""
+    figure, axes = pyplot.subplots(figsize=(5, 5))
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    for name, values in probabilities.items():
+        bins = (values * num_bins).long().clamp(max=num_bins - 1)
+        counts = torch.bincount(bins, minlength=num_bins)
+        filled = counts > 0
+        means = [torch.bincount(bins, of, minlength=num_bins)[filled] / counts[filled] for of in (values, labels)]
+        axes.plot(*means, "o-", label=name, markersize=4, linewidth=1)
+    axes.set(xlabel="probability", ylabel="share of clicks", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def paths(problem: Problem, points: Mapping[str, Tensor], path: Path) -> None:
     """Paths of every method `[steps, seeds, 2]` over the contours of the loss, one panel a method."""
     columns = min(3, len(points))

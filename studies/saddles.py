@@ -19,6 +19,7 @@ from limbeck.checkpoint import output_directory
 from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.stage import How
+from studies import draw
 from studies.cells import measure_cells
 from studies.command import main
 from studies.fit import lower_median, median_interval
@@ -120,6 +121,7 @@ def run(config: SaddlesConfig, out: Path, *, how: How = How()) -> dict[str, Any]
     """Tune, race, and write result.json, table.md and page.html into `out`; the result comes back."""
     with output_directory(out, overwrite=how.overwrite, resume=how.resume) as directory:
         result = measure(config, directory / "cells.jsonl")
+        draw.medians(intervals(result), config.max_steps, directory / "saddles.png")
         write_study(
             directory,
             stage="studies.saddles",
@@ -128,7 +130,7 @@ def run(config: SaddlesConfig, out: Path, *, how: How = How()) -> dict[str, Any]
             config=config,
             result=result,
             tables={"Median gradients": median_table(result), "Settings": settings_table(result)},
-            plots={},
+            plots={"Median gradients": directory / "saddles.png"},
         )
     return result
 
@@ -193,6 +195,14 @@ def median_table(result: Mapping[str, Any]) -> Table:
     return ("method", *problems), rows
 
 
+def intervals(result: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Problem -> method -> median gradients and the ends of its interval; infinite where it never arrives."""
+    return {
+        problem: {method: _interval(_numbers(found["gradients"])) for method, found in methods.items()}
+        for problem, methods in result["problems"].items()
+    }
+
+
 def settings_table(result: Mapping[str, Any]) -> Table:
     """What tuning chose."""
     problems = result["problems"]
@@ -244,9 +254,12 @@ def _numbers(gradients: list[float | None]) -> list[float]:
     return [math.inf if count is None else count for count in gradients]
 
 
+def _interval(times: list[float]) -> tuple[float, ...]:
+    return lower_median(times), *median_interval(times)
+
+
 def _cell_text(gradients: list[float | None]) -> str:
-    times = _numbers(gradients)
-    middle, (low, high) = lower_median(times), median_interval(times)
+    middle, low, high = _interval(_numbers(gradients))
     if math.isinf(middle):
         return "never"
     return f"{middle:.0f} [{low:.0f}, {'never' if math.isinf(high) else f'{high:.0f}'}]"
