@@ -133,15 +133,21 @@ def _block(group: dict[str, Any], traits: Traits) -> Block:
 
 
 def _trains_densely(param: Tensor) -> bool:
-    grad = param.grad
     # A parameter that was frozen may keep an old gradient.
-    if grad is None or not param.requires_grad:
+    if param.grad is None or not param.requires_grad:
         return False
-    if grad.layout is not torch.strided:
-        raise ConfigError(
-            f"a gradient of layout {grad.layout} cannot be perturbed as a whole; use sparse=False in the embedding."
-        )
+    refuse_sparse([param])
     return True
+
+
+def refuse_sparse(params: list[Tensor]) -> None:
+    """Raise ConfigError where a gradient is sparse."""
+    for param in params:
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            raise ConfigError(
+                f"a gradient of layout {param.grad.layout} cannot be perturbed as a whole; use sparse=False in the "
+                "embedding."
+            )
 
 
 def members(groups: Iterable[dict[str, Any]]) -> list[Any]:

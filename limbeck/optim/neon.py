@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
@@ -65,8 +66,18 @@ class NEON(Optimizer):
             "searches": 0,
         }
         super().__init__(params, settings)
-        if len(self.param_groups) > 1:
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the only group.
+
+        Raises: ConfigError for a second one, and for parameters that are sharded or complex.
+        """
+        if self.param_groups:
             raise ConfigError("NEON: parameters are one group.")
+        super().add_param_group(param_group)
+        if any(isinstance(p, DTensor) or p.is_complex() for p in self.param_groups[0]["params"]):
+            self.param_groups.clear()
+            raise ConfigError("NEON: parameters must be whole and real; found a sharded or a complex one.")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

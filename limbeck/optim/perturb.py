@@ -9,15 +9,15 @@ import torch
 from torch.optim import Optimizer
 
 from limbeck.errors import ConfigError
+from limbeck.optim.block import members, refuse_sparse
 from limbeck.optim.gated import GatedOptimizer
-from limbeck.optim.noisy import NoisyOptimizer, checked_seed, complete, keep_float32, with_plain_counters
+from limbeck.optim.noisy import checked_seed, complete, keep_float32, with_plain_counters
 from limbeck.optim.seed import agreed_seed
 from limbeck.optim.settings import NOISE_DEFAULTS, Gate, LowPrecision, Mode, NoiseScale, NoiseShape, Threshold, given
+from limbeck.optim.wrapper import WrappingOptimizer
 
-Groups = list[dict[str, Any]]
 
-
-class Perturb(GatedOptimizer):
+class Perturb(WrappingOptimizer, GatedOptimizer):
     """Let `optimizer` take its step, then add the noise that ASGLD would add:  x <- optimizer(x) + r phi_t zeta_t.
 
     The noise never enters the optimizer's own state. Groups, state and defaults are the optimizer's; the settings below
@@ -30,7 +30,6 @@ class Perturb(GatedOptimizer):
     Raises: ConfigError for settings that cannot work; the optimizer is then as it was.
     """
 
-    optimizer: Optimizer
     settings: dict[str, Any]
 
     def __init__(
@@ -50,10 +49,10 @@ class Perturb(GatedOptimizer):
         low_precision: LowPrecision = "stochastic",
         seed: int | None = None,
     ) -> None:
-        if isinstance(optimizer, NoisyOptimizer):
+        if any("noise_step" in group for group in optimizer.param_groups):
             raise ConfigError(
-                f"Perturb: {type(optimizer).__name__} adds noise of its own; give the settings to it, or wrap a plain "
-                "optimizer."
+                f"Perturb: {type(optimizer).__name__} has settings of noise in its groups: it adds noise of its own or "
+                "was perturbed before. Change them there, or wrap a plain optimizer and load states into Perturb."
             )
         if low_precision == "master":
             raise ConfigError(
@@ -62,8 +61,7 @@ class Perturb(GatedOptimizer):
         settings = {**NOISE_DEFAULTS, **given(locals())}
         drawn = checked_seed("Perturb", seed)
         settings["seed"] = agreed_seed(optimizer.param_groups) if drawn is None else drawn
-        # Optimizer.__init__ would make groups of its own; torch's __setstate__ sets up hooks and profiling alone.
-        Optimizer.__setstate__(self, {"optimizer": optimizer, "settings": settings})
+        self._wrap(optimizer, settings=settings)
         before = [dict(group) for group in self.param_groups]
         try:
             for group in self.param_groups:
@@ -76,7 +74,12 @@ class Perturb(GatedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of the optimizer, then add noise if the gate says so."""
+        """Take one step of the optimizer, then add noise if the gate says so.
+
+        Raises: ConfigError for sparse gradients, before anything has moved unless a closure made them.
+        """
+        if closure is None:
+            refuse_sparse(members(self.param_groups))
         with torch.enable_grad():
             loss = self.optimizer.step(closure)
         if self._shut_grads() is not None:
@@ -98,31 +101,19 @@ class Perturb(GatedOptimizer):
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The optimizer's."""
+        """The optimizer's; a first half-batch that was observed is forgotten with its gradients."""
         self._half = None
-        self.optimizer.zero_grad(set_to_none)
+        super().zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, whose groups hold the settings and counters of the noise too."""
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        state = with_plain_counters(self.optimizer.state_dict())
-        for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, state)
-            state = state if changed is None else changed
-        return state
+        return with_plain_counters(super().state_dict())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of `Perturb`, or one of the bare optimizer: the noise then starts at its step 0.
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """A state of `Perturb`, or one of the bare optimizer, whose noise then starts at its step 0.
 
-        Settings that the state lacks stay as they are, group by group.
-
-        Raises: ConfigError for settings in it that cannot work; the optimizer is then as it was.
+        Settings that the state lacks stay as they are, group by group; one that cannot work changes nothing.
         """
-        state_dict = dict(state_dict)
-        for before_load in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before_load(self, state_dict)
-            state_dict = state_dict if changed is None else changed
         groups, state = self.param_groups, self.state
         self.optimizer.load_state_dict(state_dict)
         try:
@@ -133,8 +124,6 @@ class Perturb(GatedOptimizer):
             self.param_groups, self.state = groups, state
             raise
         keep_float32(self, state_dict)
-        for after_load in self._optimizer_load_state_dict_post_hooks.values():
-            after_load(self)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: self.__dict__[name] for name in self._transient if name in self.__dict__}
@@ -148,30 +137,3 @@ class Perturb(GatedOptimizer):
     def _prepare_group(self, group: dict[str, Any]) -> None:
         complete(group, (), self.settings)
         super()._prepare_group(group)
-
-    @property
-    def param_groups(self) -> Groups:
-        """The optimizer's."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: Groups) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The optimizer's."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The optimizer's."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults

@@ -24,16 +24,19 @@ class RankSquares:
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self.process_group = process_group
         self._local: list[Tensor] = []
+        self._passes = 0
 
     def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Note the squared norm of this rank's gradients, then average them as DDP does by default."""
+        self._passes += bucket.is_last()
         self._local.append(bucket.buffer().double().square().sum())
         return allreduce_hook(self.process_group or dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
     def estimate(self, params: Any) -> Tensor:
         """The estimate of ||grad f||^2 for `optimizer.observe`, the same on every rank; forgets the noted norms.
 
-        Raises: ConfigError with fewer than two ranks, and where no gradients were noted since the last call.
+        Raises: ConfigError with fewer than two ranks, and where the gradients of none or of several backward passes
+          were noted since the last call.
         """
         ranks = dist.get_world_size(self.process_group)
         if ranks < 2:
@@ -46,8 +49,13 @@ class RankSquares:
                 "RankSquares: no gradients were noted since the last estimate. Register it on the "
                 "DistributedDataParallel model, register_comm_hook(ranks, RankSquares.hook), and call backward()."
             )
-        squares = torch.stack(self._local).sum()
-        self._local = []
+        squares, passes = torch.stack(self._local).sum(), self._passes
+        self._local, self._passes = [], 0
+        if passes > 1:
+            raise ConfigError(
+                f"RankSquares: {passes} backward passes were averaged over the ranks since the last estimate, whose "
+                "norms do not add up. Accumulate under no_sync(), and call estimate() once a step."
+            )
         dist.all_reduce(squares, group=self.process_group)
         mean_square = torch.stack([p.grad.double().square().sum() for p in params if p.grad is not None]).sum()
         return (ranks * mean_square - squares / ranks) / (ranks - 1)

@@ -14,9 +14,10 @@ from limbeck.optim.block import members
 from limbeck.optim.noisy import evaluate
 from limbeck.optim.settings import number
 from limbeck.optim.sharding import local, sum_over_shards
+from limbeck.optim.wrapper import WrappingOptimizer
 
 
-class SAM(Optimizer):
+class SAM(WrappingOptimizer):
     """SAM:  e = rho g(x) / ||g(x)||,   x <- optimizer(x, g(x + e)).  Two gradients a step.
 
     Args:
@@ -26,14 +27,12 @@ class SAM(Optimizer):
     Source: Foret, Kleiner, Mobahi, Neyshabur 2021, arXiv:2010.01412, algorithm 1.
     """
 
-    optimizer: Optimizer
     rho: float
 
     def __init__(self, optimizer: Optimizer, rho: float = 0.05) -> None:
         if not number("SAM", "rho", rho) >= 0:
             raise ConfigError(f"SAM: rho is {rho}; it must not be negative.")
-        # Optimizer.__init__ would make groups of its own; torch's __setstate__ sets up hooks and profiling alone.
-        Optimizer.__setstate__(self, {"optimizer": optimizer, "rho": rho})
+        self._wrap(optimizer, rho=rho)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -51,39 +50,8 @@ class SAM(Optimizer):
         self.optimizer.step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The optimizer's."""
-        self.optimizer.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the optimizer."""
-        self.optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's: SAM keeps nothing between two steps."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of the optimizer."""
-        self.optimizer.load_state_dict(state_dict)
-
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "rho": self.rho}
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The optimizer's."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The optimizer's."""
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The optimizer's."""
-        return self.optimizer.defaults
 
 
 def uphill(grads: list[Tensor], params: list[Tensor], rho: float) -> list[Tensor]:

@@ -94,6 +94,29 @@ def test_sam_saves_and_copies_as_its_optimizer():
     assert torch.equal(p, q)
 
 
+def test_sam_runs_hooks_and_takes_a_new_state_as_any_optimizer():
+    p, said = torch.ones(3, requires_grad=True), []
+    sam = SAM(torch.optim.SGD([p], 0.1, momentum=0.9))
+    sam.register_state_dict_pre_hook(lambda optimizer: said.append("saving"))
+    sam.register_load_state_dict_post_hook(lambda optimizer: said.append("loaded"))
+    sam.register_step_post_hook(lambda optimizer, args, kwargs: said.append("stepped"))
+    sam.step(closure_for(sam, p))
+    sam.load_state_dict(sam.state_dict())
+    assert said == ["stepped", "saving", "loaded"]
+    sam.state = {}
+    assert sam.optimizer.state == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_kick_below_the_rounding_step_is_not_lost(dtype):
+    p = torch.ones(100_000, dtype=dtype, requires_grad=True)
+    radius = 0.05  # A coordinate moves by 1.6e-4, where the rounding step is 1e-3 or 8e-3.
+    jitter_([p], radius, seed=1)
+    moved = p.detach().double() - 1
+    assert 0.005 < float(moved.ne(0).double().mean()) < 0.5
+    assert abs(float(moved.mean())) < 4 * float(moved.std()) / 100_000**0.5
+
+
 def test_neon_leaves_an_exact_saddle_in_one_step_that_costs_its_search():
     p, counts = torch.zeros(6, requires_grad=True), []
     settings = {"grad_threshold": 0.01, "noise_radius": 1e-3, "escape_distance": 0.1}
@@ -144,6 +167,15 @@ def test_what_cannot_work_is_refused():
             NEON([p], 0.1, **{**good, **wrong})
     with pytest.raises(ConfigError, match="seed"):
         jitter_([p], 1.0, seed=0.5)
+    for radius in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match="noise_radius"):
+            jitter_([p], radius)
+    neon, q = NEON([p], 0.1, **good), torch.zeros(2, requires_grad=True)
+    with pytest.raises(ConfigError, match="one group"):
+        neon.add_param_group({"params": [q]})
+    assert len(neon.param_groups) == 1
+    with pytest.raises(ConfigError, match="whole and real"):
+        NEON([torch.zeros(2, dtype=torch.complex64, requires_grad=True)], 0.1, **good)
 
 
 def test_sam_over_a_sampler_keeps_its_noise_step():

@@ -11,7 +11,20 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from limbeck.errors import ConfigError
-from limbeck.optim import AGLD, ASG, ASGLD, PSGLD, SGLD, NoisySGD, Perturb, PerturbedGD, PerturbedSGD
+from limbeck.optim import (
+    AGLD,
+    ASG,
+    ASGLD,
+    PSGLD,
+    SAM,
+    SGHMC,
+    SGLD,
+    SGNHT,
+    NoisySGD,
+    Perturb,
+    PerturbedGD,
+    PerturbedSGD,
+)
 from limbeck.optim.settings import COUNTERS
 
 OPEN = {"grad_threshold": 10.0, "escape_steps": 1, "noise_radius": 0.1}
@@ -24,6 +37,8 @@ FAMILY = {
     "ASG": lambda p: ASG(p, 0.05, grad_threshold=10.0, escape_steps=1),
     "AGLD": lambda p: AGLD(p, 0.05, seed=3, weight_decay=0.1, **OPEN),
     "SGLD": lambda p: SGLD(p, 0.05, temperature=0.1, seed=3),
+    "SGHMC": lambda p: SGHMC(p, 0.05, temperature=0.1, seed=3),
+    "SGNHT": lambda p: SGNHT(p, 0.05, temperature=0.1, seed=3),
     "PSGLD": lambda p: PSGLD(p, 0.05, temperature=0.1, seed=3),
     "PerturbedGD": lambda p: PerturbedGD(p, 0.05, loss_drop=1e-9, seed=3, **OPEN),
     "PerturbedSGD": lambda p: PerturbedSGD(p, 0.05, noise_radius=0.1, seed=3),
@@ -578,3 +593,22 @@ def test_a_learning_rate_may_be_a_tensor():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         get_optimizer_state_dict(model, SGLD(model.parameters(), torch.tensor(0.1), temperature=0.1))
+
+
+@pytest.mark.parametrize("again", [lambda inner: Perturb(inner, grad_threshold=1.0), lambda inner: Perturb(SAM(inner))])
+def test_a_second_perturb_around_one_optimizer_is_refused(again):
+    inner = torch.optim.SGD([torch.zeros(3, requires_grad=True)], 0.1)
+    first = Perturb(inner, grad_threshold=0.5, noise_radius=0.1)
+    with pytest.raises(ConfigError, match="perturbed before"):
+        again(inner)
+    assert first.param_groups[0]["grad_threshold"] == 0.5
+
+
+def test_perturb_refuses_sparse_gradients_before_anything_has_moved():
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    before = table.weight.detach().clone()
+    optimizer = Perturb(torch.optim.SGD(table.parameters(), 0.1), grad_threshold=10.0, noise_radius=0.1)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ConfigError, match="sparse"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)

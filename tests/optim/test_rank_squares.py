@@ -30,3 +30,18 @@ def test_an_estimate_without_gradients_names_the_hook(alone, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     with pytest.raises(ConfigError, match="register_comm_hook"):
         RankSquares().estimate(nn.Linear(3, 2).parameters())
+
+
+def test_two_averaged_passes_before_an_estimate_are_refused_and_forgotten(alone, monkeypatch):
+    model = nn.Linear(3, 2)
+    ddp, ranks = DistributedDataParallel(model), RankSquares()
+    ddp.register_comm_hook(ranks, RankSquares.hook)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    for _ in range(2):
+        ddp(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(ConfigError, match=r"2 backward passes.*no_sync"):
+        ranks.estimate(model.parameters())
+    with ddp.no_sync():
+        ddp(torch.ones(2, 3)).sum().backward()
+    ddp(torch.ones(2, 3)).sum().backward()
+    assert float(ranks.estimate(model.parameters())) > 0
