@@ -32,7 +32,7 @@ class NoiseConfig:
     """When noise is added and how much, for all but adamw and sgd. Only samplers move norms, biases and embeddings."""
 
     grad_threshold: float | Literal["auto"] = "auto"
-    """The gate opens where the clipped gradient's norm is at most this; auto: a tenth of its median so far."""
+    """The gate opens where the clipped gradient's norm is at most this; auto: a twentieth of its median so far."""
     noise_radius: float | None = None
     """Root of the expected squared norm of a draw; null: learning rate times threshold, so it follows the schedule."""
     escape_steps: int | None = None

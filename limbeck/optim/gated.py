@@ -37,7 +37,7 @@ class GatedOptimizer(InjectingOptimizer):
         "gate_mean",
         "gate_square",
         "gate_median",
-        "gate_median_steps",
+        "gate_median_weight",
     )
     _transient = ("_half", "_pending")
     _half: Half | None = None
@@ -242,16 +242,16 @@ class GatedOptimizer(InjectingOptimizer):
     def _measure(self, domain: list[Block], asking: list[bool], was_told: bool) -> float | Tensor:
         first, groups = self.param_groups[0], list(compress(self.param_groups, asking))
         is_automatic = "auto" in [group["grad_threshold"] for group in groups]
-        weight = rule.auto_weight(first["noise_step"]) if is_automatic else 0
+        weight = rule.auto_weight(first["noise_step"]) if is_automatic else 0.0
         if first["gate"] in ("cross", "snr"):
             statistic = self._observation(first, was_told)
         else:
             limit = math.inf if weight or not self._on_host() else max(map(self._threshold, groups))
             statistic = self._norm([block for block in domain if block.params], limit)
         if weight:
-            median, steps = rule.next_median(first["gate_median"], first["gate_median_steps"], statistic, weight)
+            median, total = rule.next_median(first["gate_median"], first["gate_median_weight"], statistic, weight)
             for group in self.param_groups:
-                group["gate_median"], group["gate_median_steps"] = median, steps
+                group["gate_median"], group["gate_median_weight"] = median, total
         return statistic
 
     def _norm(self, blocks: list[Block], limit: float) -> float | Tensor:

@@ -107,8 +107,8 @@ class ASGLD(Langevin):
       params: tensors, groups or (name, tensor) pairs. Names key the noise; without them the position does.
       lr: step size. Every setting may differ between groups and be scheduled, except gate, gate_beta, noise and
         noise_scale.
-      grad_threshold: g_thres, needed by the modes gated and smooth (not by gate="snr"); "auto" is a tenth of the
-        median of S over the run so far (`rule.next_median`).
+      grad_threshold: g_thres, needed by the modes gated and smooth (not by gate="snr"); "auto" is a twentieth
+        of the median of S so far, over the logarithm of time (`rule.next_median`).
       noise_radius: r. None means lr * grad_threshold, so that it follows the learning rate. 0 takes a group out of the
         noise.
       escape_steps: t_thres. None means ceil((4 + 0.5 ln d) / ln 1.1).

@@ -40,7 +40,7 @@ def noise_notes(optimizer: Optimizer) -> list[str]:
         return []
     threshold = gated[0]["grad_threshold"]
     if threshold == "auto":
-        threshold = f"auto, a tenth of {float(gated[0]['gate_median']):.3g}"
+        threshold = f"auto, a twentieth of {float(gated[0]['gate_median']):.3g}"
     return [
         f"the gate of {type(optimizer).__name__} never opened (grad_threshold {threshold}): no noise was drawn and no "
         "step boosted, so the run is that of the plain optimizer."

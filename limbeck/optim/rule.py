@@ -14,7 +14,7 @@ from torch import Tensor
 
 Number = float | Tensor
 
-AUTO_FRACTION = 0.1
+AUTO_FRACTION = 0.05
 """grad_threshold="auto" is this share of the median of S so far."""
 AUTO_DENSE, AUTO_EVERY = 16, 16
 """S enters that median at each of the first steps, then at every so-manieth: the whole gradient is read only there."""
@@ -52,32 +52,39 @@ def psi(since: int | Tensor, boost: float, boost_steps: int) -> Number:
     return float(boost) if boosted else 1.0
 
 
-def auto_weight(step: int) -> int:
-    """Steps that the S of this step stands for in the median of "auto"; 0 where it does not enter."""
+def auto_weight(step: int) -> float:
+    """What the S of this step weighs in the median of "auto": the steps that it stands for, over all steps so far.
+
+    So each tenfold of steps counts alike. 0 where S does not enter.
+    """
     if step < AUTO_DENSE:
-        return 1
-    return 0 if step % AUTO_EVERY else AUTO_EVERY
+        return 1 / (step + 1)
+    return 0.0 if step % AUTO_EVERY else AUTO_EVERY / (step + 1)
 
 
-def next_median(median: Number, steps: Number, statistic: Number, share: int) -> tuple[Number, Number]:
-    """The median of S over all steps so far, taken as its geometric mean, after `share` more steps at this S.
+def next_median(median: Number, total: Number, statistic: Number, weight: float) -> tuple[Number, Number]:
+    """The median of S so far over the logarithm of time, taken as a geometric mean:  m <- m (S / m)^(w / (W + w)).
 
-    Where S falls as a power of time, as it does while training goes on, S over it tends to a constant, and the gate of
-    "auto" stays shut. Where S falls exponentially, as it does on the way into a saddle at any learning rate, S over it
-    falls exponentially too, at half the rate, and the gate opens. A median that forgets would follow S instead.
+    On the way into a saddle S falls at any learning rate, exponentially, or as 1/t while curvatures of many sizes die
+    out one after the other; S over m falls with it, and the gate of "auto" opens. While training goes on, S stays above
+    the mini-batches' noise, or falls as a small power t^-p, and S over m only as t^(-p/2): for p = 1/2 it takes 160,000
+    steps to a twentieth. A median that forgets would follow S down, and one that counts each step alike is too late
+    where the flattest of many curvatures takes most of the steps.
 
     Args:
-      median, steps: so far, 0 before the first; S of 0 and what is not finite stay out.
+      median, total: m and W so far, 0 before the first; S of 0 and what is not finite stay out.
+      weight: w, from `auto_weight`.
+    Returns: both of them, this S included.
     """
     if isinstance(statistic, Tensor):
         value = statistic.double()
         counts = (value > 0) & value.isfinite()
-        total: Number = steps + share * counts
-        old = torch.where(torch.as_tensor(steps, device=value.device) > 0, median, value)
-        moved = old * (torch.where(counts, value, 1.0) / old) ** (share / total)
-        return torch.where(counts, moved, median), total
+        after: Number = total + weight * counts
+        old = torch.where(torch.as_tensor(total, device=value.device) > 0, median, value)
+        moved = old * (torch.where(counts, value, 1.0) / old) ** (weight / after)
+        return torch.where(counts, moved, median), after
     if not 0 < statistic < math.inf:
-        return median, steps
-    if not steps:
-        return statistic, share
-    return median * (statistic / median) ** (share / (steps + share)), steps + share
+        return median, total
+    if not total:
+        return statistic, weight
+    return median * (statistic / median) ** (weight / (total + weight)), total + weight

@@ -45,7 +45,7 @@ COUNTERS: dict[str, Any] = {
     "gate_mean": 0.0,
     "gate_square": 0.0,
     "gate_median": 0.0,
-    "gate_median_steps": 0,
+    "gate_median_weight": 0.0,
     "kick_loss": math.inf,
     "converged": False,
     "thermostat": None,

@@ -40,12 +40,12 @@ def test_a_shut_gate_shows_its_statistic_and_says_that_it_stayed_shut():
     assert "ASGLD never opened (grad_threshold 0.001)" in note
 
 
-def test_auto_says_what_it_takes_a_tenth_of():
+def test_auto_says_what_it_takes_a_share_of():
     p = param()
     optimizer = stepped(Perturb(torch.optim.SGD([p], 0.1), grad_threshold="auto"), p, 2.0, steps=3)
-    assert noise_columns(optimizer)["gate_threshold"] == pytest.approx(0.6)
+    assert noise_columns(optimizer)["gate_threshold"] == pytest.approx(0.3)
     (note,) = noise_notes(optimizer)
-    assert "auto, a tenth of 6" in note
+    assert "auto, a twentieth of 6" in note
 
 
 def test_an_open_gate_has_nothing_to_say():

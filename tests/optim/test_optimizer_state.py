@@ -216,7 +216,7 @@ def test_a_state_of_an_older_version_lacks_what_came_later():
         stepped(optimizer, p)
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
-        del group["gate_median_steps"], group["noise_scale"], group["boost_steps"]
+        del group["gate_median_weight"], group["noise_scale"], group["boost_steps"]
     del state["state"][0]["momentum_weight"]
     fresh = ASGLD([p], 0.1, gate="ema", momentum=0.9, **OPEN)
     fresh.load_state_dict(state)
