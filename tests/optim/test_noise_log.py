@@ -32,7 +32,7 @@ def test_a_shut_gate_shows_its_statistic_and_says_that_it_stayed_shut():
     optimizer = stepped(ASGLD([p], 0.1, grad_threshold=1e-3), p, 2.0, steps=3)
     assert noise_columns(optimizer) == {
         "gate_statistic": pytest.approx(6.0),
-        "gate_threshold": 1e-3,
+        "gate_threshold": pytest.approx(1e-3),
         "fires": 0,
         "noise_norm": 0.0,
     }
