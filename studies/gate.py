@@ -227,7 +227,7 @@ def _factors(problem: MatrixFactorisation | AsymmetricFactorisation, saddle: Ten
 
 def _tensor() -> Way:
     rows = torch.eye(5)
-    rows[:2, :2] = torch.tensor([[1.0, 0.4], [0.4, 1.0]])
+    rows[:2, :2] = torch.tensor([1.0, 0.4])
     saddle = rows.clone()
     saddle[:2, :2] = 0.5**0.5
     return _known(TensorDecomposition(), TensorDecomposition().project(rows), 0.05, saddle)
@@ -268,8 +268,8 @@ WAYS: dict[str, Callable[[], Way]] = {
     "autoencoder": lambda: _alike("autoencoder"),
 }
 """flat_quartic: the way out is fifty times flatter than the rest. octopus: the second of five saddles. factorisation,
-asymmetric, deep_linear: the first of the components is found and the others are not. tensor: two rows share two
-components. The nets' hidden units are all alike."""
+asymmetric, deep_linear: the first of the components is found and the others are not. tensor: two rows are
+equal, and share two components. The nets' hidden units are all alike."""
 
 TRAININGS: dict[str, tuple[Callable[[], Problem], float, int | None]] = {
     "tanh_net, batch 32": (lambda: SmallNet(kind="tanh"), 0.05, 32),

@@ -134,6 +134,12 @@ class Perturb(WrappingOptimizer, GatedOptimizer):
         for group in self.param_groups:
             complete(group, self._counters, self.settings)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        # The optimizer's own settings are its own affair.
+        own = {name: group[name] for name in ("lr", *self.settings)}
+        super()._check_group(own)
+        group["seed"] = own["seed"]
+
     def _prepare_group(self, group: dict[str, Any]) -> None:
         complete(group, (), self.settings)
         super()._prepare_group(group)

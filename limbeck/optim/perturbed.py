@@ -11,7 +11,7 @@ from torch import Tensor
 from limbeck.errors import ConfigError
 from limbeck.optim.block import members
 from limbeck.optim.langevin import Langevin, count
-from limbeck.optim.settings import LowPrecision, NoiseScale, NoiseShape, given
+from limbeck.optim.settings import LowPrecision, NoiseScale, NoiseShape, given, number, whole_number
 from limbeck.optim.sharding import local
 from limbeck.optim.theory import from_constants
 
@@ -117,6 +117,8 @@ class PerturbedGD(Langevin):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        whole_number("PerturbedGD", "escape_steps", group["escape_steps"])
+        number("PerturbedGD", "grad_threshold", group["grad_threshold"])
         first = self.param_groups[0]
         for field in ("grad_threshold", "escape_steps", "loss_drop", "maximize"):
             if group[field] != first[field]:

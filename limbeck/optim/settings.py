@@ -67,6 +67,7 @@ _AT_LEAST_ZERO = (
     "step_boost",
     "anneal_power",
     "momentum",
+    "dampening",
     "weight_decay",
     "temperature",
     "eps",
@@ -74,7 +75,7 @@ _AT_LEAST_ZERO = (
 )
 _COUNTS = ("escape_steps", "noise_steps", "boost_steps", "adapt_steps")
 _MAY_BE_NONE = ("noise_radius", "escape_steps", "noise_steps", "adapt_steps", "loss_drop")
-_FLAGS = ("maximize", "nesterov", "reset_momentum")
+_FLAGS = {**dict.fromkeys(("maximize", "nesterov", "reset_momentum"), (False, True)), "foreach": (None, False, True)}
 
 
 def check_common(name: str, group: dict[str, Any]) -> None:
@@ -157,9 +158,9 @@ def _check_choices(name: str, group: dict[str, Any]) -> None:
     for field, known in CHOICES.items():
         if field in group and group[field] not in known:
             raise ConfigError(f"{name}: {field} is {group[field]!r}; {nearest(str(group[field]), known)}")
-    for field in _FLAGS:
-        if field in group and group[field] not in (False, True):
-            raise ConfigError(f"{name}: {field} is {group[field]!r}; give True or False.")
+    for field, known in _FLAGS.items():
+        if field in group and group[field] not in known:
+            raise ConfigError(f"{name}: {field} is {group[field]!r}; give {' or '.join(map(str, known))}.")
 
 
 def _is_given(group: dict[str, Any], field: str) -> bool:

@@ -558,6 +558,8 @@ def test_a_deep_copy_keeps_what_was_observed():
         ({"momentum": "0.9"}, "momentum is '0.9'"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"maximize": "yes"}, "maximize is 'yes'"),
+        ({"foreach": "yes"}, "foreach is 'yes'; give None or False or True"),
+        ({"dampening": float("nan"), "momentum": 0.9}, "dampening is nan"),
         ({"low_precision": "masters"}, "did you mean 'master'"),
     ],
     ids=str,
@@ -578,6 +580,8 @@ def test_what_cannot_work_is_refused_before_the_first_step(settings, message):
         (lambda p: PSGLD(p, 0.1, temperature=1.0, eps=0.0), "eps is 0"),
         (lambda p: PSGLD(p, 0.1, temperature=1.0, adapt_steps=0), "adapt_steps is 0"),
         (lambda p: Perturb(torch.optim.SGD(p, 0.1), mode="constant", noise_radius="x"), "noise_radius"),
+        (lambda p: PerturbedGD(p, 0.1, **{**OPEN, "escape_steps": None}), "escape_steps is None"),
+        (lambda p: PerturbedGD(p, 0.1, **{**OPEN, "grad_threshold": "auto"}), "grad_threshold is 'auto'"),
     ],
 )
 def test_samplers_and_perturb_refuse_before_the_first_step_too(make, message):
@@ -602,6 +606,14 @@ def test_a_second_perturb_around_one_optimizer_is_refused(again):
     with pytest.raises(ConfigError, match="perturbed before"):
         again(inner)
     assert first.param_groups[0]["grad_threshold"] == 0.5
+
+
+def test_the_settings_of_the_inner_optimizer_are_its_own_affair():
+    p = torch.ones(3, 4, requires_grad=True)
+    optimizer = Perturb(torch.optim.Adafactor([p], 0.1), seed=1, **OPEN)
+    stepped(optimizer, p)
+    assert isinstance(optimizer.param_groups[0]["eps"], tuple)
+    assert optimizer.param_groups[0]["fires"] == 1
 
 
 def test_perturb_refuses_sparse_gradients_before_anything_has_moved():

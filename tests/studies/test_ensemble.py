@@ -6,7 +6,7 @@ import torch
 from limbeck.errors import ConfigError
 from studies import ensemble
 
-SMALL = {"train_requests": 40, "test_requests": 200, "members": 6, "train_steps": 500, "sample_steps": 3_000}
+SMALL = {"train_requests": 40, "test_requests": 200, "members": 6, "train_steps": 300, "sample_steps": 1_500}
 
 
 def test_pairs_hold_the_words_of_both_sides():
