@@ -77,18 +77,23 @@ class PSGLD(Sampler):
         x.add_(added)
         return square_norm(added.float(), 1.0)
 
+    def _make_state(self, block: Block) -> None:
+        super()._make_state(block)
+        for param in block.params:
+            # There from the first step on, or a flattened checkpoint would not know where to put them.
+            self.state[param].setdefault("square_avg_weight", 0.0)
+            self.state[param].setdefault("square_avg_steps", 0)
+
     def _prepare(self, block: Block, names: list[str]) -> list[list[Tensor]]:
         """Let V follow the gradients;  the correction's g_i H_ii (1 - alpha) comes back."""
         group, adapting = block.group, []
         for j, param in enumerate(block.params):
             state = self.state[param]
-            weight = state.get("square_avg_weight", 0.0)
-            steps = state.get("square_avg_steps", 0)
-            if group["adapt_steps"] is None or steps < group["adapt_steps"]:
+            if group["adapt_steps"] is None or state["square_avg_steps"] < group["adapt_steps"]:
                 grad = self._gradient(block, j)
                 local(state["square_avg"]).mul_(group["alpha"]).addcmul_(grad, grad, value=1 - group["alpha"])
-                state["square_avg_weight"] = group["alpha"] * weight + 1 - group["alpha"]
-                state["square_avg_steps"] = steps + 1
+                state["square_avg_weight"] = group["alpha"] * state["square_avg_weight"] + 1 - group["alpha"]
+                state["square_avg_steps"] += 1
                 adapting.append(j)
         slopes: list[list[Tensor]] = [[] for _ in block.params]
         if group["correction"] and adapting:

@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from limbeck.errors import ConfigError
@@ -87,17 +87,19 @@ def test_a_distributed_checkpoint_at_any_moment_changes_nothing(name, moment):
 
 
 @family
-def test_a_distributed_checkpoint_goes_on_in_a_fresh_optimizer(name):
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_distributed_checkpoint_goes_on_in_a_fresh_optimizer(name, is_flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
     whole = network()
     train(whole, FAMILY[name](whole.named_parameters()), range(7))
     cut = network()
     optimizer = FAMILY[name](cut.named_parameters())
     train(cut, optimizer, range(4))
-    state = get_optimizer_state_dict(cut, optimizer)
+    state = get_optimizer_state_dict(cut, optimizer, options=options)
     again = network()
     again.load_state_dict(cut.state_dict())
     fresh = FAMILY[name](again.named_parameters())
-    set_optimizer_state_dict(again, fresh, copy.deepcopy(state))
+    set_optimizer_state_dict(again, fresh, copy.deepcopy(state), options=options)
     train(again, fresh, range(4, 7))
     assert torch.equal(weights(whole), weights(again))
 

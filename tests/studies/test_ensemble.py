@@ -6,7 +6,7 @@ import torch
 from limbeck.errors import ConfigError
 from studies import ensemble
 
-SMALL = {"train_requests": 40, "test_requests": 200, "members": 6, "train_steps": 300, "sample_steps": 1_500}
+SMALL = {"train_requests": 40, "test_requests": 200, "members": 6, "train_steps": 500, "sample_steps": 3_000}
 
 
 def test_pairs_hold_the_words_of_both_sides():
@@ -30,6 +30,7 @@ def test_networks_side_by_side_learn_as_each_does_alone():
     torch.testing.assert_close(together(train.features)[1], alone(train.features)[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_chain_has_the_lower_log_loss_and_calibration_error(tmp_path):
     result = ensemble.run(ensemble.EnsembleConfig(**SMALL), tmp_path / "out")
     for key in ensemble.KEYS:
