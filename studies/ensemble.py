@@ -165,7 +165,7 @@ def fit(config: EnsembleConfig, nets: Nets, train: Data) -> None:
 
 def sample(config: EnsembleConfig, start: Nets, train: Data, test: Data) -> Tensor:
     """The mean probabilities of networks along one chain of SGLD that begins at `start`."""
-    nets = Nets(1, *start.first.shape[1:], seed=0)
+    nets = Nets(1, train.features.shape[1], config.hidden, seed=0)
     nets.load_state_dict(start.state_dict())
     sampler = SGLD.from_posterior(
         nets.named_parameters(),
@@ -204,14 +204,17 @@ KEYS = ("log_loss", "calibration_error")
 
 def _judged(probabilities: Tensor, test: Data) -> dict[str, float]:
     values: dict[str, float] = {"auc": auc(probabilities.numpy(), test.labels.numpy() > 0.5)}
-    for key, measure in zip(KEYS, (log_loss, calibration_error), strict=True):
-        interval = measure(probabilities, test.labels, test.requests)
+    intervals = {
+        "log_loss": log_loss(probabilities, test.labels, test.requests),
+        "calibration_error": calibration_error(probabilities, test.labels, test.requests),
+    }
+    for key, interval in intervals.items():
         values |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     return values
 
 
 def _jittered(config: EnsembleConfig, single: Nets, test: Data, radius: float) -> Tensor:
-    copies = Nets(config.members, *single.first.shape[1:], seed=0)
+    copies = Nets(config.members, test.features.shape[1], config.hidden, seed=0)
     for copied, one in zip(copies.parameters(), single.parameters(), strict=True):
         copied.data.copy_(one.data.expand_as(copied))
     # The radius is one network's; the kick is that of all together.

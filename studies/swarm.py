@@ -81,7 +81,7 @@ class Swarm:
             for _ in range(2)
         )
         for optimizer, square in zip(self._optimizers, (first * second).flatten(1).sum(1).tolist(), strict=True):
-            optimizer.observe(square)
+            optimizer.observe(square)  # type: ignore[attr-defined]
         return (first + second) / 2
 
     def _closure(self, index: int, batch: Tensor | None) -> Callable[[], float]:

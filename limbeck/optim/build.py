@@ -177,7 +177,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Raises: ConfigError when nothing trains.
     """
     embeddings = _embeddings(model)
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or id(parameter) in embeddings
