@@ -1,7 +1,7 @@
 """grad_threshold="auto" beside a fixed threshold and no gate: which saddles are left, and what training it disturbs.
 
 Regime: thirteen saddles, entered by exact gradients along a symmetry that keeps gradient descent there, each with its
-step size and with a tenth of it (26 settings, 5 seeds). Noise of radius 0.01 for both gates; the fixed threshold is
+step size and with a fifth of it (26 settings, 3 seeds). Noise of radius 0.01 for both gates; the fixed threshold is
 0.02. A setting is left when the median run comes halfway down from the saddle within 400 / step size steps.
 
 Bound: 26. Keys: `auto_left`, `fixed_left`, `plain_left` (settings left; reach: auto no fewer than fixed, plain 0),

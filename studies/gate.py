@@ -1,7 +1,7 @@
 """When does the gate open? grad_threshold="auto" beside a fixed one and no gate, on the way into thirteen saddles.
 
 Runs start where exact gradients lead into the saddle and not past it: a symmetry, or coordinates that are 0, keep them
-there. Each saddle is approached fast and, with a tenth of the step size, slowly. A run has left when its loss is
+there. Each saddle is approached fast and, with a fifth of the step size, slowly. A run has left when its loss is
 halfway between that of the saddle and the lowest one. Then the other side: how often the gate opens in training that
 meets no saddle.
 """
@@ -83,11 +83,11 @@ class GateConfig:
         "autoencoder",
     )
     """Names of starts: see `WAYS`."""
-    lr_shares: tuple[float, ...] = (1.0, 0.1)
+    lr_shares: tuple[float, ...] = (1.0, 0.2)
     """Step sizes, as shares of each saddle's own."""
     noise_radius: float = 0.01
     """r, of both gates."""
-    num_seeds: int = 5
+    num_seeds: int = 3
     """Runs of each."""
     distance: float = 400.0
     """Steps times step size after which a run that is still there counts as never leaving."""
