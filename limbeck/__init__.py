@@ -55,6 +55,7 @@ _PACKAGES = (
 )
 _FUNCTIONS = (
     "advise",
+    "advise_cut",
     "bench_server",
     "build_ranker",
     "cache_teacher",

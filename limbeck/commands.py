@@ -53,6 +53,9 @@ COMMANDS: dict[str, Command] = {
     "traces probe": Command(
         "traces.commands:PROBE", "find where a teacher already knows the answer, for truncation.policy probed"
     ),
+    "traces advise": Command(
+        "sweep.commands:ADVISE_CUT", "say whether traces may be cut, how far, and what that keeps, from one look"
+    ),
     "distill": Command("distill.commands:DISTILL", "train one student"),
     "sweep": Command("sweep.commands:SWEEP", "train many students over a grid, one report"),
     "plan": Command(

@@ -188,6 +188,7 @@ _VERBS = {
     "rank evaluate": "evaluate_ranker",
     "rank show": "show_ranking",
     "traces stats": "count_traces",
+    "traces advise": "advise_cut",
     "teacher stats": "describe_teacher_cache",
     "teacher verify": "verify_teacher_cache",
     "teacher export": "export_teacher_cache",

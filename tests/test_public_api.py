@@ -16,8 +16,8 @@ from limbeck.stage import function_name
 
 TOP = """
     Checkpoint CheckpointError CompressionError ConfigError DataError LimbeckError ModelError PairError ShapeError
-    TemplateError TraceFormatError __version__ advise bench_server build_ranker cache_teacher compress cost
-    count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export
+    TemplateError TraceFormatError __version__ advise advise_cut bench_server build_ranker cache_teacher compress
+    cost count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export
     export_teacher_cache generate_traces import_teacher_cache import_traces load models moments optim pipeline plan
     probe_traces prune quantize ranking recover recover_ranker report scale serve show_evaluation show_traces sweep
     teacher traces train_ranker verify_teacher_cache verify_traces complete_traces
@@ -83,7 +83,7 @@ PACKAGES = {
         Evidence Plot ReportConfig Row Table collect_evidence compression_table console_table csv_text markdown
         rows_of score_table write_report
     """,
-    "sweep": "PlannedRun SweepConfig on_frontier plan_runs predict_sweep run_name",
+    "sweep": "CutAdviceConfig PlannedRun SweepConfig on_frontier plan_runs predict_sweep run_name",
     "serve": "BenchServeConfig Gate LimitsConfig ServeConfig Server Service make_app",
     "pipeline": "CardConfig ChooseConfig HubConfig PipelineConfig RankPipelineConfig SmokeConfig",
     "cost": """

@@ -14,6 +14,8 @@ from typing import Any
 
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.errors import CheckpointError
+from limbeck.report.advised import STAGE as ADVICE
+from limbeck.report.advised import Advised, read_advice
 from limbeck.report.compressed import EVALUATION, STAGES, Compressed, read_compressed
 from limbeck.report.files import object_in, read_object
 from limbeck.report.pipelined import STAGE as PIPELINE
@@ -57,6 +59,8 @@ class Evidence:
     """Stages of pipelines."""
     along: tuple[Along, ...] = ()
     """Models that pipelines scored along the way."""
+    advice: tuple[Advised, ...] = ()
+    """What looks at pairs recommend."""
 
     @property
     def models(self) -> tuple[Row, ...]:
@@ -89,6 +93,7 @@ def collect(paths: Sequence[Path]) -> Evidence:
         ranking=tuple(read_ranking(_of_stage(paths, (RANKING,)))),
         steps=tuple(read_steps(pipelines)),
         along=tuple(read_models(pipelines)),
+        advice=tuple(read_advice(_of_stage(paths, (ADVICE,)))),
     )
 
 
@@ -153,7 +158,7 @@ def _runs_and_axes(tree: Mapping[str, Any], file: Path) -> tuple[list[Any], list
 def _read_run(path: Path) -> Source:
     file = path / MANIFEST
     manifest = read_object(file)
-    if (stage := _stage(path)) not in ("distill", RANKING, PIPELINE, *STAGES):
+    if (stage := _stage(path)) not in ("distill", ADVICE, RANKING, PIPELINE, *STAGES):
         raise CheckpointError(
             f"{file}: stage {stage!r} has no place in this report; name sweeps and distilled students."
         )

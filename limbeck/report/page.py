@@ -18,6 +18,8 @@ import yaml
 
 from limbeck.config import checked
 from limbeck.errors import CheckpointError
+from limbeck.report.advice import HOW_TO_READ as HOW_TO_READ_ADVICE
+from limbeck.report.advice import advice_findings, advice_plots, advice_table
 from limbeck.report.collect import Evidence, Source, collect, flatten
 from limbeck.report.compression import HOW_TO_READ, compression_findings, compression_table, layer_plots
 from limbeck.report.drawing import darken, render
@@ -55,9 +57,10 @@ def write_report(paths: Sequence[Path], out: Path, title: str | None = None, top
     ranking_files, ranking_figures = _draw(ranking_plots(evidence.ranking))
     pipeline_files, pipeline_figures = _draw(pipeline_plots(evidence.steps))
     content |= {"plots": figures, "layer_plots": layer_figures, "ranking_plots": ranking_figures}
-    content |= {"pipeline_plots": pipeline_figures}
+    advice_files, advice_figures = _draw(advice_plots(evidence.advice))
+    content |= {"pipeline_plots": pipeline_figures, "advice_plots": advice_figures}
     made = [model.row for model in evidence.compressed]
-    files |= layer_files | ranking_files | pipeline_files
+    files |= layer_files | ranking_files | pipeline_files | advice_files
     files["report.csv"] = csv_text([*evidence.models, *evidence.rows, *made]).encode()
     files["report.md"] = _fill("page.md.jinja", content).encode()
     files[PAGE] = _fill("page.html.jinja", content).encode()
@@ -75,6 +78,7 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
             *(findings(groups, evidence.models, evidence.sources) if groups else ()),
             *compression_findings(evidence.compressed),
             *ranking_findings(evidence.ranking),
+            *advice_findings(evidence.advice),
         ],
         "scores": score_table(groups, evidence.models),
         "how_to_read": _HOW_TO_READ,
@@ -82,6 +86,8 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
         "how_to_read_compressed": HOW_TO_READ,
         "ranking": ranking_table(evidence.ranking),
         "how_to_read_ranking": HOW_TO_READ_RANKING,
+        "advice": advice_table(evidence.advice),
+        "how_to_read_advice": HOW_TO_READ_ADVICE,
         "stages": stage_table(evidence.steps),
         "along": model_table(evidence.along),
         "how_to_read_pipeline": HOW_TO_READ_PIPELINE,
@@ -105,6 +111,8 @@ def _title(evidence: Evidence) -> str:
         return "Pipeline"
     if evidence.rows:
         return "Distilled students"
+    if evidence.advice:
+        return "May the traces be cut?"
     return "Compressed models" if evidence.compressed else "Ranking models"
 
 
@@ -137,6 +145,7 @@ def _lede(evidence: Evidence, groups: Sequence[Group]) -> str:
         f"{made} compressed {'model' if made == 1 else 'models'}": made,
         f"{len(evidence.ranking)} models of ranking pipelines": len(evidence.ranking),
         f"{len(evidence.steps)} stages": len(evidence.steps),
+        "Advice on cuts": len(evidence.advice),
     }
     return f"{', '.join(text for text, count in counts.items() if count)}. {' '.join(tasks)}".strip()
 

@@ -16,6 +16,7 @@ from limbeck.lazy import lazy, make_callable
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "CutAdviceConfig": "seen",
         "PlannedRun": "plan",
         "SweepConfig": "plan",
         "on_frontier": "frontier",

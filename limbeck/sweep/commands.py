@@ -16,8 +16,10 @@ from limbeck.distill.predict import predict_distill
 from limbeck.evaluate.cost import predict_evaluate
 from limbeck.models.load import load_tokenizer, vocabulary_size
 from limbeck.stage import Stage
+from limbeck.sweep import cut_advice
 from limbeck.sweep.execute import all_runs, asked_of_teacher, has_cache, run, scoring_of, with_cache
 from limbeck.sweep.plan import PlannedRun, SweepConfig, base_directory, tokenizer_name
+from limbeck.sweep.seen import CutAdviceConfig
 from limbeck.sweep.tuning import setting_of
 
 SCORE_OF = "score of "
@@ -92,6 +94,25 @@ SWEEP = Stage(
         "evaluate.batch_size",
         "top_k",
         "evaluate_teacher",
+    ),
+    refers={"distill": "distill"},
+)
+ADVISE_CUT = Stage(
+    name="traces advise",
+    config=CutAdviceConfig,
+    run=cut_advice.run,
+    first=(
+        "distill.student.model",
+        "distill.teacher.model",
+        "distill.traces.source",
+        "distill.traces.num_traces",
+        "distill.render.derivation_pattern",
+        "distill.optimizer.learning_rate",
+        "distill.training.epochs",
+        "distill.training.batch_size",
+        "most_traces",
+        "most_prompts",
+        "fractions",
     ),
     refers={"distill": "distill"},
 )

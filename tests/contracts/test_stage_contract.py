@@ -52,6 +52,11 @@ TINY = {
         "checker": "exact",
     },
     "traces probe": {"traces": CHAIN, "teacher": "tiny-student"},
+    "traces advise": {
+        "distill": {"student": {"model": "tiny-student"}, "teacher": {"model": "tiny-student"}, "traces": CHAIN},
+        "most_traces": 3,
+        "most_prompts": 1,
+    },
     "teacher cache": {"traces": CHAIN, "teacher": "tiny-student"},
     "distill": DISTILL,
     "evaluate": {"model": "tiny-student", "problems": CHAIN, "max_new_tokens": 4, "checker": "exact"},
