@@ -41,10 +41,12 @@ from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.synthetic import DERIVATION_PATTERN, draw_problem, make_trace
 from limbeck.traces.trace import Trace, write_jsonl
 
-NUM_TRACES, NUM_PROBLEMS, BATCH = 240, 160, 8
+NUM_TRACES, NUM_PROBLEMS, BATCH = 640, 160, 8
 """At 160 problems and 3 seeds the difference of two arms is known to about 0.03, so that a regime whose whole traces
 gain 0.3 knows its gain kept to 0.1; one that gains 0.15, to 0.2."""
-RATES = (1e-3, 3e-3)
+HELD_OUT = slice(480, 640)
+"""Which of the problems of a kind are held out."""
+RATES = (3e-4, 1e-3)
 ONCE = (1, 1)
 RENDER = RenderConfig(derivation_pattern=DERIVATION_PATTERN)
 BASE, WHOLE, COMMON, SHARE = "base", "whole", "common", "share"
@@ -111,8 +113,8 @@ def make_traces(kind: Kind, count: int, seed: int, without: Container[str] = ())
 
 def split(name: str) -> tuple[list[Trace], list[Trace]]:
     """Training traces and held-out problems of a kind."""
-    made = make_traces(KINDS[name], 4 * NUM_PROBLEMS, 11)
-    return made[:NUM_TRACES], made[-NUM_PROBLEMS:]
+    made = make_traces(KINDS[name], NUM_TRACES + NUM_PROBLEMS, 11)
+    return made[: HELD_OUT.start] + made[HELD_OUT.stop :], made[HELD_OUT]
 
 
 def others(name: str, count: int, seed: int) -> list[Trace]:

@@ -66,8 +66,8 @@ def run_freely(
     ]
     copied = [is_copied(output, answer, render) for output, answer in zip(outputs, answers, strict=True)]
     closed = [render.end_marker in output for output in outputs]
-    shares = (float(np.mean(flags)) for flags in (stopped, closed, copied))
-    return FreeRun(len(outputs), *shares, _right(answers, traces)), ledger
+    stops, closes, copies = (float(np.mean(flags)) for flags in (stopped, closed, copied))
+    return FreeRun(len(outputs), stops, closes, copies, _right(answers, traces)), ledger
 
 
 def is_copied(output: str, answer: str | None, render: RenderConfig) -> bool:

@@ -90,8 +90,8 @@ def look(
             theirs = teacher.targets(batch, group, rows, ledger)
             ours = student.targets(batch, group, rows, ledger)
             for chunk in torch.arange(len(rows)).split(CHUNK_ROWS):
-                logits = [targets.take(chunk).logits()[:, :vocab] for targets in (ours, theirs)]
-                found.append(compare(*logits, torch.tensor(list(ends))).numpy())
+                first, second = (targets.take(chunk).logits()[:, :vocab] for targets in (ours, theirs))
+                found.append(compare(first, second, torch.tensor(list(ends))).numpy())
             progress.advance(batch.num_tokens)
     columns = np.concatenate(found)
     owner, token, place = _places(samples)
