@@ -52,6 +52,7 @@ class Place(NamedTuple):
     """Of each arm by seed, [seeds]."""
     start: Start
     facts: Mapping[str, CutFacts]
+    """Of each arm that was trained."""
 
     @property
     def gain(self) -> float:
@@ -71,6 +72,8 @@ class Place(NamedTuple):
 
     def noise(self) -> float:
         """Standard error of gain kept by the common length, from the seeds alone."""
+        if min(len(self.scores[arm]) for arm in (COMMON, WHOLE)) < 2:
+            return float("nan")
         both = [self.scores[arm].std(ddof=1) / len(self.scores[arm]) ** 0.5 for arm in (COMMON, WHOLE)]
         return float(np.hypot(*both)) / max(self.gain, LEAST_GAIN)
 
@@ -86,7 +89,7 @@ class Place(NamedTuple):
 
 def see(cell: Cell, bench: Bench) -> dict[str, Any]:
     """One look at a regime: what the rule reads."""
-    seen = look_at(CutAdviceConfig(distill=bench.config(cell)))
+    seen = look_at(CutAdviceConfig(distill=bench.config(cell), most_traces=100))
     start = start_of(seen)
     cuts = {arm: consider(seen, start, policy, 0.5, "sequence") for arm, policy in POLICIES.items()}
     facts = {arm: cut.facts._asdict() for arm, cut in cuts.items()}
@@ -117,9 +120,9 @@ def read_map() -> list[Place]:
     for cell in CELLS:
         same = cell._replace(rate=RATES[0])  # base and look do not depend on the rate
         base, scores = _scores(rows, same, BASE), {arm: _scores(rows, cell, arm) for arm in (WHOLE, COMMON, SHARE)}
-        if same.name in looks and len(base) and all(map(len, scores.values())):
+        if same.name in looks and len(base) and len(scores[WHOLE]) and len(scores[COMMON]):
             seen = looks[same.name]
-            facts = {arm: CutFacts(**seen[arm]) for arm in POLICIES}
+            facts = {arm: CutFacts(**seen[arm]) for arm in POLICIES if len(scores[arm])}
             places.append(Place(cell, float(base[0]), scores, start_at(seen, cell), facts))
     return places
 
@@ -132,8 +135,8 @@ def fit_weights(places: Sequence[Place], names: Sequence[str]) -> dict[str, floa
     """Weights >= 0 that predict gain kept best in squares, pulled a little to 0: of both policies, by turns."""
     rows, losses = [], []
     for place in places:
-        for arm in POLICIES:
-            terms = terms_of(place.facts[arm], place.start)
+        for arm, facts in place.facts.items():
+            terms = terms_of(facts, place.start)
             rows.append([terms[name] for name in names])
             losses.append(1 - place.kept(arm))
     x, y, weights = np.array(rows), np.array(losses), np.zeros(len(names))
@@ -149,7 +152,7 @@ def half_width(places: Sequence[Place], names: Sequence[str]) -> float:
     errors = []
     for number, place in enumerate(places):
         weights = fit_weights([*places[:number], *places[number + 1 :]], names)
-        errors += [abs(place.predicted(arm, weights) - place.kept(arm)) for arm in POLICIES]
+        errors += [abs(place.predicted(arm, weights) - place.kept(arm)) for arm in place.facts]
     return float(np.quantile(errors, 0.9))
 
 
@@ -172,19 +175,20 @@ def recommended(places: Sequence[Place]) -> dict[str, float]:
     }
 
 
-def judge(places: Sequence[Place], fit: Sequence[Place]) -> dict[str, float]:
+def judge(places: Sequence[Place], fit: Sequence[Place]) -> dict[str, float | None]:
     """The figures of the rule and of the idle advisors on some regimes, by the common length at 0.5."""
     counted = [place for place in places if place.counts]
     kept, predicted = [p.kept() for p in counted], [p.predicted() for p in counted]
     alone = float(np.mean([p.kept() for p in fit if p.counts]))
-    share = [p.predicted(SHARE) for p in counted]
+    by_share = [p for p in counted if SHARE in p.facts]
+    share = [p.predicted(SHARE) for p in by_share], [p.kept(SHARE) for p in by_share]
     return {
         "regimes": len(places),
         "counted": len(counted),
         "spearman": spearman(predicted, kept),
         "mae": _mean_error(predicted, kept),
-        "spearman_share": spearman(share, [p.kept(SHARE) for p in counted]),
-        "mae_share": _mean_error(share, [p.kept(SHARE) for p in counted]),
+        "spearman_share": spearman(*share) if by_share else None,
+        "mae_share": _mean_error(*share) if by_share else None,
         "in_interval": float(np.mean([abs(p.predicted() - p.kept()) <= HALF_WIDTH for p in counted])),
         "noise": float(np.mean([p.noise() for p in counted])),
         "mae_fraction_alone": _mean_error([alone] * len(kept), kept),
@@ -200,12 +204,13 @@ def table_of(places: Sequence[Place]) -> str:
     """A row a regime."""
     rows = []
     for place in places:
-        scores = [f"{place.scores[arm].mean():.3f}" for arm in (WHOLE, COMMON, SHARE)]
-        kept = [f"{place.kept(arm):.2f}, {place.predicted(arm):.2f}" for arm in (COMMON, SHARE)]
+        trained = place.scores.values()
+        scores = [f"{values.mean():.3f} ({len(values)})" if len(values) else "-" for values in trained]
+        kept = [f"{place.kept(arm):.2f}, {place.predicted(arm):.2f}" if arm in place.facts else "-" for arm in POLICIES]
         cut = "cut" if place.is_cut else "do not cut"
         advice = cut if place.counts else f"({cut})"
         rows.append([place.cell.name, place.cell.half, f"{place.base:.3f}", *scores, *kept, advice])
-    columns = ["regime", "half", "base", "whole", "common half", "share half"]
+    columns = ["regime", "half", "base", "whole (seeds)", "common half", "share half"]
     return markdown([*columns, "common: kept, predicted", "share: kept, predicted", "advice"], rows)
 
 
