@@ -108,7 +108,7 @@ $(VENV)/.bench: $(VENV)/.ready
 .venv-clients/.ready:
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet torch==2.13.0
-	.venv-clients/bin/pip install --quiet 'lm-eval[api]>=0.4.9' 'guidellm>=0.3'
+	.venv-clients/bin/pip install --quiet 'lm-eval[api]>=0.4.9' 'guidellm>=0.3' litellm langchain-openai
 	touch $@
 
 clean:

@@ -60,7 +60,7 @@ def prompts_of(batch: int, length: int, seed: int) -> Prompts:
 
 def ours(precision: Any, kernels: Kernels) -> Write:
     """The engine, all prompts added at once."""
-    config = GenerationConfig(prefill_tokens=PREFILL_TOKENS, kv_bytes=4 << 30, max_running=64, kernels=kernels)
+    config = GenerationConfig(prefill_tokens=PREFILL_TOKENS, max_running=64, kernels=kernels)
     generator = Generator(load_decoder(MODEL, precision), PrefixCache(0, 64, MODEL), config)
 
     def write(prompts: Prompts, count: int) -> None:

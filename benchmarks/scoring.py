@@ -96,7 +96,7 @@ class Ours:
 
     def __init__(self, precision: Any) -> None:
         self.scorer = Scorer(load_decoder(MODEL, precision))
-        self.alone = Scorer(self.scorer.decoder, ScoringConfig(path="single", cache_bytes=0), costs=self.scorer.costs)
+        self.alone = Scorer(self.scorer.decoder, ScoringConfig(path="single"), costs=self.scorer.costs, budget=0)
 
     def score(self, request: Request) -> int:
         """Items scored."""

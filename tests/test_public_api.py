@@ -104,7 +104,7 @@ import limbeck
 
 def import_modules(package):
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name.startswith(("score_", "start_")):  # programs of other engines
+        if module.name.startswith(("score_", "start_", "ray_")):  # of other engines
             continue
         importlib.import_module(f"{package.__name__}.{module.name}")
 

@@ -79,7 +79,7 @@ def complete(
 def generator_for(model: Any, config: SamplingConfig, longest: int) -> Generator:
     """What writes texts behind prompts of at most `longest` tokens; in int8, the weights are rounded now."""
     decoder = decoder_of(model, config.precision, longest + config.max_new_tokens)
-    limits = GenerationConfig(max_running=config.batch_size, kv_bytes=1 << 62, prefill_tokens=PREFILL_TOKENS)
+    limits = GenerationConfig(max_running=config.batch_size, prefill_tokens=PREFILL_TOKENS)
     kept = (CACHE_BYTES, BLOCK_TOKENS) if decoder.has_blocks else (0, decoder.max_tokens)
     return Generator(decoder, PrefixCache(*kept, ""), limits)
 

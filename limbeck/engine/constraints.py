@@ -7,9 +7,9 @@ needs nothing, where xgrammar's needs triton with 1 GB.
 
 from __future__ import annotations
 
+import functools
 import importlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import ConfigError
-
-MASK_SECONDS = 1.0
-"""A text whose next token takes longer to constrain has stalled; llguidance's own limits lie far below."""
 
 
 class Form(NamedTuple):
@@ -55,14 +52,27 @@ class GrammarConstraint:
     What goes wrong in it is this text's alone: then everything is allowed and the text is over, with its `problem`.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, end_tokens: frozenset[int]) -> None:
-        self._matcher, self._vocab_size, self._end_tokens = matcher, vocab_size, sorted(end_tokens)
+    def __init__(
+        self, start: Callable[[], Any], vocab_size: int, end_tokens: frozenset[int], grammar_bytes: int = 0
+    ) -> None:
+        """Set up.
+
+        Args:
+          start: gives the matcher, once the text begins.
+          grammar_bytes: that the matcher takes then.
+        """
+        self._start, self._vocab_size, self._end_tokens = start, vocab_size, sorted(end_tokens)
+        self.size_bytes = grammar_bytes + 2 * vocab_size
+        """A mask has a byte and a bit a token."""
         self.problem: str | None = None
         """Why the text could not go on."""
 
+    @functools.cached_property
+    def _matcher(self) -> Any:
+        return self._start()
+
     def allowed(self) -> Tensor | None:
         """bool [V]; the job's end tokens where the text may end. None once there is a problem."""
-        start = time.monotonic()
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error():
             self.problem = _told(self._matcher.get_error())
@@ -74,8 +84,6 @@ class GrammarConstraint:
         mask[self._end_tokens] = is_accepting
         if not bool(mask.any()) and not is_accepting:
             self.problem = "no token of the vocabulary goes on with the form"
-        elif time.monotonic() - start > MASK_SECONDS:
-            self.problem = f"the next token took longer than {MASK_SECONDS:g} s to constrain"
         return mask if self.problem is None else None
 
     def accept(self, token: int) -> None:
@@ -135,9 +143,9 @@ class Grammars:
             raise ConfigError(_told(matcher.get_error()))
         return matcher
 
-    def constraint(self, compiled: Any, end_tokens: frozenset[int]) -> GrammarConstraint:
-        """A text of its own at the start of what was compiled."""
-        return GrammarConstraint(compiled.deep_copy(), self._vocab_size, end_tokens)
+    def constraint(self, compiled: Any, end_tokens: frozenset[int], grammar_bytes: int = 0) -> GrammarConstraint:
+        """A text of its own at the start of what was compiled, which takes `grammar_bytes`."""
+        return GrammarConstraint(compiled.deep_copy, self._vocab_size, end_tokens, grammar_bytes)
 
 
 def _told(error: str) -> str:

@@ -181,7 +181,7 @@ class Context:
 
 def keep(cache: PrefixCache, chain: list[Block], tokens: Sequence[int], span: Span, states: Any, state: Tensor) -> bool:
     """Put a block behind a chain of full ones into the cache, unless one before it found no room there."""
-    if len(chain) != span[0] // cache.block_tokens or not cache.budget_bytes:
+    if len(chain) != span[0] // cache.block_tokens or not cache.budget.total_bytes:
         return False
     parent = chain[-1] if chain else None
     keys, values = states.cut(*span)
@@ -204,7 +204,7 @@ def plan_reading(prompts: Iterable[Prompt], most_tokens: int, cache: PrefixCache
         prompt.take_cached()
         count = 0
         for key, length in prompt.missing_blocks():
-            if (length > left and (found or count)) or (key in under_way and cache.budget_bytes):
+            if (length > left and (found or count)) or (key in under_way and cache.budget.total_bytes):
                 break
             under_way.add(key)
             left, count = left - length, count + 1

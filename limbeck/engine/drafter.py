@@ -10,6 +10,7 @@ from torch import Tensor
 
 from limbeck.engine.backend import Backend
 from limbeck.engine.backends import load_decoder
+from limbeck.engine.budget import Budget
 from limbeck.engine.context import Behind, Context, Prompt, Prompts, Span, plan_reading
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.drawing import distribution_of, invert_cumulative
@@ -23,6 +24,7 @@ from limbeck.errors import ConfigError, ModelError
 from limbeck.models.load import load_tokenizer
 
 SELF = "self"
+CACHE_BYTES = 1 << 28
 
 
 class _Text(Context):
@@ -52,10 +54,16 @@ class Drafter:
     """Texts under way in the draft. They follow those of the generator, by its numbers."""
 
     def __init__(
-        self, decoder: Backend, config: SpeculativeConfig, block_tokens: int = 64, kernels: Kernels = "auto"
+        self,
+        decoder: Backend,
+        config: SpeculativeConfig,
+        block_tokens: int = 64,
+        kernels: Kernels = "auto",
+        budget: Budget | int = CACHE_BYTES,
     ) -> None:
+        """`budget`: bytes of keys and values that are kept for later prompts, or what they are shared with."""
         self.decoder, self.config = decoder, config
-        self.cache = PrefixCache(config.cache_bytes, block_tokens, "draft")
+        self.cache = PrefixCache(budget, block_tokens, "draft")
         self.stats = SpeculationStats()
         self._steps = Steps(decoder, kernels=kernels)
         self._prompts = Prompts(decoder, self.cache)
@@ -118,12 +126,18 @@ class Drafter:
 
 
 def make_drafter(
-    config: SpeculativeConfig, model: str, target: Backend, block_tokens: int = 64, kernels: Kernels = "auto"
+    config: SpeculativeConfig,
+    model: str,
+    target: Backend,
+    block_tokens: int = 64,
+    kernels: Kernels = "auto",
+    budget: Budget | int = CACHE_BYTES,
 ) -> Drafter | None:
     """The draft for a served model; None where the config names none.
 
     Args:
       model: what `target` was loaded from.
+      budget: see `Drafter`.
     Raises: ConfigError for a draft that is the target itself; ModelError for one with another vocabulary.
     """
     if config.draft is None:
@@ -141,7 +155,7 @@ def make_drafter(
             had = f"the draft has {draft.layers}" if isinstance(draft, Decoder) else "transformers runs it whole"
             raise ConfigError(f"speculative: {config.layers} layers; {had}.")
         draft = Decoder(draft.weights._replace(blocks=draft.weights.blocks[: config.layers]))
-    drafter = Drafter(draft, config, block_tokens, kernels)
+    drafter = Drafter(draft, config, block_tokens, kernels, budget)
     if drafter.decoder.vocab_size != target.vocab_size:
         raise ModelError(
             f"{config.draft}: a vocabulary of {drafter.decoder.vocab_size} tokens, {model} has {target.vocab_size}; a "

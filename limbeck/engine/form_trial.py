@@ -74,13 +74,35 @@ class Child(NamedTuple):
 
 
 class Trials:
-    """Forms under way, by their pipes."""
+    """Forms under way, by their pipes; what a method returns are those that are over, and why."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, selector: selectors.BaseSelector) -> None:
+        self._tokenizer, self._selector = tokenizer, selector
         self.children: dict[int, Child] = {}
 
-    def begin(self, order: dict[str, Any]) -> Child:
+    def late(self) -> dict[int, str]:
+        """Forms whose time is over."""
+        now = time.monotonic()
+        return {c.pipe: "it takes too long to compile" for c in self.children.values() if c.until <= now}
+
+    def wait_seconds(self) -> float | None:
+        """Until the next one's is."""
+        return min((max(0.0, child.until - time.monotonic()) for child in self.children.values()), default=None)
+
+    def hear(self, pipe: int) -> dict[int, str]:
+        """Read what a form's process says."""
+        data = os.read(pipe, 1 << 16)
+        self.children[pipe].answer.extend(data)
+        return {} if data else {pipe: "it takes too much memory or time to compile"}
+
+    def obey(self, order: dict[str, Any]) -> dict[int, str]:
+        """Begin a form, or give one up."""
+        if "cancel" in order:
+            return {child.pipe: "given up" for child in self.children.values() if child.id == order["cancel"]}
+        self.begin(order)
+        return {}
+
+    def begin(self, order: dict[str, Any]) -> None:
         """Fork for a form."""
         ours, theirs = os.pipe()
         process = os.fork()
@@ -91,14 +113,14 @@ class Trials:
                 pipe.write(json.dumps(attempt(self._tokenizer, order)).encode())
             os._exit(0)
         os.close(theirs)
-        child = Child(order["id"], process, ours, time.monotonic() + order["seconds"], bytearray())
-        self.children[ours] = child
-        return child
+        self.children[ours] = Child(order["id"], process, ours, time.monotonic() + order["seconds"], bytearray())
+        self._selector.register(ours, selectors.EVENT_READ)
 
-    def end(self, child: Child, error: str) -> dict[str, Any]:
+    def end(self, pipe: int, error: str) -> dict[str, Any]:
         """The answer of a form that is over; of one that is not, `error`, and its process is killed."""
-        del self.children[child.pipe]
-        os.close(child.pipe)
+        child = self.children.pop(pipe)
+        self._selector.unregister(pipe)
+        os.close(pipe)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.process, signal.SIGKILL)
         os.waitpid(child.process, 0)
@@ -111,33 +133,24 @@ class Trials:
 def serve() -> None:
     """Work off the lines of standard input until it ends."""
     first = json.loads(sys.stdin.buffer.readline())
-    tokenizer = llguidance.LLTokenizer(first["tokenizer"], n_vocab=first["vocab"])
-    trials, selector, held = Trials(tokenizer), selectors.DefaultSelector(), b""
+    selector, held = selectors.DefaultSelector(), b""
+    trials = Trials(llguidance.LLTokenizer(first["tokenizer"], n_vocab=first["vocab"]), selector)
     selector.register(0, selectors.EVENT_READ)
     _tell({"ready": True})
     while True:
-        now = time.monotonic()
-        late = [child for child in trials.children.values() if child.until <= now]
-        over = [(child, "it takes too long to compile") for child in late]
-        wait = min((child.until - now for child in trials.children.values()), default=None)
-        for key, _ in () if late else selector.select(wait):
-            data = os.read(key.fd, 1 << 16)
+        over = trials.late()
+        for key, _ in () if over else selector.select(trials.wait_seconds()):
             if key.fd in trials.children:
-                trials.children[key.fd].answer.extend(data)
-                if not data:
-                    over.append((trials.children[key.fd], "it takes too much memory or time to compile"))
+                over |= trials.hear(key.fd)
                 continue
+            data = os.read(key.fd, 1 << 16)
             if not data:
                 return
             *lines, held = (held + data).split(b"\n")
-            for order in map(json.loads, lines):
-                if "cancel" in order:
-                    over += [(child, "given up") for child in trials.children.values() if child.id == order["cancel"]]
-                else:
-                    selector.register(trials.begin(order).pipe, selectors.EVENT_READ)
-        for child, error in over:
-            selector.unregister(child.pipe)
-            _tell(trials.end(child, error))
+            for line in lines:
+                over |= trials.obey(json.loads(line))
+        for pipe, error in over.items():
+            _tell(trials.end(pipe, error))
 
 
 def _bound(more_bytes: int, seconds: float) -> None:

@@ -8,6 +8,7 @@ the cache holds. With a drafter a step may bring a text several tokens; see `spe
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -17,31 +18,24 @@ from torch import Tensor
 
 from limbeck.config import checked
 from limbeck.engine.backend import Backend
-from limbeck.engine.context import Prompts, Span, plan_reading
+from limbeck.engine.budget import Budget
+from limbeck.engine.context import Prompts
 from limbeck.engine.drafter import Drafter
-from limbeck.engine.drawing import drawn_of
+from limbeck.engine.isolation import Failed, each
 from limbeck.engine.jobs import Drawn, Job, Progress, check_job
+from limbeck.engine.passes import Computed, Passes
 from limbeck.engine.prefix_cache import PrefixCache
 from limbeck.engine.run import Run
 from limbeck.engine.speculative import Proposal, SpeculationStats
 from limbeck.engine.steps import Kernels, Steps
-from limbeck.engine.writing import settled, written
+from limbeck.engine.writing import settled
 from limbeck.errors import ConfigError
-
-HEAD_ROWS = 64
-"""Rows of a prompt whose logits are made at once, for its log-probs."""
-
-Computed = tuple[Span, Tensor]
-"""A token's span and its state [D]."""
 
 
 @checked
 class GenerationConfig:
     """How many jobs run at once and what a step does."""
 
-    kv_bytes: int = 1 << 30
-    """Most bytes of keys and values of running jobs, those of the prefix cache apart. A job takes those of its prompt
-    and `max_tokens` from its start on."""
     max_running: int = 32
     """Most jobs at once."""
     prefill_tokens: int = 256
@@ -57,10 +51,12 @@ class GenerationConfig:
     kernels: Kernels = "auto"
     """Of decoding. compiled: C++ that is compiled here once; torch: torch's own operators; auto: compiled where there
     is a compiler and the model's parts are known to it."""
+    stall_seconds: float = 2.0
+    """A text in a form ends with an error where its next token takes longer to constrain."""
 
     def __post_init__(self) -> None:
-        if min(self.kv_bytes, self.max_running, self.prefill_tokens) < 1:
-            raise ConfigError("generation: kv_bytes, max_running and prefill_tokens must be 1 or more.")
+        if min(self.max_running, self.prefill_tokens) < 1 or self.stall_seconds <= 0:
+            raise ConfigError("generation: max_running and prefill_tokens must be 1 or more, stall_seconds above 0.")
 
 
 class Generator:
@@ -72,15 +68,24 @@ class Generator:
         cache: PrefixCache,
         config: GenerationConfig | None = None,
         drafter: Drafter | None = None,
+        budget: Budget | None = None,
     ) -> None:
-        """`cache`: that of the `Scorer` over the same decoder, or a new one; `drafter`: proposes tokens to it alone."""
+        """Set up.
+
+        Args:
+          cache: that of the `Scorer` over the same decoder, or a new one.
+          drafter: proposes tokens to it alone.
+          budget: of keys, values and constraints of running jobs, which a job takes for its prompt and `max_tokens`
+            from its start on; None: without limit.
+        """
         self.decoder, self.cache, self.config = decoder, cache, config or GenerationConfig()
-        self.drafter = drafter
+        self.drafter, self._budget = drafter, budget
         self.speculation = SpeculationStats() if drafter is None else drafter.stats
         self.steps = Steps(decoder, self.config.head, self.config.kernels)
         self._prompts = Prompts(decoder, cache)
         self._runs: dict[int, Run] = {}
         self._numbers = itertools.count()
+        self._passes = Passes(self.steps, cache, self.config.prefill_tokens, self._runs)
 
     @property
     def running(self) -> int:
@@ -88,35 +93,40 @@ class Generator:
         return len(self._runs)
 
     @property
-    def kv_bytes(self) -> int:
-        """Of keys and values, taken by the running jobs."""
+    def taken_bytes(self) -> int:
+        """By the running jobs."""
         return sum(self._bytes_of(run.job) for run in self._runs.values())
 
     @property
-    def kv_usage(self) -> float:
-        """Share of the budget that is taken."""
-        return self.kv_bytes / self.config.kv_bytes
-
-    def fits(self, job: Job) -> bool:
-        """Whether there is room for the job now."""
-        return self.running < self.config.max_running and self.kv_bytes + self._bytes_of(job) <= self.config.kv_bytes
+    def usage(self) -> float:
+        """Share of the budget that they have."""
+        return 0.0 if self._budget is None else self.taken_bytes / self._budget.total_bytes
 
     def add(self, job: Job) -> int:
         """Start a job; what the cache holds of its prompt stays there for it.
 
         Returns: the job's number.
-        Raises: ModelError for ids or lengths that the model does not have; ConfigError for limits that contradict each
-        other, and where the job does not fit.
+        Raises: what `check` does; ConfigError where there is no room now.
         """
-        self.check(job)
-        if not self.fits(job):
+        number = self.begin(job)
+        if number is None:
             raise ConfigError(
-                f"generation: a job of {self._bytes_of(job)} bytes beside {self.running} jobs with {self.kv_bytes}; "
-                f"the limits are {self.config.max_running} jobs and {self.config.kv_bytes} bytes. Ask `fits` before."
+                f"generation: a job of {self._bytes_of(job)} bytes beside {self.running} jobs with {self.taken_bytes}; "
+                f"the limit is {self.config.max_running} jobs. Finish some before."
             )
+        return number
+
+    def begin(self, job: Job) -> int | None:
+        """`add`, but None where there is no room for the job now."""
+        self.check(job)
+        if self.running >= self.config.max_running:
+            return None
+        if self._budget is not None and not self._budget.take(self._bytes_of(job)):
+            return None
         number = next(self._numbers)
         prompt = self._prompts.take(job.prompt, not job.is_echoed)
-        self._runs[number] = Run(job, prompt, self.steps.behind, self.cache, self.config.keeps_text)
+        config = self.config
+        self._runs[number] = Run(job, prompt, self.steps.behind, self.cache, config.keeps_text, config.stall_seconds)
         return number
 
     def abort(self, number: int) -> None:
@@ -125,93 +135,91 @@ class Generator:
         if run is not None:
             run.release()
             self._prompts.release(run.prompt)
+            if self._budget is not None:
+                self._budget.give_back(self._bytes_of(run.job))
         if self.drafter is not None:
             self.drafter.abort(number)
 
     @torch.inference_mode()
-    def step(self) -> list[Progress]:
-        """One pass of the decoder for all that runs; what it brought, for those it brought something."""
-        drafts, waiting = ({}, set()) if self.drafter is None else self._proposed(self.drafter)
-        for number, proposals in drafts.items():
-            self._runs[number].tokens += [proposal.token for proposal in proposals]
-        self._read()
+    def step(self, failed: Failed[int] | None = None) -> list[Progress]:
+        """One pass of the decoder for all that runs; what it brought, for those it brought something.
+
+        Args:
+          failed: told of each job that cannot go on, and why; it is over then, and the others have what they would have
+            without it. None: what goes wrong is raised.
+        """
+        fail = None if failed is None else functools.partial(self._fail, failed)
+        drafts, waiting = ({}, set()) if self.drafter is None else self._drafted(self.drafter, fail)
+        self._passes.read(fail)
         writing = [number for number, run in self._runs.items() if not run.prompt.is_reading and number not in waiting]
-        states = self._computed(writing)
-        plain = [number for number in writing if number not in drafts]
+        states = self._passes.compute(writing, fail)
+        plain = [number for number in states if number not in drafts]
         for number in plain:
             for span, state in states[number]:
                 self._runs[number].advance(span, state)
-        return [*self._draw(plain), *self._settle(drafts, states)]
+        return [*self._draw(plain, fail), *self._settle(drafts, states, fail)]
 
-    def _read(self) -> None:
-        """Go on with the prompts, in one pass."""
-        runs = {id(run.prompt): run for run in self._runs.values() if run.prompt.is_reading}
-        pieces = plan_reading((run.prompt for run in runs.values()), self.config.prefill_tokens, self.cache)
-        if not pieces:
-            return
-        every_row = any(runs[id(prompt)].job.is_echoed for prompt, _ in pieces)
-        segments = [prompt.segment(span) for prompt, span in pieces]
-        lengths = [len(segment.tokens) if every_row else 1 for segment in segments]
-        for (prompt, span), rows in zip(pieces, self.decoder.run(segments, every_row).split(lengths), strict=True):
-            run = runs[id(prompt)]
-            if run.job.is_echoed:
-                run.echo(self._echoed(run, span, rows))
-            prompt.advance(span, rows[-1])
+    def _fail(self, failed: Failed[int], number: int, error: Exception) -> None:
+        self.abort(number)
+        failed(number, error)
 
-    def _computed(self, numbers: Sequence[int]) -> dict[int, list[Computed]]:
-        """The states of these texts' last tokens that have none yet; none where a prompt has just ended."""
-        spans = {number: self._runs[number].next_spans() for number in numbers}
-        segments = [self._runs[number].segment(span) for number in numbers for span in spans[number]]
-        states = iter(self.steps.run(segments) if segments else ())
-        return {number: [(span, next(states)) for span in spans[number]] for number in numbers}
+    def _drafted(self, drafter: Drafter, fail: Failed[int] | None) -> tuple[dict[int, list[Proposal]], set[int]]:
+        """What the draft proposes; nothing where it fails, since texts can do without."""
+        try:
+            return self._proposed(drafter)
+        except Exception:
+            if fail is None:
+                raise
+            for number in self._runs:
+                drafter.abort(number)
+            return {}, set()
 
     def _proposed(self, drafter: Drafter) -> tuple[dict[int, list[Proposal]], set[int]]:
-        """What the draft proposes for the texts that it helps, and the texts that have to wait for it."""
+        """What the draft puts behind the texts that it helps, and the texts that have to wait for it."""
         helped = {number: run.job for number, run in self._runs.items() if drafter.helps(run.job, self.running)}
         drafter.read(helped, self.config.prefill_tokens)
         begun = {number: run for number, run in self._runs.items() if len(run.tokens) > len(run.job.prompt)}
         drafter.stats.skipped_tokens += len(begun.keys() - helped.keys())
         ready = {number: begun[number] for number in begun.keys() & helped.keys() if drafter.is_ready(number)}
-        return drafter.propose(ready), (begun.keys() & helped.keys()) - ready.keys()
+        drafts = drafter.propose(ready)
+        for number, proposals in drafts.items():
+            self._runs[number].tokens += [proposal.token for proposal in proposals]
+        return drafts, (begun.keys() & helped.keys()) - ready.keys()
 
     def check(self, job: Job) -> None:
-        """Raises: what `add` raises for a job that could never run."""
+        """Raises: what `add` raises for a job that could never run: ModelError for ids or lengths that the model does
+        not have; ConfigError for limits that contradict each other, and where the job is beyond the budget."""
         check_job(job, self.decoder.max_tokens, self.decoder.embeddings, self.decoder.vocab_size)
-        if self._bytes_of(job) > self.config.kv_bytes:
-            tokens = len(job.prompt) + job.max_tokens
-            raise ConfigError(
-                f"a job of {tokens} tokens takes {self._bytes_of(job)} bytes of keys and values; "
-                f"the limit is {self.config.kv_bytes}. Raise kv_bytes or lower max_tokens."
-            )
+        if self._budget is not None:
+            self._budget.check(self._bytes_of(job), f"a text of {len(job.prompt) + job.max_tokens} tokens takes")
 
     def _bytes_of(self, job: Job) -> int:
         decoders = [self.decoder] if self.drafter is None else [self.decoder, self.drafter.decoder]
-        return (len(job.prompt) + job.max_tokens) * sum(decoder.bytes_per_token for decoder in decoders)
+        form = 0 if job.constraint is None else job.constraint.size_bytes
+        return form + (len(job.prompt) + job.max_tokens) * sum(decoder.bytes_per_token for decoder in decoders)
 
-    def _draw(self, numbers: Sequence[int]) -> list[Progress]:
+    def _draw(self, numbers: Sequence[int], fail: Failed[int] | None) -> list[Progress]:
         """Draw a token for each of these jobs and end those that are over."""
-        writing = [number for number in numbers if self._runs[number].job.max_tokens]
-        tokens: dict[int, Drawn] = {}
-        if writing:
-            runs = [self._runs[number] for number in writing]
-            logits = self.steps.logits(torch.stack([run.state for run in runs]))
-            tokens = dict(zip(writing, written(runs, logits), strict=True))
-            for number, drawn in tokens.items():
-                self._runs[number].accept(drawn.token)
-        return [self._progress(number, [tokens[number]] if number in tokens else []) for number in numbers]
+        ready = self._passes.ready(numbers, fail)
+        tokens = self._passes.draw([number for number in ready if self._runs[number].job.max_tokens], fail)
+        each(list(tokens), lambda number: self._runs[number].accept(tokens[number].token), fail)
+        return [
+            self._progress(number, [tokens[number]] if number in tokens else [])
+            for number in ready
+            if number in self._runs
+        ]
 
     def _settle(
-        self, drafts: Mapping[int, Sequence[Proposal]], states: Mapping[int, Sequence[Computed]]
+        self,
+        drafts: Mapping[int, Sequence[Proposal]],
+        states: Mapping[int, Sequence[Computed]],
+        fail: Failed[int] | None,
     ) -> list[Progress]:
         """Take of each draft what the decoder would have written, and a token behind it."""
-        if not drafts:
-            return []
-        rows = torch.stack([state for number in drafts for _, state in states[number]])
-        parts = self.steps.logits(rows).split([len(states[number]) for number in drafts])
-        return [
-            self._settle_one(number, proposals, states[number], logits)
-            for (number, proposals), logits in zip(drafts.items(), parts, strict=True)
-        ]
+        rows = {number: [state for _, state in states[number]] for number in drafts if number in states}
+        logits = self._passes.logits(rows, fail)
+        found = each(list(logits), lambda n: self._settle_one(n, drafts[n], states[n], logits[n]), fail)
+        return list(found.values())
 
     def _settle_one(
         self, number: int, proposals: Sequence[Proposal], states: Sequence[Computed], logits: Tensor
@@ -236,17 +244,3 @@ class Generator:
         if run.finish is not None:
             self.abort(number)
         return progress
-
-    def _echoed(self, run: Run, span: tuple[int, int], states: Tensor) -> list[Drawn]:
-        """Log-probs of the prompt's tokens behind those of a span."""
-        prompt, top = run.job.prompt, run.job.prompt_log_probs or 0
-        start, stop = span[0], min(span[1], len(prompt) - 1)
-        return [
-            drawn
-            for first in range(start, stop, HEAD_ROWS)
-            for drawn in drawn_of(
-                prompt[first + 1 : min(first + HEAD_ROWS, stop) + 1],
-                self.steps.logits(states[first - start : min(first + HEAD_ROWS, stop) - start]),
-                top,
-            )
-        ]

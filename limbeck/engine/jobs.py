@@ -29,6 +29,10 @@ class Constraint(Protocol):
     def is_complete(self) -> bool:
         """Whether nothing but the end may follow."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Of memory that it takes while the text is under way."""
+
 
 class ThoughtBudget(NamedTuple):
     """A limit on the thought: once it is used up, the closing marker is written in the model's place."""

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from limbeck.engine.budget import Budget
+
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Block:
@@ -56,15 +58,18 @@ class CacheStats(NamedTuple):
 
 
 class PrefixCache:
-    """Blocks by key. One thread at a time."""
+    """Blocks by key. One thread at a time; others may have it release blocks, by the budget that they share with it."""
 
-    def __init__(self, budget_bytes: int, block_tokens: int, model_key: str) -> None:
-        self.budget_bytes, self.block_tokens = budget_bytes, block_tokens
+    def __init__(self, budget: Budget | int, block_tokens: int, model_key: str) -> None:
+        """`budget`: bytes of its own, or shared ones."""
+        self.budget = Budget(budget) if isinstance(budget, int) else budget
+        self.budget.join(self)
+        self.block_tokens = block_tokens
         self._root = hashlib.blake2b(f"{model_key}/{block_tokens}".encode(), digest_size=16).digest()
         self._blocks: dict[bytes, Block] = {}
         self._idle: list[tuple[int, int, Block]] = []
         """Heap of blocks that may go; entries whose block was used since are skipped."""
-        self._clock, self._ticket = itertools.count(1), itertools.count()
+        self._ticket = itertools.count()
         self._used_bytes = self._queried = self._hits = self._evicted = self._refused = 0
 
     def spans(self, length: int) -> list[tuple[int, int]]:
@@ -85,11 +90,12 @@ class PrefixCache:
 
     def take(self, key: bytes) -> Block | None:
         """The block with this key, if it is held; its parent is held and in use. In use until `release`."""
-        block = self._blocks.get(key)
-        if block is not None:
-            self._use(block)
-            self._hits += block.length
-        return block
+        with self.budget.lock:
+            block = self._blocks.get(key)
+            if block is not None:
+                self._use(block)
+                self._hits += block.length
+            return block
 
     def holds(self, key: bytes) -> bool:
         """Whether a block is there, for those who plan; it counts as no use."""
@@ -111,25 +117,27 @@ class PrefixCache:
 
         Returns: the block that is held now under this key; None where the budget has no room for it.
         """
-        held = self._blocks.get(block.key)
-        if held is None:
-            if not self._make_room(block.size_bytes):
-                self._refused += 1
-                return None
-            self._blocks[block.key] = held = block
-            self._used_bytes += block.size_bytes
-            if block.parent is not None:
-                block.parent.children += 1
-        self._use(held)
-        return held
+        with self.budget.lock:
+            held = self._blocks.get(block.key)
+            if held is None:
+                if not self.budget.take(block.size_bytes):
+                    self._refused += 1
+                    return None
+                self._blocks[block.key] = held = block
+                self._used_bytes += block.size_bytes
+                if block.parent is not None:
+                    block.parent.children += 1
+            self._use(held)
+            return held
 
     def release(self, chain: Sequence[Block]) -> None:
         """End one use of each block."""
-        for block in reversed(chain):
-            if block.users < 1:
-                raise AssertionError("a block was released more often than it was acquired")
-            block.users -= 1
-            self._offer(block)
+        with self.budget.lock:
+            for block in reversed(chain):
+                if block.users < 1:
+                    raise AssertionError("a block was released more often than it was acquired")
+                block.users -= 1
+                self._offer(block)
 
     def stats(self) -> CacheStats:
         """Counters for metrics."""
@@ -137,7 +145,7 @@ class PrefixCache:
 
     def _use(self, block: Block) -> None:
         block.users += 1
-        block.used_at = next(self._clock)
+        block.used_at = self.budget.now()
 
     def _offer(self, block: Block) -> None:
         if block.users == block.children == 0:
@@ -151,21 +159,18 @@ class PrefixCache:
         is_held = self._blocks.get(block.key) is block
         return is_held and block.users == block.children == 0 and block.used_at == used_at
 
-    def _make_room(self, size_bytes: int) -> bool:
-        """Throw out until so many bytes fit; False when what is left is in use."""
-        if size_bytes > self.budget_bytes:
-            return False
-        while self._used_bytes + size_bytes > self.budget_bytes:
-            if not self._idle:
-                return False
-            used_at, _, block = heapq.heappop(self._idle)
-            if self._may_go(used_at, block):
-                self._evict(block)
-        return True
+    def oldest(self) -> int | None:
+        """See `Keeper`."""
+        while self._idle and not self._may_go(self._idle[0][0], self._idle[0][2]):
+            heapq.heappop(self._idle)
+        return self._idle[0][0] if self._idle else None
 
-    def _evict(self, block: Block) -> None:
+    def release_oldest(self) -> None:
+        """See `Keeper`; `oldest` was asked before."""
+        block = heapq.heappop(self._idle)[2]
         del self._blocks[block.key]
         self._used_bytes -= block.size_bytes
+        self.budget.give_back(block.size_bytes)
         self._evicted += 1
         if block.parent is not None:
             block.parent.children -= 1

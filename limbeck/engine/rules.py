@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from limbeck.engine.isolation import Watched
 from limbeck.engine.jobs import Job, ThoughtBudget
 
 
@@ -62,9 +63,11 @@ class Thought:
 class Rules:
     """Those of one job, with their state."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, stall_seconds: float) -> None:
+        """`stall_seconds`: a constraint's next mask may take so long."""
         self._thought = None if job.thought is None else Thought(job.thought, job.constraint is not None)
-        self._constraint, self._end_tokens, self._min_tokens = job.constraint, job.end_tokens, job.min_tokens
+        self._constraint = None if job.constraint is None else Watched(job.constraint, stall_seconds)
+        self._end_tokens, self._min_tokens = job.end_tokens, job.min_tokens
         self._ends = torch.tensor(sorted(job.end_tokens), dtype=torch.int64)
         self._written = 0
 
@@ -78,13 +81,25 @@ class Rules:
         """Whether any token may come."""
         return self.forced is None and self._constraint is None and self._written >= self._min_tokens
 
+    def are_ready(self, patience_seconds: float) -> bool:
+        """Whether the next token can be drawn now, or within so long. Raises: Stalled where it never will be."""
+        return self._constraint is None or self._is_thinking or self._constraint.is_ready(patience_seconds)
+
+    def close(self) -> None:
+        """The text is over."""
+        if self._constraint is not None:
+            self._constraint.close()
+
+    @property
+    def _is_thinking(self) -> bool:
+        return self._thought is not None and self._thought.is_under_way
+
     def restrict_(self, logits: Tensor) -> None:
         """Put -inf in place of logits [V] that may not be drawn."""
-        is_thinking = self._thought is not None and self._thought.is_under_way
-        if self._constraint is not None and not is_thinking:
+        if self._constraint is not None and not self._is_thinking:
             self._constrain_(logits, self._constraint.allowed())
         # A text that ends within its thought would leave its constraint unmet.
-        if self._written < self._min_tokens or (self._constraint is not None and is_thinking):
+        if self._written < self._min_tokens or (self._constraint is not None and self._is_thinking):
             ended = logits[self._ends]
             logits[self._ends] = -torch.inf
             if bool(logits.isneginf().all()):  # nothing but the end may follow

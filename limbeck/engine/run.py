@@ -15,12 +15,15 @@ from limbeck.engine.rules import Rules
 class Run(Context):
     """One job. It reads its prompt, then writes."""
 
-    def __init__(self, job: Job, prompt: Prompt, behind: Behind, cache: PrefixCache, keeps_text: bool) -> None:
+    def __init__(
+        self, job: Job, prompt: Prompt, behind: Behind, cache: PrefixCache, keeps_text: bool, stall_seconds: float
+    ) -> None:
         super().__init__(prompt, job.max_tokens, behind, cache, keeps_text)
-        self.job, self.rules = job, Rules(job)
+        self.job, self.rules = job, Rules(job, stall_seconds)
         self.finish: FinishReason | None = None if job.max_tokens else "length"
         """Why the text is over, once it is."""
         self._random = np.random.Generator(np.random.PCG64(job.sampling.seed))
+        self._uniform: float | None = None
         self._reads = prompt.users == 1
         self._echo: list[Drawn] = [Drawn(job.prompt[0], None, ())] if job.is_echoed else []
 
@@ -35,11 +38,14 @@ class Run(Context):
         return self.prompt.cached_tokens if self._reads else len(self.job.prompt)
 
     def uniform(self) -> float:
-        """The next random number in [0, 1); one a token, so that it depends on seed and place alone."""
-        return float(self._random.random())
+        """The next token's random number in [0, 1), which depends on seed and place alone."""
+        if self._uniform is None:
+            self._uniform = float(self._random.random())
+        return self._uniform
 
     def accept(self, token: int) -> None:
         """Write a token."""
+        self._uniform = None
         self.tokens.append(token)
         if self.rules.accept(token):
             self.finish = "stop"
@@ -49,6 +55,11 @@ class Run(Context):
     def echo(self, drawn: Sequence[Drawn]) -> None:
         """Log-probs of further tokens of the prompt."""
         self._echo += drawn
+
+    def release(self) -> None:
+        """Let go of all that the text holds."""
+        super().release()
+        self.rules.close()
 
     def take_echo(self) -> Sequence[Drawn]:
         """Log-probs of the prompt, the first time only."""

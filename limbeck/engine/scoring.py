@@ -21,19 +21,20 @@ from torch import Tensor
 
 from limbeck.config import checked
 from limbeck.engine.backend import Backend
+from limbeck.engine.budget import Budget
 from limbeck.engine.plan import Costs, Piece, Plan, PrefixAndItems, make_plan, measure_costs
 from limbeck.engine.prefix_cache import Block, CacheStats, PrefixCache
 from limbeck.engine.requests import Request, Scores
 from limbeck.engine.states import Segment
 from limbeck.errors import ConfigError, ModelError
 
+CACHE_BYTES = 1 << 30
+
 
 @checked
 class ScoringConfig:
     """How prefixes are kept and passes are made."""
 
-    cache_bytes: int = 1 << 30
-    """Most bytes of keys and values that are kept between calls; 0 keeps nothing."""
     block_tokens: int = 64
     """Tokens of a block, the unit in which prefixes are shared."""
     path: str = "auto"
@@ -42,8 +43,8 @@ class ScoringConfig:
     """Most tokens of a pass; null: the best of the measured sizes."""
 
     def __post_init__(self) -> None:
-        if self.cache_bytes < 0 or self.block_tokens < 1 or (self.pass_tokens or 1) < 1:
-            raise ConfigError("scoring: cache_bytes must be 0 or more, block_tokens and pass_tokens 1 or more.")
+        if self.block_tokens < 1 or (self.pass_tokens or 1) < 1:
+            raise ConfigError("scoring: block_tokens and pass_tokens must be 1 or more.")
 
 
 class Usage(NamedTuple):
@@ -118,6 +119,7 @@ class Scorer:
         config: ScoringConfig | None = None,
         model_key: str = "",
         costs: Costs | None = None,
+        budget: Budget | int = CACHE_BYTES,
     ) -> None:
         """Set up.
 
@@ -126,9 +128,10 @@ class Scorer:
           config: see there.
           model_key: what tells the model from others, should caches ever be shared (`models.load.model_hash`).
           costs: of passes; measured now when None.
+          budget: bytes of keys and values that are kept between calls, or what they are shared with; 0 keeps nothing.
         """
         self.decoder, self.config = decoder, config or ScoringConfig()
-        kept = (self.config.cache_bytes, self.config.block_tokens) if decoder.has_blocks else (0, decoder.max_tokens)
+        kept = (budget, self.config.block_tokens) if decoder.has_blocks else (0, decoder.max_tokens)
         self.cache = PrefixCache(*kept, model_key)
         self.costs = costs or measure_costs(decoder)
         self.usage: Usage | None = None
@@ -172,10 +175,10 @@ class Scorer:
         try:
             self._compute([prefix], "shared")
             if len(prefix.chain) < len(prefix.spans):
-                needed, used = len(tokens) * self.decoder.bytes_per_token, self.cache.stats().used_bytes
+                needed, budget = len(tokens) * self.decoder.bytes_per_token, self.cache.budget
                 raise ConfigError(
-                    f"prefill: {len(tokens)} tokens take {needed} bytes; of {self.config.cache_bytes} in the cache, "
-                    f"{used} are taken. Release pins or raise cache_bytes."
+                    f"prefill: {len(tokens)} tokens take {needed} bytes; of {budget.total_bytes}, "
+                    f"{budget.used_bytes} are taken. Release pins or raise the budget."
                 )
         except BaseException:
             self.cache.release(prefix.chain)
@@ -226,7 +229,7 @@ class Scorer:
     def _keep(self, prefix: _Prefix, span: tuple[int, int], state: Tensor) -> None:
         """Put a block into the cache, unless one before it found no room."""
         number = span[0] // self.cache.block_tokens
-        if len(prefix.chain) != number or not self.cache.budget_bytes:
+        if len(prefix.chain) != number or not self.cache.budget.total_bytes:
             return
         keys, values = prefix.states.cut(*span)
         block = self.cache.insert(

@@ -42,13 +42,11 @@ class SpeculativeConfig:
     max_running: int = 4
     """With more texts under way, nothing is proposed: verifying is not free then. Sampled texts with a seed go on, so
     that they do not depend on the load."""
-    cache_bytes: int = 1 << 28
-    """Most bytes of the draft's keys and values that are kept for later prompts."""
 
     def __post_init__(self) -> None:
         counts = (self.num_tokens, self.max_running, 1 if self.layers is None else self.layers)
-        if min(counts) < 1 or self.cache_bytes < 0:
-            raise ConfigError("speculative: num_tokens, max_running and layers are 1 or more, cache_bytes 0 or more.")
+        if min(counts) < 1:
+            raise ConfigError("speculative: num_tokens, max_running and layers are 1 or more.")
 
 
 class Proposal(NamedTuple):

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from limbeck.engine.context import Span
 from limbeck.engine.drawing import distribution_of, draw_tokens, drawn_of
 from limbeck.engine.jobs import Drawn
 from limbeck.engine.run import Run
 from limbeck.engine.speculative import Proposal, settle
+
+HEAD_ROWS = 64
+"""Rows of a prompt whose logits are made at once, for its log-probs."""
+
+
+def echoed(run: Run, span: Span, states: Tensor, logits: Callable[[Tensor], Tensor]) -> list[Drawn]:
+    """Log-probs of the prompt's tokens behind those of a span, by the states [n D] of its tokens."""
+    prompt, top = run.job.prompt, run.job.prompt_log_probs or 0
+    start, stop = span[0], min(span[1], len(prompt) - 1)
+    return [
+        drawn
+        for first in range(start, stop, HEAD_ROWS)
+        for drawn in drawn_of(
+            prompt[first + 1 : min(first + HEAD_ROWS, stop) + 1],
+            logits(states[first - start : min(first + HEAD_ROWS, stop) - start]),
+            top,
+        )
+    ]
 
 
 def written(runs: Sequence[Run], logits: Tensor) -> list[Drawn]:

@@ -35,7 +35,7 @@ from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.config import checked, completed_by
 from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
 from limbeck.engine.backends import load_decoder
-from limbeck.engine.scoring import Scorer, ScoringConfig
+from limbeck.engine.scoring import Scorer
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.models.schemes import scheme_of
@@ -248,9 +248,7 @@ def _latencies(config: RankPipelineConfig, models: Sequence[Model], out: Path) -
     split, _ = read_requests(config.teacher.data)
     requests = split.test[: config.timed_requests + _WARM_UP_REQUESTS]
     encoded, labels = encode_requests(requests, load_tokenizer(str(out / TEACHER)), config.teacher.features)
-    scorers = {
-        model.name: Scorer(load_decoder(str(out / model.place)), ScoringConfig(cache_bytes=0)) for model in models
-    }
+    scorers = {model.name: Scorer(load_decoder(str(out / model.place)), budget=0) for model in models}
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for request in encoded:
         asked = engine_request(request, labels)._replace(full=False)

@@ -151,8 +151,8 @@ def score_all(decoder: Backend, requests: Sequence[EncodedRequest], labels: Labe
     Args:
       decoder: of the model; its head has the tokenizer's tokens and no rows beyond.
     """
-    one_pass = ScoringConfig(cache_bytes=0, path="packed", pass_tokens=PASS_TOKENS)
-    scorer = Scorer(decoder, one_pass, costs=Costs((PASS_TOKENS,), (1.0,), 0.0))
+    one_pass = ScoringConfig(path="packed", pass_tokens=PASS_TOKENS)
+    scorer = Scorer(decoder, one_pass, costs=Costs((PASS_TOKENS,), (1.0,), 0.0), budget=0)
     found = [scorer.score([engine_request(request, labels)])[0] for request in track(requests, "scoring")]
     owner = np.repeat(np.arange(len(requests)), [len(request.candidates) for request in requests])
     labels_of = np.concatenate([request.labels for request in requests])

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from limbeck.serve import errors
-from limbeck.serve.api import about, chat, completions, prefilling, reranking, responses, scoring, tokens
+from limbeck.serve.api import about, chat, completions, embeddings, prefilling, reranking, responses, scoring, tokens
 from limbeck.serve.service import Service
 from limbeck.version import __version__
 
@@ -28,7 +28,7 @@ def make_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(service.config.allow_origin), allow_methods=["*"], allow_headers=["*"]
         )
-    for endpoints in (about, scoring, reranking, prefilling, completions, chat, responses, tokens):
+    for endpoints in (about, scoring, reranking, prefilling, completions, chat, responses, embeddings, tokens):
         app.include_router(endpoints.router(service))
     errors.install(app, service.metrics)
     return app

@@ -45,9 +45,12 @@ class LimitsConfig:
     """Most tokens of a generated text."""
     log_probs: int = 1_000_000
     """Most log-probs of a reply: texts times tokens times alternatives."""
+    memory_bytes: int = 2 << 30
+    """For keys and values of prefixes (a draft's as well) and of running texts, compiled forms and masks, all together:
+    what was used longest ago is released first, texts wait for room, and a request that alone needs more is refused.
+    Weights and the pass under way come on top; each replica has its own."""
     form_bytes: int = 128 << 20
-    """Most memory of one form (a schema, a regular expression) while it is compiled, and of all compiled forms that are
-    kept."""
+    """Most memory of one form (a schema, a regular expression) while it is compiled."""
     form_seconds: float = 2.0
     """Compiling a form may take so long, in a process apart."""
     default_tokens: int = 2048

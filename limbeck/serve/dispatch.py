@@ -47,8 +47,8 @@ class Dispatcher:
         if waiting >= self._limits.waiting:
             wait = max(1.0, waiting * self._pace_seconds)
             raise Refusal(429, f"{waiting} requests wait, which is the limit. Try again later.", wait)
-        if not self._worker.is_alive():
-            raise Refusal(503, "The engine has ended; see the server's log.")
+        if self._worker.problem is not None:
+            raise Refusal(503, self._worker.problem, 5.0)
         ticket = Ticket(parts, until, self._worker.abandon)
         self._tickets.add(ticket)
         self._worker.submit(ticket)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from limbeck.engine import constraints
+from limbeck.engine.budget import Budget
 from limbeck.engine.constraints import Form, GrammarConstraint, Grammars
 from limbeck.errors import ConfigError
 from limbeck.serve.config import LimitsConfig
@@ -26,6 +27,8 @@ AT_ONCE = 4
 SOURCE_CHARACTERS = 1 << 20
 """Longest form, as JSON."""
 LINE_BYTES = 64 << 20
+FORM_BYTES = 1 << 10
+"""That any entry takes, one that says why a form cannot be had included."""
 
 
 class Compiled(NamedTuple):
@@ -34,13 +37,16 @@ class Compiled(NamedTuple):
     matcher: Any
     size_bytes: int
     problem: str | None = None
+    used_at: int = 0
+    """By the budget's `now`."""
 
 
 class Forms:
     """Of one server. Lives on the event loop; `start` and `stop` are called on it."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, limits: LimitsConfig) -> None:
-        self._limits = limits
+    def __init__(self, tokenizer: Any, vocab_size: int, limits: LimitsConfig, budget: Budget) -> None:
+        self._limits, self._budget = limits, budget
+        self._budget.join(self)
         self._tokenizer = tokenizer
         self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
         """By digest of the form, the one used last at the end."""
@@ -71,7 +77,7 @@ class Forms:
 
     def constraint(self, compiled: Compiled, end_tokens: frozenset[int]) -> GrammarConstraint:
         """One for each text, since it keeps the text's state."""
-        return self._grammars.constraint(compiled.matcher, end_tokens)
+        return self._grammars.constraint(compiled.matcher, end_tokens, compiled.size_bytes)
 
     async def compiled(self, form: Form, until: float) -> Compiled:
         """A form that can be used.
@@ -86,14 +92,14 @@ class Forms:
         if len(source) > SOURCE_CHARACTERS:
             raise Invalid(f"{form.kind}: {len(source)} characters; the limit is {SOURCE_CHARACTERS}.")
         key = hashlib.blake2b(source.encode(), digest_size=16).digest()
-        if key not in self._kept:
+        found = self._kept.get(key)
+        if found is None:
             try:
                 async with asyncio.timeout(until - time.monotonic()), self._turn:
-                    self._keep(key, self._kept.get(key) or await self._made(form))
+                    found = self._kept.get(key) or await self._made(form)
             except TimeoutError:
                 raise Refusal(408, "The request's time was over before its form was compiled.") from None
-        self._kept.move_to_end(key)
-        found = self._kept[key]
+        self._keep(key, found)
         if found.problem is not None:
             raise Invalid(f"{form.kind}: {found.problem}.", "response_format")
         return found
@@ -101,18 +107,29 @@ class Forms:
     async def _made(self, form: Form) -> Compiled:
         answer = await self._tried(form)
         if "error" in answer:
-            return Compiled(None, len(answer["error"]), answer["error"])
+            return Compiled(None, FORM_BYTES, answer["error"])
+        self._budget.check(answer["bytes"], f"{form.kind}: compiled it takes")
         try:
             loop = asyncio.get_running_loop()
             matcher = await loop.run_in_executor(self._thread, self._grammars.compile, answer["grammar"])
         except ConfigError as error:
-            return Compiled(None, 0, str(error))
-        return Compiled(matcher, answer["bytes"])
+            return Compiled(None, FORM_BYTES, str(error))
+        return Compiled(matcher, FORM_BYTES + answer["bytes"])
 
-    def _keep(self, key: bytes, made: Compiled) -> None:
-        self._kept[key] = made
-        while len(self._kept) > 1 and sum(one.size_bytes for one in self._kept.values()) > self._limits.form_bytes:
-            self._kept.popitem(last=False)
+    def _keep(self, key: bytes, form: Compiled) -> None:
+        """Keep what was used now, if there is room for it."""
+        with self._budget.lock:
+            if key in self._kept or self._budget.take(form.size_bytes):
+                self._kept[key] = form._replace(used_at=self._budget.now())
+                self._kept.move_to_end(key)
+
+    def oldest(self) -> int | None:
+        """See `Keeper`."""
+        return next(iter(self._kept.values())).used_at if self._kept else None
+
+    def release_oldest(self) -> None:
+        """See `Keeper`."""
+        self._budget.give_back(self._kept.popitem(last=False)[1].size_bytes)
 
     async def _tried(self, form: Form) -> dict[str, Any]:
         """What the process apart says of a form; cancelling ends its work on it."""

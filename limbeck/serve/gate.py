@@ -22,6 +22,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/health", "/ping", "/"})
 """Need no key: probes, and the page, which asks for one."""
 
+SINGLE = (b"host", b"origin", b"authorization", b"content-type", b"content-encoding", b"x-request-timeout-seconds")
+"""Headers that are decided by."""
+
 
 class Gone(Exception):
     """The client went away in the middle of its request."""
@@ -65,6 +68,10 @@ class Gate:
             return Denial(503, "The server is shutting down.")
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
             return Denial(431, f"The headers have more than {self._limits.header_bytes} bytes, the server's limit.")
+        names = [name for name, _ in scope["headers"]]
+        twice = next((name for name in SINGLE if names.count(name) > 1), None)
+        if twice is not None:  # which one counts, a proxy in front may see in another way
+            return Denial(400, f"The header {twice.decode()} stands there twice; send it once.")
         headers = dict(scope["headers"])
         denial = self._admission.denial(scope["method"], headers, scope["path"] in OPEN_PATHS)
         length = headers.get(b"content-length", b"")
@@ -93,17 +100,7 @@ async def _read(receive: Receive, limits: LimitsConfig) -> bytes | None:
 
 async def _run_while_there(app: App, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
     """Run an endpoint until it ends or its client is gone."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        await asyncio.get_running_loop().create_future()  # never; the watch below sees a client go
-        raise AssertionError
-
-    answer = asyncio.ensure_future(app(scope, replay, send))
+    answer = asyncio.ensure_future(app(scope, replayed(body), send))
     watch = asyncio.ensure_future(receive())
     try:
         await asyncio.wait((answer, watch), return_when=asyncio.FIRST_COMPLETED)
@@ -117,6 +114,21 @@ async def _run_while_there(app: App, scope: Message, body: bytes, receive: Recei
     finally:
         watch.cancel()
         answer.cancel()
+
+
+def replayed(body: bytes) -> Receive:
+    """A request that was read, as an endpoint reads it; that a client has gone, another one sees."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.get_running_loop().create_future()  # never
+        raise AssertionError
+
+    return replay
 
 
 async def refuse(send: Send, denial: Denial) -> None:

@@ -102,8 +102,7 @@ def _gguf_file(model: str) -> Path:
 
 def _checked_directory(config: ServeConfig) -> tuple[str, list[str]]:
     """A directory that vLLM and SGLang load, and what they are slow at."""
-    path = Path(config.model).expanduser()
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf"))):
+    if _is_gguf(Path(config.model).expanduser()):
         raise ConfigError(
             f"{config.model}: GGUF is for llama.cpp (--engine llamacpp). {config.engine} reads what limbeck export "
             "--format compressed-tensors or dense writes."
@@ -121,6 +120,10 @@ def _checked_directory(config: ServeConfig) -> tuple[str, list[str]]:
         raise ConfigError(f"{config.model}: {config.engine} would fail or compute something else: {'; '.join(errors)}.")
     notes = [finding.text for finding in found if finding.severity != "error"]
     return place.path, [*notes, *_kernel_notes(config, Path(place.path))]
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf")))
 
 
 def _kernel_notes(config: ServeConfig, directory: Path) -> list[str]:

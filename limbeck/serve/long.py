@@ -1,7 +1,7 @@
-"""A scoring request that is larger than a round: worked off a piece at a time, so that texts under way go on.
+"""What is larger than a round, worked off a piece at a time, so that texts under way go on.
 
-Its prefix is read block by block into the cache and stays pinned; its items go in groups. Scores do not depend on the
-company that items have, so that those of all pieces are those of one call.
+A scoring request's prefix is read block by block into the cache and stays pinned; its items go in groups. Scores do not
+depend on the company that items have, so that those of all pieces are those of one call.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
+from limbeck.engine.backend import Backend
+from limbeck.engine.embedding import Embedding
 from limbeck.engine.requests import Request, Scores
 from limbeck.engine.scoring import Pin, Scorer
 from limbeck.errors import ConfigError
 from limbeck.serve.line import Part
-from limbeck.serve.ticket import prefix_of
+from limbeck.serve.ticket import Embed, prefix_of
 
 ITEM_TOKENS = 16
 """An item costs as much as so many tokens at least."""
@@ -87,6 +89,17 @@ class LongRequest:
     def _take(self, request: Request, count: int) -> None:
         self._found += self._scorer.score([request])
         self._scored += count
+
+
+class LongEmbedding(Embedding):
+    """Texts whose vectors are under way."""
+
+    def __init__(self, part: Part, work: Embed, decoder: Backend, tokens: int) -> None:
+        super().__init__(decoder, work.texts, work.pooling, tokens)
+        self.part = part
+
+    def release(self) -> None:
+        """Nothing is held but its own states."""
 
 
 def _joined(found: Sequence[Scores]) -> Scores:

@@ -16,13 +16,12 @@ import sys
 from collections.abc import AsyncIterator
 
 import httpx
-import pydantic_core
 
 from limbeck.config import to_dict
 from limbeck.errors import LimbeckError
 from limbeck.serve.config import ServeConfig
 from limbeck.serve.gate import Denial, Message, Receive, Send, refuse
-from limbeck.serve.routing import Routes, beginning
+from limbeck.serve.routing import Routes, beginning_of
 
 START_SECONDS = 600.0
 PROGRAM = "limbeck.serve.replica"
@@ -103,7 +102,7 @@ class Router:
                 answer = await self._client.request("DELETE", self._url(number, scope), headers=_headers(scope))
             await _pass(answer, send)
         else:
-            text = await asyncio.to_thread(_beginning, body, self._limits.body_values)
+            text = await asyncio.to_thread(beginning_of, body, self._limits.body_values)
             await self._hand_on(self._routes.choose(text, alive), scope, body, send)
 
     async def _hand_on(self, number: int, scope: Message, body: bytes, send: Send) -> None:
@@ -193,15 +192,6 @@ async def _pass(answer: httpx.Response, send: Send) -> None:
 def _headers(scope: Message) -> list[tuple[bytes, bytes]]:
     kept = [(name, value) for name, value in scope["headers"] if name not in PASSED_OVER]
     return [(name, value) for name, value in kept if not name.startswith(b"sec-fetch-")]
-
-
-def _beginning(body: bytes, most_values: int) -> str:
-    if body.count(b",") + 2 * (body.count(b"[") + body.count(b"{")) > most_values:
-        return ""
-    try:
-        return beginning(pydantic_core.from_json(body))
-    except ValueError:
-        return ""  # the replica says what is wrong with it
 
 
 def _family(line: str) -> tuple[str, int]:

@@ -11,6 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
+import pydantic_core
+
 PIECE_CHARACTERS = 128
 MOST_PIECES = 256
 """Of one request: beyond that, beginnings that are equal so far stay together anyway."""
@@ -56,6 +58,16 @@ def pieces(text: str) -> list[bytes]:
         data = (keys[-1] if keys else b"") + piece.encode("utf-8", "replace")
         keys.append(hashlib.blake2b(data, digest_size=16).digest())
     return keys
+
+
+def beginning_of(body: bytes, most_values: int) -> str:
+    """What the prompt of a request begins with, by its body; empty for one that no replica would read."""
+    if body.count(b",") + 2 * (body.count(b"[") + body.count(b"{")) > most_values:
+        return ""
+    try:
+        return beginning(pydantic_core.from_json(body))
+    except ValueError:
+        return ""  # the replica says what is wrong with it
 
 
 def beginning(body: Any) -> str:

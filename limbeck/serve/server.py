@@ -58,6 +58,7 @@ class Server(uvicorn.Server):
         )
         self._gate, self._limits, self._give_up = gate, limits, give_up
         self._closes_at: float | None = None
+        self._gave_up_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The second signal ends at once."""
@@ -74,15 +75,20 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
         if self._closes_at is not None:
-            left = self._closes_at - time.monotonic()
-            if left < LAST_SECONDS:
-                self._give_up()
-            if left < 0:
-                for connection in list(self.server_state.connections):
-                    connection.transport.abort()
-            if left < 0 or not self._gate.under_way:
-                self.should_exit = True
+            self._wind_up(time.monotonic(), self._closes_at)
         return await super().on_tick(counter)
+
+    def _wind_up(self, now: float, closes_at: float) -> None:
+        if closes_at - now < LAST_SECONDS:
+            self._give_up()
+            self._gave_up_at = self._gave_up_at or now
+        # Also where the loop was held up until now, clients get to read why.
+        is_over = now > closes_at and self._gave_up_at is not None and now - self._gave_up_at > LAST_SECONDS / 2
+        if is_over:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        if is_over or not self._gate.under_way:
+            self.should_exit = True
 
 
 def serve(config: ServeConfig) -> None:
@@ -94,6 +100,11 @@ def serve(config: ServeConfig) -> None:
             console.print(f"{config.host}: other machines can ask this server, and no API key is set.")
         told, server = _routed(config) if config.replicas > 1 else _own(config)
         console.print(f"serving {told} at http://{host}:{port}", markup=False, highlight=False)
+        each = " each" if config.replicas > 1 else ""
+        gib = config.limits.memory_bytes / 2**30
+        console.print(
+            f"up to {gib:.3g} GiB{each} for prefixes, texts and forms (limits.memory_bytes).", highlight=False
+        )
         server.run(sockets=[listener])
         if not server.started:
             raise ConfigError("serve: a replica did not start; its lines above tell why.")

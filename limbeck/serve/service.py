@@ -12,7 +12,9 @@ from typing import Any
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.config import build
 from limbeck.engine.backends import load_decoder
+from limbeck.engine.budget import Budget
 from limbeck.engine.drafter import make_drafter
+from limbeck.engine.embedding import Pooling, pooling_of
 from limbeck.engine.generation import Generator
 from limbeck.engine.requests import label_ids
 from limbeck.engine.scoring import Scorer
@@ -45,16 +47,23 @@ class Service:
         self.created = int(time.time())
         self.tokenizer = load_tokenizer(config.model)
         self.decoder = load_decoder(config.model, config.precision, config.context_tokens)
-        self.scorer = Scorer(self.decoder, config.scoring, model_hash(config.model))
-        drafter = make_drafter(
-            config.speculative, config.model, self.decoder, config.scoring.block_tokens, config.generation.kernels
-        )
-        self.generator = Generator(self.decoder, self.scorer.cache, config.generation, drafter)
+        self.budget = Budget(config.limits.memory_bytes, "limits.memory_bytes")
+        self.scorer = Scorer(self.decoder, config.scoring, model_hash(config.model), budget=self.budget)
+        block, kernels = config.scoring.block_tokens, config.generation.kernels
+        drafter = make_drafter(config.speculative, config.model, self.decoder, block, kernels, self.budget)
+        self.generator = Generator(self.decoder, self.scorer.cache, config.generation, drafter, self.budget)
         self.vocabulary = Vocabulary(self.tokenizer, _stated_ends(config.model, self.decoder.config))
         self.features = _trained_features(config.model)
         self.rank_prompt = GENERAL if self.features is None else trained(self.features)
         self.labels = self._label_ids()
-        self.forms = Forms(self.tokenizer, self.decoder.vocab_size, self.limits)
+        self.pooling: Pooling | None = None
+        self.no_pooling = ""
+        """Why the model has no vectors of texts."""
+        try:
+            self.pooling = pooling_of(config.model, self.decoder)
+        except ModelError as error:
+            self.no_pooling = str(error)
+        self.forms = Forms(self.tokenizer, self.decoder.vocab_size, self.limits, self.budget)
         self.metrics = Metrics(self.name, self._gauges, self._totals)
 
     def start(self) -> None:
@@ -91,7 +100,8 @@ class Service:
         return {
             "vllm:num_requests_running": self.dispatcher.running,
             "vllm:num_requests_waiting": self.dispatcher.waiting,
-            "vllm:kv_cache_usage_perc": self.generator.kv_usage,
+            "vllm:kv_cache_usage_perc": self.generator.usage,
+            "limbeck:memory_bytes": self.budget.used_bytes,
             "limbeck:prefix_cache_bytes": cache.used_bytes,
             "limbeck:spec_decode_acceptance": speculation.acceptance,
             "limbeck:spec_decode_mean_length": speculation.mean_length,

@@ -7,6 +7,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
+from limbeck.engine.embedding import Pooling
 from limbeck.engine.jobs import Job, Progress
 from limbeck.engine.requests import Request, Scores
 
@@ -19,7 +22,17 @@ class Prefill(NamedTuple):
     """What it is called when it is let go."""
 
 
-Work = Request | Job | Prefill
+class Embed(NamedTuple):
+    """Texts that vectors are asked of."""
+
+    texts: Sequence[Sequence[int]]
+    """Token ids, at least one each."""
+    pooling: Pooling
+
+
+Work = Request | Job | Prefill | Embed
+LATE_SECONDS = 30.0
+"""Beyond a deadline, for the engine to end the request itself."""
 BURST = 8
 """Outcomes that may be taken in a row."""
 
@@ -28,6 +41,8 @@ def prefix_of(work: Work) -> Sequence[int]:
     """The tokens that others may begin with as well."""
     if isinstance(work, Request):
         return work.prefix
+    if isinstance(work, Embed):
+        return work.texts[0]
     return work.prompt if isinstance(work, Job) else work.tokens
 
 
@@ -35,8 +50,8 @@ class Outcome(NamedTuple):
     """What a part has come to, or come on by."""
 
     part: int
-    value: Scores | Progress | int
-    """Scores of a Request, progress of a Job, tokens pinned for a Prefill."""
+    value: Scores | Progress | Tensor | int
+    """Scores of a Request, progress of a Job, vectors of an Embed, tokens pinned for a Prefill."""
     is_last: bool
 
 
@@ -87,7 +102,7 @@ class Ticket:
         while self._open:
             if self._events.qsize() > BURST:  # one that never waits would keep all others from the loop
                 await asyncio.sleep(0)
-            event = await self._events.get()
+            event = await self._next()
             if isinstance(event, Exception):
                 raise event
             if event.part not in self._open:
@@ -95,3 +110,10 @@ class Ticket:
             if event.is_last:
                 self._open.discard(event.part)
             yield event
+
+    async def _next(self) -> Outcome | Exception:
+        try:
+            async with asyncio.timeout(self.deadline + LATE_SECONDS - time.monotonic()):
+                return await self._events.get()
+        except TimeoutError:
+            return Refusal(503, "The engine does not answer; see the server's log.", 5.0)

@@ -14,30 +14,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from limbeck.engine.constraints import GrammarConstraint
 from limbeck.engine.generation import Generator
+from limbeck.engine.isolation import Stalled, apart
 from limbeck.engine.jobs import Job
 from limbeck.engine.requests import Request
-from limbeck.engine.scoring import Pin, Scorer
-from limbeck.errors import ConfigError
+from limbeck.engine.scoring import Scorer
 from limbeck.serve.config import ServeConfig
 from limbeck.serve.line import Line, Part
-from limbeck.serve.long import LongRequest, size_of
-from limbeck.serve.ticket import Outcome, Prefill, Refusal, Ticket, Work, prefix_of
+from limbeck.serve.long import LongEmbedding, LongRequest, size_of
+from limbeck.serve.pins import Pins
+from limbeck.serve.ticket import Embed, Outcome, Prefill, Refusal, Ticket, Work, prefix_of
 
 IDLE_SECONDS = 1.0
 """How often an idle engine looks for pins that have run out."""
+STALL_SECONDS = 60.0
+"""A round that takes longer is told by /health, and nobody is let in behind it."""
 PIECES = 4
 """Of a batch: a larger request is scored in pieces of this share, one a round."""
-
-
-class Held(NamedTuple):
-    """A pinned prefix."""
-
-    pin: Pin
-    until: float
 
 
 class Worker(threading.Thread):
@@ -53,11 +48,23 @@ class Worker(threading.Thread):
         self._to_generate = Line(scorer.cache.holds, config.turn)
         self._jobs: dict[int, Part] = {}
         """Under way, by the generator's number."""
-        self._long: deque[LongRequest] = deque()
-        """Scoring requests larger than a batch, in turns."""
-        self._pins: dict[str, Held] = {}
+        self._long: deque[LongRequest | LongEmbedding] = deque()
+        """Scoring requests larger than a batch and texts to embed, in turns."""
+        self._pins = Pins(scorer, config.limits)
         self._events: list[tuple[Ticket, Outcome | Exception]] = []
+        self._is_full = False
+        """Nothing runs, and what waits has no room beside what is pinned."""
         self._is_stopped = False
+        self._round_began: float | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why it answers nobody; None where it works. For any thread."""
+        began = self._round_began
+        seconds = 0.0 if began is None else time.monotonic() - began
+        if not self.is_alive():
+            return "The engine has ended; see the server's log."
+        return f"The engine has been at one step for {seconds:.0f} s." if seconds > STALL_SECONDS else None
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a ticket."""
@@ -74,7 +81,7 @@ class Worker(threading.Thread):
 
     def unpin(self, name: str) -> None:
         """Let a pinned prefix go."""
-        self._inbox.put(lambda: self._release(name))
+        self._inbox.put(lambda: self._pins.release(name))
 
     def stop(self) -> None:
         """End the thread after the round under way."""
@@ -83,6 +90,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         while not self._is_stopped:
             self._read_inbox()
+            self._round_began = time.monotonic()
             self._let_go()
             self._score()
             self._go_on()
@@ -90,9 +98,11 @@ class Worker(threading.Thread):
             if self._events:
                 events, self._events = self._events, []
                 self._loop.call_soon_threadsafe(_deliver, events)
+            self._round_began = None
 
     def _read_inbox(self) -> None:
-        is_idle = not (self._to_score.parts or self._to_generate.parts or self._jobs or self._long)
+        is_idle = not (self._to_score.parts or self._jobs or self._long)
+        is_idle = is_idle and (self._is_full or not self._to_generate.parts)
         try:
             if is_idle:
                 self._inbox.get(timeout=IDLE_SECONDS)()
@@ -117,19 +127,13 @@ class Worker(threading.Thread):
             self.generator.abort(job)
             del self._jobs[job]
 
-    def _release(self, name: str) -> None:
-        held = self._pins.pop(name, None)
-        if held is not None:
-            held.pin.release()
-
     def _end(self) -> None:
         self._is_stopped = True
 
     def _let_go(self) -> None:
         """End pins and tickets whose time is over."""
         now = time.monotonic()
-        for name in [name for name, held in self._pins.items() if held.until <= now]:
-            self._release(name)
+        self._pins.expire(now)
         long = [long.part for long in self._long]
         parts = [*self._to_score.parts, *long, *self._to_generate.parts, *self._jobs.values()]
         for ticket in {id(part.ticket): part.ticket for part in parts if part.ticket.deadline <= now}.values():
@@ -150,26 +154,23 @@ class Worker(threading.Thread):
         parts = self._to_score.take(has_room)
         self._start(parts)
         requests: list[tuple[Part, Request]] = []
+        piece = self.config.batch_tokens // PIECES
         for part in parts:
-            if _tokens(part.work) > self.config.batch_tokens:
-                self._long.append(LongRequest(part, self.scorer, self.config.batch_tokens // PIECES))
+            if isinstance(part.work, Embed):
+                self._long.append(LongEmbedding(part, part.work, self.scorer.decoder, piece))
+            elif _tokens(part.work) > self.config.batch_tokens:
+                self._long.append(LongRequest(part, self.scorer, piece))
             elif isinstance(part.work, Prefill):
                 self._prefill(part, part.work)
             elif isinstance(part.work, Request):
                 requests.append((part, part.work))
-        groups = [requests] if requests else []
-        while groups:
-            group = groups.pop()
-            try:
-                found = self.scorer.score([request for _, request in group])
-            except Exception as error:  # whatever it is, it ends the request that caused it and not the engine
-                if len(group) == 1:
-                    self._fail(group[0][0].ticket, error)
-                else:
-                    groups += [[one] for one in group]
-                continue
-            for (part, _), scores in zip(group, found, strict=True):
-                self._tell(part, scores, True)
+        found = apart(
+            range(len(requests)),
+            lambda numbers: dict(zip(numbers, self.scorer.score([requests[n][1] for n in numbers]), strict=True)),
+            lambda number, error: self._fail(requests[number][0].ticket, error),
+        )
+        for number, scores in found.items():
+            self._tell(requests[number][0], scores, True)
 
     def _go_on(self) -> None:
         """A piece of the large request whose turn it is."""
@@ -178,7 +179,7 @@ class Worker(threading.Thread):
         long = self._long.popleft()
         try:
             scores = long.step()
-        except Exception as error:  # as above
+        except Exception as error:  # whatever it is, it ends the request that caused it and not the engine
             long.release()
             self._fail(long.part.ticket, error)
             return
@@ -194,31 +195,26 @@ class Worker(threading.Thread):
 
     def _prefill(self, part: Part, work: Prefill) -> None:
         try:
-            if len(self._pins) >= self.config.limits.pins:
-                raise ConfigError(f"{len(self._pins)} prefixes are pinned, which is the limit.")
-            pin = self.scorer.prefill(work.tokens)
-        except ConfigError as error:
-            self._fail(part.ticket, Refusal(429, str(error), self.config.limits.pin_seconds))
+            self._tell(part, self._pins.add(work), True)
         except Exception as error:  # as above
             self._fail(part.ticket, error)
-        else:
-            self._pins[work.pin] = Held(pin, time.monotonic() + self.config.limits.pin_seconds)
-            self._tell(part, pin.tokens, True)
 
     def _generate(self) -> None:
         self._to_generate.take(self._admits)
+        self._is_full = not self._jobs
         if not self._jobs:
-            if self._to_generate.parts:  # with all of the room there is
-                ticket = self._to_generate.parts[0].ticket
-                self._fail(ticket, Refusal(413, "Prompt and text need more memory than the cache has; ask for less."))
             return
+        failures: dict[int, Exception] = {}
         try:
-            found = self.generator.step()
-        except Exception as error:  # as above; which of the texts it was is not known
-            for ticket in {id(part.ticket): part.ticket for part in self._jobs.values()}.values():
-                self._fail(ticket, error)
-            return
+            found = self.generator.step(failures.__setitem__)
+        except Exception as error:  # not of one text
+            found, failures = [], dict.fromkeys(self._jobs, error)
+        for job, error in failures.items():
+            if job in self._jobs:  # else another text of its request has ended it
+                self._end_text(self._jobs.pop(job), error)
         for progress in found:
+            if progress.job not in self._jobs:  # as above
+                continue
             is_last = progress.finish is not None
             part = self._jobs.pop(progress.job) if is_last else self._jobs[progress.job]
             problem = _problem(part.work)
@@ -227,19 +223,26 @@ class Worker(threading.Thread):
             else:
                 self._fail(part.ticket, Refusal(422, f"The text could not go on in its form: {problem}."))
 
+    def _end_text(self, part: Part, error: Exception) -> None:
+        """A text could not go on; its request is over."""
+        is_stalled = isinstance(error, Stalled)
+        self._fail(part.ticket, Refusal(422, f"The text has stalled in its form: {error}.") if is_stalled else error)
+
     def _admits(self, part: Part) -> bool:
         """Start a text if there is room for it."""
         job = part.work
         assert isinstance(job, Job)
         if part.ticket.is_over:
             return True
-        if not self.generator.fits(job):
-            return False
-        self._start([part])
         try:
-            self._jobs[self.generator.add(job)] = part
+            number = self.generator.begin(job)
         except Exception as error:  # as above
             self._fail(part.ticket, error)
+            return True
+        if number is None:
+            return False
+        self._start([part])
+        self._jobs[number] = part
         return True
 
     def _start(self, parts: Sequence[Part]) -> None:

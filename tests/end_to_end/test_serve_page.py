@@ -90,7 +90,7 @@ def test_a_key_is_asked_for(browser):
 def open_slowly(browser, server, **settings):
     """A page whose replies take long."""
     step = server.service.generator.step
-    server.service.generator.step = lambda: (time.sleep(0.1), step())[1]
+    server.service.generator.step = lambda told: (time.sleep(0.1), step(told))[1]
     page = browser.new_page(**settings)
     page.set_default_timeout(20_000)
     page.asked = []

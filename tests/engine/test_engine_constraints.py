@@ -193,7 +193,7 @@ class BrokenMatcher:
 @pytest.mark.parametrize("dead_end", [False, True])
 def test_a_form_that_fails_ends_its_own_text_alone(dead_end):
     generator = Generator(decoder(), PrefixCache(0, 64, "model"))
-    broken = constraints.GrammarConstraint(BrokenMatcher(3, dead_end), VOCABULARY, END)
+    broken = constraints.GrammarConstraint(lambda: BrokenMatcher(3, dead_end), VOCABULARY, END)
     bad = generator.add(Job(prompt=[5], max_tokens=50, sampling=Sampling(seed=1), constraint=broken))
     good = generator.add(Job(prompt=[5], max_tokens=20, sampling=Sampling(seed=1)))
     tokens, finish = {bad: 0, good: 0}, {}

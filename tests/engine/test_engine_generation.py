@@ -7,6 +7,7 @@ import torch
 from kernels_here import kernels_here
 from made_models import made_model
 
+from limbeck.engine.budget import Budget
 from limbeck.engine.decoder import Decoder
 from limbeck.engine.generation import GenerationConfig, Generator
 from limbeck.engine.jobs import Job, ThoughtBudget
@@ -30,9 +31,9 @@ def ids(count, seed):
 PROMPTS = [ids(length, length) for length in (5, 17, 30, 8, 16, 1)]
 
 
-def generator_of(decoder, cache_bytes=1 << 24, **config):
+def generator_of(decoder, cache_bytes=1 << 24, budget=None, **config):
     config = {"prefill_tokens": 20} | config
-    return Generator(decoder, PrefixCache(cache_bytes, 8, "model"), GenerationConfig(**config))
+    return Generator(decoder, PrefixCache(budget or cache_bytes, 8, "model"), GenerationConfig(**config), budget=budget)
 
 
 class Driven:
@@ -187,36 +188,36 @@ def test_what_is_over_or_aborted_leaves_nothing():
     generator = generator_of(decoder)
     numbers = [generator.add(Job(prompt=prompt, max_tokens=20)) for prompt in PROMPTS]
     held = sum(len(prompt) + 20 for prompt in PROMPTS) * decoder.bytes_per_token
-    assert generator.kv_bytes == held and generator.kv_usage == held / generator.config.kv_bytes
+    assert generator.taken_bytes == held
     for _ in range(4):
         generator.step()
     for number in [*numbers, *numbers]:
         generator.abort(number)
-    assert (generator.running, generator.kv_bytes, generator.step()) == (0, 0, [])
+    assert (generator.running, generator.taken_bytes, generator.step()) == (0, 0, [])
     assert all(block.users == 0 for block in generator.cache._blocks.values())
 
 
 def test_memory_stays_within_its_budget():
-    """Of running jobs, and of the cache, whose blocks in use are not thrown out."""
+    """Running jobs and the cache share it; blocks in use are not thrown out."""
     decoder = Decoder(weights_of(made_model("llama")))
-    budget, cache_bytes = 100 * decoder.bytes_per_token, 40 * decoder.bytes_per_token
-    generator = generator_of(decoder, cache_bytes, kv_bytes=budget, max_running=4)
+    budget = Budget(110 * decoder.bytes_per_token, "limits.memory_bytes")
+    generator = generator_of(decoder, budget=budget, max_running=4)
     random_one = random.Random(2)
     waiting = [Job(prompt=ids(random_one.randrange(1, 40), n), max_tokens=n % 30) for n in range(60)]
     total = len(waiting)
     done = 0
     while waiting or generator.running:
-        while waiting and generator.fits(waiting[-1]):
-            generator.add(waiting.pop())
+        while waiting and generator.begin(waiting[-1]) is not None:
+            waiting.pop()
         done += sum(progress.finish is not None for progress in generator.step())
-        assert generator.kv_bytes <= budget and generator.running <= 4
-        assert generator.cache.stats().used_bytes <= cache_bytes
-    assert done == total
-    generator.add(Job(prompt=[1] * 40, max_tokens=40))
-    with pytest.raises(ConfigError, match="Ask `fits` before"):
+        used = generator.taken_bytes + generator.cache.stats().used_bytes
+        assert used == budget.used_bytes <= budget.total_bytes and generator.running <= 4
+    assert done == total and generator.cache.stats().evicted_blocks > 0
+    generator.add(Job(prompt=[1] * 40, max_tokens=68))
+    with pytest.raises(ConfigError, match="Finish some before"):
         generator.add(Job(prompt=[1] * 20, max_tokens=2))
-    with pytest.raises(ConfigError, match="Raise kv_bytes or lower max_tokens"):
-        generator.add(Job(prompt=[1] * 20, max_tokens=81))
+    with pytest.raises(ConfigError, match=r"a text of 120 tokens takes \d+ bytes; limits.memory_bytes is"):
+        generator.add(Job(prompt=[1] * 60, max_tokens=60))
 
 
 def test_reading_does_not_stop_writing():

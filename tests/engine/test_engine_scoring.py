@@ -30,9 +30,9 @@ ITEMS[0] = [4, 7, 4]  # label tokens inside
 REQUEST = Request(PREFIX, ITEMS, LABELS, full=True)
 
 
-def scorer_of(model, precision="float32", **config):
+def scorer_of(model, precision="float32", budget=1 << 24, **config):
     config = {"block_tokens": 8} | config
-    return Scorer(Decoder(weights_of(model, precision)), ScoringConfig(**config), costs=COSTS)
+    return Scorer(Decoder(weights_of(model, precision)), ScoringConfig(**config), costs=COSTS, budget=budget)
 
 
 def one_by_one(model, request):
@@ -68,7 +68,7 @@ def threads(request):
 def test_int8_is_the_same_to_the_bit(family, threads):
     """One item alone without a cache; any way, cold and warm, in any order, beside others, in passes of any size."""
     decoder = Decoder(weights_of(made_model(family), "int8"))
-    alone = Scorer(decoder, ScoringConfig(path="single", cache_bytes=0, block_tokens=8), costs=COSTS)
+    alone = Scorer(decoder, ScoringConfig(path="single", block_tokens=8), costs=COSTS, budget=0)
     expected = torch.cat([alone.score([REQUEST._replace(items=[item])])[0].logits for item in ITEMS])
     order = random.Random(1).sample(range(len(ITEMS)), len(ITEMS))
     shuffled = REQUEST._replace(items=[ITEMS[place] for place in order])
@@ -95,7 +95,7 @@ def test_int8_keeps_its_bits_with_one_key_head(threads):
 
 def test_early_prefill_is_used_and_stays():
     model = made_model("llama")
-    scorer = scorer_of(model, cache_bytes=40 * Decoder(weights_of(model)).bytes_per_token + 5 * 32 * 4)
+    scorer = scorer_of(model, budget=40 * Decoder(weights_of(model)).bytes_per_token + 5 * 32 * 4)
     with scorer.prefill(PREFIX) as pin:
         assert pin.tokens == len(PREFIX)
         for seed in range(5):  # more than the cache has room for
@@ -104,7 +104,7 @@ def test_early_prefill_is_used_and_stays():
         assert scorer.usage.cached_tokens == len(PREFIX)
         assert scorer.usage.computed_tokens == sum(map(len, ITEMS))
         torch.testing.assert_close(scores.log_probs, one_by_one(model, REQUEST), rtol=0, atol=1e-5)
-        with pytest.raises(ConfigError, match="Release pins or raise cache_bytes"):
+        with pytest.raises(ConfigError, match="Release pins or raise the budget"):
             scorer.prefill(ids(30, 99))
     pin.release()
     for seed in range(5):

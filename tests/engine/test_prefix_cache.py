@@ -99,7 +99,9 @@ def test_random_traffic(seed):
         assert all(blocks[block.key] is block for chain in held for block in chain)
         assert all(block.users == users.get(id(block), 0) for block in blocks.values())
         assert all(block.parent is None or blocks[block.parent.key] is block.parent for block in blocks.values())
-        assert cache.stats().used_bytes == sum(block.size_bytes for block in blocks.values()) <= cache.budget_bytes
+        assert (
+            cache.stats().used_bytes == sum(block.size_bytes for block in blocks.values()) <= cache.budget.total_bytes
+        )
         assert len(cache._idle) <= 2 * len(blocks) + 65
     for chain in held:
         cache.release(chain)

@@ -17,13 +17,14 @@ import pytest
 import schemathesis
 from limbeck_server import RunningServer
 
+MEMORY_BYTES = 8 << 20
 LIMITS = {"body_bytes": 200_000, "body_seconds": 0.5, "new_tokens": 64, "default_tokens": 16, "pin_seconds": 1}
-CACHE = {"scoring": {"cache_bytes": 2 << 20}, "generation": {"kv_bytes": 8 << 20}}
+LIMITS |= {"memory_bytes": MEMORY_BYTES}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with RunningServer(limits=LIMITS, **CACHE) as running:
+    with RunningServer(limits=LIMITS) as running:
         yield running
 
 
@@ -40,7 +41,7 @@ def assert_nothing_is_left(server) -> None:
         time.sleep(0.05)
     assert server.service.generator.running == 0
     assert all(block.users == 0 for block in cache._blocks.values())
-    assert cache.stats().used_bytes <= CACHE["scoring"]["cache_bytes"]
+    assert server.service.budget.used_bytes == cache.stats().used_bytes <= MEMORY_BYTES
     good = server.post("/v1/score", {"query": "1", "items": ["2"], "label_token_ids": [16]})
     assert good.status_code == 200
 

@@ -1,4 +1,4 @@
-"""Tools of others against the server: lm-eval's local-completions, guidellm. They live in .venv-clients."""
+"""Tools of others against the server: lm-eval, guidellm, litellm, langchain-openai. They live in .venv-clients."""
 
 import json
 import subprocess
@@ -81,3 +81,73 @@ def test_guidellm_finds_no_error(server, tmp_path, kind):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     totals = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]
     assert totals["errored"] == 0 and totals["successful"] >= 15
+
+
+LITELLM = """
+import json, sys
+import litellm
+url, messages = sys.argv[1], json.loads(sys.argv[2])
+where = {"model": "openai/tiny-student", "api_base": url + "/v1", "api_key": "none"}
+whole = litellm.completion(messages=messages, temperature=0, max_tokens=300, **where)
+parts = litellm.completion(messages=messages, temperature=0, max_tokens=300, stream=True, **where)
+text = "".join(part.choices[0].delta.content or "" for part in parts)
+errors = []
+for ask in (
+    lambda: litellm.completion(messages=[{"role": "user", "content": "1" * 3000}], **where),
+    lambda: litellm.completion(messages=messages, **{**where, "model": "openai/another"}),
+):
+    try:
+        ask()
+    except Exception as error:
+        errors.append(type(error).__name__)
+content = whole.choices[0].message.content
+print(json.dumps({"content": content, "streamed": text, "tokens": whole.usage.completion_tokens, "errors": errors}))
+"""
+
+LANGCHAIN = """
+import json, sys
+from langchain_openai import ChatOpenAI, OpenAI
+url, messages = sys.argv[1], json.loads(sys.argv[2])
+where = {"model": "tiny-student", "base_url": url + "/v1", "api_key": "none", "temperature": 0, "max_retries": 0}
+chat = ChatOpenAI(max_tokens=300, **where)
+whole = chat.invoke(messages)
+text = "".join(part.content for part in chat.stream(messages))
+errors = []
+for ask in (
+    lambda: chat.invoke("1" * 3000),
+    lambda: ChatOpenAI(**{**where, "model": "another"}).invoke(messages),
+):
+    try:
+        ask()
+    except Exception as error:
+        errors.append(type(error).__name__)
+assert OpenAI(max_tokens=5, **where).invoke("12")
+tokens = whole.usage_metadata["output_tokens"]
+print(json.dumps({"content": whole.content, "streamed": text, "tokens": tokens, "errors": errors}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "errors"),
+    [
+        (LITELLM, ["ContextWindowExceededError", "NotFoundError"]),
+        (LANGCHAIN, ["ContextOverflowError|OpenAIContextOverflowError|BadRequestError", "NotFoundError"]),
+    ],
+    ids=["litellm", "langchain-openai"],
+)
+def test_client_libraries_get_words_counts_and_their_own_errors(server, tmp_path, script, errors):
+    messages = [{"role": "user", "content": "7a+4b*3c-8d+9"}]
+    expected = server.post("/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 300}).json()
+    done = subprocess.run(
+        [CLIENTS / "python", "-c", script, server.url, json.dumps(messages)],
+        capture_output=True,
+        text=True,
+        env=OFFLINE | {"HOME": str(tmp_path), "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    content = expected["choices"][0]["message"]["content"]
+    assert found["content"] == found["streamed"] == content and content.isdigit()
+    assert found["tokens"] == expected["usage"]["completion_tokens"]
+    assert all(name in accepted.split("|") for name, accepted in zip(found["errors"], errors, strict=True))

@@ -20,7 +20,8 @@ LABELS = [3, 4]
 
 def scorer_of(precision="int8", cache_bytes=1 << 24):
     decoder = Decoder(weights_of(made_model("llama", max_position_embeddings=1024), precision))
-    return Scorer(decoder, ScoringConfig(cache_bytes=cache_bytes, block_tokens=16), costs=Costs((64,), (1.0,), 0.0))
+    costs = Costs((64,), (1.0,), 0.0)
+    return Scorer(decoder, ScoringConfig(block_tokens=16), costs=costs, budget=cache_bytes)
 
 
 def tokens(count, seed=0):

@@ -75,7 +75,7 @@ def test_a_constraint_starts_behind_the_thought():
         constraint=constraint,
         thought=ThoughtBudget(2, OPEN, CLOSE),
     )
-    rules = Rules(job)
+    rules = Rules(job, 2.0)
     assert next_ones(rules) == [7, 9]  # the thought, or the text at once
     assert not rules.accept(7)
     assert rules.forced == 8
@@ -91,7 +91,7 @@ def test_a_constraint_starts_behind_the_thought():
 
 
 def test_a_constrained_text_may_do_without_its_thought():
-    rules = Rules(Job(prompt=[1], max_tokens=9, constraint=OnlyNines(), thought=ThoughtBudget(2, OPEN, CLOSE)))
+    rules = Rules(Job(prompt=[1], max_tokens=9, constraint=OnlyNines(), thought=ThoughtBudget(2, OPEN, CLOSE)), 2.0)
     rules.accept(9)
     assert next_ones(rules) == [9] and rules.forced is None
 

@@ -39,8 +39,8 @@ def twin(family):
 def traffic(family, precision, path, blocks, batches, check):
     decoder = decoder_of(family, precision)
     budget = 70 * decoder.bytes_per_token
-    config = ScoringConfig(path=path, block_tokens=blocks, cache_bytes=budget, pass_tokens=40)
-    scorer = Scorer(decoder, config, costs=COSTS)
+    config = ScoringConfig(path=path, block_tokens=blocks, pass_tokens=40)
+    scorer = Scorer(decoder, config, costs=COSTS, budget=budget)
     for requests in batches:
         with torch.inference_mode():
             for request, scores in zip(requests, scorer.score(requests), strict=True):
@@ -64,8 +64,8 @@ def test_float32_equals_transformers(family, path, batches):
 @settings(max_examples=10)
 @given(st.sampled_from(["llama", "gemma3"]), st.sampled_from([*PATHS, "auto"]), st.sampled_from([4, 16]), BATCHES)
 def test_int8_equals_the_single_score(family, path, blocks, batches):
-    config = ScoringConfig(path="single", block_tokens=blocks, cache_bytes=0)
-    alone = Scorer(decoder_of(family, "int8"), config, costs=COSTS)
+    config = ScoringConfig(path="single", block_tokens=blocks)
+    alone = Scorer(decoder_of(family, "int8"), config, costs=COSTS, budget=0)
 
     def check(request, scores):
         for item, row in zip(request.items, scores.logits, strict=True):

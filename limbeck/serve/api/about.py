@@ -97,8 +97,8 @@ def router(service: Service) -> APIRouter:
     @api.head("/health", include_in_schema=False)
     @api.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
     async def health() -> dict[str, str]:
-        if not service.worker.is_alive():
-            raise Refusal(503, "The engine has ended; see the server's log.")
+        if service.worker.problem is not None:
+            raise Refusal(503, service.worker.problem, 5.0)
         return {"status": "ok"}
 
     @api.get("/version")
@@ -108,12 +108,6 @@ def router(service: Service) -> APIRouter:
     @api.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    @api.post("/v1/embeddings")
-    @api.post("/embeddings", include_in_schema=False)
-    async def embeddings() -> None:
-        message = f"{service.name} is a causal language model and has no embeddings of texts; /v1/score compares texts."
-        raise Invalid(message, "model", 400, "model_not_supported")
 
     return api
 

@@ -133,14 +133,8 @@ class _Answer:
     async def events(self) -> AsyncGenerator[str, None]:
         begun: set[int] = set()
         async for part in self._reply.parts():
-            delta: dict[str, Any] = {} if part.number in begun else {"role": "assistant", "content": ""}
+            delta = ({} if part.number in begun else {"role": "assistant", "content": ""}) | _delta(part)
             begun.add(part.number)
-            if part.thought:
-                delta["reasoning_content"] = part.thought
-            if part.answer:
-                delta["content"] = part.answer
-            if part.calls:
-                delta["tool_calls"] = [{"index": place, **_called(call)} for place, call in part.calls]
             if delta or part.finish or self._body.logprobs:
                 usage = self._reply.tally.usage.model_dump() if self._body.has_running_usage else None
                 yield self._answer("chat.completion.chunk", [self._choice(part, "delta", delta)], usage)
@@ -174,6 +168,13 @@ class _Answer:
         head = json.dumps({**self._head, "object": kind})
         end = "" if usage is None else f',"usage":{json.dumps(usage)}'
         return f'{head[:-1]},"choices":[{",".join(choices)}]{end}}}'
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """What a part adds to a message."""
+    calls = [{"index": place, **_called(call)} for place, call in part.calls]
+    fields = {"reasoning_content": part.thought, "content": part.answer, "tool_calls": calls}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _called(call: Call) -> dict[str, Any]:

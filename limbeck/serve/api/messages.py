@@ -92,11 +92,8 @@ def _message(turn: Any, place: str) -> dict[str, Any]:
     reasoning = turn.get("reasoning_content") or turn.get("reasoning")
     if isinstance(reasoning, str) and reasoning.strip():
         message["reasoning_content"] = reasoning
-    calls = turn.get("tool_calls")
-    if calls:
-        if role != "assistant" or not isinstance(calls, list):
-            raise Invalid(f"{place}.tool_calls: a list, in a message of the assistant.", "messages")
-        message["tool_calls"] = [_call(call, f"{place}.tool_calls.{number}") for number, call in enumerate(calls)]
+    if turn.get("tool_calls"):
+        message["tool_calls"] = _calls(turn["tool_calls"], role, f"{place}.tool_calls")
     return message | {name: turn[name] for name in ("tool_call_id", "name") if isinstance(turn.get(name), str)}
 
 
@@ -113,6 +110,12 @@ def _content(turn: Mapping[str, Any], role: Any, place: str) -> str:
         if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise Invalid(f"{place}: a part of type {str(kind)[:40]!r}; this model reads text alone.", "messages")
     return "".join(part["text"] for part in content)
+
+
+def _calls(calls: Any, role: str, place: str) -> list[dict[str, Any]]:
+    if role != "assistant" or not isinstance(calls, list):
+        raise Invalid(f"{place}: a list, in a message of the assistant.", "messages")
+    return [_call(call, f"{place}.{number}") for number, call in enumerate(calls)]
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:

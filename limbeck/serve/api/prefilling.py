@@ -56,6 +56,8 @@ def router(service: Service) -> APIRouter:
             raise Invalid("query: 0 tokens; there is nothing to read.", "query")
         if len(tokens) > service.decoder.max_tokens:
             raise too_long(len(tokens), 0, service.decoder.max_tokens, "query")
+        size = len(tokens) * service.decoder.bytes_per_token
+        service.budget.check(size, f"a query of {len(tokens)} tokens takes")
         pin = new_id("pin")
         async with service.dispatcher.hand_in([Prefill(tokens, pin)], until) as ticket:
             async for _ in ticket.outcomes():

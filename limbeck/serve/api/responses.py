@@ -65,25 +65,29 @@ def _chat(body: ResponsesBody) -> ChatBody:
     for name in UNSUPPORTED:
         if (body.model_extra or {}).get(name):
             raise Invalid(f"{name}: not supported here; send the whole conversation as input.", name)
-    turns = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Invalid("input: give a text, or a list of turns.", "input")
-    for place, turn in enumerate(turns):
-        if turn.get("type", "message") != "message":
-            raise Invalid(f"input.{place}: of type {str(turn['type'])[:40]!r}; turns are messages.", "input")
     first = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     form = body.text.format
     schema = None if form is None or form.schema_ is None else {"schema": form.schema_}
     asked = {"type": "text" if form is None else form.type, "json_schema": schema}
     return ChatBody.model_validate(
         {
-            "messages": [*first, *turns],
+            "messages": [*first, *_turns(body.input)],
             "max_tokens": body.max_output_tokens,
             "temperature": body.temperature,
             "top_p": body.top_p,
             "response_format": asked,
         }
     )
+
+
+def _turns(given: Any) -> list[dict[str, Any]]:
+    turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Invalid("input: give a text, or a list of turns.", "input")
+    for place, turn in enumerate(turns):
+        if turn.get("type", "message") != "message":
+            raise Invalid(f"input.{place}: of type {str(turn['type'])[:40]!r}; turns are messages.", "input")
+    return turns
 
 
 class _Answer:

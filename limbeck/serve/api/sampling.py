@@ -210,9 +210,7 @@ async def make_jobs(
         prompt_log_probs=log_probs.prompt,
         thought=_thought(service, body, max_tokens, opened, compiled),
     )
-    for prompt in prompts:
-        service.generator.check(job(prompt=prompt))
-    return [
+    jobs = [
         job(
             prompt=prompt,
             sampling=_sampling(body, number),
@@ -221,6 +219,9 @@ async def make_jobs(
         for prompt in prompts
         for number in range(body.n)
     ]
+    for one in jobs[:: body.n]:
+        service.generator.check(one)
+    return jobs
 
 
 def _check_size(

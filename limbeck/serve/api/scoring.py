@@ -179,6 +179,7 @@ def _check(service: Service, request: Request) -> None:
         raise too_long(longest, 0, service.decoder.max_tokens, "a query with its longest item")
     if not request.prefix and not all(request.items):
         raise Invalid("An item without a token behind a query without a token: there is nothing to score.")
+    service.budget.check(longest * service.decoder.bytes_per_token, f"a query and an item of {longest} tokens take")
 
 
 def first_label(scores: Scores) -> list[float]:
@@ -195,19 +196,22 @@ def labels_of(service: Service, body: LabelBody, is_relative: bool) -> Sequence[
     """
     if body.label_token_ids is not None and body.labels is not None:
         raise Invalid("labels and label_token_ids say the same; give one of them.", "labels")
-    labels = service.labels if body.label_token_ids is None else body.label_token_ids
-    if body.labels is not None:
-        labels = label_ids(service.tokenizer, body.labels)
-    name = "label_token_ids" if body.labels is None else "labels"
-    if labels is not None and len(set(labels)) < len(labels):
-        raise Invalid(f"{name}: a label stands there twice; each counts once.", name)
-    if labels is not None and is_relative and len(labels) < 2:
-        raise Invalid(f"{name}: one label is certain among itself, whatever the item; give two or more.", name)
+    name, labels = _asked_labels(service, body)
     if labels is None:
         raise Invalid("label_token_ids or labels: needed, since this model's tokenizer has no ' yes' and ' no'.")
+    if len(set(labels)) < len(labels):
+        raise Invalid(f"{name}: a label stands there twice; each counts once.", name)
+    if is_relative and len(labels) < 2:
+        raise Invalid(f"{name}: one label is certain among itself, whatever the item; give two or more.", name)
     if max(labels) >= service.decoder.vocab_size:
         raise Invalid(f"The vocabulary has 0 to {service.decoder.vocab_size - 1}.", "label_token_ids")
     return labels
+
+
+def _asked_labels(service: Service, body: LabelBody) -> tuple[str, Sequence[int] | None]:
+    if body.labels is not None:
+        return "labels", label_ids(service.tokenizer, body.labels)
+    return "label_token_ids", service.labels if body.label_token_ids is None else body.label_token_ids
 
 
 def _pair(body: ScoreBody) -> tuple[list[TextOrIds], list[TextOrIds]]:
