@@ -123,11 +123,18 @@ class Generator:
             return None
         if self._budget is not None and not self._budget.take(self._bytes_of(job)):
             return None
-        number = next(self._numbers)
-        prompt = self._prompts.take(job.prompt, not job.is_echoed)
-        config = self.config
+        number, config = next(self._numbers), self.config
+        try:
+            prompt = self._prompts.take(job.prompt, not job.is_echoed)
+        except Exception:
+            self._give_back(job)
+            raise
         self._runs[number] = Run(job, prompt, self.steps.behind, self.cache, config.keeps_text, config.stall_seconds)
         return number
+
+    def _give_back(self, job: Job) -> None:
+        if self._budget is not None:
+            self._budget.give_back(self._bytes_of(job))
 
     def abort(self, number: int) -> None:
         """End a job at once; nothing more comes of it. One that is over already is no error."""
@@ -135,8 +142,7 @@ class Generator:
         if run is not None:
             run.release()
             self._prompts.release(run.prompt)
-            if self._budget is not None:
-                self._budget.give_back(self._bytes_of(run.job))
+            self._give_back(run.job)
         if self.drafter is not None:
             self.drafter.abort(number)
 
@@ -180,11 +186,13 @@ class Generator:
         drafter.read(helped, self.config.prefill_tokens)
         begun = {number: run for number, run in self._runs.items() if len(run.tokens) > len(run.job.prompt)}
         drafter.stats.skipped_tokens += len(begun.keys() - helped.keys())
-        ready = {number: begun[number] for number in begun.keys() & helped.keys() if drafter.is_ready(number)}
+        # Without the text whose last token was computed in an earlier step, which waits for its mask alone.
+        due = {number: begun[number] for number in begun.keys() & helped.keys() if begun[number].next_spans()}
+        ready = {number: run for number, run in due.items() if drafter.is_ready(number)}
         drafts = drafter.propose(ready)
         for number, proposals in drafts.items():
             self._runs[number].tokens += [proposal.token for proposal in proposals]
-        return drafts, (begun.keys() & helped.keys()) - ready.keys()
+        return drafts, due.keys() - ready.keys()
 
     def check(self, job: Job) -> None:
         """Raises: what `add` raises for a job that could never run: ModelError for ids or lengths that the model does

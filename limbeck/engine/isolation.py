@@ -74,7 +74,7 @@ class Watched:
         self._mask: Future[Tensor | None] | None = None
         self._asked_at = 0.0
         # A daemon: one that never answers must not keep the process.
-        threading.Thread(target=_make, args=(constraint, self._orders), daemon=True).start()
+        self._thread = threading.Thread(target=_make, args=(constraint, self._orders), daemon=True)
 
     def is_ready(self, patience_seconds: float) -> bool:
         """Whether the next token's mask is there, or is within so long. Raises: Stalled."""
@@ -113,6 +113,8 @@ class Watched:
 
     def _ask(self) -> None:
         if self._mask is None:
+            if self._thread.ident is None:
+                self._thread.start()
             self._mask, self._asked_at = Future(), time.monotonic()
             self._orders.put(self._mask)
 
