@@ -46,7 +46,7 @@ class Asked:
 class Replica:
     """A deployment: one server's model and engine."""
 
-    async def __init__(self, tree: dict[str, Any]) -> None:
+    async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]
         """`tree`: the config."""
         service = Service(build(ServeConfig, tree))
         service.start()

@@ -209,19 +209,19 @@ class Worker(threading.Thread):
             found = self.generator.step(failures.__setitem__)
         except Exception as error:  # not of one text
             found, failures = [], dict.fromkeys(self._jobs, error)
-        for job, error in failures.items():
+        for job, problem in failures.items():
             if job in self._jobs:  # else another text of its request has ended it
-                self._end_text(self._jobs.pop(job), error)
+                self._end_text(self._jobs.pop(job), problem)
         for progress in found:
             if progress.job not in self._jobs:  # as above
                 continue
             is_last = progress.finish is not None
             part = self._jobs.pop(progress.job) if is_last else self._jobs[progress.job]
-            problem = _problem(part.work)
-            if problem is None:
+            told = _problem(part.work)
+            if told is None:
                 self._tell(part, progress, is_last)
             else:
-                self._fail(part.ticket, Refusal(422, f"The text could not go on in its form: {problem}."))
+                self._fail(part.ticket, Refusal(422, f"The text could not go on in its form: {told}."))
 
     def _end_text(self, part: Part, error: Exception) -> None:
         """A text could not go on; its request is over."""

@@ -28,6 +28,13 @@ def server(model):
         yield running
 
 
+@pytest.fixture(scope="module")
+def roomy(model):
+    """Forms take megabytes."""
+    with RunningServer(model) as running:
+        yield running
+
+
 def test_what_needs_more_than_all_of_it_is_refused_by_name(server):
     text = {"prompt": "the", "max_tokens": 3900}
     assert 3900 * server.service.decoder.bytes_per_token < MEMORY_BYTES  # by itself it has room
@@ -91,7 +98,8 @@ def choose(server, options):
 
 
 @pytest.mark.parametrize("kind", ["fault", "stall"])
-def test_a_text_whose_form_fails_ends_alone(server, monkeypatch, kind):
+def test_a_text_whose_form_fails_ends_alone(roomy, monkeypatch, kind):
+    server = roomy
     over = threading.Event()
     real = GrammarConstraint.allowed
 

@@ -1,6 +1,7 @@
 """Answers have the shapes that the clients' own types ask for, and calls of Open WebUI come through."""
 
 import json
+import typing
 
 import cohere
 import httpx
@@ -34,7 +35,6 @@ def events(server, path, body, **headers):
     ("path", "body", "shape"),
     [
         ("/v1/completions", TEXT, shapes.Completion),
-        ("/v1/completions", {"prompt": "12", "max_tokens": 0, "echo": True, "logprobs": 0}, shapes.Completion),
         ("/v1/chat/completions", {**CHAT, "n": 2}, chats.ChatCompletion),
         ("/v1/chat/completions", {**CHAT, **LOG_PROBS}, chats.ChatCompletion),
         ("/v1/responses", {"input": "12"}, responses.Response),
@@ -50,10 +50,8 @@ def test_whole_answers(server, path, body, shape):
 @pytest.mark.parametrize(
     ("path", "body", "shape"),
     [
-        ("/v1/completions", TEXT, shapes.Completion),
         ("/v1/chat/completions", {**CHAT, **LOG_PROBS, "n": 2}, chats.ChatCompletionChunk),
         ("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, chats.ChatCompletionChunk),
-        ("/v1/responses", {"input": "12", "max_output_tokens": 300}, responses.ResponseStreamEvent),
     ],
 )
 def test_events_of_streams(server, path, body, shape):
@@ -61,6 +59,15 @@ def test_events_of_streams(server, path, body, shape):
     assert len(found) > 3
     for event in found:
         TypeAdapter(shape).validate_json(json.dumps(event), strict=True)
+
+
+def test_events_of_responses_each_of_their_own_kind(server):
+    (union, *_) = typing.get_args(responses.ResponseStreamEvent)
+    kinds = {typing.get_args(kind.model_fields["type"].annotation)[0]: kind for kind in typing.get_args(union)}
+    found = events(server, "/v1/responses", {"input": "12", "max_output_tokens": 300})
+    assert [event["sequence_number"] for event in found] == list(range(len(found))) and len(found) > 7
+    for event in found:
+        TypeAdapter(kinds[event["type"]]).validate_json(json.dumps(event), strict=True)
 
 
 def test_models_and_rankings(server):

@@ -151,7 +151,7 @@ class _Answer:
             if text is None
             else {
                 "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": usage.prompt_tokens_details,
+                "input_tokens_details": {**(usage.prompt_tokens_details or {}), "cache_write_tokens": 0},
                 "output_tokens": usage.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": details.get("reasoning_tokens", 0)},
                 "total_tokens": usage.total_tokens,
