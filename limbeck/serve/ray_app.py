@@ -120,7 +120,11 @@ def application(config: ServeConfig) -> serve.Application:
         max_ongoing_requests=under_way,
         request_router_config=RequestRouterConfig(request_router_class=ROUTER, request_router_kwargs=ROUTING),
     )(Replica)
-    front = serve.deployment(name="front", max_ongoing_requests=config.limits.connections)(serve.ingress()(Front))
+    front = serve.deployment(
+        name="front",
+        ray_actor_options={"num_cpus": 0},  # it hands on what others compute
+        max_ongoing_requests=config.limits.connections,
+    )(serve.ingress()(Front))
     return front.bind(tree, replicas.bind(tree))
 
 

@@ -1,7 +1,6 @@
 """Two replicas behind Ray Serve: answers of one server, and shared prefixes in one cache."""
 
 import importlib.util
-import os
 import socket
 import subprocess
 import sys
@@ -19,9 +18,11 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"pip install 'limbeck[ray-serve]': no {', '.join(missing)}"),
 ]
 DEPLOY = """
-import sys, time
+import sys
 from ray import serve
+from limbeck.runner.cluster import connect
 from limbeck.serve.ray_app import app
+connect()
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
 serve.run(app({"model": "tiny-student", "replicas": "2", "api-key": "secret", "limits.seconds": 60}))
 print("deployed", flush=True)
@@ -35,10 +36,9 @@ LABELS = {"items": ["1", "2", "3"], "label_token_ids": [16, 17]}
 def deployed():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", DEPLOY, str(port)]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
             assert any(line.startswith("deployed") for line in process.stdout), "it did not start"
             headers = {"authorization": "Bearer secret"}
