@@ -72,6 +72,8 @@ class Watched:
         self._constraint, self._most_seconds = constraint, most_seconds
         self._orders: queue.SimpleQueue[Future[Tensor | None] | None] = queue.SimpleQueue()
         self._mask: Future[Tensor | None] | None = None
+        self.is_complete = False
+        """Whether nothing but the end may follow the last token."""
         self._asked_at = 0.0
         # A daemon: one that never answers must not keep the process.
         self._thread = threading.Thread(target=_make, args=(constraint, self._orders), daemon=True)
@@ -99,13 +101,9 @@ class Watched:
         """Go on by a token, and begin with the mask behind it."""
         self._mask = None
         self._constraint.accept(token)
-        if not self._constraint.is_complete:
-            self._ask()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing but the end may follow."""
-        return self._constraint.is_complete
+        self.is_complete = self._constraint.is_complete
+        if not self.is_complete:
+            self._ask()  # from here on the constraint is the thread's
 
     def close(self) -> None:
         """End the thread once it has answered."""

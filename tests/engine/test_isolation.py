@@ -119,6 +119,32 @@ def test_a_text_that_stalls_ends_and_holds_nobody_up():
     assert "longer than 0.4 s to constrain" in str(errors[0])
 
 
+class Exclusive(Anything):
+    """As llguidance's matchers: whoever looks at it while a mask is made is refused."""
+
+    def __init__(self):
+        super().__init__(lambda place: self._busy())
+        self._is_busy = False
+
+    def _busy(self):
+        self._is_busy = True
+        time.sleep(0.02)
+        self._is_busy = False
+
+    @property
+    def is_complete(self):
+        assert not self._is_busy
+        return False
+
+
+def test_while_a_mask_is_made_nobody_else_looks_at_its_constraint():
+    generator, failures = int8_generator(), {}
+    generator.add(Job(prompt=[1], max_tokens=6, constraint=Exclusive()))
+    while generator.running:
+        generator.step(failures.__setitem__)
+    assert not failures
+
+
 def test_a_late_mask_costs_its_text_turns_alone():
     slow = Job(prompt=[1], max_tokens=4, constraint=Anything(lambda place: time.sleep(0.2)))
     generator = int8_generator()

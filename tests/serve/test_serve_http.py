@@ -118,6 +118,7 @@ WRONG = {
         ({"messages": []}, "messages"),
         ({"messages": ["x"]}, "messages.0: give an object"),
         ({"messages": [{"role": "alien", "content": "1"}]}, "unknown role"),
+        ({"messages": [{"role": ["user"], "content": "1"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": None}]}, "content"),
         ({"messages": [{"role": "user", "content": "1" * 2000}]}, "context length"),
         ({"messages": [{"role": "user", "content": "1"}], "chat_template_kwargs": {"chat_template": ""}}, "setting"),

@@ -86,7 +86,7 @@ def _message(turn: Any, place: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise Invalid(f"{place}: give an object with role and content.", "messages")
     role = turn.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise Invalid(f"{place}.role: unknown role {str(role)[:40]!r}; accepted are {', '.join(ROLES)}.", "messages")
     message: dict[str, Any] = {"role": ROLES[role], "content": _content(turn, role, f"{place}.content")}
     reasoning = turn.get("reasoning_content") or turn.get("reasoning")
