@@ -73,11 +73,13 @@ class BatchTokenizer:
     def _encoded(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         found: list[list[int]] = []
         batch: list[str] = []
+        characters = 0
         for text in texts:
-            if batch and sum(map(len, batch)) + len(text) > BATCH_CHARACTERS:
+            if batch and characters + len(text) > BATCH_CHARACTERS:
                 found += self._batch(batch, special)
-                batch = []
+                batch, characters = [], 0
             batch.append(text)
+            characters += len(text)
         return found + self._batch(batch, special)
 
     def _batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:

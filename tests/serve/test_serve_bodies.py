@@ -71,6 +71,23 @@ def test_a_large_body_that_is_wrong_costs_little(server, path, body, megabytes):
     assert resident_bytes() - before < 200 << 20
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a"] * 100_000}),
+        ("/v1/score", {"query": "a", "items": ["b"] * 100_000, **LABELS}),
+        ("/v1/score", {"text_1": "a", "text_2": ["b"] * 100_000, **LABELS}),
+        ("/v2/rerank", {"query": "a", "documents": ["b"] * 100_000, **LABELS}),
+    ],
+)
+def test_too_many_texts_are_refused_before_they_are_tokenised(server, monkeypatch, path, body):
+    monkeypatch.setattr(server.service.texts, "_batch", lambda texts, special: 1 / 0)
+    start = time.monotonic()
+    answer = server.post(path, body)
+    assert answer.status_code == 422 and "limit is" in answer.json()["error"]["message"]
+    assert time.monotonic() - start < 10
+
+
 def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 

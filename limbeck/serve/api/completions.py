@@ -12,7 +12,14 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from limbeck.engine.jobs import Job
 from limbeck.serve.api.logprobs import LogProbsText
-from limbeck.serve.api.sampling import MAX_LOG_PROBS, LogProbs, SamplingBody, make_jobs, refuse_contradictions
+from limbeck.serve.api.sampling import (
+    MAX_LOG_PROBS,
+    LogProbs,
+    SamplingBody,
+    check_count,
+    make_jobs,
+    refuse_contradictions,
+)
 from limbeck.serve.api.shapes import (
     Seconds,
     TextOrIds,
@@ -70,6 +77,7 @@ def router(service: Service) -> APIRouter:
         refuse_contradictions(body)
         if not body.prompt:
             raise Invalid("prompt: an empty list; give one text or more.", "prompt")
+        check_count(service, len(body.prompt) * body.n)  # before any of them is tokenised
         found = await ids_of(service, body.prompt, "prompt", special=body.add_special_tokens)
         prompts = [ids or _nothing(service) for ids in found]
         max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens

@@ -224,6 +224,12 @@ async def make_jobs(
     return jobs
 
 
+def check_count(service: Service, texts: int) -> None:
+    """Raises: Invalid for more texts than a request may ask for."""
+    if texts > service.limits.prompts:
+        raise Invalid(f"{texts} texts; the server's limit is {service.limits.prompts}.", "n")
+
+
 def _check_size(
     service: Service,
     body: SamplingBody,
@@ -231,10 +237,8 @@ def _check_size(
     max_tokens: int,
     log_probs: LogProbs,
 ) -> None:
-    limits = service.limits
-    texts, found = len(prompts) * body.n, log_probs.of(prompts, body.n, max_tokens)
-    if texts > limits.prompts:
-        raise Invalid(f"{texts} texts; the server's limit is {limits.prompts}.", "n")
+    limits, found = service.limits, log_probs.of(prompts, body.n, max_tokens)
+    check_count(service, len(prompts) * body.n)
     longest = max(map(len, prompts))
     if longest + max_tokens > service.decoder.max_tokens:
         name = "messages" if "messages" in type(body).model_fields else "prompt"

@@ -114,6 +114,7 @@ async def _requests(service: Service, body: ScoreBody, labels: Sequence[int]) ->
     """One for a query, or one for each pair."""
     if body.query is None:
         left, right = _pair(body)
+        _check_count(service, right)
         if len(left) not in (1, len(right)):
             raise Invalid(f"{len(left)} texts on the one side, {len(right)} on the other; give 1 and N, or N and N.")
         if len(left) == 1:
@@ -123,6 +124,7 @@ async def _requests(service: Service, body: ScoreBody, labels: Sequence[int]) ->
         return [Request(prefix, [item], labels) for prefix, item in zip(prefixes, items, strict=True)]
     if body.items is None:
         raise Invalid("items: needed beside query.", "items")
+    _check_count(service, body.items)
     full = body.return_label_mass or not body.apply_softmax
     if body.item_first:
         (query,) = await ids_of(service, [body.query], "query", special=False)
@@ -152,13 +154,11 @@ async def request_of(service: Service, query: TextOrIds, items: Sequence[TextOrI
 async def run(service: Service, requests: Sequence[Request], until: float) -> list[Scores]:
     """Scores of requests.
 
-    Raises: Invalid for what is too much or too long for the server, Refusal when it cannot now.
+    Raises: Invalid for what is too long for the model, Refusal when it cannot now.
     """
     for request in requests:
         _check(service, request)
     items = sum(len(request.items) for request in requests)
-    if items > service.limits.items:
-        raise Invalid(f"{items} items; the server's limit is {service.limits.items}.", "items")
     found: dict[int, Any] = {}
     async with service.dispatcher.hand_in(requests, until) as ticket:
         async for outcome in ticket.outcomes():
@@ -171,6 +171,12 @@ async def run(service: Service, requests: Sequence[Request], until: float) -> li
         for mass in [] if one.log_normalizers is None else one.label_mass.tolist():
             service.metrics.label_mass.observe(mass)
     return scores
+
+
+def _check_count(service: Service, items: Sequence[TextOrIds]) -> None:
+    """Before any of them is tokenised."""
+    if len(items) > service.limits.items:
+        raise Invalid(f"{len(items)} items; the server's limit is {service.limits.items}.", "items")
 
 
 def _check(service: Service, request: Request) -> None:
