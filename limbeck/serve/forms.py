@@ -47,7 +47,6 @@ class Forms:
     def __init__(self, tokenizer: Any, vocab_size: int, limits: LimitsConfig, budget: Budget) -> None:
         self._limits, self._budget = limits, budget
         self._budget.join(self)
-        self._tokenizer = tokenizer
         self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
         """By digest of the form, the one used last at the end."""
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -59,6 +58,9 @@ class Forms:
         """Why this model can hold no form."""
         try:
             self._grammars = Grammars(tokenizer, vocab_size)
+            # Made before the loop runs, since it takes long.
+            first = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "vocab": self._grammars.known}
+            self._first = json.dumps(first).encode() + b"\n"
         except ConfigError as error:
             self.missing = str(error)
 
@@ -155,8 +157,7 @@ class Forms:
             sys.executable, str(program), stdin=pipe, stdout=pipe, limit=LINE_BYTES
         )
         assert process.stdin is not None and process.stdout is not None
-        first = {"tokenizer": self._tokenizer.backend_tokenizer.to_str(), "vocab": self._grammars.known}
-        process.stdin.write(json.dumps(first).encode() + b"\n")
+        process.stdin.write(self._first)
         await process.stdout.readline()
         self._reader = asyncio.create_task(self._read(process))
         return process

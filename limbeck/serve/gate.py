@@ -66,8 +66,10 @@ class Gate:
     def _denial(self, scope: Message) -> Denial | None:
         if self.is_closing:
             return Denial(503, "The server is shutting down.")
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
-            return Denial(431, f"The headers have more than {self._limits.header_bytes} bytes, the server's limit.")
+        line = len(scope["raw_path"]) + len(scope["query_string"])
+        if line + sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
+            told = f"Address and headers have more than {self._limits.header_bytes} bytes, the server's limit."
+            return Denial(431, told)
         names = [name for name, _ in scope["headers"]]
         twice = next((name for name in SINGLE if names.count(name) > 1), None)
         if twice is not None:  # which one counts, a proxy in front may see in another way

@@ -25,6 +25,7 @@ def status(admission, method="GET", is_open=False, **headers):
         ("LOCALHOST", 200),
         ("127.0.0.1:8000", 200),
         ("[::1]:8000", 200),
+        ("[::1", 403),
         ("localhost.:8000", 200),
         ("attacker.test", 403),
         ("localhost.attacker.test", 403),
