@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from limbeck.engine.constraints import Form, GrammarConstraint, Grammars
 from limbeck.errors import ConfigError
 from limbeck.serve.config import LimitsConfig
 from limbeck.serve.errors import Invalid
+from limbeck.serve.threads import Pool
 from limbeck.serve.ticket import Refusal
 
 AT_ONCE = 4
@@ -51,7 +51,7 @@ class Forms:
         """By digest of the form, the one used last at the end."""
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
-        self._thread = ThreadPoolExecutor(1, "forms")
+        self._thread = Pool(1, "forms")
         self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
         self._reader: asyncio.Task[None] | None = None
         self.missing: str | None = None
@@ -70,7 +70,7 @@ class Forms:
 
     async def stop(self) -> None:
         """End the process."""
-        self._thread.shutdown(wait=False)
+        self._thread.close()
         if self._starting is not None:
             process = await self._starting
             with contextlib.suppress(ProcessLookupError):
@@ -112,8 +112,7 @@ class Forms:
             return Compiled(None, FORM_BYTES, answer["error"])
         self._budget.check(answer["bytes"], f"{form.kind}: compiled it takes")
         try:
-            loop = asyncio.get_running_loop()
-            matcher = await loop.run_in_executor(self._thread, self._grammars.compile, answer["grammar"])
+            matcher = await self._thread.run(lambda: self._grammars.compile(answer["grammar"]))
         except ConfigError as error:
             return Compiled(None, FORM_BYTES, str(error))
         return Compiled(matcher, FORM_BYTES + answer["bytes"])
