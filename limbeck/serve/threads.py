@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -33,8 +34,9 @@ class Pool:
 
     def close(self) -> None:
         """Begin nothing more."""
-        while not self._orders.empty():
-            self._orders.get()
+        with contextlib.suppress(queue.Empty):
+            while (order := self._orders.get_nowait()) is not None:
+                order[0].cancel()
         for _ in self._threads:
             self._orders.put(None)
 
