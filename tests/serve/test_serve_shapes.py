@@ -64,7 +64,8 @@ def test_events_of_streams(server, path, body, shape):
 def test_events_of_responses_each_of_their_own_kind(server):
     (union, *_) = typing.get_args(responses.ResponseStreamEvent)
     kinds = {typing.get_args(kind.model_fields["type"].annotation)[0]: kind for kind in typing.get_args(union)}
-    found = events(server, "/v1/responses", {"input": "12", "max_output_tokens": 300})
+    asked = {"input": MESSAGES[0]["content"], "max_output_tokens": 300, "temperature": 0}
+    found = events(server, "/v1/responses", asked)
     assert [event["sequence_number"] for event in found] == list(range(len(found))) and len(found) > 7
     for event in found:
         TypeAdapter(kinds[event["type"]]).validate_json(json.dumps(event), strict=True)
