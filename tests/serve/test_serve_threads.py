@@ -30,6 +30,7 @@ def test_what_is_cancelled_before_its_turn_is_not_called():
         second = asyncio.create_task(pool.run(lambda: called.append(2)))
         await asyncio.sleep(0.05)
         second.cancel()
+        await asyncio.wait([second])
         over.set()
         assert await first
         await pool.run(lambda: called.append(3))
