@@ -187,7 +187,7 @@ class Generator:
         begun = {number: run for number, run in self._runs.items() if len(run.tokens) > len(run.job.prompt)}
         drafter.stats.skipped_tokens += len(begun.keys() - helped.keys())
         # Without the text whose last token was computed in an earlier step, which waits for its mask alone.
-        due = {number: begun[number] for number in begun.keys() & helped.keys() if begun[number].next_spans()}
+        due = {number: run for number, run in begun.items() if number in helped and run.next_spans()}
         ready = {number: run for number, run in due.items() if drafter.is_ready(number)}
         drafts = drafter.propose(ready)
         for number, proposals in drafts.items():

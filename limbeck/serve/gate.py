@@ -66,20 +66,27 @@ class Gate:
     def _denial(self, scope: Message) -> Denial | None:
         if self.is_closing:
             return Denial(503, "The server is shutting down.")
-        line = len(scope["raw_path"]) + len(scope["query_string"])
-        if line + sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
-            told = f"Address and headers have more than {self._limits.header_bytes} bytes, the server's limit."
-            return Denial(431, told)
-        names = [name for name, _ in scope["headers"]]
-        twice = next((name for name in SINGLE if names.count(name) > 1), None)
-        if twice is not None:  # which one counts, a proxy in front may see in another way
-            return Denial(400, f"The header {twice.decode()} stands there twice; send it once.")
+        denial = _unfit(scope, self._limits)
+        if denial is not None:
+            return denial
         headers = dict(scope["headers"])
         denial = self._admission.denial(scope["method"], headers, scope["path"] in OPEN_PATHS)
         length = headers.get(b"content-length", b"")
         if denial is None and length.isdigit() and int(length[:20]) > self._limits.body_bytes:
             return _too_large(self._limits)
         return denial
+
+
+def _unfit(scope: Message, limits: LimitsConfig) -> Denial | None:
+    """For an address and headers that are too long, or say two things."""
+    line = len(scope["raw_path"]) + len(scope["query_string"])
+    if line + sum(len(name) + len(value) for name, value in scope["headers"]) > limits.header_bytes:
+        return Denial(431, f"Address and headers have more than {limits.header_bytes} bytes, the server's limit.")
+    names = [name for name, _ in scope["headers"]]
+    twice = next((name for name in SINGLE if names.count(name) > 1), None)
+    if twice is not None:  # which one counts, a proxy in front may see in another way
+        return Denial(400, f"The header {twice.decode()} stands there twice; send it once.")
+    return None
 
 
 def _too_large(limits: LimitsConfig) -> Denial:
