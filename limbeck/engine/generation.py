@@ -186,8 +186,7 @@ class Generator:
         drafter.read(helped, self.config.prefill_tokens)
         begun = {number: run for number, run in self._runs.items() if len(run.tokens) > len(run.job.prompt)}
         drafter.stats.skipped_tokens += len(begun.keys() - helped.keys())
-        # Without the text whose last token was computed in an earlier step, which waits for its mask alone.
-        due = {number: run for number, run in begun.items() if number in helped and run.next_spans()}
+        due = _due(begun, helped)
         ready = {number: run for number, run in due.items() if drafter.is_ready(number)}
         drafts = drafter.propose(ready)
         for number, proposals in drafts.items():
@@ -252,3 +251,8 @@ class Generator:
         if run.finish is not None:
             self.abort(number)
         return progress
+
+
+def _due(begun: Mapping[int, Run], helped: Mapping[int, Job]) -> dict[int, Run]:
+    """Texts that a draft helps, without those whose last token is computed already and which wait for a mask alone."""
+    return {number: run for number, run in begun.items() if number in helped and run.next_spans()}
