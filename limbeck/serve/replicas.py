@@ -55,7 +55,13 @@ class Replica:
         is_first, pipe = True, asyncio.subprocess.PIPE
         while True:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", PROGRAM, stdin=pipe, stdout=pipe, start_new_session=True
+                sys.executable,
+                "-m",
+                PROGRAM,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
             )
             assert self._process.stdin is not None and self._process.stdout is not None
             self._process.stdin.write(self._config + b"\n")
@@ -63,6 +69,8 @@ class Replica:
                 if b" at http://" in line:
                     self.url = line.split()[-1].decode()
                     is_first = False
+                else:
+                    sys.stderr.write(line.decode("utf-8", "replace"))
             self.url = None
             await self._process.wait()
             if is_first:

@@ -128,9 +128,9 @@ def test_a_client_that_reads_nothing_is_let_go(protocol):
 def test_the_end_has_its_grace():
     """A text that takes longer is told so, and the process ends."""
     command = [sys.executable, "-m", "limbeck", "serve", "tiny-student", "--port", "0", "--limits.grace-seconds", "1.5"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
-            url = process.stdout.readline().split()[-1]
+            url = next(line for line in process.stderr if " at http" in line).split()[-1]
             body = {"prompt": "12", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 32}
             for _ in range(600):
                 try:
