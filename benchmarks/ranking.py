@@ -1,6 +1,6 @@
 """Distil, prune and quantise a ranking model on MovieLens-100k: AUC, calibration, order, size and latency at each step.
 
-The recipe recipes/movielens_ranking.yaml by `limbeck rank pipeline`: a teacher, a student a third of its size by SFT
+The recipe recipes/movielens_ranking.yaml by `limbeck pipeline`: a teacher, a student a third of its size by SFT
 and by three kinds of KD, the KD student pruned in eight rounds with KD after each, then int8 and int4. Split by time;
 all models are tested on the last fifth of the requests. Settings were fixed before the first result was seen. The
 students read the latest 1,500 of the teacher's 3,017 requests: KD carries over what the teacher learned from all of
@@ -33,16 +33,18 @@ from _process import conditions, markdown, publish
 from reasoning_recipes import interval
 from torch import Tensor, nn
 
+from limbeck.checkpoint import Checkpoint
 from limbeck.config import build
-from limbeck.pipeline import ranking as pipeline
-from limbeck.pipeline.ranking import KD, SFT, RankPipelineConfig
+from limbeck.pipeline import command
+from limbeck.pipeline.config import PipelineConfig
+from limbeck.pipeline.ranking import KD, SFT, TABLE, RankPipelineConfig
 from limbeck.ranking.auc import auc
 from limbeck.ranking.data import read_requests
 from limbeck.ranking.evaluate import compare, read_scores
 from limbeck.ranking.metrics import auc_interval
 from limbeck.ranking.request import Request, Split
 from limbeck.report.drawing import render
-from limbeck.report.ranked import Step
+from limbeck.report.ranked import RankedModel
 from limbeck.report.ranking import ranking_plots, ranking_table
 from limbeck.yaml_values import read_recipe
 
@@ -169,14 +171,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     header = conditions(options.threads, ("torch", "transformers"))
-    config = build(RankPipelineConfig, read_recipe(RECIPE))
-    config = quick(config) if options.quick else config
+    recipe = build(PipelineConfig, read_recipe(RECIPE))
+    assert recipe.ranking is not None
+    config = quick(recipe.ranking) if options.quick else recipe.ranking
     with tempfile.TemporaryDirectory() as temporary:
         scratch = options.scratch or Path(temporary) / "ranking"
-        result = pipeline.run(config, scratch)
+        command.run(replace(recipe, ranking=config), scratch)
+        result = Checkpoint(scratch / TABLE).metrics
         pairs, seeds = seed_rows(config, scratch / "tests")
     known = references(config)
-    steps = [Step(row["model"], row) for row in result["rows"]]
+    steps = [RankedModel(row["model"], row) for row in result["rows"]]
     table = ranking_table(steps)
     rounds = [
         [str(n), f"{row['parameters']:,}", f"{row['pruned']['auc']:.4f}", f"{row['recovered']['auc']:.4f}"]

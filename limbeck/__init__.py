@@ -57,7 +57,6 @@ _FUNCTIONS = (
     "advise",
     "advise_cut",
     "bench_server",
-    "build_ranker",
     "cache_teacher",
     "complete_traces",
     "count_traces",

@@ -99,15 +99,15 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "pipeline.commands:PIPELINE",
-        "traces to a served model in one recipe, each stage skipped when nothing changed; called again, it goes on",
-    ),
-    "rank pipeline": Command(
-        "pipeline.commands:RANK_PIPELINE",
-        "teacher, students, pruning and quantisation of a scorer, one table; called again, it goes on",
+        "traces to a served model, or teacher to quantised scorer, in one recipe; stages skipped when nothing changed",
     ),
     "doctor": Command("doctor:DOCTOR", "look at this machine, test its numerics, say what to do"),
     "report": Command("report.commands:REPORT", "one page from sweeps, runs and compressed models"),
 }
+
+
+_MOVED = {"rank pipeline": "`limbeck pipeline` does it: write the recipe's fields below `ranking:`"}
+"""Commands of older versions, and what does their work."""
 
 
 def named(words: list[str]) -> tuple[str, list[str]]:
@@ -119,5 +119,7 @@ def named(words: list[str]) -> tuple[str, list[str]]:
         name = " ".join(words[:length])
         if name in COMMANDS:
             return name, words[length:]
+        if name in _MOVED:
+            raise ConfigError(f"no such command {name!r}; {_MOVED[name]}.")
     asked = " ".join(word for word in words[:2] if not word.startswith("-"))
     raise ConfigError(f"no such command {asked or words[0]!r}; {nearest(asked, COMMANDS)}")

@@ -16,7 +16,7 @@ from limbeck.stage import function_name
 
 TOP = """
     Checkpoint CheckpointError CompressionError ConfigError DataError LimbeckError ModelError PairError ShapeError
-    TemplateError TraceFormatError __version__ advise advise_cut bench_server build_ranker cache_teacher compress
+    TemplateError TraceFormatError __version__ advise advise_cut bench_server cache_teacher compress
     cost count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export
     export_teacher_cache generate_traces import_teacher_cache import_traces load models moments optim pipeline plan
     probe_traces prune quantize ranking recover recover_ranker report scale serve show_evaluation show_traces sweep
@@ -70,7 +70,7 @@ PACKAGES = {
         SmoothQuantConfig awq_factors smoothquant_factors solve_gptq solve_joint solve_quantease solve_rtn
     """,
     "compress.export": """
-        ExportConfig Finding ProbeConfig Probes lint_directory probes_of write_certificate write_compressed
+        CertificateConfig ExportConfig Finding Probes lint_directory probes_of write_certificate write_compressed
         write_dense write_gguf
     """,
     "ranking": """

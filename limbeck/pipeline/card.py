@@ -22,7 +22,6 @@ from limbeck.report.tables import markdown
 from limbeck.traces.hub import is_hub_id
 from limbeck.version import __version__
 
-FILE = "README.md"
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Aliases that the Hub knows by another name."""
 Tree = Mapping[str, Any]

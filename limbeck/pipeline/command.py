@@ -26,9 +26,8 @@ from limbeck.pipeline.config import PipelineConfig
 from limbeck.pipeline.predict import Predictor, facts
 from limbeck.pipeline.stages import stages_of
 from limbeck.pipeline.task import Task
-from limbeck.pipeline.telling import telling_stages
+from limbeck.pipeline.telling import PAGE, telling_stages
 from limbeck.progress import say
-from limbeck.report.page import PAGE
 from limbeck.scale.console import amount, duration
 from limbeck.stage import How
 

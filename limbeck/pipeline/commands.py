@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from limbeck.pipeline import command, ranking
+from limbeck.pipeline import command
 from limbeck.pipeline.config import PipelineConfig
 from limbeck.stage import Stage
 
@@ -29,6 +29,11 @@ PIPELINE = Stage(
         "smoke.max_mean_difference_nats",
         "card.name",
         "push_to_hub.repository",
+        "ranking.teacher",
+        "ranking.student",
+        "ranking.seeds",
+        "ranking.cut.neuron_sparsity",
+        "ranking.schemes",
     ),
     refers={
         "generate": "traces generate",
@@ -40,24 +45,7 @@ PIPELINE = Stage(
         "quantize": "quantize",
         "evaluate": "evaluate",
         "export": "export",
+        "ranking.teacher": "rank train",
+        "ranking.student": "rank train",
     },
-)
-RANK_PIPELINE = Stage(
-    name="rank pipeline",
-    config=ranking.RankPipelineConfig,
-    run=ranking.run,
-    takes=(),
-    first=(
-        "teacher",
-        "student",
-        "kd_ratio",
-        "listwise_ratio",
-        "seeds",
-        "cut.neuron_sparsity",
-        "cut.rounds",
-        "schemes",
-        "group_size",
-        "timed_requests",
-    ),
-    refers={"teacher": "rank train", "student": "rank train"},
 )

@@ -23,6 +23,8 @@ from limbeck.errors import ConfigError
 from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.evaluate.verify import VerifyConfig
 from limbeck.pipeline.choose import ChooseConfig
+from limbeck.pipeline.ranking import RankPipelineConfig
+from limbeck.pipeline.ranking import completed as complete_ranking
 from limbeck.pipeline.smoke import SmokeConfig
 from limbeck.pipeline.task import OUT
 from limbeck.sweep.plan import SweepConfig
@@ -32,6 +34,11 @@ from limbeck.traces.importing import ImportConfig
 
 TRACES, VERIFY, CACHE, SWEEP, CHOOSE = "traces", "verify", "cache", "sweep", "choose"
 DISTILL, RECOVER, QUANTIZE, EXPORT, SMOKE = "distill", "recover", "quantize", "export", "smoke"
+RANKING = "ranking"
+_MAKING = ("generate", TRACES, DISTILL, RECOVER, QUANTIZE, EXPORT)
+"""Stages, one of which a recipe has."""
+_BESIDE = (VERIFY, CACHE, SWEEP, "evaluate", SMOKE)
+"""Stages that need one of those."""
 
 
 @checked
@@ -109,6 +116,8 @@ class PipelineConfig:
     """What the model card says beside what the stages know."""
     push_to_hub: HubConfig | None = None
     """Send export and card to the Hugging Face Hub, last of all."""
+    ranking: RankPipelineConfig | None = None
+    """Make a scorer of candidates instead: teacher, students, pruning and quantisation, one table."""
 
     def __post_init__(self) -> None:
         if self.generate is not None and self.traces is not None:
@@ -116,8 +125,16 @@ class PipelineConfig:
         self._check_student()
         if self.push_to_hub is not None and self.export is None:
             raise ConfigError("push_to_hub sends an export; set export")
-        if not any((self.distill, self.recover, self.quantize, self.export, self.generate, self.traces)):
-            raise ConfigError("the recipe has no stage; set distill, recover, quantize or export, or generate traces")
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        others = [name for name in (*_MAKING, *_BESIDE) if getattr(self, name) is not None]
+        if self.ranking is not None and others:
+            raise ConfigError(f"ranking is a list of stages by itself; leave out {', '.join(others)}")
+        if self.ranking is None and not {*_MAKING} & {*others}:
+            raise ConfigError(
+                "the recipe has no stage; set distill, recover, quantize or export, generate traces, or set ranking"
+            )
 
     def _check_student(self) -> None:
         if (self.cache or self.sweep) and self.distill is None:
@@ -160,6 +177,8 @@ class _Joined:
         self._sweep()
         self._models()
         self._export()
+        if isinstance(self.tree.get(RANKING), Mapping):
+            self.tree[RANKING] = complete_ranking(self.tree[RANKING])
 
     def _default(self, name: str, defaults: Mapping[str, Any]) -> None:
         """Fill in a stage that the recipe has; what it says itself stays."""

@@ -26,7 +26,7 @@ from limbeck.evaluate.stage import EvaluateStageConfig
 from limbeck.models.load import load_tokenizer
 from limbeck.pipeline.choose import CHOICE, read_choice, with_axes
 from limbeck.pipeline.config import DISTILL, EXPORT, QUANTIZE, RECOVER, PipelineConfig
-from limbeck.pipeline.stages import CachePartsConfig, SmallerConfig, StudentConfig
+from limbeck.pipeline.stages import CachePartsConfig, ChosenStudentConfig, SmallerConfig
 from limbeck.pipeline.task import OUT, Task, resolved
 from limbeck.sweep.commands import SCORE_OF, predict_sweep
 from limbeck.sweep.plan import SweepConfig
@@ -41,10 +41,12 @@ class Predictor:
         self.config, self.out, self.hardware = config, out, hardware
 
     def of(self, stage: Task) -> Prediction | None:
-        """What a stage will take; None for those that take next to nothing.
+        """What a stage will take; None for those that take next to nothing, and for scorers.
 
         Raises: what reading configs, tokenizers and traces raises.
         """
+        if self.config.ranking is not None:
+            return None
         named = stage.config
         config = self._readable(named)
         found: Prediction | None = None
@@ -54,7 +56,7 @@ class Predictor:
             found = total(stage.name, [predict_cache(part, hardware=self.hardware) for part in config.parts])
         elif isinstance(config, SweepConfig):
             found = self._sweep(config)
-        elif isinstance(config, StudentConfig):
+        elif isinstance(config, ChosenStudentConfig):
             found = self._student(config)
         elif isinstance(config, SmallerConfig):
             found = self._smaller(named, config)
@@ -70,7 +72,7 @@ class Predictor:
         trained = total("runs", [part for part in parts if not part.stage.startswith(SCORE_OF)])
         return replace(total("sweep", parts), tokens=trained.tokens, new_tokens=trained.new_tokens, flops=trained.flops)
 
-    def _student(self, config: StudentConfig) -> Prediction:
+    def _student(self, config: ChosenStudentConfig) -> Prediction:
         if self.config.sweep is not None and self.config.distill == self.config.sweep.distill:
             return Prediction(DISTILL, notes=("the chosen run of the sweep is taken over, not trained again",))
         found = predict_distill(self._chosen(config.distill, config.choice), hardware=self.hardware)

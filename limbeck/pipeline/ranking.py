@@ -1,32 +1,23 @@
-"""`limbeck rank pipeline`: one recipe for the whole path of a ranking model, with what every step costs and keeps.
+"""The `ranking` of a pipeline: a list of stages for the whole path of a scorer, with what every step costs and keeps.
 
     teacher -> students by SFT and by three kinds of KD -> prune and recover in turns -> quantise -> score and time
 
-Each step is a stage that exists by itself, in a directory of its own; called again, the pipeline goes on, and a step
-whose config and inputs are what its manifest says is not done again.
-
     OUT/teacher/   OUT/students/KIND-SEED/   OUT/unpruned/   OUT/pruned/   OUT/quantized/SCHEME/   OUT/tests/MODEL/
-    OUT/table.json
+    OUT/table/
 
 `unpruned` is the student that is compressed after as many further steps as the rounds of pruning train: a pruned model
-that is set against the student before them would be credited with their training. Quality is that of the test part.
-AUC, Kendall's tau and churn are set against the step before, the compressed models' AUC against `unpruned` too. Latency
-is that of the scoring engine, a request at a time, prefix not known before, all models in turns on the same requests.
+that is set against the student before them would be credited with their training.
 
 Source: 2502.14305, sections on predictive models: distillation, gradual pruning, quantisation, serving.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from limbeck.checkpoint import Checkpoint, write_json, write_manifest
 from limbeck.compress.calibrate import CalibrationConfig
 from limbeck.compress.commands import QUANTIZE
 from limbeck.compress.fidelity import GateConfig
@@ -34,30 +25,22 @@ from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.config import checked, completed_by
 from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
-from limbeck.engine.backends import load_decoder
-from limbeck.engine.scoring import Scorer
 from limbeck.errors import ConfigError
-from limbeck.models.load import load_model, load_tokenizer, model_hash
 from limbeck.models.schemes import scheme_of
 from limbeck.optim.build import OptimizerConfig
-from limbeck.pipeline.advance import Pipeline
+from limbeck.pipeline import ranking_table
+from limbeck.pipeline.ranking_table import ModelConfig
 from limbeck.pipeline.task import OUT, Task
 from limbeck.ranking.commands import EVALUATE, RECOVER, TRAIN
-from limbeck.ranking.data import read_requests
-from limbeck.ranking.evaluate import SCORES, RankEvaluateConfig, compare, engine_request, read_scores
-from limbeck.ranking.featurize import encode_requests
+from limbeck.ranking.evaluate import SCORES, RankEvaluateConfig
 from limbeck.ranking.recover import CALIBRATION, RankRecoverConfig
 from limbeck.ranking.train import RankTrainConfig
-from limbeck.report.page import write_report
-from limbeck.stage import How
 
 SFT, KD = "sft", "kd_labels"
 KINDS = (SFT, KD, "kd_vocabulary", "kd_listwise")
 STUDENT, UNPRUNED = f"{KD}-0", "unpruned"
 """The student that is compressed, and what more training makes of it without being pruned."""
-TEACHER, STUDENTS, PRUNED, TESTS = "teacher", "students", "pruned", "tests"
-TABLE = "table.json"
-_WARM_UP_REQUESTS = 4
+TEACHER, STUDENTS, PRUNED, TESTS, TABLE = "teacher", "students", "pruned", "tests", "table"
 
 
 @checked
@@ -118,63 +101,8 @@ class RankPipelineConfig:
             raise ConfigError("teacher.data.split.test_fraction is 0; every step is measured on the test part")
 
 
-class Model(NamedTuple):
-    """A model of the table."""
-
-    name: str
-    place: str
-    """Its directory, below that of the pipeline."""
-    before: str | None
-    """The model it is compared with."""
-    is_compressed: bool = False
-    """Whether it is compared with the unpruned student too."""
-
-
-def run(config: RankPipelineConfig, out: Path, *, how: How = How()) -> Checkpoint:
-    """Do what is not done yet, in the directory `out`; its table and page are written there.
-
-    Raises: what the stages raise; their own interrupted work goes on.
-    """
-    models = models_of(config)
-    Pipeline(stages_of(config), out).advance(lambda _: None)
-    times = _latencies(config, models, out)
-    rows = [_row(model, out) | times[model.name] for model in models]
-    result = {"rows": rows, "rounds": Checkpoint(out / PRUNED).manifest["metrics"]["rounds"]}
-    write_json(out / TABLE, result)
-    inputs = {model.name: model_hash(str(out / model.place)) for model in models} | config.teacher.data.input_hash
-    write_manifest(out, stage="rank pipeline", config=config, inputs=inputs, metrics=result)
-    write_report([out], out)
-    return Checkpoint(out)
-
-
-def _row(model: Model, out: Path) -> dict[str, Any]:
-    """What the test part says of a model, by itself, beside the one before and beside the unpruned student."""
-    tests = out / TESTS
-    own, scores = Checkpoint(tests / model.name).manifest["metrics"], read_scores(tests / model.name)
-    row = {**own, "model": model.name, "before": model.before, **_size(out / model.place)}
-    if model.before is not None:
-        row |= compare(scores, read_scores(tests / model.before))
-    if model.is_compressed:
-        whole = compare(scores, read_scores(tests / UNPRUNED))
-        row |= {f"{name}_from_unpruned": value for name, value in whole.items()}
-        row["relative_auc_from_unpruned"] = whole["auc_difference"] / (row["auc"] - whole["auc_difference"])
-    return row
-
-
-def models_of(config: RankPipelineConfig) -> list[Model]:
-    """All models, in the order of the table."""
-    models = [Model("teacher", TEACHER, None)]
-    for kind, seed in _students(config):
-        name = f"{kind}-{seed}"
-        models.append(Model(name, f"{STUDENTS}/{name}", "teacher" if kind == SFT else f"{SFT}-{seed}"))
-    models.append(Model(UNPRUNED, UNPRUNED, STUDENT))
-    models.append(Model(PRUNED, PRUNED, UNPRUNED, is_compressed=True))
-    models += [Model(scheme, f"quantized/{scheme}", PRUNED, is_compressed=True) for scheme in config.schemes]
-    return models
-
-
 def stages_of(config: RankPipelineConfig) -> list[Task]:
-    """The stages that make the models, then those that test them."""
+    """The stages that make the models, then those that test them, and the table."""
     stages = [Task("teacher", config.teacher, TRAIN, TEACHER)]
     for kind, seed in _students(config):
         stage = student_config(config, kind, seed, OUT + TEACHER)
@@ -183,11 +111,31 @@ def stages_of(config: RankPipelineConfig) -> list[Task]:
     stages.append(Task(PRUNED, _recovery(config), RECOVER, PRUNED, gives=("model*.safetensors", CALIBRATION)))
     for scheme in config.schemes:
         stages.append(Task(scheme, _quantization(config, scheme), QUANTIZE, f"quantized/{scheme}"))
-    data, features = config.teacher.data, config.teacher.features
-    for model in models_of(config):
-        asked = RankEvaluateConfig(model=OUT + model.place, data=data, features=features)
+    models, data, features = _models(config), config.teacher.data, config.teacher.features
+    for model in models:
+        asked = RankEvaluateConfig(model=model.model, data=data, features=features)
         stages.append(Task(f"test-{model.name}", asked, EVALUATE, f"{TESTS}/{model.name}", gives=(SCORES,)))
+    table = ranking_table.TableConfig(
+        models=models, recovered=OUT + PRUNED, data=data, features=features, timed_requests=config.timed_requests
+    )
+    # Timed in this process, on the threads that its caller has set.
+    stages.append(Task(TABLE, table, ranking_table.STAGE, TABLE, is_isolated=False))
     return stages
+
+
+def _models(config: RankPipelineConfig) -> list[ModelConfig]:
+    """All models, in the order of the table."""
+    models = [_model("teacher", TEACHER)]
+    for kind, seed in _students(config):
+        name = f"{kind}-{seed}"
+        models.append(_model(name, f"{STUDENTS}/{name}", before="teacher" if kind == SFT else f"{SFT}-{seed}"))
+    models.append(_model(UNPRUNED, UNPRUNED, before=STUDENT))
+    models.append(_model(PRUNED, PRUNED, before=UNPRUNED, whole=UNPRUNED))
+    return models + [_model(name, f"quantized/{name}", before=PRUNED, whole=UNPRUNED) for name in config.schemes]
+
+
+def _model(name: str, place: str, **beside: str) -> ModelConfig:
+    return ModelConfig(name=name, model=OUT + place, scores=f"{OUT}{TESTS}/{name}", **beside)
 
 
 def _students(config: RankPipelineConfig) -> Iterator[tuple[str, int]]:
@@ -234,32 +182,3 @@ def _quantization(config: RankPipelineConfig, scheme: str) -> QuantizeConfig:
     calibration = CalibrationConfig(text=Path(f"{OUT}{PRUNED}/{CALIBRATION}"))
     groups = scheme_of(scheme, config.group_size).group_size
     return QuantizeConfig(model=model, scheme=scheme, group_size=groups, calibration=calibration, gate=gate)
-
-
-def _size(path: Path) -> dict[str, int]:
-    return {
-        "parameters": sum(parameter.numel() for parameter in load_model(str(path)).parameters()),
-        "weight_bytes": sum(file.stat().st_size for file in path.glob("model*.safetensors")),
-    }
-
-
-def _latencies(config: RankPipelineConfig, models: Sequence[Model], out: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds a request under the engine: every model has each request before the next one comes."""
-    split, _ = read_requests(config.teacher.data)
-    requests = split.test[: config.timed_requests + _WARM_UP_REQUESTS]
-    encoded, labels = encode_requests(requests, load_tokenizer(str(out / TEACHER)), config.teacher.features)
-    scorers = {model.name: Scorer(load_decoder(str(out / model.place)), budget=0) for model in models}
-    seconds: dict[str, list[float]] = {name: [] for name in scorers}
-    for request in encoded:
-        asked = engine_request(request, labels)._replace(full=False)
-        for name, scorer in scorers.items():
-            start = time.perf_counter()
-            scorer.score([asked])
-            seconds[name].append(time.perf_counter() - start)
-    return {
-        name: {
-            "latency_p50_ms": 1e3 * float(np.median(values[_WARM_UP_REQUESTS:])),
-            "latency_p95_ms": 1e3 * float(np.quantile(values[_WARM_UP_REQUESTS:], 0.95)),
-        }
-        for name, values in seconds.items()
-    }

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_json, write_manifest
-from limbeck.compress.export.stage import BUILT_IN_TEXT
+from limbeck.compress.export.probes import BUILT_IN_TEXT
 from limbeck.config import checked
 from limbeck.engine.backends import load_decoder
 from limbeck.engine.generation import Generator

@@ -19,7 +19,7 @@ from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import UNCUT
 from limbeck.errors import PairError
 from limbeck.evaluate import commands as evaluate_commands
-from limbeck.pipeline import choose, smoke
+from limbeck.pipeline import choose, ranking, smoke
 from limbeck.pipeline.choose import read_choice, with_axes
 from limbeck.pipeline.config import (
     CACHE,
@@ -56,7 +56,7 @@ class CachePartsConfig:
 
 
 @checked
-class StudentConfig:
+class ChosenStudentConfig:
     """One student, by a choice where there was a sweep."""
 
     distill: DistillConfig
@@ -79,6 +79,8 @@ class SmallerConfig:
 
 def stages_of(config: PipelineConfig) -> list[Task]:
     """All stages of a recipe but those that tell of it (see `telling.py`)."""
+    if config.ranking is not None:
+        return ranking.stages_of(config.ranking)
     return [*_text_stages(config), *_model_stages(config), *_handing_over(config)]
 
 
@@ -106,7 +108,9 @@ def _model_stages(config: PipelineConfig) -> Iterator[Task]:
         choice = OUT + CHOOSE
     if config.distill is not None:
         sweep = OUT + SWEEP if choice else None
-        yield Task(DISTILL, StudentConfig(distill=config.distill, choice=choice, source=sweep), call_distill, DISTILL)
+        yield Task(
+            DISTILL, ChosenStudentConfig(distill=config.distill, choice=choice, source=sweep), call_distill, DISTILL
+        )
         yield from _score(config, DISTILL, OUT + DISTILL, f"{DISTILL}/evaluation")
     if config.recover is not None:
         yield Task(RECOVER, SmallerConfig(recover=config.recover, choice=choice), call_recover, RECOVER)
@@ -204,7 +208,7 @@ def call_sweep(config: SweepConfig, out: Path, resume: bool) -> dict[str, Any]:
     return {"peak_bytes": execute.run(config, out).metrics["peak_bytes"]}
 
 
-def call_distill(config: StudentConfig, out: Path, resume: bool) -> dict[str, Any] | None:
+def call_distill(config: ChosenStudentConfig, out: Path, resume: bool) -> dict[str, Any] | None:
     """Train the student, or take it over from the sweep."""
     distill = config.distill
     if config.choice is not None and config.source is not None:

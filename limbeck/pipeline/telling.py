@@ -5,6 +5,7 @@ They read the records of all other stages, so they run again whenever one of tho
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from limbeck.compress.weights import stored_size
 from limbeck.config import checked, to_dict
 from limbeck.errors import CheckpointError
 from limbeck.models.load import locate
-from limbeck.pipeline import card, hub
+from limbeck.pipeline import hub
 from limbeck.pipeline.config import (
     DISTILL,
     EXPORT,
@@ -30,18 +31,20 @@ from limbeck.pipeline.config import (
     PipelineConfig,
     told,
 )
+from limbeck.pipeline.ranking import TABLE
 from limbeck.pipeline.record import RAN, STATE, read_record
 from limbeck.pipeline.stages import EVALUATE
 from limbeck.pipeline.task import OUT, Task
-from limbeck.report import page
 from limbeck.report.pipelined import STAGE
 
 REPORT, CARD, PUSH = "report", "card", "push"
-_WRITTEN = ("report.html", "report.md", "report.csv", MANIFEST, "plots/*.png")
+PAGE, README = "report.html", "README.md"
+"""The report, in the pipeline's directory, and the model card, in that of the export."""
+_WRITTEN = (PAGE, "report.md", "report.csv", MANIFEST, "plots/*.png")
 
 
 @checked
-class ReportConfig:
+class ReportStageConfig:
     """What the report tells of."""
 
     title: str
@@ -86,12 +89,12 @@ def telling_stages(config: PipelineConfig, stages: Sequence[Task]) -> list[Task]
         del own[SWEEP]["distill"]
     recipe, public = _yaml(own), _yaml(_without_places(own))
     scores = {s.name.removeprefix(f"{EVALUATE}-"): OUT + s.place for s in stages if s.name.startswith(f"{EVALUATE}-")}
-    report = ReportConfig(title=config.title, recipe=recipe, stages=list(names), models=scores)
+    report = ReportStageConfig(title=config.title, recipe=recipe, stages=list(names), models=scores)
     found = [Task(REPORT, report, call_report, "", gives=(MANIFEST,), files=_WRITTEN, follows=names)]
     if config.export is not None:
         settings = json.dumps(to_dict(config))
         written = CardStageConfig(title=config.title, card=config.card, settings=settings, recipe=public)
-        readme, follows = (card.FILE,), (REPORT,)
+        readme, follows = (README,), (REPORT,)
         found.append(Task(CARD, written, call_card, EXPORT, gives=readme, files=readme, follows=follows))
     if config.push_to_hub is not None:
         push = PushConfig(hub=config.push_to_hub, source=OUT + EXPORT)
@@ -99,7 +102,7 @@ def telling_stages(config: PipelineConfig, stages: Sequence[Task]) -> list[Task]
     return found
 
 
-def call_report(config: ReportConfig, out: Path, resume: bool) -> None:
+def call_report(config: ReportStageConfig, out: Path, resume: bool) -> None:
     """Write the pipeline's manifest and its page."""
     records = {name: record for name in config.stages if (record := read_record(out, name)) is not None}
     ran = _ran(out)
@@ -111,10 +114,11 @@ def call_report(config: ReportConfig, out: Path, resume: bool) -> None:
     inputs = {name: record.key for name, record in records.items()}
     recipe = _Recipe(recipe=yaml.safe_load(config.recipe))
     write_manifest(out, stage=STAGE, config=recipe, inputs=inputs, metrics=metrics)
-    page.write_report([out], out, config.title)
+    # What draws takes a second to import, which a finished pipeline need not wait for; the card has its tables.
+    importlib.import_module("limbeck.report.page").write_report([out], out, config.title)
 
 
-def models_of(config: ReportConfig, out: Path) -> list[dict[str, Any]]:
+def models_of(config: ReportStageConfig, out: Path) -> list[dict[str, Any]]:
     """Score and size of every model that was evaluated, in order; `of_teacher` is its score over the teacher's."""
     found = []
     for name, directory in config.models.items():
@@ -135,8 +139,9 @@ def call_card(config: CardStageConfig, out: Path, resume: bool) -> None:
     pipeline = out.parent
     metrics = json.loads((pipeline / MANIFEST).read_text(encoding="utf-8"))["metrics"]
     settings = json.loads(config.settings)
+    card = importlib.import_module("limbeck.pipeline.card")
     text = card.card_text(config.title, config.card, settings, config.recipe, metrics, pipeline)
-    (out / card.FILE).write_text(text, encoding="utf-8")
+    (out / README).write_text(text, encoding="utf-8")
 
 
 def call_push(config: PushConfig, out: Path, resume: bool) -> None:
@@ -175,9 +180,9 @@ def _without_places(tree: Any) -> Any:
 
 
 def _shown(stages: Sequence[str]) -> list[str]:
-    """The stages whose directories the report reads: the sweep, or else the student, and what was made of it."""
+    """The stages whose directories the report reads: the sweep or the student, what was made of it, a table."""
     first = [SWEEP] if SWEEP in stages else [DISTILL]
-    return [name for name in (*first, RECOVER, QUANTIZE) if name in stages]
+    return [name for name in (*first, RECOVER, QUANTIZE, TABLE) if name in stages]
 
 
 def _size(model: str) -> dict[str, int | None]:

@@ -20,7 +20,7 @@ from limbeck.report.compressed import EVALUATION, STAGES, Compressed, read_compr
 from limbeck.report.files import object_in, read_object
 from limbeck.report.pipelined import STAGE as PIPELINE
 from limbeck.report.pipelined import Along, StageRow, read_models, read_steps, shown_by
-from limbeck.report.ranked import STAGE as RANKING
+from limbeck.report.ranked import STAGES as RANKING
 from limbeck.report.ranked import RankedModel, read_ranking
 from limbeck.report.rows import FLOP_PARTS, PLACED_AXES, Row, row_of, rows_of
 
@@ -90,7 +90,7 @@ def collect(paths: Sequence[Path]) -> Evidence:
         rows=(*of_sweeps, *_rows_of_runs(runs)),
         sources=tuple(read[path][0] for path in paths if path in named or _is_sweep(path)),
         compressed=tuple(read_compressed(_of_stage(paths, STAGES))),
-        ranking=tuple(read_ranking(_of_stage(paths, (RANKING,)))),
+        ranking=tuple(read_ranking(_of_stage(paths, RANKING))),
         steps=tuple(read_steps(pipelines)),
         along=tuple(read_models(pipelines)),
         advice=tuple(read_advice(_of_stage(paths, (ADVICE,)))),
@@ -158,7 +158,7 @@ def _runs_and_axes(tree: Mapping[str, Any], file: Path) -> tuple[list[Any], list
 def _read_run(path: Path) -> Source:
     file = path / MANIFEST
     manifest = read_object(file)
-    if (stage := _stage(path)) not in ("distill", ADVICE, RANKING, PIPELINE, *STAGES):
+    if (stage := _stage(path)) not in ("distill", ADVICE, PIPELINE, *RANKING, *STAGES):
         raise CheckpointError(
             f"{file}: stage {stage!r} has no place in this report; name sweeps and distilled students."
         )

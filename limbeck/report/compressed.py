@@ -81,9 +81,10 @@ def _label(place: Path, paths: Sequence[Path]) -> str:
 def _origin(path: Path) -> Path | None:
     """The directory of the model that a compressed one was made of, if it is there."""
     name = _model_of(read_object(path / MANIFEST))
-    if not name or not (Path(name) / MANIFEST).is_file():
+    origin = Path(Checkpoint(path).path_of(name))
+    if not name or not (origin / MANIFEST).is_file():
         return None
-    return Path(name) if Checkpoint(Path(name)).manifest["stage"] in ORIGINS else None
+    return origin if Checkpoint(origin).manifest["stage"] in ORIGINS else None
 
 
 def _model_of(manifest: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What ranking pipelines left behind: the models of their tables."""
+"""What the tables of ranking pipelines say of their models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.errors import CheckpointError
 
-STAGE = "rank pipeline"
+STAGES = ("ranking table", "rank pipeline")
+"""What writes such a table, and what older versions called it."""
 
 
 class RankedModel(NamedTuple):

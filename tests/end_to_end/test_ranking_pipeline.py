@@ -1,4 +1,4 @@
-"""rank pipeline from teacher to int4: one table of all steps, made once, remade from where something changed."""
+"""A ranking recipe of pipeline from teacher to int4: one table, made once, remade from where something changed."""
 
 import json
 from dataclasses import replace
@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 
 from limbeck.checkpoint import Checkpoint
+from limbeck.commands import named
 from limbeck.config import build
 from limbeck.errors import ConfigError
-from limbeck.pipeline import ranking as pipeline
-from limbeck.pipeline.ranking import RankPipelineConfig
+from limbeck.pipeline import command, ranking_table
+from limbeck.pipeline.config import PipelineConfig
+from limbeck.pipeline.ranking import RankPipelineConfig, stages_of
 from limbeck.ranking.evaluate import measures, read_scores
 from limbeck.report import page as report
 
@@ -42,15 +44,25 @@ MODELS = ["teacher", "sft-0", "sft-1", "kd_labels-0", "kd_labels-1", "kd_vocabul
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("pipeline") / "out"
-    return out, pipeline.run(build(RankPipelineConfig, TREE), out)
+    return out, advance(TREE, out)
+
+
+def advance(tree, out):
+    return command.run(build(PipelineConfig, {"ranking": tree}), out)
+
+
+def table_of(out):
+    return Checkpoint(out / "table").metrics
 
 
 @pytest.mark.slow
 def test_the_table_has_every_step(made):
     out, result = made
-    rows = {row["model"]: row for row in result["rows"]}
+    table = table_of(out)
+    rows = {row["model"]: row for row in table["rows"]}
+    assert result.manifest["stage"] == "pipeline" and result.metrics["shows"] == ["table"]
     assert list(rows) == [*MODELS, "unpruned", "pruned", "w8a8", "w4a16"]
-    assert json.loads((out / pipeline.TABLE).read_text())["rows"] == result["rows"]
+    assert json.loads((out / "table" / ranking_table.TABLE).read_text()) == table
     for name, row in rows.items():
         assert row["auc_low"] <= row["auc"] <= row["auc_high"]
         assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
@@ -83,11 +95,10 @@ def test_students_differ_in_the_loss_alone(made):
 
 @pytest.mark.slow
 def test_goes_on_from_what_changed(made):
-    out, before = made
-    config = build(RankPipelineConfig, TREE)
+    out, before = made[0], table_of(made[0])
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
-    changed = replace(config, cut=replace(config.cut, neuron_sparsity=0.25, rounds=1))
-    after = pipeline.run(changed, out)
+    advance(TREE | {"cut": TREE["cut"] | {"neuron_sparsity": 0.25, "rounds": 1}}, out)
+    after = table_of(out)
     kept = {
         str(path.relative_to(out)).split("/")[0]
         for path, at in stamps.items()
@@ -102,7 +113,32 @@ def test_goes_on_from_what_changed(made):
     assert (out / "page/plots/ranking.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_called_again_it_keeps_all_and_a_dry_run_says_so(made, capsys):
+    out, _ = made
+    config = build(PipelineConfig, {"ranking": TREE})
+    command.tell(config, out, as_json=True)
+    told = {row["stage"]: row["reason"] for row in json.loads(capsys.readouterr().out)["stages"]}
+    assert list(told)[-2:] == ["table", "report"] and not any(told.values())
+
+
 def test_refuses_a_teacher_of_the_student():
     student = TREE["student"] | {"teacher": {"model": "tiny-teacher"}}
     with pytest.raises(ConfigError, match=r"student\.teacher"):
         build(RankPipelineConfig, TREE | {"student": student})
+
+
+def test_it_stands_alone_and_a_recipe_of_the_old_command_is_told_where_to_go():
+    with pytest.raises(ConfigError, match="leave out export"):
+        build(PipelineConfig, {"ranking": TREE, "export": {"model": "tiny-student"}})
+    with pytest.raises(ConfigError, match="below `ranking:`"):
+        named(["rank", "pipeline", "scorer.yaml"])
+
+
+def test_the_student_has_the_teachers_features_and_data():
+    config = build(PipelineConfig, {"ranking": TREE}).ranking
+    assert config.student.data == replace(config.teacher.data, max_train_requests=50)
+    assert config.student.features == config.teacher.features
+    names = [task.name for task in stages_of(config)]
+    assert names[:3] == ["teacher", "student-sft-0", "student-sft-1"] and names[-1] == "table"
+    assert len(names) == len(set(names)) == 1 + 6 + 2 + 2 + 11 + 1

@@ -38,11 +38,11 @@ SMALL = TEACHER | {
 }
 
 
-def written(directory, rows):
+def written(directory, rows, stage="ranking table"):
     directory.mkdir()
     write_manifest(
         directory,
-        stage="rank pipeline",
+        stage=stage,
         config=RankingDataConfig(source="synthetic"),
         inputs={},
         metrics={"rows": rows},
@@ -68,7 +68,7 @@ def test_rows_findings_and_figure(tmp_path):
 
 
 def test_several_pipelines_are_told_apart(tmp_path):
-    paths = [written(tmp_path / name, [TEACHER]) for name in ("films", "books")]
+    paths = [written(tmp_path / "films", [TEACHER]), written(tmp_path / "books", [TEACHER], "rank pipeline")]
     text = page.write_report(paths, tmp_path / "report").with_suffix(".md").read_text()
     assert re.search(r"\| films: teacher ", text) and re.search(r"\| books: teacher ", text)
 
