@@ -194,12 +194,11 @@ def _group(config_class: type, tree: Mapping[str, Any], where: str, prefix: str)
 def _value(hint: Any, value: Any, where: str, path: str) -> Any:
     """A value as a field of this type takes it; what does not fit is left for pydantic to refuse."""
     nested = class_of(hint)
-    if nested is not None and value is not None and not isinstance(value, nested):
+    if nested is not None:
         return _nested(nested, value, where, path)
-    options = options_of(hint)
-    if isinstance(value, bool) and bool not in options and {int, float} & {*options}:
+    if isinstance(value, bool) and _is_number(hint):
         raise ConfigError(f"{where}: {path}: expected a number; found {str(value).lower()}.")
-    for kind, parts in ((typing.get_origin(option), typing.get_args(option)) for option in options):
+    for kind, parts in ((typing.get_origin(option), typing.get_args(option)) for option in options_of(hint)):
         if kind in (list, tuple):
             return _entries(parts, value, where, path)
         if kind in (dict, Mapping) and isinstance(value, Mapping):
@@ -207,12 +206,19 @@ def _value(hint: Any, value: Any, where: str, path: str) -> Any:
     return _scalar(hint, value)
 
 
+def _is_number(hint: Any) -> bool:
+    options = options_of(hint)
+    return bool not in options and bool({int, float} & {*options})
+
+
 def _nested(config_class: type, value: Any, where: str, path: str) -> Any:
+    if value is None or isinstance(value, config_class):
+        return value
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and value.endswith(RECIPES):
         value = read_recipe(Path(value))
-    if isinstance(value, str | Number) and hints_of(config_class) and takes_text(_first_hint(config_class)):
+    if _is_word(value) and hints_of(config_class) and takes_text(_first_hint(config_class)):
         value = {first_field(config_class): value}
     if isinstance(value, Mapping):
         return _group(config_class, value, where, f"{path}.")
@@ -228,7 +234,7 @@ def _some(config_class: type) -> Iterator[str]:
 
 def _entries(parts: tuple[Any, ...], value: Any, where: str, path: str) -> Any:
     """The entries of a list; one text alone is a list of one where the entries are text."""
-    if isinstance(value, str | os.PathLike) and takes_only_text(parts[0]):
+    if (_is_word(value) or isinstance(value, os.PathLike)) and takes_only_text(parts[0]):
         value = [value]
     if not isinstance(value, list | tuple):
         return value
@@ -237,10 +243,15 @@ def _entries(parts: tuple[Any, ...], value: Any, where: str, path: str) -> Any:
 
 def _scalar(hint: Any, value: Any) -> Any:
     if takes_only_text(hint):
-        if isinstance(value, Number):
-            return value.text
+        if _is_word(value):
+            return value.text if isinstance(value, Number) else str(value)
         return os.fspath(value) if isinstance(value, os.PathLike) and str in options_of(hint) else value
     return value.plain if isinstance(value, Number) and hint is not Any else value
+
+
+def _is_word(value: Any) -> bool:
+    """Whether a value can stand for text: numbers are as they are written, in Python as in recipes."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _is_union_branch(part: int | str) -> bool:

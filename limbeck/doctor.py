@@ -170,17 +170,22 @@ def _compiler() -> Iterator[Check]:
 
 
 def _extras() -> Iterator[Check]:
-    extras: dict[str, list[str]] = {}
-    for needed in _requirements(extra=True):
-        found = re.search(r"extra\s*==\s*['\"]([^'\"]+)", str(needed.marker))
-        if found and needed.name != "limbeck" and found[1] not in ("dev", "docs", "bench"):
-            extras.setdefault(found[1], []).extend([needed.name] if _version(needed.name) is None else [])
-    for name, missing in sorted(extras.items()):
+    for name, missing in sorted(_missing_of_extras().items()):
         advice = f"pip install 'limbeck[{name}]', if you want it" if missing else ""
         lacks = f"no {', '.join(missing)}" if missing else "there"
         yield Check(f"extra {name}", "note" if missing else "good", lacks, advice)
     if importlib.util.find_spec("compressed_tensors") is None:
         yield Check("certificates", "note", "no compressed-tensors", "pip install compressed-tensors, for export")
+
+
+def _missing_of_extras() -> dict[str, list[str]]:
+    """Extra -> its packages that are not installed."""
+    extras: dict[str, list[str]] = {}
+    for needed in _requirements(extra=True):
+        found = re.search(r"extra\s*==\s*['\"]([^'\"]+)", str(needed.marker))
+        if found and needed.name != "limbeck" and found[1] not in ("dev", "docs", "bench"):
+            extras.setdefault(found[1], []).extend([needed.name] if _version(needed.name) is None else [])
+    return extras
 
 
 def _requirements(*, extra: bool) -> list[Requirement]:

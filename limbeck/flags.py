@@ -113,13 +113,17 @@ def _read(hint: Any, text: str) -> Any:
     """The value of a flag. Its type is known, so text is never taken for something else."""
     is_group = class_of(hint) is not None
     if takes_only_text(hint) or (is_group and not text.startswith("{")):
-        is_optional = type(None) in typing.get_args(hint)
-        # Quoted as in YAML, it is what the quotes hold.
-        value = read_value(text) if text[:1] in ("'", '"') else text
-        return None if text == "null" and (is_optional or is_group) else value if isinstance(value, str) else text
+        is_null = text == "null" and (is_group or type(None) in typing.get_args(hint))
+        return None if is_null else _unquoted(text)
     if typing.get_origin(hint) in (list, tuple) and takes_only_text(typing.get_args(hint)[0]):
         return read_value(text) if text.startswith("[") else text
     return read_value(text)
+
+
+def _unquoted(text: str) -> str:
+    """Text, or what its quotes hold where it is quoted as in YAML."""
+    value = read_value(text) if text[:1] in ("'", '"') else text
+    return value if isinstance(value, str) else text
 
 
 def resolve_path(config_class: type, name: str, flag: str, tree: Mapping[str, Any] | None = None) -> str:
@@ -127,22 +131,40 @@ def resolve_path(config_class: type, name: str, flag: str, tree: Mapping[str, An
 
     Args:
       tree: what is set already; where a short name stands for settings of several methods, that of the chosen one is
-        meant.
+        meant, and where it stands for fields of groups that may be left out, that of the one which is there.
     Raises: ConfigError when no field, or more than one, ends in `name`.
     """
-    infos = describe(config_class)
-    paths = [info.path for info in infos] + [path for path, _ in groups_of(config_class)]
+    paths = _paths(config_class)
     if name in paths:
         return name
-    foreign = {info.path for info in infos if not applies(info, config_class, tree or {})}
     ends = [path for path in paths if path.endswith("." + name)]
-    matches = [path for path in ends if path not in foreign] or ends
+    matches = _there(_meaningful(ends, config_class, tree or {}), config_class, tree or {})
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise ConfigError(f"{flag}: {name!r} stands for {' and '.join(matches)}; give the full path.")
     leaves = {path.rsplit(".", 1)[-1] for path in paths} | set(paths)
     raise ConfigError(f"{flag}: no such field; {nearest(name, leaves)}")
+
+
+@functools.cache
+def _paths(config_class: type) -> tuple[str, ...]:
+    """Of every leaf, then of every group."""
+    return (*(info.path for info in describe(config_class)), *(path for path, _ in groups_of(config_class)))
+
+
+def _meaningful(paths: list[str], config_class: type, tree: Mapping[str, Any]) -> list[str]:
+    """Of several fields those that mean something for the choices in `tree`; all where none does."""
+    foreign = {info.path for info in describe(config_class) if not applies(info, config_class, tree)}
+    return [path for path in paths if path not in foreign] or paths
+
+
+def _there(paths: list[str], config_class: type, tree: Mapping[str, Any]) -> list[str]:
+    """Of fields of groups that may be left out, those of the groups in `tree`; all where there is none, or another."""
+    groups = [path.partition(".")[0] for path in paths]
+    if not all(type(None) in typing.get_args(hints_of(config_class)[group]) for group in groups):
+        return paths
+    return [path for path, group in zip(paths, groups, strict=True) if tree.get(group) is not None] or paths
 
 
 def applies(info: FieldInfo, config_class: type, tree: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from limbeck.commands import COMMANDS
+from limbeck.config import class_of, hints_of
 from limbeck.errors import ConfigError
 from limbeck.flags import FieldInfo, applies, describe, field_docs
 from limbeck.stage import Stage, View
@@ -49,20 +50,18 @@ def print_help(command: Stage | View, words: Sequence[str]) -> None:
     Raises: ConfigError for a group that has no fields.
     """
     out = Console()
-    asked = [word for word in words if word not in ("--help", "-h")]
-    chosen, groups = _choices(command, asked)
-    fields = [info for info in fields_of(command) if applies(info, command.config, chosen)]
+    chosen, groups = _choices(command, words)
     if groups and groups != ["all"]:
         _print_fields(_of_groups(command, groups), out.width)
         return
-    takes = "[RECIPE.yaml] [--FIELD value ...]"
-    takes = f"{command.subject.upper()} | {takes}" if command.subject else takes
-    help_text = COMMANDS[command.name].help
-    out.print(f"limbeck {command.name} {takes}\n\n{help_text}\n", markup=False, highlight=False)
+    subject = f"{command.subject.upper()} | " if command.subject else ""
+    head = f"limbeck {command.name} {subject}[RECIPE.yaml] [--FIELD value ...]\n\n{COMMANDS[command.name].help}\n"
+    out.print(head, markup=False, highlight=False)
     for flag in options_of(command):
         print(_help_line(flag, OPTIONS[flag], out.width))
-    first = command.first if not groups else ()
-    shown = [info for info in fields if not first or _is_shown(info.path, first)]
+    fields = [info for info in fields_of(command) if applies(info, command.config, chosen)]
+    first = () if groups else command.first
+    shown = _below(fields, first) if first else fields
     _print_fields(shown, out.width)
     more = f"{len(fields) - len(shown)} more fields: limbeck {command.name} --help all.\n" if first else ""
     out.print(
@@ -79,7 +78,7 @@ def options_of(command: Stage | View) -> list[str]:
 
 
 def _of_groups(command: Stage | View, groups: Sequence[str]) -> list[FieldInfo]:
-    shown = [info for info in describe(command.config) if any(_is_of(info.path, group) for group in groups)]
+    shown = _below(describe(command.config), groups)
     if not shown:
         raise ConfigError(
             f"limbeck {command.name} --help: no fields in {', '.join(groups)}; "
@@ -90,15 +89,21 @@ def _of_groups(command: Stage | View, groups: Sequence[str]) -> list[FieldInfo]:
 
 def fields_of(command: Stage | View) -> list[FieldInfo]:
     """Every field of a command; one that holds the recipe of another command stands for that one's fields."""
-    docs, found = field_docs(command.config), {}
+    other = {path: _reference(command, path) for path in command.refers}
+    found = {}
     for info in describe(command.config):
-        name = info.path.partition(".")[0]
-        if name in command.refers:
-            field = command.config.__dataclass_fields__[name]
-            other = f"fields of limbeck {command.refers[name]}, or its recipe"
-            info = FieldInfo(name, other, field.default, docs[name], None)
-        found[info.path] = info
+        within = [other[path] for path in other if _is_of(info.path, path)] or [info]
+        found[within[0].path] = within[0]
     return list(found.values())
+
+
+def _reference(command: Stage | View, path: str) -> FieldInfo:
+    *groups, name = path.split(".")
+    owner = command.config
+    for group in groups:
+        owner = class_of(hints_of(owner)[group])
+    kind = f"fields of limbeck {command.refers[path]}, or its recipe"
+    return FieldInfo(path, kind, owner.__dataclass_fields__[name].default, field_docs(owner)[name], None)
 
 
 def _choices(command: Stage | View, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -109,20 +114,23 @@ def _choices(command: Stage | View, words: Sequence[str]) -> tuple[dict[str, Any
     rest = iter(words)
     for word in rest:
         name = word.lstrip("-").replace("-", "_")
-        matches = [path for path in paths if path == name or path.endswith("." + name)]
+        matches = [path for path in paths if f".{path}".endswith(f".{name}")]
         if word.startswith("--") and len(matches) == 1:
-            *parents, leaf = matches[0].split(".")
-            place = tree
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[leaf] = next(rest, "")
-        else:
+            _put(tree, matches[0], next(rest, ""))
+        elif name not in ("help", "h"):
             groups.append(name)
     return tree, groups
 
 
-def _is_shown(path: str, first: Iterable[str]) -> bool:
-    return any(path == name or path.startswith(name + ".") for name in first)
+def _put(tree: dict[str, Any], path: str, value: str) -> None:
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[leaf] = value
+
+
+def _below(fields: Iterable[FieldInfo], groups: Sequence[str]) -> list[FieldInfo]:
+    return [info for info in fields if any(_is_of(info.path, group) for group in groups)]
 
 
 def _is_of(path: str, group: str) -> bool:

@@ -130,15 +130,20 @@ def tree_of(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str,
     tree: Mapping[str, Any] = {}
     if subjects and is_recipe(command, plain(subjects[0])):
         tree, subjects = recipe_of(command, plain(subjects[0])), subjects[1:]
-    if subjects and command.subject is None:
+    given = _subject(command, subjects, where) if subjects else []
+    given += [(name, plain(value), f"{where}: {name}") for name, value in fields.items()]
+    return apply_fields(command.config, tree, given)
+
+
+def _subject(command: Stage | View, subjects: Sequence[Any], where: str) -> list[tuple[str, Any, str]]:
+    """What stands without a name, as the field that it sets."""
+    if command.subject is None:
         raise ConfigError(f"{where}: takes a recipe and fields by name; found {subjects[0]!r}.")
-    if isinstance(command, View) and command.takes_many and subjects:
+    if isinstance(command, View) and command.takes_many:
         subjects = [list(subjects)]
     if len(subjects) > 1:
         raise ConfigError(f"{where}: takes one {command.subject}; found {len(subjects)}.")
-    given = [(str(command.subject), plain(value), where) for value in subjects]
-    given += [(name, plain(value), f"{where}: {name}") for name, value in fields.items()]
-    return apply_fields(command.config, tree, given)
+    return [(command.subject, plain(subjects[0]), where)]
 
 
 def is_recipe(command: Stage | View, subject: Any) -> bool:
@@ -184,7 +189,6 @@ def function_name(name: str) -> str:
 _VERBS = {
     "rank train": "train_ranker",
     "rank recover": "recover_ranker",
-    "rank pipeline": "build_ranker",
     "rank evaluate": "evaluate_ranker",
     "rank show": "show_ranking",
     "traces stats": "count_traces",
