@@ -75,6 +75,12 @@ class Checkpoint:
         """What it took: tokens, FLOPs, seconds and bytes, by part and phase; empty where the stage counts nothing."""
         return self.manifest["ledger"]
 
+    def path_of(self, name: str) -> str:
+        """A model, file or directory that the config names, as from here: relative names are of where it was called."""
+        called_from = Path(self.manifest.get("called_from", ""))
+        there = called_from / Path(name).expanduser()
+        return str(there) if called_from != Path.cwd() and there.exists() else name
+
     def load(self) -> tuple[Any, Any]:
         """The transformers model and its tokenizer."""
         # Whoever asks for a model has torch and transformers; what only reads manifests need not import them.
@@ -209,6 +215,7 @@ def write_manifest(
             "format": FORMAT,
             "limbeck_version": __version__,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "called_from": str(Path.cwd()),
             "config": to_dict(config),
             "config_hash": config_hash(config),
             "inputs": dict(inputs),

@@ -112,3 +112,16 @@ def test_what_no_stage_made_is_not_replaced(tmp_path):
     with pytest.raises(CheckpointError, match="no limbeck output"), output_directory(tmp_path / "mine", overwrite=True):
         pass
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+def test_names_in_a_config_are_of_the_directory_that_the_stage_was_called_from(tmp_path, monkeypatch):
+    (tmp_path / "there" / "runs" / "teacher").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    made = written(tmp_path / "there" / "runs" / "student")
+    assert made.path_of("runs/teacher") == "runs/teacher"
+    monkeypatch.chdir(tmp_path / "here")
+    assert made.path_of("runs/teacher") == str(tmp_path / "there" / "runs" / "teacher")
+    assert made.path_of("owner/name") == "owner/name" and made.path_of(str(tmp_path)) == str(tmp_path)
+    (made.path / MANIFEST).write_text(made.path.joinpath(MANIFEST).read_text().replace("called_from", "unsaid"))
+    assert made.path_of("runs/teacher") == "runs/teacher"

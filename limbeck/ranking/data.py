@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from limbeck.checkpoint import hash_path
+from limbeck.checkpoint import Checkpoint, hash_path
 from limbeck.config import checked
 from limbeck.errors import ConfigError, DataError, nearest
 from limbeck.ranking.auc import expected_auc
@@ -102,7 +102,10 @@ def _read(config: RankingDataConfig) -> tuple[list[Request], dict[str, Any]]:
     return requests, {"requests": len(requests), **counts}
 
 
-def training_of(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config by which a scorer was trained, from its manifest; empty for another stage's output."""
+def training_of(scorer: Checkpoint) -> Mapping[str, Any]:
+    """The config by which a scorer was trained, its data as from here; empty for another stage's output."""
+    manifest = scorer.manifest
     fields = {"rank train": manifest["config"], "rank recover": manifest["config"].get("rank")}
-    return fields.get(manifest["stage"]) or {}
+    trained = fields.get(manifest["stage"]) or {}
+    path = trained.get("data", {}).get("path")
+    return {**trained, "data": {**trained["data"], "path": scorer.path_of(path)}} if path else trained

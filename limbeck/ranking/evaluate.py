@@ -46,7 +46,7 @@ def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     like = tree.get("like") or tree.get("model")
     if tree.get("data") or not isinstance(like, str) or not Checkpoint(Path(like)).is_finished:
         return tree
-    trained = training_of(Checkpoint(Path(like)).manifest)
+    trained = training_of(Checkpoint(Path(like)))
     path = (trained or {}).get("data", {}).get("path")
     if path and not Path(path).exists():
         raise ConfigError(

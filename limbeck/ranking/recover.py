@@ -118,7 +118,7 @@ def _own_data(model: Any) -> dict[str, Any]:
     """Data and features of a scorer, by its manifest."""
     if not isinstance(model, str) or not Checkpoint(Path(model)).is_finished:
         return {}
-    trained = training_of(Checkpoint(Path(model)).manifest)
+    trained = training_of(Checkpoint(Path(model)))
     return {name: trained[name] for name in ("data", "features") if name in trained}
 
 

@@ -136,5 +136,5 @@ def _trained_features(model: str) -> FeaturizeConfig | None:
     place = locate(model)
     if not place.is_local or not (Path(place.path) / MANIFEST).is_file():
         return None
-    tree: Any = training_of(Checkpoint(Path(place.path)).manifest).get("features")
+    tree: Any = training_of(Checkpoint(Path(place.path))).get("features")
     return build(FeaturizeConfig, tree, f"{model}/{MANIFEST}: features") if isinstance(tree, dict) else None

@@ -20,7 +20,8 @@ def trained_on(model: str) -> Iterator[TraceConfig]:
     for name in made_of(model):
         for group in _TRAINED:
             if traces := _at(_config(name), f"{group}traces"):
-                yield build(TraceConfig, traces, f"{Path(name) / MANIFEST}: traces")
+                source = Checkpoint(Path(name)).path_of(traces["source"])
+                yield build(TraceConfig, {**traces, "source": source}, f"{Path(name) / MANIFEST}: traces")
 
 
 def made_of(model: str) -> Iterator[str]:
@@ -31,7 +32,8 @@ def made_of(model: str) -> Iterator[str]:
         yield name
         seen.add(name)
         config = _config(name)
-        name = next((found for path in _MADE_OF if isinstance(found := _at(config, path), str)), None)
+        before = next((found for path in _MADE_OF if isinstance(found := _at(config, path), str)), None)
+        name = None if before is None else Checkpoint(Path(name)).path_of(before)
 
 
 def _config(model: str) -> Mapping[str, Any]:

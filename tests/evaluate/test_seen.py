@@ -1,6 +1,7 @@
 """Problems that a model was trained on are counted and told, for the student and for what is made of it."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from tiny_runs import run_config
@@ -38,7 +39,7 @@ def test_problems_of_the_same_seed_are_told_in_one_line(student, capsys):
 
 
 def test_models_made_of_the_student_know_its_traces(student, tmp_path, capsys):
-    small = limbeck.prune(student, pattern="0.5", method="magnitude", out=tmp_path / "pruned")
+    small = limbeck.prune(student, pattern=0.5, method="magnitude", out=tmp_path / "pruned")
     again = train.run(
         run_config({"student.model": str(small.path), "traces.seed": 7, "training.max_steps": 1}), tmp_path / "again"
     )
@@ -66,6 +67,16 @@ def test_what_cannot_be_known_is_none(student, tmp_path, capsys):
     capsys.readouterr()
     assert count_seen(str(trained.path), problems(5)) is None
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_traces_that_were_named_from_another_directory_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    limbeck.import_traces(traces=CHAIN | {"num_traces": 5}, out="written")
+    changes = {"traces": {"source": "written/traces.jsonl"}, "num_validation": 1, "training.max_steps": 1}
+    train.run(run_config(changes), Path("student"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert count_seen("../student", problems(5)) == 5
 
 
 def test_an_evaluation_counts_them_in_its_metrics(student, tmp_path):
