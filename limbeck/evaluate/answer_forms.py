@@ -61,7 +61,7 @@ _SPLIT = re.compile(r"\s*(?:,|;)\s*(?:and\s+|or\s+)?|\s+(?:and|or)\s+", re.IGNOR
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
-class Number(NamedTuple):
+class Quantity(NamedTuple):
     """A numeral and what stands behind it."""
 
     value: Fraction
@@ -93,31 +93,35 @@ def plain(text: str) -> str:
     return re.sub(r"(?<=[A-Za-z])!+$", "", text).strip(" '\"")
 
 
-def number_of(text: str) -> Number | None:
+def number_of(text: str) -> Quantity | None:
     """The number that the whole text is, with its unit; None for anything else. Of a chain of equalities, the last."""
     if len(text) > MOST_CHARACTERS or _DATE.search(text):
         return None
+    text = _last_side(text)
+    if text.lower() in _WORDS:
+        return Quantity(Fraction(_WORDS[text.lower()]), "")
+    match = _NUMBER.fullmatch(text)
+    return None if match is None else _with_unit(match)
+
+
+def _with_unit(match: re.Match[str]) -> Quantity | None:
+    value, unit = _value(match), match["unit"] or ""
+    is_factor = unit and not _is_plain_unit(unit, match.string[match.start("unit") - 1] == " ")
+    if value is None or is_factor:
+        return None
+    size, _, counted = unit.partition(" ")
+    if size.lower() in SIZES:
+        value, unit = value * SIZES[size.lower()], counted
+    return Quantity(-value if "-" in (match["sign"], match["sign2"]) else value, unit_of(match["currency"] or unit))
+
+
+def _last_side(text: str) -> str:
+    """What a chain of equalities ends with, without brackets, `about` and the letters of an ordinal."""
     text = text.rpartition("\u2248")[2].strip()
     text = text.rpartition("=")[2].strip() if "=" in text and not re.search(r"[<>]", text) else text
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()
-    text = re.sub(r"(?<=[0-9])(?:st|nd|rd|th)$", "", text)
-    text = _ABOUT.sub("", text)
-    if text.lower() in _WORDS:
-        return Number(Fraction(_WORDS[text.lower()]), "")
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    if match["unit"] is not None and not _is_plain_unit(match["unit"], text[match.start("unit") - 1] == " "):
-        return None
-    value = _value(match)
-    if value is None:
-        return None
-    sign = -1 if "-" in (match["sign"], match["sign2"]) else 1
-    size, _, counted = (match["unit"] or "").partition(" ")
-    if size.lower() in SIZES:
-        return Number(sign * value * SIZES[size.lower()], unit_of(match["currency"] or counted))
-    return Number(sign * value, unit_of(match["currency"] or match["unit"] or ""))
+    return _ABOUT.sub("", re.sub(r"(?<=[0-9])(?:st|nd|rd|th)$", "", text))
 
 
 def _is_plain_unit(unit: str, is_apart: bool) -> bool:
@@ -143,19 +147,27 @@ def choice_of(text: str) -> tuple[str, str] | None:
 
 def list_of(text: str) -> Listed | None:
     """The entries of a list, set, tuple or interval; None for one answer. `+-2` is two of them."""
-    inner, brackets = text, ""
-    if len(text) > 2 and text[0] in _BRACKETS and text[-1] in ")]}" and _closes_at_end(text):
-        inner, brackets = text[1:-1], text[0] + text[-1]
+    inner, brackets = _unbracketed(text)
     if re.fullmatch(rf"-?(?:{_PLAIN})", inner) and not brackets:
         return None
     if inner.count("+-") == 1 and "," not in inner:
-        before, _, behind = (part.strip() for part in inner.partition("+-"))
-        plus = f"{before}+{behind}" if before else behind
-        return Listed((plus, f"{before}-{behind}"), "{}")
-    entries = [entry for entry in _split_outside(inner) if entry]
+        return Listed(_both_signs(inner), "{}")
+    entries = list(filter(None, _split_outside(inner)))
     if len(entries) < 2:
         return Listed((inner.strip(),), "{}") if brackets == "{}" and entries else None
     return Listed(tuple(_named(entry) for entry in entries), brackets)
+
+
+def _both_signs(text: str) -> tuple[str, str]:
+    before, _, behind = (part.strip() for part in text.partition("+-"))
+    return f"{before}+{behind}" if before else behind, f"{before}-{behind}"
+
+
+def _unbracketed(text: str) -> tuple[str, str]:
+    """What stands in the brackets around a whole text, and the brackets; "" for none."""
+    if len(text) > 2 and text[0] in _BRACKETS and text[-1] in ")]}" and _closes_at_end(text):
+        return text[1:-1], text[0] + text[-1]
+    return text, ""
 
 
 def range_of(text: str) -> tuple[str, str] | None:

@@ -100,9 +100,13 @@ def extract_answer(text: str, style: AnswerStyle = "auto", reference: str | None
     if style != "auto":
         return _FINDERS[style](text) or None
     for marked in ("marked", "hashes", "phrase"):
-        found = _FINDERS[marked](text)
-        if found:
+        if found := _FINDERS[marked](text):
             return found
+    return _nowhere_marked(text, reference)
+
+
+def _nowhere_marked(text: str, reference: str | None) -> str | None:
+    """The whole text where it is an answer, else the choice or the number that it ends with."""
     whole = text.strip("* \t\n")
     if _is_one_value(whole):
         return whole
@@ -117,13 +121,17 @@ def _is_one_value(text: str) -> bool:
     if "\n" in text or len(text) > MOST_VALUE_CHARACTERS:
         return False
     form = plain(text)
+    return bool(_is_list(form) or _is_quantity(form) or _CHOICE.match(text) or _DATE.search(text))
+
+
+def _is_list(form: str) -> bool:
     several = list_of(form)
-    is_list = several is not None and all(
-        number_of(entry) or choice_of(entry) or list_of(entry) for entry in several.entries
-    )
-    has_unit = number_of(form) is not None and re.search(r"[A-Za-z%$€£]", form) is not None
-    is_quantity = has_unit or range_of(form) is not None or _QUANTITY.fullmatch(form) is not None
-    return is_list or is_quantity or _CHOICE.match(text) is not None or _DATE.search(text) is not None
+    return several is not None and all(number_of(one) or choice_of(one) or list_of(one) for one in several.entries)
+
+
+def _is_quantity(form: str) -> bool:
+    has_unit = number_of(form) and re.search(r"[A-Za-z%$€£]", form)
+    return bool(has_unit or range_of(form) or _QUANTITY.fullmatch(form))
 
 
 def _last_boxed(text: str) -> str | None:
@@ -172,15 +180,20 @@ def _sentence(text: str) -> str:
     line = _first_line(text.lstrip("*_}: \t\n")).strip()
     for end in _SENTENCE_END.finditer(line):
         before, rest = line[: end.start()], line[end.end() :].strip(" *_`")
-        if _ABBREVIATED.search(before) or before.count("$") % 2 or before.count("(") > before.count(")"):
-            continue
-        if _CHOICE.fullmatch(before.strip("*_` ")) and rest and len(rest.split()) < 5 and not rest.endswith(("!", "?")):
-            continue
-        line = before
-        break
+        if not _goes_on(before, rest):
+            line = before
+            break
     aside = _ASIDE.search(line)
     line = line[: aside.start()] if aside and aside.start() else line
     return _unmarked(line)
+
+
+def _goes_on(before: str, rest: str) -> bool:
+    """Whether a full stop ends no sentence: within an abbreviation or a formula, or behind the letter of a choice."""
+    if _ABBREVIATED.search(before) or before.count("$") % 2 or before.count("(") > before.count(")"):
+        return True
+    is_choice = _CHOICE.fullmatch(before.strip("*_` ")) is not None
+    return is_choice and 0 < len(rest.split()) < 5 and not rest.endswith(("!", "?"))
 
 
 def _unmarked(text: str) -> str:

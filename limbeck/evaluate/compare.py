@@ -6,12 +6,13 @@ What no rule decides is left open, for math-verify or as unknown: wrong means th
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from limbeck.evaluate.answer_forms import (
     MOST_CHARACTERS,
     Listed,
-    Number,
+    Quantity,
     choice_of,
     date_of,
     has_several_numbers,
@@ -73,20 +74,20 @@ def _compare_plain(given: str, right: str) -> Verdict | None:
 
 def _by_choice(given: str, right: str) -> Verdict | None:
     """A letter against a letter, a letter with its text against either."""
-    theirs, ours = choice_of(right), choice_of(given)
-    if theirs is None and ours is not None and ours[1]:
-        return Verdict.RIGHT if _compare_plain(ours[1], right) is Verdict.RIGHT else None
+    theirs, (letter, text) = choice_of(right), choice_of(given) or (None, "")
     if theirs is None:
-        return None
+        return Verdict.RIGHT if _is_right(text, right) else None
     letters = _letters(given)
     if len(letters) > 1:
         return Verdict.WRONG if len(given.split()) <= MOST_WORDS_OF_A_CHOICE else Verdict.UNKNOWN
-    if ours is not None or letters:
-        return _verdict((ours[0] if ours else letters[0]) == theirs[0])
-    if theirs[1]:
-        return Verdict.RIGHT if _compare_plain(given, theirs[1]) is Verdict.RIGHT else Verdict.UNKNOWN
-    # It may be the text of the right choice, which is not known here.
-    return Verdict.UNKNOWN
+    if letter or letters:
+        return _verdict((letter or letters[0]) == theirs[0])
+    # It may be the text of the right choice, which is not always known here.
+    return Verdict.RIGHT if _is_right(given, theirs[1]) else Verdict.UNKNOWN
+
+
+def _is_right(given: str, right: str) -> bool:
+    return bool(given and right) and _compare_plain(given, right) is Verdict.RIGHT
 
 
 def _by_flag(given: str, right: str) -> Verdict | None:
@@ -114,7 +115,7 @@ def _by_aside(given: str, right: str) -> Verdict | None:
     match = re.fullmatch(r"([^()]+) \(([^()]+)\)", given)
     if match is None or not re.search(r"[A-Za-z]{2}", given) or "(" in right:
         return None
-    return Verdict.RIGHT if any(_compare_plain(part, right) is Verdict.RIGHT for part in match.groups()) else None
+    return Verdict.RIGHT if any(_is_right(part, right) for part in match.groups()) else None
 
 
 def _by_unit(given: str, right: str) -> Verdict | None:
@@ -137,31 +138,41 @@ def _by_number(given: str, right: str) -> Verdict | None:
     theirs, ours = number_of(right), number_of(given)
     if theirs is None:
         return None
-    if ours is not None:
-        verdicts = [equal_numbers(number, theirs) for part in given.split("\u2248") if (number := number_of(part))]
-        return Verdict.RIGHT if Verdict.RIGHT in verdicts else equal_numbers(ours, theirs)
+    if ours is None:
+        return _by_other_than_one_number(given, theirs)
+    sides = filter(None, map(number_of, given.split("\u2248")))
+    is_one_side = any(equal_numbers(side, theirs) is Verdict.RIGHT for side in sides)
+    return Verdict.RIGHT if is_one_side else equal_numbers(ours, theirs)
+
+
+def _by_other_than_one_number(given: str, theirs: Quantity) -> Verdict | None:
     if re.fullmatch(r"-?[0-9]+,[0-9]+", given) and number_of(given.replace(",", ".")) == theirs:
         return Verdict.UNKNOWN  # A comma for a decimal point, or two numbers.
-    if range_of(given) is not None or (list_of(given) is None and _is_hedged(given) and has_several_numbers(given)):
+    if range_of(given) is not None:
         return Verdict.WRONG
     several = list_of(given)
-    if several is not None:
-        numbers = [number_of(entry) for entry in several.entries]
-        if len({number.unit for number in numbers if number and is_unit(number.unit)}) > 1 and len(numbers) > 1:
-            return Verdict.RIGHT if _are_all(numbers, theirs) else Verdict.UNKNOWN  # `2 hours and 5 minutes`.
-        return _verdict(_are_all(numbers, theirs))
-    return None
+    if several is None:
+        return Verdict.WRONG if _is_hedged(given) and has_several_numbers(given) else None
+    return _by_numbers([number_of(entry) for entry in several.entries], theirs)
+
+
+def _by_numbers(numbers: Sequence[Quantity | None], theirs: Quantity) -> Verdict:
+    """The entries of a list against one number."""
+    if all(number is not None and equal_numbers(number, theirs) is Verdict.RIGHT for number in numbers):
+        return Verdict.RIGHT  # `0.5 or 50%`.
+    units = {number.unit for number in filter(None, numbers)}
+    return Verdict.UNKNOWN if sum(map(is_unit, units)) > 1 else Verdict.WRONG  # `2 hours and 5 minutes` is open.
 
 
 def _by_list(given: str, right: str) -> Verdict | None:
-    theirs, ours = list_of(right), list_of(given)
-    if theirs is not None and re.fullmatch("[A-J]{2,6}", given) and all(len(entry) == 1 for entry in theirs.entries):
-        ours = Listed(tuple(given), "")
     if (ends := range_of(right)) is not None:
         found = range_of(given)
-        return None if found is None else _all([_compare_plain(a, b) for a, b in zip(found, ends, strict=True)])
+        return None if found is None else _all_equal(found, ends)
+    theirs, ours = list_of(right), list_of(given)
     if theirs is None:
         return None
+    if re.fullmatch("[A-J]{2,6}", given) and all(len(entry) == 1 for entry in theirs.entries):
+        ours = Listed(tuple(given), "")
     if ours is None:
         return Verdict.WRONG if number_of(given) is not None and len(theirs.entries) > 1 else None
     return _equal_lists(ours, theirs)
@@ -181,22 +192,20 @@ def _by_words(given: str, right: str) -> Verdict | None:
     return Verdict.UNKNOWN if set(ours) & set(theirs) else Verdict.WRONG
 
 
-def _are_all(numbers: list[Number | None], theirs: Number) -> bool:
-    """Whether all entries are the one number, as in `0.5 or 50%`."""
-    return all(number is not None and equal_numbers(number, theirs) is Verdict.RIGHT for number in numbers)
-
-
 def _equal_lists(ours: Listed, theirs: Listed) -> Verdict | None:
     is_ordered = ours.brackets not in ("", "{}") and theirs.brackets not in ("", "{}")
-    if is_ordered and ours.brackets != theirs.brackets:
-        return Verdict.WRONG
-    if len(ours.entries) != len(theirs.entries):
+    if (is_ordered and ours.brackets != theirs.brackets) or len(ours.entries) != len(theirs.entries):
         return Verdict.WRONG
     if is_ordered or theirs.brackets in ("()", "[]", "[)", "(]"):
-        return _all([_compare_plain(a, b) for a, b in zip(ours.entries, theirs.entries, strict=True)])
-    left = list(ours.entries)
-    for entry in theirs.entries:
-        found = next((other for other in left if _compare_plain(other, entry) is Verdict.RIGHT), None)
+        return _all_equal(ours.entries, theirs.entries)
+    return _equal_sets(ours.entries, theirs.entries)
+
+
+def _equal_sets(ours: Sequence[str], theirs: Sequence[str]) -> Verdict | None:
+    """As many entries in any order: each takes its equal."""
+    left = list(ours)
+    for entry in theirs:
+        found = next((other for other in left if _is_right(other, entry)), None)
         if found is None:
             open_ones = any(_compare_plain(other, entry) in (None, Verdict.UNKNOWN) for other in left)
             return None if open_ones else Verdict.WRONG
@@ -204,7 +213,9 @@ def _equal_lists(ours: Listed, theirs: Listed) -> Verdict | None:
     return Verdict.RIGHT
 
 
-def _all(verdicts: list[Verdict | None]) -> Verdict | None:
+def _all_equal(ours: Sequence[str], theirs: Sequence[str]) -> Verdict | None:
+    """As many entries, one by one."""
+    verdicts = [_compare_plain(a, b) for a, b in zip(ours, theirs, strict=True)]
     if Verdict.WRONG in verdicts:
         return Verdict.WRONG
     if None in verdicts:

@@ -18,7 +18,7 @@ from limbeck.ledger import backbone_forward_flops, head_forward_flops
 from limbeck.models.anatomy import Computed, Sizes
 from limbeck.models.load import load_tokenizer, vocabulary_size
 from limbeck.traces.generation_cost import response_tokens
-from limbeck.traces.render import RenderConfig, render_prompt
+from limbeck.traces.render import render_prompt
 from limbeck.traces.sources import read_problems
 from limbeck.traces.trace import Trace
 
@@ -36,26 +36,29 @@ def predict_evaluate(
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.model)
     shape = model or config_of(config.model)
     hardware, parts = hardware or measure(), []
-    if config.problems is not None:
-        asked = list(read_problems(config.problems)[0] if problems is None else problems)
-        written = new_tokens or response_tokens(asked, tokenizer, config.render, config.evaluate.max_new_tokens)
-        lengths = _lengths(asked, tokenizer, config.render)
-        sampling, vocab = config.evaluate, vocabulary_size(tokenizer)
-        parts.append(predict_sampling("evaluate", shape, lengths, written, sampling, hardware, vocab))
-    if config.benchmark is not None:
-        lengths = _lengths(benchmark_task(config.benchmark).problems, tokenizer, config.render)
-        written = new_tokens or config.evaluate.max_new_tokens
-        sampling, vocab = config.evaluate, vocabulary_size(tokenizer)
-        parts.append(predict_sampling("evaluate", shape, lengths, written, sampling, hardware, vocab))
+    asked, written = _asked(config, tokenizer, problems)
+    if asked:
+        lengths = [len(render_prompt(tokenizer, one.messages, config.render)) for one in asked]
+        vocab = vocabulary_size(tokenizer)
+        written = new_tokens or written
+        parts.append(predict_sampling("evaluate", shape, lengths, written, config.evaluate, hardware, vocab))
     if config.perplexity is not None:
         windows = [len(window) for window in token_windows(config.perplexity, tokenizer, config.render)]
         parts.append(_perplexity(frozen_sizes(shape, vocabulary_size(tokenizer)), windows, hardware))
     return total("evaluate", parts)
 
 
-def _lengths(asked: Sequence[Trace | Problem], tokenizer: Any, config: RenderConfig) -> list[int]:
-    """Tokens of the prompts."""
-    return [len(render_prompt(tokenizer, one.messages, config)) for one in asked]
+def _asked(
+    config: EvaluateStageConfig, tokenizer: Any, problems: Sequence[Trace] | None
+) -> tuple[Sequence[Trace | Problem], int]:
+    """What is asked, and how many tokens are written to it at the most, or on average where solutions tell."""
+    limit = config.evaluate.max_new_tokens
+    if config.benchmark is not None:
+        return benchmark_task(config.benchmark).problems, limit
+    if config.problems is None:
+        return (), 0
+    asked = list(read_problems(config.problems)[0] if problems is None else problems)
+    return asked, response_tokens(asked, tokenizer, config.render, limit)
 
 
 def _perplexity(sizes: Sizes, windows: Sequence[int], hardware: Hardware) -> Prediction:

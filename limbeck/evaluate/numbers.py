@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from limbeck.evaluate.answer_forms import Number
+from limbeck.evaluate.answer_forms import Quantity
 from limbeck.evaluate.answers import Verdict
 from limbeck.evaluate.units import is_unit
 
@@ -24,24 +24,26 @@ _SCALES = {
 """Larger unit and smaller: how many of the smaller it has."""
 
 
-def equal_numbers(ours: Number, theirs: Number) -> Verdict:
+def equal_numbers(ours: Quantity, theirs: Quantity) -> Verdict:
     """Whether two numbers are one, in whatever units; unknown where nothing is known of the units.
 
     A number without a unit is of any; a share is equal to its percentage.
     """
     if ours.unit == theirs.unit or not ours.unit or not theirs.unit:
-        if ours.value == theirs.value:
-            return Verdict.RIGHT
-        shares = (ours, theirs) if ours.unit == "%" else (theirs, ours)
-        is_share = shares[0].unit == "%" and not shares[1].unit and shares[0].value / 100 == shares[1].value
-        return _verdict(is_share)
-    for (large, small), factor in _SCALES.items():
-        for one, other in ((ours, theirs), (theirs, ours)):
-            if (one.unit, other.unit) == (large, small):
-                return _verdict(one.value * factor == other.value)
+        return _verdict(ours.value == theirs.value or _is_its_percentage(ours, theirs))
+    for one, other in ((ours, theirs), (theirs, ours)):
+        factor = _SCALES.get((one.unit, other.unit))
+        if factor is not None:
+            return _verdict(one.value * factor == other.value)
     if ours.value != theirs.value or (is_unit(ours.unit) and is_unit(theirs.unit)):
         return Verdict.WRONG
     return Verdict.UNKNOWN
+
+
+def _is_its_percentage(one: Quantity, other: Quantity) -> bool:
+    """Whether the one is a share and the other the same in percent, in either order."""
+    percent, share = sorted((one, other), key=lambda number: number.unit != "%")
+    return percent.unit == "%" and not share.unit and percent.value / 100 == share.value
 
 
 def _verdict(is_right: bool) -> Verdict:

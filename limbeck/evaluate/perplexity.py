@@ -74,14 +74,8 @@ def token_windows(config: PerplexityConfig, tokenizer: Any, rendering: RenderCon
 
     Raises: ConfigError when the text is missing, unreadable or shorter than 2 tokens.
     """
-    if config.traces is not None:
-        traces, read = read_traces(config.traces)
-        tell(read.lines())
-        sequences = [render(trace, tokenizer, rendering).input_ids.tolist() for trace in traces]
-    else:
-        sequences = [tokenizer(read_text(config.text), add_special_tokens=False, verbose=False)["input_ids"]]
     windows, left = [], config.max_tokens
-    for ids in sequences:
+    for ids in _sequences(config, tokenizer, rendering):
         ids = ids if left is None else ids[:left]
         left = None if left is None else left - len(ids)
         pieces = (ids[start : start + config.window_tokens] for start in range(0, len(ids), config.window_tokens))
@@ -89,6 +83,14 @@ def token_windows(config: PerplexityConfig, tokenizer: Any, rendering: RenderCon
     if not windows:
         raise ConfigError(f"perplexity: {config.text if config.traces is None else 'the traces'}: fewer than 2 tokens.")
     return windows
+
+
+def _sequences(config: PerplexityConfig, tokenizer: Any, rendering: RenderConfig) -> list[list[int]]:
+    if config.traces is None:
+        return [tokenizer(read_text(config.text), add_special_tokens=False, verbose=False)["input_ids"]]
+    traces, read = read_traces(config.traces)
+    tell(read.lines())
+    return [render(trace, tokenizer, rendering).input_ids.tolist() for trace in traces]
 
 
 def read_text(source: str) -> str:
@@ -118,7 +120,7 @@ def window_sums(
     model: nn.Module,
     windows: Sequence[Sequence[int]],
     reference: nn.Module | None = None,
-    advance: Callable[[int], Any] | None = None,
+    advance: Callable[[int], Any] = lambda _: None,
 ) -> WindowSums:
     """Sums of -log p(token | those before it in its window), and of sum_v q_v log(q_v / p_v) with q the reference's.
 
@@ -146,8 +148,7 @@ def window_sums(
             if reference_logits is not None:
                 expected = next(reference_logits).to(rows.device).log_softmax(-1)
                 np.add.at(kl, owner[place], _divergence(expected, log_probs).cpu().numpy())
-        if advance is not None:
-            advance(len(batch))
+        advance(len(batch))
     tokens = np.array([len(ids) - 1 for ids in windows], dtype=np.float64)
     return WindowSums(nll, kl if reference is not None else None, tokens)
 

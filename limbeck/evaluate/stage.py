@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from limbeck.evaluate.benchmark_data import BenchmarkConfig, benchmark_task
 from limbeck.evaluate.benchmarks import BENCHMARKS
 from limbeck.evaluate.metrics import mean_interval
 from limbeck.evaluate.perplexity import PerplexityConfig, token_windows, window_sums
-from limbeck.evaluate.run import EvaluateConfig, EvaluationResult, evaluate, summarise
+from limbeck.evaluate.run import EvaluateConfig, EvaluationResult, ProblemResult, evaluate, summarise
 from limbeck.evaluate.seen import count_seen
 from limbeck.evaluate.tasks import Task, task_from_traces
 from limbeck.models.load import load_model, load_tokenizer, model_hash
@@ -118,26 +119,39 @@ def with_benchmark(
         return result, {}
     markers = (config.render.start_marker, config.render.end_marker)
     found = [
-        [
-            measure(problem.metadata, answer_part(output, *markers, row.prompt.rstrip().endswith(markers[0])) or "")
-            for output in row.outputs
-        ]
+        [measure(problem.metadata, answer) for answer in _answers(row, *markers)]
         for problem, row in zip(task.problems, result.rows, strict=True)
     ]
-    measured: dict[str, float] = {}
-    for metric in found[0][0]:
-        interval = mean_interval([[sample[metric] for sample in samples] for samples in found], config.evaluate.seed)
-        measured |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
     if all(problem.reference is None for problem in task.problems):
         first = next(iter(found[0][0]))
-        names = (Verdict.WRONG.value, Verdict.RIGHT.value)
-        rows = [
-            replace(row, verdicts=[names[int(sample[first])] for sample in samples])
-            for row, samples in zip(result.rows, found, strict=True)
-        ]
-        seconds = {name: value for name, value in result.summary.items() if name.endswith("seconds")}
-        result = EvaluationResult(rows, summarise(rows, config.evaluate) | seconds)
-    return result, measured
+        result = _judged(result, [[bool(sample[first]) for sample in samples] for samples in found], config.evaluate)
+    return result, _intervals(found, config.evaluate.seed)
+
+
+def _intervals(found: Sequence[Sequence[Mapping[str, float]]], seed: int) -> dict[str, float]:
+    """The mean of every metric over problems, and the ends of its interval."""
+    measured: dict[str, float] = {}
+    for metric in found[0][0]:
+        interval = mean_interval([[sample[metric] for sample in samples] for samples in found], seed)
+        measured |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+    return measured
+
+
+def _answers(row: ProblemResult, start_marker: str, end_marker: str) -> list[str]:
+    """What follows the thought in every output; "" where nothing does."""
+    is_open = row.prompt.rstrip().endswith(start_marker)
+    return [answer_part(output, start_marker, end_marker, is_open) or "" for output in row.outputs]
+
+
+def _judged(result: EvaluationResult, is_right: Sequence[Sequence[bool]], config: EvaluateConfig) -> EvaluationResult:
+    """The result with other verdicts, a list a problem."""
+    names = (Verdict.WRONG.value, Verdict.RIGHT.value)
+    rows = [
+        replace(row, verdicts=[names[right] for right in samples])
+        for row, samples in zip(result.rows, is_right, strict=True)
+    ]
+    seconds = {name: value for name, value in result.summary.items() if name.endswith("seconds")}
+    return EvaluationResult(rows, summarise(rows, config) | seconds)
 
 
 def problems_of(model: str, source: TraceConfig, rendering: RenderConfig) -> list[Trace]:

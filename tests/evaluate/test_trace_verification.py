@@ -7,7 +7,8 @@ import pytest
 from limbeck.checkpoint import Checkpoint
 from limbeck.config import build
 from limbeck.errors import ConfigError
-from limbeck.evaluate.verify import Overlap, VerifyConfig, pass_rates, run
+from limbeck.evaluate.overlap import Overlap
+from limbeck.evaluate.verify import VerifyConfig, pass_rates, run
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.trace import Trace, write_jsonl
 
