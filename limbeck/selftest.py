@@ -33,7 +33,7 @@ class Routine(NamedTuple):
     advice: str = "another build of torch; limbeck's results on this one are wrong"
 
 
-class Outcome(NamedTuple):
+class RoutineResult(NamedTuple):
     """What came of a routine on so many threads."""
 
     routine: Routine
@@ -47,13 +47,13 @@ class Outcome(NamedTuple):
         return self.error <= self.routine.tolerance
 
 
-def run(threads: int) -> list[Outcome]:
+def run(threads: int) -> list[RoutineResult]:
     """Every routine on one thread and on `threads`."""
     counts = sorted({1, threads})
     return [outcome for routine in _routines() for outcome in _tried(routine, counts)]
 
 
-def _tried(routine: Routine, counts: list[int]) -> Iterator[Outcome]:
+def _tried(routine: Routine, counts: list[int]) -> Iterator[RoutineResult]:
     with _threads(1):
         right = routine.call(torch.float64)
     for count in counts:
@@ -63,7 +63,7 @@ def _tried(routine: Routine, counts: list[int]) -> Iterator[Outcome]:
                 error = float(difference / right.abs().max())
             except RuntimeError:
                 error = float("inf")
-        yield Outcome(routine, count, error)
+        yield RoutineResult(routine, count, error)
 
 
 def _routines() -> list[Routine]:

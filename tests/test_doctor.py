@@ -97,7 +97,7 @@ def test_a_wrong_routine_is_told(fault, monkeypatch):
 
 def test_a_wrong_routine_is_on_the_page(monkeypatch):
     routine = next(r for r in selftest._routines() if r.name == "Cholesky")
-    monkeypatch.setattr(selftest, "run", lambda threads: [selftest.Outcome(routine, 2, 0.3)])
+    monkeypatch.setattr(selftest, "run", lambda threads: [selftest.RoutineResult(routine, 2, 0.3)])
     told = {check.about: check for check in doctor._numerics()}
     assert told["Cholesky"].state == "wrong" and told["Cholesky"].found == "wrong by 30.0% on 2 threads"
 
@@ -105,7 +105,7 @@ def test_a_wrong_routine_is_on_the_page(monkeypatch):
 def test_a_routine_that_limbeck_avoids_is_a_note(monkeypatch):
     monkeypatch.setattr(torch.linalg, "solve", lambda a, b: 0 * b)
     routine = next(r for r in selftest._routines() if not r.is_used)
-    outcome = selftest.Outcome(routine, 2, 0.4)
+    outcome = selftest.RoutineResult(routine, 2, 0.4)
     assert not outcome.is_right
     monkeypatch.setattr(selftest, "run", lambda threads: [outcome])
     (_, told) = doctor._numerics()

@@ -15,6 +15,18 @@ from limbeck.distill import train
 from limbeck.stage import Stage
 
 _RESUMES = ("overwrite", "resume")
+_OF_BOTH = (
+    "calibration.text",
+    "calibration.traces.source",
+    "calibration.sequences",
+    "calibration.sequence_length_tokens",
+    "moments",
+    "dense_targets",
+    "gate.sequences",
+    "gate.max_kl_nats",
+    "ignore",
+)
+"""What people change of pruning and quantisation alike."""
 
 PRUNE = Stage(
     name="prune",
@@ -34,15 +46,7 @@ PRUNE = Stage(
         "budget.target",
         "multiple_of",
         "pattern",
-        "calibration.text",
-        "calibration.traces.source",
-        "calibration.sequences",
-        "calibration.sequence_length_tokens",
-        "moments",
-        "dense_targets",
-        "gate.sequences",
-        "gate.max_kl_nats",
-        "ignore",
+        *_OF_BOTH,
     ),
 )
 QUANTIZE = Stage(
@@ -61,15 +65,7 @@ QUANTIZE = Stage(
         "equalization",
         "mixed.bits_per_weight",
         "pattern",
-        "calibration.text",
-        "calibration.traces.source",
-        "calibration.sequences",
-        "calibration.sequence_length_tokens",
-        "moments",
-        "dense_targets",
-        "gate.sequences",
-        "gate.max_kl_nats",
-        "ignore",
+        *_OF_BOTH,
     ),
 )
 

@@ -23,7 +23,7 @@ from limbeck.compress.calibrate import CalibrationConfig, calibration_rows
 from limbeck.compress.folds import Fold
 from limbeck.compress.method import Solution
 from limbeck.compress.problem import LayerProblem, Moments
-from limbeck.compress.vocabulary import check_tokens
+from limbeck.compress.tokenizer_fit import check_tokens
 from limbeck.compress.walk import WalkOptions, walk
 from limbeck.compress.weights import SafetensorSource, ShardWriter
 from limbeck.config import checked, config_hash

@@ -19,7 +19,7 @@ from limbeck.compress.fidelity import GateConfig, check, compare, label_ids, lim
 from limbeck.compress.method import Method, Record
 from limbeck.compress.moments import StoredMoments
 from limbeck.compress.problem import Moments
-from limbeck.compress.vocabulary import check_tokens
+from limbeck.compress.tokenizer_fit import check_tokens
 from limbeck.compress.walk import WalkOptions, foldable, solve_stored, walk, write_rest
 from limbeck.compress.weights import ShardWriter
 from limbeck.config import checked, config_hash

@@ -14,6 +14,7 @@ killed walk goes on and ends with the same bits.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def walk(
                 with stopping(block, stops, valid):
                     streams["compressed"] = output_of(block, streams["compressed"], calls[number])
                 _write_block(blocks, number, block, method, writer)
-            solved = [record for stop in stops for record in stop.records]
+            solved = list(itertools.chain.from_iterable(stop.records for stop in stops))
             records += solved
             journal.write(writer.directory, fingerprint, number + 1, records, streams)
             # The block's weights are garbage by now, and would add up before the collector comes by.

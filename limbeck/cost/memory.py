@@ -140,7 +140,7 @@ def loss_bytes(loss: Loss, way: Way, rows: int, threads: int) -> int:
     return head + copies + 4 * rows * loss.width + teacher_rows + logits + BLOCK_TEMPORARIES * block
 
 
-class Student(NamedTuple):
+class TrainedModel(NamedTuple):
     """A model that trains."""
 
     sizes: Sizes
@@ -149,7 +149,7 @@ class Student(NamedTuple):
     trainable_parameters: int
 
 
-class Teacher(NamedTuple):
+class LiveTeacher(NamedTuple):
     """A live teacher."""
 
     sizes: Sizes
@@ -158,8 +158,8 @@ class Teacher(NamedTuple):
 
 
 def training_memory(
-    student: Student,
-    teachers: Sequence[Teacher],
+    student: TrainedModel,
+    teachers: Sequence[LiveTeacher],
     loss: Loss,
     largest: Pass,
     teacher_passes: Sequence[Pass],
@@ -212,7 +212,7 @@ def training_memory(
     return with_program(highest, is_adapted or way.is_recomputed) if way.is_cpu else highest
 
 
-def _teaching_bytes(teacher: Teacher, sent: Pass) -> int:
+def _teaching_bytes(teacher: LiveTeacher, sent: Pass) -> int:
     casts = 2 * teacher.sizes.linear_weights if teacher.way.is_bf16 else 0
     return forward_bytes(teacher.dims, teacher.way, sent.computed) + casts
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from limbeck.cost.hardware import Hardware, measure
-from limbeck.cost.memory import Loss, Pass, Student, Teacher, Way, saved_bytes, states_of, training_memory
+from limbeck.cost.memory import LiveTeacher, Loss, Pass, TrainedModel, Way, saved_bytes, states_of, training_memory
 from limbeck.cost.prediction import Prediction, flops_of
 from limbeck.cost.shapes import Dims, config_of, on_meta, scratch_shape
 from limbeck.distill.config import DistillConfig, TeacherConfig
@@ -53,8 +53,8 @@ class Setup(NamedTuple):
     """A run without its weights."""
 
     config: DistillConfig
-    student: Student
-    teachers: tuple[Teacher, ...]
+    student: TrainedModel
+    teachers: tuple[LiveTeacher, ...]
     """The live ones."""
     loss: Loss
     data: Data
@@ -157,7 +157,7 @@ def set_up(
 
 
 def _loss_of(
-    config: DistillConfig, learner: Student, teachers: Sequence[Teacher], stored: Sequence[tuple[int, int]]
+    config: DistillConfig, learner: TrainedModel, teachers: Sequence[LiveTeacher], stored: Sequence[tuple[int, int]]
 ) -> Loss:
     return Loss(
         vocab=learner.sizes.vocab_size,
@@ -178,7 +178,7 @@ def _is_live(teacher: TeacherConfig) -> bool:
     return teacher.server is None and teacher.cache is None
 
 
-def student_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> Student:
+def student_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> TrainedModel:
     """The student of a run as it trains."""
     with warnings.catch_warnings():
         # transformers renames the switch for recomputation; the run itself says so once.
@@ -196,10 +196,10 @@ def student_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_acc
         is_cpu=not is_accelerator,
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Student(sizes_of(model, vocab_size), Dims.of(shape), way, parameters)
+    return TrainedModel(sizes_of(model, vocab_size), Dims.of(shape), way, parameters)
 
 
-def teacher_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> Teacher:
+def teacher_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> LiveTeacher:
     """A live teacher of a run."""
     model = on_meta(shape).eval().requires_grad_(False)
     training = config.training
@@ -211,7 +211,7 @@ def teacher_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_acc
         _has_head_norms(shape),
         not is_accelerator,
     )
-    return Teacher(sizes_of(model, vocab_size), Dims.of(shape), way)
+    return LiveTeacher(sizes_of(model, vocab_size), Dims.of(shape), way)
 
 
 def predict_run(setup: Setup, hardware: Hardware, world_size: int = 1, notes: Sequence[str] = ()) -> Prediction:

@@ -26,7 +26,7 @@ from limbeck.errors import ModelError
 from limbeck.models.load import load_model
 from limbeck.models.parts import LogitForm, causal_lm_of
 from limbeck.models.probe import agrees, ask
-from limbeck.models.quantized import Layer
+from limbeck.models.quantized import QuantizedLayer
 from limbeck.progress import console
 
 
@@ -37,7 +37,10 @@ def load_decoder(name: str, precision: Precision = "auto", max_tokens: int = 327
 
 
 def decoder_of(
-    model: Any, precision: Precision = "float32", max_tokens: int = 32768, stored: Mapping[str, Layer] | None = None
+    model: Any,
+    precision: Precision = "float32",
+    max_tokens: int = 32768,
+    stored: Mapping[str, QuantizedLayer] | None = None,
 ) -> Backend:
     """The fastest decoder that computes what a model in memory does; it reads the model's weights where they are.
 

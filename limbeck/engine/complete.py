@@ -107,12 +107,12 @@ def write(
     )
     running: dict[int, Completion] = {}
     while waiting or running:
+        free = config.batch_size - len(running)
         # Together, since reading a few prompts costs a pass over the weights.
-        if waiting and 8 * (config.batch_size - len(running)) >= config.batch_size:
-            for job, found in [waiting.popleft() for _ in range(min(config.batch_size - len(running), len(waiting)))]:
-                running[generator.add(job)] = found
-        ended = _step(generator, running)
-        if ended:
+        for _ in range(min(free, len(waiting)) if 8 * free >= config.batch_size else 0):
+            job, found = waiting.popleft()
+            running[generator.add(job)] = found
+        if ended := _step(generator, running):
             advance(ended)
     return done
 

@@ -12,6 +12,7 @@ last bits with the number of rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,9 +21,8 @@ from torch import Tensor
 
 from limbeck.engine.attention import attend, attend_last
 from limbeck.engine.int8 import Int8Linear
-from limbeck.engine.states import KeyValues, Segment
-from limbeck.engine.weights import Block, Linear, Weights
-from limbeck.errors import ModelError
+from limbeck.engine.states import KeyValues, Segment, check_segment
+from limbeck.engine.weights import LayerWeights, Linear, Weights
 from limbeck.models.ops import rotate_alike_, unit_of
 
 SERIAL_ELEMENTS = 32767
@@ -135,39 +135,22 @@ class Decoder:
 
     def _layout(self, segments: Sequence[Segment], every_row: bool) -> _Layout:
         for segment in segments:
-            if not len(segment.tokens):
-                raise ModelError("a segment without tokens; there is nothing to compute.")
-            if segment.start + len(segment.tokens) > self.max_tokens:
-                raise ModelError(
-                    f"a prompt of {segment.start + len(segment.tokens)} tokens; the limit is {self.max_tokens}."
-                )
+            check_segment(segment, self.max_tokens, self.embeddings)
         order = sorted(range(len(segments)), key=lambda i: (not _is_step(segments[i]), *_kind(segments[i])))
-        groups: list[_Group] = []
-        firsts = [0] * len(segments)
-        end = 0
-        steps = _steps_of([segments[i] for i in order if _is_step(segments[i])], len(self.weights.blocks))
-        for index in order:
-            segment = segments[index]
-            firsts[index] = end
-            if _is_step(segment):
-                pass  # in `steps`
-            elif groups and _kind(groups[-1].like) == _kind(segment):
-                groups[-1] = groups[-1]._replace(segments=groups[-1].segments + 1)
-            else:
-                groups.append(_Group(end, 1, len(segment.tokens), segment))
-            end += len(segment.tokens)
-        ids = [token for index in order for token in segments[index].tokens]
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.embeddings:
-            raise ModelError(f"token ids {low} to {high}; the model has 0 to {self.embeddings - 1}.")
-        spans = [(first, first + len(s.tokens)) for first, s in zip(firsts, segments, strict=True)]
-        rows = [row for first, stop in spans for row in range(first if every_row else stop - 1, stop)]
-        positions = [p for i in order for p in range(segments[i].start, segments[i].start + len(segments[i].tokens))]
-        tensors = [torch.tensor(numbers, device=self.device) for numbers in (ids, positions, rows)]
-        return _Layout(tensors[0], tensors[1], tensors[2], steps, groups)
+        ordered = [segments[i] for i in order]
+        ids = [token for segment in ordered for token in segment.tokens]
+        positions = itertools.chain.from_iterable(range(s.start, s.start + len(s.tokens)) for s in ordered)
+        ends = dict(zip(order, itertools.accumulate(len(segment.tokens) for segment in ordered), strict=True))
+        rows = itertools.chain.from_iterable(
+            range(ends[i] - (len(segment.tokens) if every_row else 1), ends[i]) for i, segment in enumerate(segments)
+        )
+        steps = _steps_of(list(filter(_is_step, ordered)), len(self.weights.blocks))
+        numbers = (torch.tensor(list(each), device=self.device) for each in (ids, positions, rows))
+        tokens, places, returned = numbers
+        return _Layout(tokens, places, returned, steps, _groups_of(ordered))
 
     def _attention(
-        self, normed: Tensor, block: Block, number: int, turns: tuple[Tensor, Tensor], layout: _Layout
+        self, normed: Tensor, block: LayerWeights, number: int, turns: tuple[Tensor, Tensor], layout: _Layout
     ) -> Tensor:
         """[U D] -> [U N H flat], before the output product."""
         joint = block.qkv(normed).unflatten(1, (-1, self.head_size))
@@ -202,7 +185,7 @@ class Decoder:
             prefix.keys[number, :, start : start + group.length] = key[group.rows].transpose(0, 1)
             prefix.values[number, :, start : start + group.length] = value[group.rows].transpose(0, 1)
 
-    def _feed_forward(self, x: Tensor, block: Block) -> Tensor:
+    def _feed_forward(self, x: Tensor, block: LayerWeights) -> Tensor:
         gate, up = block.gate_up(self._normed(x, block.mlp_norm)).chunk(2, 1)
         for rows in gate.split(max(1, SERIAL_ELEMENTS // gate.shape[1])):
             rows.copy_(self.weights.activation(rows))
@@ -239,6 +222,19 @@ class Decoder:
         if bias is not None:
             logits = logits + bias[labels]
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _groups_of(ordered: Sequence[Segment]) -> list[_Group]:
+    """Those that are computed together, of segments in the order of the pass; without the steps at its front."""
+    groups: list[_Group] = []
+    end = 0
+    for segment in ordered:
+        if groups and _kind(groups[-1].like) == _kind(segment):
+            groups[-1] = groups[-1]._replace(segments=groups[-1].segments + 1)
+        elif not _is_step(segment):
+            groups.append(_Group(end, 1, len(segment.tokens), segment))
+        end += len(segment.tokens)
+    return groups
 
 
 def _kind(segment: Segment) -> tuple[int, int, int, bool]:

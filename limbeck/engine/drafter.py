@@ -99,11 +99,15 @@ class Drafter:
             texts = {number: self._texts[number] for number, run in runs.items() if place < run.left_tokens - 1}
             if not texts:
                 break
-            self._compute(self._steps.run, [(text, span) for text in texts.values() for span in text.next_spans()])
-            logits = self._steps.logits(torch.stack([text.state for text in texts.values()]))
-            for (number, text), row in zip(texts.items(), logits, strict=True):
-                found[number].append(text.propose(row))
+            for number, proposal in zip(texts, self._next(list(texts.values())), strict=True):
+                found[number].append(proposal)
         return {number: proposals for number, proposals in found.items() if proposals}
+
+    def _next(self, texts: Sequence[_Text]) -> list[Proposal]:
+        """One more token of every text."""
+        self._compute(self._steps.run, [(text, span) for text in texts for span in text.next_spans()])
+        logits = self._steps.logits(torch.stack([text.state for text in texts]))
+        return [text.propose(row) for text, row in zip(texts, logits, strict=True)]
 
     def settle(self, number: int, text_tokens: int, proposed: int, accepted: int) -> None:
         """Proposals have been looked at. `text_tokens`: length of the text now, the token behind them included."""

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from limbeck.engine.sampling import Sampling
+from limbeck.engine.states import check_ids
 from limbeck.errors import ConfigError, ModelError
 
 DEFAULT_SAMPLING = Sampling()
@@ -87,12 +88,16 @@ def check_job(job: Job, longest: int, embeddings: int, vocabulary: int) -> None:
         raise ModelError("a job with an empty prompt; give one token or more, say the beginning-of-text token.")
     if whole > longest:
         raise ModelError(f"a prompt of {length} and {job.max_tokens} more tokens; the limit is {longest}.")
-    if not 0 <= min(job.prompt) <= max(job.prompt) < embeddings:
-        raise ModelError(f"token ids {min(job.prompt)} to {max(job.prompt)}; the model has 0 to {embeddings - 1}.")
+    check_ids(job.prompt, embeddings)
     markers = [] if job.thought is None else [*job.thought.open_ids, *job.thought.close_ids]
     wrong = [token for token in (*markers, *job.end_tokens) if not 0 <= token < vocabulary]
     if wrong:
         raise ModelError(f"end tokens or markers {wrong}; the model has 0 to {vocabulary - 1}.")
+    _check_limits(job)
+
+
+def _check_limits(job: Job) -> None:
+    """What holds whatever the model is."""
     if not 0 <= job.min_tokens <= job.max_tokens:
         raise ConfigError(f"min_tokens {job.min_tokens}, max_tokens {job.max_tokens}; 0 <= min <= max is needed.")
     if job.thought is not None and (job.thought.tokens < 0 or not job.thought.close_ids):

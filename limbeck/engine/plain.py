@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from limbeck.engine.states import KeyValues, Segment
-from limbeck.errors import ModelError
+from limbeck.engine.states import KeyValues, Segment, check_segment
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.parts import causal_lm_of
 from limbeck.models.probe import ask
@@ -100,7 +99,7 @@ class PlainDecoder:
     def run(self, segments: Sequence[Segment], every_row: bool = False) -> Tensor:
         """Logits [S V] behind each segment, or behind each token; see `Backend`."""
         for segment in segments:
-            self._check(segment)
+            check_segment(segment, self.max_tokens, self.embeddings)
         found: list[Tensor | None] = [None] * len(segments)
         for numbers in self._batches(segments):
             batch = [segments[number] for number in numbers]
@@ -120,16 +119,6 @@ class PlainDecoder:
     def log_normalizers(self, hidden: Tensor) -> Tensor:
         """Log-sum-exp [S] of all logits."""
         return hidden.logsumexp(1)
-
-    def _check(self, segment: Segment) -> None:
-        end = segment.start + len(segment.tokens)
-        if not len(segment.tokens):
-            raise ModelError("a segment without tokens; there is nothing to compute.")
-        if end > self.max_tokens:
-            raise ModelError(f"a prompt of {end} tokens; the limit is {self.max_tokens}.")
-        low, high = min(segment.tokens), max(segment.tokens)
-        if low < 0 or high >= self.embeddings:
-            raise ModelError(f"token ids {low} to {high}; the model has 0 to {self.embeddings - 1}.")
 
     def _batches(self, segments: Sequence[Segment]) -> Iterator[list[int]]:
         """Segments of one length that do not wait for each other; what grows a text comes in order, and first."""
@@ -212,18 +201,22 @@ class PlainDecoder:
         texts = [torch.randint(self.embeddings, (length,), generator=random).tolist() for length in PROBED_TOKENS]
         try:
             truth = [self._call([text], None, every_row=True)[0][0] for text in texts]
-            states = [self.states(len(text)) for text in texts]
-            heads = [len(text) - 5 for text in texts]
-            whole = zip(texts, states, heads, strict=True)
-            found = [self.run([Segment(text[:head], state, 0, True) for text, state, head in whole])]
-            for step in range(5):
-                whole = zip(texts, states, heads, strict=True)
-                found.append(self.run([Segment([t[h + step]], s, h + step, True) for t, s, h in whole]))
+            found = self._in_pieces(texts)
         except Exception:  # whatever the model says, it cannot be run in this way
             return False
-        expected = torch.cat([truth[row][head - 1 + step][None] for step in range(6) for row, head in enumerate(heads)])
-        gap = float((torch.cat(found) - expected).abs().max())
+        expected = torch.cat([torch.stack([rows[step - 6] for rows in truth]) for step in range(6)])
+        gap = float((found - expected).abs().max())
         return gap <= TOLERANCE * max(float(rows.abs().max()) for rows in truth)
+
+    def _in_pieces(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits behind each text without its last five tokens, then behind each of those."""
+        states = [self.states(len(text)) for text in texts]
+        heads = [len(text) - 5 for text in texts]
+        whole = list(zip(texts, states, heads, strict=True))
+        found = [self.run([Segment(text[:head], state, 0, True) for text, state, head in whole])]
+        for step in range(5):
+            found.append(self.run([Segment([t[h + step]], s, h + step, True) for t, s, h in whole]))
+        return torch.cat(found)
 
 
 _ways: weakref.WeakKeyDictionary[Any, Way] = weakref.WeakKeyDictionary()

@@ -160,13 +160,16 @@ def make_plan(
     """
     if path != "auto" and path not in PATHS:
         raise ConfigError(f"path {path!r} is unknown; {nearest(path, ['auto', *PATHS])}")
-    sizes = [size for size in costs.rows if size >= 64] or [costs.rows[-1]]
-    candidates = []
-    for name in ("packed", "shared", "cached") if path == "auto" else (path,):
-        for size in sizes if pass_tokens is None else (pass_tokens,):
-            passes = list(PATHS[name](works, size))
-            candidates.append(Plan(name, passes, sum(_seconds(pieces, costs) for pieces in passes)))
-    return min(candidates, key=lambda plan: plan.seconds)
+    names = ("packed", "shared", "cached") if path == "auto" else (path,)
+    measured = [size for size in costs.rows if size >= 64] or [costs.rows[-1]]
+    sizes = measured if pass_tokens is None else [pass_tokens]
+    plans = [_plan(name, works, size, costs) for name in names for size in sizes]
+    return min(plans, key=lambda plan: plan.seconds)
+
+
+def _plan(path: str, works: Sequence[PrefixAndItems], pass_tokens: int, costs: Costs) -> Plan:
+    passes = list(PATHS[path](works, pass_tokens))
+    return Plan(path, passes, sum(_seconds(pieces, costs) for pieces in passes))
 
 
 def _seconds(pieces: Sequence[Piece], costs: Costs) -> float:

@@ -25,7 +25,7 @@ from limbeck.engine.budget import Budget
 from limbeck.engine.plan import Costs, Piece, Plan, PrefixAndItems, make_plan, measure_costs
 from limbeck.engine.prefix_cache import Block, CacheStats, PrefixCache
 from limbeck.engine.requests import Request, Scores
-from limbeck.engine.states import Segment
+from limbeck.engine.states import Segment, check_ids
 from limbeck.errors import ConfigError, ModelError
 
 CACHE_BYTES = 1 << 30
@@ -102,6 +102,13 @@ class _Prefix:
 
     def work(self) -> PrefixAndItems:
         return PrefixAndItems(self.spans, len(self.chain), [len(item) for item in self.items])
+
+    def take(self, piece: Piece, state: Tensor) -> None:
+        """Keep a state that is read later: behind an item, or behind the whole prefix."""
+        if piece.item is not None:
+            self.hidden[piece.item] = state
+        elif piece.span == self.spans[-1]:
+            self.last_hidden = state
 
     def load(self, decoder: Backend) -> None:
         """Room for the whole prefix, filled with the blocks that are there."""
@@ -193,15 +200,13 @@ class Scorer:
         vocabulary = self.decoder.vocab_size
         if not request.labels or any(not 0 <= label < vocabulary for label in request.labels):
             raise ModelError(f"labels {list(request.labels)}: give one token id or more, each in 0..{vocabulary - 1}.")
-        if not request.prefix and any(not item for item in request.items):
+        if not request.prefix and not all(request.items):
             raise ModelError("an empty item behind an empty prefix; there is nothing to score.")
-        longest = len(request.prefix) + max((len(item) for item in request.items), default=0)
+        longest = len(request.prefix) + max(map(len, request.items), default=0)
         if longest > self.decoder.max_tokens:
             raise ModelError(f"a prompt of {longest} tokens; the limit is {self.decoder.max_tokens}.")
-        for tokens in (request.prefix, *request.items):
-            if tokens and not 0 <= min(tokens) <= max(tokens) < self.decoder.embeddings:
-                known = self.decoder.embeddings - 1
-                raise ModelError(f"token ids {min(tokens)} to {max(tokens)}; the model has 0 to {known}.")
+        for tokens in filter(len, (request.prefix, *request.items)):
+            check_ids(tokens, self.decoder.embeddings)
 
     def _compute(self, prefixes: Sequence[_Prefix], path: str) -> None:
         """The states of all items, and what the cache has room for of the prefixes' blocks."""
@@ -215,14 +220,9 @@ class Scorer:
                 prefixes[pieces[0].work].load(self.decoder)
             states = self.decoder.run([_segment(prefixes[piece.work], piece) for piece in pieces])
             for piece, state in zip(pieces, states, strict=True):
-                prefix = prefixes[piece.work]
-                if piece.item is not None:
-                    prefix.hidden[piece.item] = state
-                    continue
-                if piece.span == prefix.spans[-1]:
-                    prefix.last_hidden = state
-                if plan.path != "single":
-                    self._keep(prefix, piece.span, state)
+                prefixes[piece.work].take(piece, state)
+                if piece.item is None and plan.path != "single":
+                    self._keep(prefixes[piece.work], piece.span, state)
         for prefix in prefixes:
             prefix.states = None
 

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from limbeck.errors import ModelError
 
-class Shape(Protocol):
+
+class StateShape(Protocol):
     """What room a decoder needs for a token."""
 
     layers: int
@@ -24,7 +26,7 @@ class KeyValues:
     """Keys and values of a text, [L N_kv P H] each, filled from the front; or of what follows a beginning that others
     may share."""
 
-    def __init__(self, decoder: Shape, tokens: int, before: KeyValues | None = None) -> None:
+    def __init__(self, decoder: StateShape, tokens: int, before: KeyValues | None = None) -> None:
         """`tokens`: room, behind those of `before`, which is full."""
         shape = (decoder.layers, decoder.key_heads, tokens, decoder.head_size)
         self.keys, self.values = (torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in range(2))
@@ -54,11 +56,11 @@ class KeyValues:
 
     def cut(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """A copy of the keys and values [L N_kv n H] of some tokens."""
-        here = slice(max(start - self.start, 0), stop - self.start)
+        here = slice(max(start - self.start, 0), max(stop - self.start, 0))
         keys, values = self.keys[:, :, here].clone(), self.values[:, :, here].clone()
         if self.before is None or start >= self.start:
             return keys, values
-        earlier = self.before.cut(start, self.start)
+        earlier = self.before.cut(start, min(stop, self.start))
         return torch.cat([earlier[0], keys], 2), torch.cat([earlier[1], values], 2)
 
 
@@ -73,3 +75,25 @@ class Segment(NamedTuple):
     """Position of the first token, and how many keys of the prefix it sees."""
     grows: bool = False
     """Whether its keys and values are written into the prefix, from `start` on."""
+
+
+def check_segment(segment: Segment, max_tokens: int, embeddings: int) -> None:
+    """Refuse what cannot be computed.
+
+    Args:
+      max_tokens: longest text; embeddings: ids that a text may hold.
+    Raises: ModelError.
+    """
+    end = segment.start + len(segment.tokens)
+    if not len(segment.tokens):
+        raise ModelError("a segment without tokens; there is nothing to compute.")
+    if end > max_tokens:
+        raise ModelError(f"a prompt of {end} tokens; the limit is {max_tokens}.")
+    check_ids(segment.tokens, embeddings)
+
+
+def check_ids(tokens: Sequence[int], embeddings: int) -> None:
+    """Raises: ModelError where one of the ids, one at least, is none of a model with so many."""
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= embeddings:
+        raise ModelError(f"token ids {low} to {high}; the model has 0 to {embeddings - 1}.")

@@ -48,13 +48,15 @@ class Steps:
             return
         if head == "int8" or (head == "auto" and decoder.is_int8):
             self._head = Int8Linear.rounded(decoder.weights.head, where="head")
-        if kernels == "torch":
-            return
+        if kernels != "torch":
+            self._compile(decoder, must=kernels == "compiled")
+
+    def _compile(self, decoder: Decoder, must: bool) -> None:
         try:
             self._native = NativeDecoder(decoder)
             self._head = NativeLinear(self._head or DenseLinear(decoder.weights.head, None))
         except Missing as error:
-            if kernels == "compiled":
+            if must:
                 raise ConfigError(f"generation: kernels compiled: {error}; take torch or auto.") from error
             self.missing = str(error)
 

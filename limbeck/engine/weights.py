@@ -19,7 +19,7 @@ from limbeck.errors import ModelError
 from limbeck.models.load import locate, quantization_at
 from limbeck.models.parts import LogitForm, causal_lm_of, decoder_of, output_layer_of, text_config
 from limbeck.models.probe import ask
-from limbeck.models.quantized import Layer, RoundedLinear, read_tensors, split_tensors
+from limbeck.models.quantized import QuantizedLayer, RoundedLinear, read_tensors, split_tensors
 
 MOVING_ROPES = {"dynamic", "longrope"}
 """Rotations that depend on the length of the prompt, so that no prefix can be shared."""
@@ -58,7 +58,7 @@ class SideBySide:
         return found
 
 
-class Block(NamedTuple):
+class LayerWeights(NamedTuple):
     """One decoder layer."""
 
     attention_norm: Tensor
@@ -90,7 +90,7 @@ class Weights(NamedTuple):
     config: Any
     embed: nn.Embedding
     """int64 [U] -> [U D], scaled where the model does."""
-    blocks: list[Block]
+    blocks: list[LayerWeights]
     ropes: list[tuple[Tensor, Tensor]]
     """Cosines and sines [positions 1 H/2]."""
     activation: nn.Module
@@ -102,7 +102,7 @@ class Weights(NamedTuple):
     """c of logits c tanh(logits / c)."""
 
 
-def stored_layers(name: str) -> Mapping[str, Layer]:
+def stored_layers(name: str) -> Mapping[str, QuantizedLayer]:
     """The quantised layers of a directory as they are stored; none of a dense one, or of one with a cache in 8 bits,
     which transformers runs."""
     quantization = quantization_at(name)
@@ -115,24 +115,24 @@ def unreadable(model: Any) -> str | None:
     """Why weights cannot be read where they are; None where they can, if the rest is laid out as here."""
     lm = causal_lm_of(model)
     kind = type(lm).__name__
-    moving = [
-        form["rope_type"] for form in _rope_forms(text_config(lm.config)) if form.get("rope_type") in MOVING_ROPES
-    ]
+    moving = {str(form.get("rope_type")) for form in _rope_forms(text_config(lm.config))} & MOVING_ROPES
     if moving:
-        return f"{kind}: its rotation ({moving[0]}) depends on the text's length, so that prefixes cannot be shared"
+        return f"{kind}: its rotation ({min(moving)}) depends on the text's length, so that prefixes cannot be shared"
     if any(module._forward_pre_hooks for module in lm.modules()):
         return f"{kind}: something changes what enters its modules, such as a rounded cache"
-    others = {
-        type(module).__name__
-        for module in lm.modules()
-        if isinstance(module, nn.Linear) and type(module) not in (nn.Linear, RoundedLinear)
-    } | {type(module).__name__ for module in lm.modules() if hasattr(module, "base_layer")}
+    others = {type(module).__name__ for module in lm.modules() if _is_other_layer(module)}
     if others:
         return f"{kind} has layers of the class {', '.join(sorted(others))}"
     weights = {(weight.dtype, weight.device.type, hasattr(weight, "placements")) for weight in lm.parameters()}
     if len(weights) > 1 or next(iter(weights))[2]:
         return f"{kind}: its weights are in parts, or of several types"
     return None
+
+
+def _is_other_layer(module: nn.Module) -> bool:
+    """Whether a module does more to its input than a product with a weight."""
+    is_special = isinstance(module, nn.Linear) and type(module) not in (nn.Linear, RoundedLinear)
+    return is_special or hasattr(module, "base_layer")
 
 
 def _rope_forms(config: Any) -> list[Mapping[str, Any]]:
@@ -144,7 +144,7 @@ def weights_of(
     model: Any,
     precision: Precision = "float32",
     max_tokens: int = 32768,
-    stored: Mapping[str, Layer] | None = None,
+    stored: Mapping[str, QuantizedLayer] | None = None,
     form: LogitForm | None = None,
 ) -> Weights:
     """Weights of a transformers model in memory, which are read where they are.
@@ -182,14 +182,14 @@ class _Source(NamedTuple):
     """What turns a layer of transformers into a block."""
 
     precision: Precision
-    stored: Mapping[str, Layer]
+    stored: Mapping[str, QuantizedLayer]
     norm_offset: float
 
-    def block(self, layer: Any, number: int, types: Sequence[str | None]) -> Block:
+    def block(self, layer: Any, number: int, types: Sequence[str | None]) -> LayerWeights:
         attention, mlp, name = layer.self_attn, layer.mlp, f"model.layers.{number}"
         # Gemma 3 has a norm on both sides of each half; the others call the second half's norm by another name.
         is_double = hasattr(layer, "pre_feedforward_layernorm")
-        return Block(
+        return LayerWeights(
             attention_norm=self.norm(layer.input_layernorm),
             qkv=self.linear(f"{name}.self_attn", attention, ("q_proj", "k_proj", "v_proj")),
             query_norm=self.norm(getattr(attention, "q_norm", None)),
@@ -220,13 +220,8 @@ class _Source(NamedTuple):
     def linear(self, prefix: str, parent: Any, names: Sequence[str]) -> Linear:
         """Layers over one input as one product."""
         modules: list[Any] = [getattr(parent, name) for name in names]
-        layers = [self.stored.get(f"{prefix}.{name}") for name in names]
         where = f"{prefix}.{names[0]}"
-        codes = [
-            (layer.stored.codes, layer.stored.scales[:, 0].float())
-            for layer in layers
-            if layer is not None and layer.stored.scheme.format == "int-quantized"
-        ]
+        codes = self._int8_codes([f"{prefix}.{name}" for name in names])
         if len(codes) == len(names):
             return Int8Linear.joined(codes, _joined_bias(modules), where)
         if any(isinstance(module, RoundedLinear) for module in modules):
@@ -236,6 +231,11 @@ class _Source(NamedTuple):
             return Int8Linear.rounded(weight, _joined_bias(modules), where)
         parts = [DenseLinear(m.weight.detach(), None if m.bias is None else m.bias.detach()) for m in modules]
         return parts[0] if len(parts) == 1 else SideBySide(parts)
+
+    def _int8_codes(self, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """Codes and scales of those layers that are stored in 8 bits."""
+        layers = [self.stored[name].stored for name in names if name in self.stored]
+        return [(layer.codes, layer.scales[:, 0].float()) for layer in layers if layer.scheme.format == "int-quantized"]
 
 
 def _apart(modules: Sequence[nn.Module]) -> Linear:

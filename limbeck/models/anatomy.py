@@ -15,7 +15,7 @@ from limbeck.models.lean import can_run, packed_rows, plan_packed
 from limbeck.models.parts import Head as Head
 from limbeck.models.parts import causal_lm_of as causal_lm_of
 from limbeck.models.parts import decoder_of, output_layer_of, text_config
-from limbeck.models.probe import Verdict, ask, logit_scale
+from limbeck.models.probe import ProbeResult, ask, logit_scale
 from limbeck.models.probe import head_of as head_of
 
 _FIRST_PRODUCTS = re.compile(r"layers\.0\.self_attn\.(q|k|v|qkv)_proj(\.base_layer|\.lora_A\.\w+)?$")
@@ -108,7 +108,7 @@ def hidden_states(
     return hidden if scale == 1.0 else hidden * scale
 
 
-def _way(model: nn.Module, verdict: Verdict) -> layouts.Way:
+def _way(model: nn.Module, verdict: ProbeResult) -> layouts.Way:
     """Packed only with the attention that keeps sequences apart: a model that reads masks is padded instead."""
     if verdict.way == "packed" and causal_lm_of(model).config._attn_implementation != PACKED_ATTENTION:
         return "padded" if verdict.pads else "alone"

@@ -19,7 +19,7 @@ from limbeck.checkpoint import hash_path
 from limbeck.errors import ModelError, nearest
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.parts import causal_lm_of, decoder_of, output_layer_of, text_config
-from limbeck.models.probe import Verdict, ask_config
+from limbeck.models.probe import ProbeResult, ask_config
 from limbeck.models.quantized import Quantization, load_quantized, quantization_of
 from limbeck.models.tiny import ScratchConfig, scratch_model, symbol_tokenizer
 from limbeck.progress import console
@@ -117,16 +117,7 @@ def load_model(
             if quantization is not None:
                 model, info = load_quantized(Path(place.path), quantization, dtype, attention, rounds)
             else:
-                model, info = kind.auto.from_pretrained(
-                    place.path,
-                    config=kind.config if place.gguf_file else None,  # reading it of such a file takes seconds
-                    gguf_file=place.gguf_file,
-                    dtype=dtype,
-                    attn_implementation=attention,
-                    local_files_only=place.is_local,
-                    use_safetensors=None if place.gguf_file else True,
-                    output_loading_info=True,
-                )
+                model, info = _load_dense(place, kind, dtype, attention)
         except ModelError as error:
             raise error if str(error).startswith(name) else ModelError(f"{name}: {error}") from error
         except Exception as error:  # transformers raises many kinds; each becomes one line with its cause kept
@@ -139,6 +130,20 @@ def load_model(
         _say_slower(name, verdict)
     model = text_part(model, name)
     return (model if whole else _without_padding_rows(model, name)).eval()
+
+
+def _load_dense(place: Location, kind: _Kind, dtype: torch.dtype, attention: str) -> Any:
+    """The model, and what transformers says of its weights."""
+    return kind.auto.from_pretrained(
+        place.path,
+        config=kind.config if place.gguf_file else None,  # reading it of such a file takes seconds
+        gguf_file=place.gguf_file,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=place.is_local,
+        use_safetensors=None if place.gguf_file else True,
+        output_loading_info=True,
+    )
 
 
 class _Kind(NamedTuple):
@@ -192,7 +197,7 @@ def text_part(model: Any, name: str) -> Any:
     return alone
 
 
-def _say_slower(name: str, verdict: Verdict) -> None:
+def _say_slower(name: str, verdict: ProbeResult) -> None:
     how = "padded in groups of like length" if verdict.way == "padded" else "one at a time"
     console.print(
         f"note: {name}: sequences are run {how}, which is slower than packed and right ({verdict.reason}).",

@@ -56,10 +56,7 @@ def small_config(config: Any, narrow: bool = True) -> Any:
         _set(part, _fewer(part))
     text = text_config(small)
     values = _own_values(text)
-    layers = _layers_kept(values)
-    _set(text, {name: layers for name in _NAMED_LAYERS if name in values})
-    total = next((values[name] for name in _NAMED_LAYERS if values.get(name)), None)
-    _set(text, {k: v[:layers] for k, v in values.items() if isinstance(v, list) and len(v) == total})
+    _set(text, _first_layers(values, _layers_kept(values)))
     tables = [name for name in ("vocab_size", "vocab_size_per_layer_input") if name in values]
     _set(text, _low_thresholds(values) | dict.fromkeys(tables, VOCABULARY))
     if narrow:
@@ -99,18 +96,38 @@ def _token(value: Any) -> Any:
     return value % VOCABULARY if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _num_layers(values: Mapping[str, Any]) -> int | None:
+    return next((values[name] for name in _NAMED_LAYERS if values.get(name)), None)
+
+
+def _lists_of_layers(values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Fields with an entry a layer."""
+    total = _num_layers(values)
+    return {name: value for name, value in values.items() if isinstance(value, list) and len(value) == total}
+
+
+def _first_layers(values: Mapping[str, Any], count: int) -> dict[str, Any]:
+    numbers: dict[str, Any] = {name: count for name in _NAMED_LAYERS if name in values}
+    return numbers | {name: value[:count] for name, value in _lists_of_layers(values).items()}
+
+
 def _layers_kept(values: Mapping[str, Any]) -> int:
     """The first layers, as many as have every kind of layer among them, at most all."""
-    total = next((values[name] for name in _NAMED_LAYERS if values.get(name)), 1)
+    total = _num_layers(values) or 1
     if values.get("num_kv_shared_layers"):
         return total  # the last layers take keys from the ones before them: which ones is a matter of all
-    lists = [value for value in values.values() if isinstance(value, list) and len(value) == total]
+    lists = _lists_of_layers(values).values()
     # A list of layers by number says nothing of their kinds.
     kinds = [value for value in lists if not (isinstance(value[0], int) and len(set(value)) == total > 2)]
     rows = [repr(row) for row in zip(*kinds, strict=True)]
     first_of_each = [rows.index(row) for row in set(rows)]
-    periods = [v for k, v in values.items() if _PERIODS.match(k) and isinstance(v, int) and v < 2 * MAX_LAYERS]
-    return min(total, max([2, *(i + 1 for i in first_of_each), *(period + 1 for period in periods)]))
+    return min(total, 1 + max([1, *first_of_each, *_periods(values)]))
+
+
+def _periods(values: Mapping[str, Any]) -> list[int]:
+    """After how many layers one of another kind comes."""
+    found = [value for name, value in values.items() if _PERIODS.match(name) and isinstance(value, int)]
+    return [period for period in found if period < 2 * MAX_LAYERS]
 
 
 def _low_thresholds(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,34 +154,52 @@ def _low_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _narrow(values: Mapping[str, Any]) -> dict[str, Any]:
     """Few heads of the size they have, their ratio to key heads kept, few experts, narrow feed-forward layers."""
+    return {**_narrow_widths(values), **_few_experts(values), **_few_linear_heads(values), **_few_heads(values)}
+
+
+def _narrow_widths(values: Mapping[str, Any]) -> dict[str, Any]:
     widths = {name: value for name, value in values.items() if _WIDTHS.fullmatch(name)}
     found: dict[str, Any] = {name: 32 for name, value in widths.items() if isinstance(value, int)}
-    found |= {name: [32] * len(value) for name, value in widths.items() if isinstance(value, list)}
+    return found | {name: [32] * len(value) for name, value in widths.items() if isinstance(value, list)}
+
+
+def _few_experts(values: Mapping[str, Any]) -> dict[str, int]:
+    """As many as a token takes and 4 at least, the same number in every group."""
     top = max([values.get(name) or 0 for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")])
     groups = values.get("n_group") or 1
-    experts = groups * max(2, -(-max(4, top) // groups))
-    found |= {
-        name: min(value, experts)
-        for name, value in values.items()
-        if _EXPERTS.fullmatch(name) and isinstance(value, int)
-    }
+    most = groups * max(2, -(-max(4, top) // groups))
+    counts = {name: value for name, value in values.items() if _EXPERTS.fullmatch(name) and isinstance(value, int)}
+    return {name: min(count, most) for name, count in counts.items()}
+
+
+def _few_linear_heads(values: Mapping[str, Any]) -> dict[str, int]:
     keys, queries = values.get("linear_num_key_heads"), values.get("linear_num_value_heads")
-    if isinstance(keys, int) and isinstance(queries, int) and keys > 2:
-        found |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2 * queries // keys}
+    if not isinstance(keys, int) or not isinstance(queries, int) or keys <= 2:
+        return {}
+    return {"linear_num_key_heads": 2, "linear_num_value_heads": 2 * queries // keys}
+
+
+def _few_heads(values: Mapping[str, Any]) -> dict[str, int]:
     heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 4:
-        return found
+        return {}
     head_dim = values.get("head_dim") or hidden // heads
     few = 4 if head_dim <= 128 else 2
+    found = {"num_attention_heads": few, "hidden_size": few * head_dim}
     keys = values.get("num_key_value_heads")
-    found |= {"num_attention_heads": few, "hidden_size": few * head_dim}
     if isinstance(keys, int):
-        found["num_key_value_heads"] = few if keys == heads else (1 if keys == 1 else few // 2)
+        found["num_key_value_heads"] = {heads: few, 1: 1}.get(keys, few // 2)
+    return found | _sizes_of(values, few, few * head_dim)
+
+
+def _sizes_of(values: Mapping[str, Any], heads: int, hidden: int) -> dict[str, int]:
+    """Sizes that other parts have by the number of heads and the width of the model."""
+    found = {}
     for number, size in (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")):
         if values.get(number) and values.get(size) and values.get("mamba_expand"):
-            found[size] = values["mamba_expand"] * few * head_dim // values[number]
+            found[size] = values["mamba_expand"] * hidden // values[number]
     if values.get("attention_hidden_size") and values.get("attention_head_dim"):
-        found["attention_hidden_size"] = few * values["attention_head_dim"]
+        found["attention_hidden_size"] = heads * values["attention_head_dim"]
     return found
 
 

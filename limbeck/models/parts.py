@@ -61,24 +61,22 @@ class LogitForm(NamedTuple):
 
 def logit_forms(config: Any) -> Iterator[LogitForm]:
     """All that the fields of a config could mean for the logits, the plain product first."""
-    text = text_config(config)
-    computed = {
-        name for kind in type(text).__mro__ for name, value in vars(kind).items() if isinstance(value, property)
-    }
-    names = [*text.to_dict(), *sorted(computed)]
-    values = {name: getattr(text, name, None) for name in names if _SCALES.fullmatch(name) or _CAPS.fullmatch(name)}
-    fields = {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    }
-    caps = [None, *(name for name in fields if _CAPS.fullmatch(name))]
+    fields = _factors(text_config(config))
+    caps = [None, *filter(_CAPS.fullmatch, fields)]
     scales = [name for name, value in fields.items() if _SCALES.fullmatch(name) and value != 1]
     for cap in caps:
         yield LogitForm(cap_field=cap)
         for scale in scales:
             yield LogitForm(scale, False, cap)
             yield LogitForm(scale, True, cap)
+
+
+def _factors(config: Any) -> dict[str, float]:
+    """Positive numbers among the fields and properties of a config whose names speak of logits."""
+    computed = [name for name in dir(type(config)) if isinstance(getattr(type(config), name, None), property)]
+    names = [name for name in (*config.to_dict(), *computed) if _SCALES.fullmatch(name) or _CAPS.fullmatch(name)]
+    values: dict[str, Any] = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in values.items() if type(value) in (int, float) and value > 0}
 
 
 def text_config(config: Any) -> Any:

@@ -41,7 +41,7 @@ Forward = Callable[[Any, list[Tensor]], list[Tensor]]
 """Logits [T V] of each of the sequences [T], by some way of running the model."""
 
 
-class Verdict(NamedTuple):
+class ProbeResult(NamedTuple):
     """What was found for a config."""
 
     way: Way
@@ -66,7 +66,7 @@ class Answer(NamedTuple):
     """Why it does not; empty where it does."""
 
 
-def ask(model: Any) -> Verdict:
+def ask(model: Any) -> ProbeResult:
     """What holds for a model, on the device where it is.
 
     Raises: ModelError when it is no causal language model, or does something to its logits that is not known.
@@ -79,7 +79,7 @@ def ask(model: Any) -> Verdict:
     return known[device]
 
 
-def ask_config(kind: type[Any], config: Any, device: str = "cpu") -> Verdict:
+def ask_config(kind: type[Any], config: Any, device: str = "cpu") -> ProbeResult:
     """The same before any weight is read.
 
     Args:
@@ -89,7 +89,7 @@ def ask_config(kind: type[Any], config: Any, device: str = "cpu") -> Verdict:
     found = _kept(_key(kind, config, device, "layouts"), lambda: _examine(kind, config, device))
     if "refused" in found:
         raise ModelError(f"{kind.__name__}: {found['refused']}")
-    return Verdict(**found | {"form": LogitForm(*found["form"])})
+    return ProbeResult(**found | {"form": LogitForm(*found["form"])})
 
 
 def agrees(model: Any, name: str, forward: Forward) -> Answer:
@@ -130,7 +130,7 @@ def _logit_config(model: Any) -> Any:
     return text_config(causal_lm_of(model).config)
 
 
-_verdicts: weakref.WeakKeyDictionary[Any, dict[str, Verdict]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[Any, dict[str, ProbeResult]] = weakref.WeakKeyDictionary()
 
 
 def _examine(kind: type[Any], config: Any, device: str) -> dict[str, Any]:
@@ -141,14 +141,12 @@ def _examine(kind: type[Any], config: Any, device: str) -> dict[str, Any]:
         return {"refused": str(error)}
     own = model.config._attn_implementation
     attention = "sdpa" if not _tried(model, sequences, truth, form, "alone", "sdpa") else own
-    reasons = {
-        way: _tried(model, sequences, truth, form, way, PACKED_ATTENTION if way == "packed" else attention)
-        for way in WAYS
-    }
+    attentions = dict.fromkeys(WAYS, attention) | {"packed": PACKED_ATTENTION}
+    reasons = {way: _tried(model, sequences, truth, form, way, attentions[way]) for way in WAYS}
     way = next((way for way in WAYS if not reasons[way]), None)
     if way is None:
         return {"refused": f"its hidden states are not those of its own forward pass ({reasons['alone']})."}
-    model.set_attn_implementation(PACKED_ATTENTION if way == "packed" else attention)
+    model.set_attn_implementation(attentions[way])
     lean = can_run(decoder_of(model)) and not _disagreement(lambda: _lean_logits(model, sequences, form), truth)
     return {
         "way": way,
@@ -156,7 +154,7 @@ def _examine(kind: type[Any], config: Any, device: str) -> dict[str, Any]:
         "attention": attention,
         "is_lean": lean,
         "form": list(form),
-        "reason": next((reason for reason in reasons.values() if reason), "") if way != "packed" else "",
+        "reason": "" if way == "packed" else next(filter(None, reasons.values()), ""),
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import ModelError
 from limbeck.models.kv_quant import FP8_LARGEST, Rounding, attention_layers, round_cache
-from limbeck.models.schemes import KV_CACHE_SCHEME, STATUS, SUFFIXES, Scheme, Stored, stored_weight, weight_of
+from limbeck.models.schemes import KV_CACHE_SCHEME, STATUS, SUFFIXES, Scheme, StoredWeight, stored_weight, weight_of
 from limbeck.models.weight_files import tensor_files
 
 FORMATS = (
@@ -172,7 +172,7 @@ def load_quantized(
 
 
 def _round_inputs(
-    model: nn.Module, layers: Mapping[str, Layer], quantization: Quantization, rounds: bool, directory: Path
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], quantization: Quantization, rounds: bool, directory: Path
 ) -> None:
     """Let the layers round what they read, where their scheme says so and `rounds` does."""
     for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
@@ -196,17 +196,17 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class Layer(NamedTuple):
+class QuantizedLayer(NamedTuple):
     """A quantised linear layer of a file."""
 
-    stored: Stored
+    stored: StoredWeight
     input_scale: Tensor | None
     """[1], of static activations."""
 
 
 def split_tensors(
     stored: Mapping[str, Tensor], quantization: Quantization
-) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+) -> tuple[dict[str, QuantizedLayer], dict[str, Tensor]]:
     """Quantised layers by module name, and all other tensors by their own.
 
     Raises: ModelError when a tensor has no place in its layer's scheme.
@@ -224,7 +224,7 @@ def split_tensors(
     return layers, others
 
 
-def _read_layer(layer: str, stored: Mapping[str, Tensor], scheme: Scheme | None) -> Layer:
+def _read_layer(layer: str, stored: Mapping[str, Tensor], scheme: Scheme | None) -> QuantizedLayer:
     if scheme is None:
         raise ModelError(f"{layer}: has a weight_scale, but no group of config.json is meant for it.")
     if layer.endswith("lm_head") and scheme.activations is not None:
@@ -232,7 +232,7 @@ def _read_layer(layer: str, stored: Mapping[str, Tensor], scheme: Scheme | None)
     own = {suffix: stored[f"{layer}.{suffix}"] for suffix in SUFFIXES if f"{layer}.{suffix}" in stored}
     if scheme.activations == "static" and "input_scale" not in own:
         raise ModelError(f"{layer}: static activations without an input_scale; the file is damaged.")
-    return Layer(stored_weight(own, scheme, layer), own.get("input_scale"))
+    return QuantizedLayer(stored_weight(own, scheme, layer), own.get("input_scale"))
 
 
 def _fixed_rounding(model: nn.Module, scales: Mapping[str, Tensor], dtype: torch.dtype, directory: Path) -> Rounding:

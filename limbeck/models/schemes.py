@@ -259,7 +259,7 @@ def _fp4_weight(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, 
     return fp4.unpack(tensors["weight_packed"]), fp4.from_exponents(scales)
 
 
-class Stored(NamedTuple):
+class StoredWeight(NamedTuple):
     """A quantised layer's weight as it is stored: codes times scales."""
 
     codes: Tensor
@@ -269,7 +269,7 @@ class Stored(NamedTuple):
     scheme: Scheme
 
 
-def stored_weight(tensors: Mapping[str, Tensor], scheme: Scheme, where: str) -> Stored:
+def stored_weight(tensors: Mapping[str, Tensor], scheme: Scheme, where: str) -> StoredWeight:
     """Codes and scales of a layer.
 
     Args:
@@ -294,10 +294,10 @@ def stored_weight(tensors: Mapping[str, Tensor], scheme: Scheme, where: str) -> 
         raise ModelError(
             f"{where}: scales {list(scales.shape)} for weight {[outputs, inputs]}; its scheme has {list(shape)}."
         )
-    return Stored(codes, scales.reshape(-1, groups).expand(outputs, groups), scheme)
+    return StoredWeight(codes, scales.reshape(-1, groups).expand(outputs, groups), scheme)
 
 
-def weight_of(stored: Stored, dtype: torch.dtype) -> Tensor:
+def weight_of(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
     """The dense weight [O I]: code * scale, the scale first rounded to `dtype` where it is stored in such a one."""
     outputs, inputs = stored.codes.shape
     grouped = stored.codes.to(torch.float32).view(outputs, stored.scales.shape[1], -1)

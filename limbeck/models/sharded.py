@@ -140,13 +140,18 @@ def _split(model: Any, mesh: DeviceMesh, products: torch.dtype) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    rows = [Shard(0)] if data.ndim == 1 else [Replicate(), Shard(0)]
     if is_tied:
         lm.lm_head.weight = embeddings.weight
-    for name, tensor in list(lm.lm_head.named_parameters()):
+    _split_head(lm.lm_head, data)
+
+
+def _split_head(head: nn.Module, data: DeviceMesh) -> None:
+    """Its rows over the processes, as far as they are not split with the embeddings."""
+    rows = [Shard(0)] if data.ndim == 1 else [Replicate(), Shard(0)]
+    for name, tensor in list(head.named_parameters()):
         if not isinstance(tensor, DTensor):
             part = distribute_tensor(tensor.detach(), data, rows, src_data_rank=None)
-            setattr(lm.lm_head, name, nn.Parameter(part, requires_grad=tensor.requires_grad))
+            setattr(head, name, nn.Parameter(part, requires_grad=tensor.requires_grad))
 
 
 def _placement(parameter: nn.Parameter, parts: int) -> Shard | None:

@@ -29,10 +29,10 @@ import numpy as np
 from limbeck.config import to_dict
 from limbeck.cost.hardware import Hardware
 from limbeck.cost.memory import (
+    LiveTeacher,
     Loss,
     Pass,
-    Student,
-    Teacher,
+    TrainedModel,
     backward_bytes,
     forward_bytes,
     loss_bytes,
@@ -78,8 +78,8 @@ class Load(NamedTuple):
 class Models(NamedTuple):
     """Who trains, and who is asked."""
 
-    student: Student
-    teachers: tuple[Teacher, ...]
+    student: TrainedModel
+    teachers: tuple[LiveTeacher, ...]
     loss: Loss
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from limbeck.checkpoint import Checkpoint, hash_path, output_directory, write_manifest
 from limbeck.config import checked
@@ -126,7 +127,7 @@ def probe_trace(
 ) -> tuple[int, float] | None:
     """Characters of the thought up to the cut point, and that prefix's share of the sequence; None without one."""
     answer = (trace.reference if trace.reference is not None else trace.answer) or ""
-    if trace.correct is False or not answer.strip() or not (trace.cot or "").strip():
+    if trace.correct is False or not all(map(str.strip, (answer, trace.cot or ""))):
         return None
     located = render_located(trace, tokenizer, config.render)
     marks = checkpoints(located, config)
@@ -178,19 +179,25 @@ def answer_log_probs(
     states = decoder.states(len(ids))
     decoder.run([Segment(ids, states, 0, grows=True)])
     ledger.add_flops(teacher=backbone_forward_flops(sizes, Computed(len(ids), 1, len(ids) ** 2)))
-    for group in _groups([len(tail.ids) for tail in tails], tail_tokens):
-        part = [tails[i] for i in group]
+    lengths = [len(tail.ids) for tail in tails]
+    for group in _groups(lengths, tail_tokens):
         rows = decoder.run([Segment(tails[i].ids, states, marks[i]) for i in group], every_row=True)
-        starts = np.cumsum([0, *(len(tail.ids) for tail in part)])
-        places = torch.tensor([int(s) + i for s, tail in zip(starts, part, strict=False) for i in tail.scored])
-        flat = torch.tensor([token for tail in part for token in tail.ids])
-        logits = decoder.logits(rows[(places - 1).to(rows.device)])
-        values = torch.log_softmax(logits, -1).gather(1, flat[places, None].to(logits.device))[:, 0].double().cpu()
-        pairs = sum(len(tails[i].ids) * (marks[i] + len(tails[i].ids)) for i in group)
-        products = 2 * sizes.linear_weights * len(flat) + 4 * sizes.attention_width * pairs
-        ledger.add_flops(teacher=products + head_forward_flops(sizes, len(places)))
-        ledger.count(supervised_tokens=len(places))
-        yield from (float(v.sum()) for v in values.split([len(tail.scored) for tail in part]))
+        scored = sum(len(tails[i].scored) for i in group)
+        pairs = sum(lengths[i] * (marks[i] + lengths[i]) for i in group)
+        products = 2 * sizes.linear_weights * len(rows) + 4 * sizes.attention_width * pairs
+        ledger.add_flops(teacher=products + head_forward_flops(sizes, scored))
+        ledger.count(supervised_tokens=scored)
+        yield from _log_probs(decoder, rows, [tails[i] for i in group])
+
+
+def _log_probs(decoder: Backend, rows: Tensor, tails: Sequence[Tail]) -> Iterator[float]:
+    """Of the scored tokens of each tail, of states [T D] behind all tokens of all tails."""
+    starts = np.cumsum([0, *(len(tail.ids) for tail in tails)])
+    places = torch.tensor([int(s) + i for s, tail in zip(starts, tails, strict=False) for i in tail.scored])
+    flat = torch.tensor([token for tail in tails for token in tail.ids])
+    logits = decoder.logits(rows[(places - 1).to(rows.device)])
+    values = torch.log_softmax(logits, -1).gather(1, flat[places, None].to(logits.device))[:, 0].double().cpu()
+    yield from (float(v.sum()) for v in values.split([len(tail.scored) for tail in tails]))
 
 
 def _tail(tokenizer: Any, config: ProbeConfig, answer: str, behind_newline: bool) -> Tail:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -26,11 +26,9 @@ from limbeck.config import checked
 from limbeck.errors import ConfigError, TemplateError
 from limbeck.lazy import make_function
 from limbeck.traces.boxed import last_box
+from limbeck.traces.encoding import Encoded, Tokenizer, encode, encode_parts
 from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample
 from limbeck.traces.trace import Trace
-
-Tokenizer = Any
-"""A fast Hugging Face tokenizer (PreTrainedTokenizerFast)."""
 
 PROBED_CHARS = "probed_cot_chars"
 """Metadata of a trace: characters of its thought in the earliest prefix from which a teacher already answers right."""
@@ -39,8 +37,6 @@ ANY_OCCURRENCE = r"(?<![\w.])(?<!\d,){answer}(?!\w|[.,]\d)"
 _SENTINEL = "limbeckSentinel"
 _WITH_THOUGHT = {"enable_thinking": True, "thinking": True}
 """What switches the thought on in templates that have a switch (Qwen3, SmolLM3; DeepSeek V3.1, Granite)."""
-_SPACES = (" ", "▁", "Ġ")
-"""How tokenizers write the space in front of a word."""
 
 
 @checked
@@ -98,14 +94,6 @@ class LocatedSample(NamedTuple):
     """The thought as it is written into the sequence."""
 
 
-class _Encoded(NamedTuple):
-    """Tokens of a text; starts and ends are characters, never decreasing."""
-
-    input_ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-
-
 def render(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
     """Tokens and segments of one trace.
 
@@ -122,7 +110,7 @@ def render_located(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> 
         raise MessagesRefused(f"{trace.source}: {error}" if trace.source else str(error)) from error
     prefill = _prefill(header, tokenizer, config)
     response = _response(trace, prefill, turn_end(tokenizer, config), config)
-    encoded, num_header = _encode_parts(header, response.text, tokenizer)
+    encoded, num_header = encode_parts(header, response.text, tokenizer)
     origin = len(header)
     segments = np.where(encoded.ends <= origin + response.cot_end, COT, ANSWER).astype(np.int8)
     segments[num_header:][encoded.ends[num_header:] <= origin] = COT if response.cot_end else ANSWER
@@ -149,7 +137,7 @@ def tokens_until(ends: np.ndarray, chars: int) -> int:
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], config: RenderConfig) -> list[int]:
     """Token ids of the prompt with the generation prompt: what a model is given to answer."""
-    return _encode(prompt_text(messages, tokenizer, config), tokenizer).input_ids.tolist()
+    return encode(prompt_text(messages, tokenizer, config), tokenizer).input_ids.tolist()
 
 
 def prompt_text(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: RenderConfig) -> str:
@@ -241,7 +229,7 @@ def _generation_prompt(header: str, tokenizer: Tokenizer, config: RenderConfig) 
     return suffix if header.endswith(suffix) else ""
 
 
-def _derivation_end(trace: Trace, config: RenderConfig, thought_start: int, encoded: _Encoded) -> int | None:
+def _derivation_end(trace: Trace, config: RenderConfig, thought_start: int, encoded: Encoded) -> int | None:
     answer = (_short_answer(trace.answer) if trace.reference is None else trace.reference) or ""
     if not answer.strip():
         return None
@@ -256,41 +244,6 @@ def _short_answer(answer: str | None) -> str | None:
     """What an answer says: its last box, or all of it."""
     box = last_box(answer or "")
     return answer if box is None else box.content
-
-
-def _encode_parts(header: str, response: str, tokenizer: Tokenizer) -> tuple[_Encoded, int]:
-    """Tokens of both, and how many are the header's; those are the header's own tokens, whatever follows."""
-    head, whole = _encode(header, tokenizer), _encode(header + response, tokenizer)
-    count = len(head.input_ids)
-    if np.array_equal(whole.input_ids[:count], head.input_ids):
-        return whole, count
-    tail = _encode_inner(response, tokenizer)
-    parts = zip(head, tail._replace(starts=tail.starts + len(header), ends=tail.ends + len(header)), strict=True)
-    return _Encoded(*(np.concatenate(pair) for pair in parts)), count
-
-
-def _encode_inner(text: str, tokenizer: Tokenizer) -> _Encoded:
-    """Tokens of a text that stands inside a longer one, without the space that some tokenizers put in front."""
-    encoded = _encode(text, tokenizer)
-    if not len(encoded.input_ids) or text[0] in _SPACES:
-        return encoded
-    if tokenizer.convert_ids_to_tokens(int(encoded.input_ids[0]))[0] not in _SPACES:
-        return encoded
-    behind_newline = _encode("\n" + text, tokenizer)
-    inner = behind_newline.ends > 1
-    return _Encoded(behind_newline.input_ids[inner], behind_newline.starts[inner] - 1, behind_newline.ends[inner] - 1)
-
-
-def _encode(text: str, tokenizer: Tokenizer) -> _Encoded:
-    if not getattr(tokenizer, "is_fast", False):
-        raise TemplateError(
-            f"{type(tokenizer).__name__} has no character offsets; segments need a fast tokenizer (tokenizer.json)."
-        )
-    # Special tokens come from the template alone, as at inference; a tokenizer that adds BOS must not add a second.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    offsets = np.maximum.accumulate(offsets, axis=0)  # a token that stands for no character has the offsets (0, 0)
-    return _Encoded(np.array(encoded["input_ids"], dtype=np.int32), offsets[:, 0], offsets[:, 1])
 
 
 def _apply(

@@ -9,11 +9,12 @@ import transformers
 from made_tokenizers import byte_tokenizer, metaspace_tokenizer
 from written_models import rounded_to, save_exportable, schemes_for, write_quantized
 
-from limbeck.compress.export.gguf import Weights, blocks_of, family_of, fits, pair_order, write_gguf
+from limbeck.compress.export.gguf import family_of, pair_order, write_gguf
+from limbeck.compress.export.gguf_blocks import SourceWeights, blocks_of, fits
 from limbeck.compress.export.gguf_vocabulary import split_name
 from limbeck.errors import CompressionError
 from limbeck.models.load import load_model, load_tokenizer
-from limbeck.models.schemes import SCHEMES, Stored, scheme_of
+from limbeck.models.schemes import SCHEMES, StoredWeight, scheme_of
 
 gguf = pytest.importorskip("gguf")
 
@@ -21,7 +22,7 @@ gguf = pytest.importorskip("gguf")
 def stored_of(scheme, shape=(24, 128)):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     quantized = rounded_to(weight, scheme, torch.bfloat16)
-    return Stored(quantized.codes, quantized.scales, scheme), quantized.dequantize()
+    return StoredWeight(quantized.codes, quantized.scales, scheme), quantized.dequantize()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_names_types_and_rows(tmp_path):
     # Embedding and head stay at 8 bits; every row of this model is a multiple of 32.
     assert counts == {"carried_over": 0, "f32": 5, "q4_0": 14, "q8_0": 2}
     state = load_model(source, whole=True).state_dict()
-    weights = Weights(source)
+    weights = SourceWeights(source)
     for name, place in (("self_attn.v_proj", "attn_v"), ("mlp.down_proj", "ffn_down")):
         found = gguf.quants.dequantize(tensors[f"blk.1.{place}.weight"].data, gguf.GGMLQuantizationType.Q4_0)
         full = f"model.layers.1.{name}.weight"
@@ -88,7 +89,7 @@ def test_a_quantised_directory_gives_its_own_codes(tmp_path):
     _, tensors = read_file(tmp_path / "m.gguf")
     assert "output.weight" not in tensors
     found = gguf.quants.dequantize(tensors["blk.0.ffn_up.weight"].data, gguf.GGMLQuantizationType.Q4_0)
-    exact = Weights(str(tmp_path / "q")).state["model.layers.0.mlp.up_proj.weight"]
+    exact = SourceWeights(str(tmp_path / "q")).state["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(torch.from_numpy(found), exact)
     assert torch.equal(exact.bfloat16(), dense["model.layers.0.mlp.up_proj.weight"])
 

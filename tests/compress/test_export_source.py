@@ -11,10 +11,11 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from written_models import save_exportable
 
 from limbeck.cli import main
-from limbeck.compress.export.certificate import Distance, distance, is_clean
-from limbeck.compress.export.consumers import Verdict
+from limbeck.compress.export.certificate import Difference, distance, is_clean
+from limbeck.compress.export.consumers import ConsumerResult
 from limbeck.compress.export.lint import Finding, lint
-from limbeck.compress.export.stage import BUILT_IN_TEXT, ExportConfig, run
+from limbeck.compress.export.probes import BUILT_IN_TEXT
+from limbeck.compress.export.stage import ExportConfig, run
 from limbeck.config import build
 from limbeck.errors import CompressionError, ModelError
 from limbeck.models.load import load_tokenizer
@@ -81,7 +82,7 @@ def test_a_mean_divergence_by_hand():
     ],
 )
 def test_what_is_clean(outcome, severity, kl, expected):
-    found = is_clean([Verdict("x", outcome)], [Finding("c", severity, "t")], [Distance("m", kl, 1.0, 0.1)])
+    found = is_clean([ConsumerResult("x", outcome)], [Finding("c", severity, "t")], [Difference("m", kl, 1.0, 0.1)])
     assert found is expected
 
 

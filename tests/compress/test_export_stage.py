@@ -14,8 +14,9 @@ from limbeck.compress.blocks import Blocks
 from limbeck.compress.export import consumers
 from limbeck.compress.export.consumers import compare
 from limbeck.compress.export.lint import lint
+from limbeck.compress.export.probes import CertificateConfig
 from limbeck.compress.export.shards import write_shards
-from limbeck.compress.export.stage import ExportConfig, ProbeConfig, run
+from limbeck.compress.export.stage import ExportConfig, run
 from limbeck.compress.masks import MASK_FILE, read_masks, write_masks
 from limbeck.config import build
 from limbeck.errors import CompressionError, ConfigError, ModelError
@@ -204,7 +205,7 @@ def test_settings_are_checked(tmp_path):
             build(ExportConfig, {"model": "tiny-student", **settings})
     with pytest.raises(ConfigError, match="missing or not UTF-8"):
         export("tiny-student", tmp_path / "out", format="dense", probe={"text": str(tmp_path / "none.txt")})
-    assert ProbeConfig().sequences == 4
+    assert CertificateConfig().sequences == 4
 
 
 def test_the_command_on_a_built_in_model_with_traces(tmp_path, capsys):

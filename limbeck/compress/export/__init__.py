@@ -13,12 +13,12 @@ from limbeck.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "CertificateConfig": "probes",
         "ExportConfig": "stage",
         "Finding": "lint",
-        "ProbeConfig": "stage",
         "Probes": "certificate",
         "lint_directory": "lint:lint",
-        "probes_of": "stage",
+        "probes_of": "probes",
         "write_certificate": "certificate",
         "write_compressed": "compressed_tensors",
         "write_dense": "dense",

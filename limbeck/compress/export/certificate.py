@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from limbeck.checkpoint import hash_path, write_json
-from limbeck.compress.export.consumers import Verdict
+from limbeck.compress.export.consumers import ConsumerResult
 from limbeck.compress.export.lint import Finding
 
 
@@ -31,7 +31,7 @@ class Probes(NamedTuple):
     """Texts and our tokenizer's ids for them, without special tokens; for consumers with a tokenizer of their own."""
 
 
-class Distance(NamedTuple):
+class Difference(NamedTuple):
     """How far the export is from another model, over all positions."""
 
     model: str
@@ -50,7 +50,7 @@ class Distance(NamedTuple):
 
 def distance(
     name: str, model: Sequence[torch.Tensor], export: Sequence[torch.Tensor], limit_nats: float | None = None
-) -> Distance:
+) -> Difference:
     """Compare log-probabilities [T - 1, V] of each probe; ids that only one of the two has do not count."""
     kl = 0.0
     same = positions = 0
@@ -61,10 +61,12 @@ def distance(
         same += int((p.argmax(1) == q.argmax(1)).sum())
         positions += len(p)
     mean = kl / positions
-    return Distance(name, mean if math.isfinite(mean) else None, same / positions, limit_nats)
+    return Difference(name, mean if math.isfinite(mean) else None, same / positions, limit_nats)
 
 
-def is_clean(verdicts: Sequence[Verdict], findings: Sequence[Finding], distances: Sequence[Distance]) -> bool | None:
+def is_clean(
+    verdicts: Sequence[ConsumerResult], findings: Sequence[Finding], distances: Sequence[Difference]
+) -> bool | None:
     """Whether nothing differs, fails, is far from its source or known as a trap; None if nobody could be asked."""
     outcomes = {verdict.outcome for verdict in verdicts}
     is_sound = outcomes <= {"agrees", "not run"} and all(finding.severity != "error" for finding in findings)
@@ -77,9 +79,9 @@ def write_certificate(
     directory: Path,
     export: Path,
     probes: Probes,
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[ConsumerResult],
     findings: Sequence[Finding],
-    distances: Sequence[Distance],
+    distances: Sequence[Difference],
 ) -> dict[str, Any]:
     """Write both files; returns what stands in the one for machines."""
     tree = {

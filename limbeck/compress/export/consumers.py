@@ -42,7 +42,7 @@ Scores = list[list[dict[int, float]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ConsumerResult:
     """What came of one consumer."""
 
     consumer: str
@@ -63,7 +63,7 @@ def log_probs_of(model: Any, probes: Sequence[Sequence[int]]) -> list[torch.Tens
     return [fidelity.log_probs_of(model, torch.tensor([list(probe)])) for probe in probes]
 
 
-def compare(consumer: str, ours: Sequence[torch.Tensor], theirs: Scores, note: str = "") -> Verdict:
+def compare(consumer: str, ours: Sequence[torch.Tensor], theirs: Scores, note: str = "") -> ConsumerResult:
     """Judge a consumer's scores by ours."""
     differences: list[float] = []
     same = positions = 0
@@ -78,14 +78,14 @@ def compare(consumer: str, ours: Sequence[torch.Tensor], theirs: Scores, note: s
     limits = TOLERANCES[consumer]
     # NaN is above no limit, so it has to be below.
     outcome = "agrees" if largest <= limits[0] and mean <= limits[1] else "differs"
-    return Verdict(consumer, outcome, note, positions, largest, mean, same / positions)
+    return ConsumerResult(consumer, outcome, note, positions, largest, mean, same / positions)
 
 
-def in_transformers(directory: Path, ours: Sequence[torch.Tensor], probes: Sequence[Sequence[int]]) -> Verdict:
+def in_transformers(directory: Path, ours: Sequence[torch.Tensor], probes: Sequence[Sequence[int]]) -> ConsumerResult:
     """transformers, with the compressed-tensors library where the checkpoint needs it."""
     tree = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in tree and importlib.util.find_spec("compressed_tensors") is None:
-        return Verdict("transformers", "not run", "needs pip install compressed-tensors")
+        return ConsumerResult("transformers", "not run", "needs pip install compressed-tensors")
     try:
         with quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -94,7 +94,7 @@ def in_transformers(directory: Path, ours: Sequence[torch.Tensor], probes: Seque
             # The first pass makes the weights dense, with a bar for it.
             found = [rows.topk(min(TOP, rows.shape[1])) for rows in log_probs_of(model, probes)]
     except Exception as error:  # whatever a consumer raises is the finding
-        return Verdict("transformers", "failed", " ".join(str(error).split())[:400])
+        return ConsumerResult("transformers", "failed", " ".join(str(error).split())[:400])
     scores = [
         [dict(zip(ids, values, strict=True)) for ids, values in zip(top[1].tolist(), top[0].tolist(), strict=True)]
         for top in found
@@ -104,29 +104,31 @@ def in_transformers(directory: Path, ours: Sequence[torch.Tensor], probes: Seque
 
 def in_vllm(
     directory: Path, ours: Sequence[torch.Tensor], probes: Sequence[Sequence[int]], python: Path | None
-) -> Verdict:
+) -> ConsumerResult:
     """vLLM, in the environment of the given Python."""
     if python is None:
-        return Verdict("vllm", "not run", "no vllm_python was given")
+        return ConsumerResult("vllm", "not run", "no vllm_python was given")
     answer = _ask(python, "score_vllm.py", directory, {"probes": [list(p) for p in probes], "top": TOP})
     if isinstance(answer, str):
-        return Verdict("vllm", "failed", answer)
+        return ConsumerResult("vllm", "failed", answer)
     return compare("vllm", ours, answer["scores"], "float32, eager")
 
 
 def in_llama_cpp(
     file: Path, ours: Sequence[torch.Tensor], probes: Sequence[Sequence[int]], texts: dict[str, list[int]]
-) -> Verdict:
+) -> ConsumerResult:
     """llama.cpp by the xllamacpp wheel; its tokenizer is compared too, with `texts` and our ids for them."""
     if importlib.util.find_spec("xllamacpp") is None:
-        return Verdict("llama.cpp", "not run", "needs pip install xllamacpp")
+        return ConsumerResult("llama.cpp", "not run", "needs pip install xllamacpp")
     asked = {"probes": [list(p) for p in probes], "top": TOP, "texts": list(texts)}
     answer = _ask(Path(sys.executable), "score_llama_cpp.py", file, asked)
     if isinstance(answer, str):
-        return Verdict("llama.cpp", "failed", answer)
+        return ConsumerResult("llama.cpp", "failed", answer)
     other = [text for text, found in zip(texts, answer["tokens"], strict=True) if found != texts[text]]
     if other:
-        return Verdict("llama.cpp", "differs", f"tokenizes {other[0][:60]!r} and {len(other) - 1} more texts otherwise")
+        return ConsumerResult(
+            "llama.cpp", "differs", f"tokenizes {other[0][:60]!r} and {len(other) - 1} more texts otherwise"
+        )
     return compare("llama.cpp", ours, answer["scores"], f"{len(texts)} texts tokenized alike")
 
 

@@ -10,38 +10,28 @@ change places. Source: the GGUF specification and llama.cpp's model definitions.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from limbeck.compress.export.gguf_blocks import TYPES, SourceWeights, fits, library
 from limbeck.compress.export.gguf_vocabulary import add_vocabulary
 from limbeck.compress.export.lint import Finding
-from limbeck.compress.export.shards import is_tied
 from limbeck.errors import CompressionError, nearest
-from limbeck.models.load import load_model, load_tokenizer, locate, quantization_at
-from limbeck.models.quantized import read_tensors, split_tensors
-from limbeck.models.schemes import Stored
+from limbeck.models.load import load_tokenizer
 from limbeck.models.weight_files import writing
 
-TYPES = ("f16", "q8_0", "q4_0")
-BLOCK = 32
-"""Weights of a row that share a scale."""
 _FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2}
 
 
-_LARGEST = {"f32": 3.4e38, "f16": 65504.0, "q8_0": 65504.0 * 127, "q4_0": 65504.0 * 8}
-"""Largest weight that a type holds: scales are float16."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _ALL = (*_ATTENTION, "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class Family(NamedTuple):
+class GgufFamily(NamedTuple):
     """How llama.cpp computes a model type of transformers."""
 
     architecture: str
@@ -58,99 +48,15 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "llama": Family("llama", is_permuted=True, biases=_ALL, ropes=("default", "linear", "llama3")),
-    "mistral": Family("llama", is_permuted=True, biases=_ALL, ropes=("default", "linear", "llama3")),
-    "qwen2": Family("qwen2", biases=_ATTENTION),
-    "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", has_own_head=False),
+    "llama": GgufFamily("llama", is_permuted=True, biases=_ALL, ropes=("default", "linear", "llama3")),
+    "mistral": GgufFamily("llama", is_permuted=True, biases=_ALL, ropes=("default", "linear", "llama3")),
+    "qwen2": GgufFamily("qwen2", biases=_ATTENTION),
+    "qwen3": GgufFamily("qwen3"),
+    "gemma": GgufFamily("gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", has_own_head=False),
 }
 
 
-def library() -> Any:
-    """The gguf package.
-
-    Raises: CompressionError when it is not installed.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise CompressionError("GGUF files are written with the gguf package: pip install gguf.")
-    return importlib.import_module("gguf")
-
-
-class Weights:
-    """The weights of a model by transformers' names: dense, and as codes where they are stored so."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.model = name, load_model(name, rounds=False, whole=True)
-        self.config = self.model.config
-        self.state: dict[str, Tensor] = self.model.state_dict()
-        if is_tied(self.model):
-            self.state.pop("lm_head.weight", None)
-        self.codes: dict[str, Stored] = {}
-        quantization = quantization_at(name)
-        if quantization is not None:
-            layers, _ = split_tensors(read_tensors(Path(locate(name).path)), quantization)
-            self.codes = {f"{layer}.weight": found.stored for layer, found in layers.items()}
-
-    def block_type(self, name: str, gguf_type: str) -> str:
-        """The type that a tensor gets: F32 for vectors, F16 where rows are no multiple of a block.
-
-        Embedding and head stay at 8 bits in a 4-bit file.
-        """
-        tensor = self.state[name]
-        if tensor.ndim == 1:
-            return "f32"
-        if gguf_type == "f16" or tensor.shape[1] % BLOCK:
-            return "f16"
-        is_outer = name.startswith(("model.embed_tokens", "lm_head"))
-        return "q8_0" if is_outer else gguf_type
-
-    def data(self, name: str, gguf_type: str) -> np.ndarray:
-        """A tensor as stored in its type: uint8 rows of blocks, float16 or float32."""
-        kind = self.block_type(name, gguf_type)
-        largest = float(self.state[name].abs().max())
-        if largest > _LARGEST[kind]:
-            raise CompressionError(
-                f"{name}: holds {largest:.4g}, beyond what {kind.upper()} holds ({_LARGEST[kind]:.4g}); no other "
-                "type is written for it."
-            )
-        if name in self.codes and fits(self.codes[name], kind):
-            return blocks_of(self.codes[name], kind)
-        gguf = library()
-        return gguf.quants.quantize(self.state[name].float().numpy(), gguf.GGMLQuantizationType[kind.upper()])
-
-    def rounded(self, name: str, gguf_type: str) -> Tensor:
-        """What the stored tensor stands for, float32."""
-        gguf = library()
-        kind = gguf.GGMLQuantizationType[self.block_type(name, gguf_type).upper()]
-        return torch.from_numpy(np.array(gguf.quants.dequantize(self.data(name, gguf_type), kind), dtype=np.float32))
-
-
-def fits(stored: Stored, kind: str) -> bool:
-    """Whether codes become blocks of a type without rounding."""
-    bits = {"q8_0": 8, "q4_0": 4}.get(kind)
-    group = stored.codes.shape[1] // stored.scales.shape[1]
-    scales = stored.scales.float()
-    is_exact = bool(torch.isclose(scales.half().float(), scales, rtol=2**-10, atol=0.0).all())
-    return is_exact and stored.scheme.kind == "int" and stored.scheme.bits <= (bits or 0) and group % BLOCK == 0
-
-
-def blocks_of(stored: Stored, kind: str) -> np.ndarray:
-    """Blocks of 32 codes behind their float16 scale, uint8 [O I / 32 * (2 + 32 or 16)].
-
-    Q8_0 holds the codes as bytes. Q4_0 holds code + 8, of elements j and j + 16 in one byte, the first one low.
-    """
-    outputs, inputs = stored.codes.shape
-    scales = stored.scales.float().repeat_interleave(inputs // BLOCK // stored.scales.shape[1], dim=1)
-    head = scales.to(torch.float16).numpy().view(np.uint8).reshape(outputs, -1, 2)
-    codes = stored.codes.numpy().reshape(outputs, -1, BLOCK)
-    body: np.ndarray = codes.view(np.uint8)
-    if kind == "q4_0":
-        unsigned = (codes + 8).astype(np.uint8)
-        body = unsigned[..., : BLOCK // 2] | unsigned[..., BLOCK // 2 :] << 4
-    return np.concatenate([head, body], axis=-1).reshape(outputs, -1)
-
-
-class Written(NamedTuple):
+class GgufFile(NamedTuple):
     """What came of a file."""
 
     counts: dict[str, int]
@@ -163,10 +69,10 @@ def write_gguf(path: Path, name: str, gguf_type: str, pre_tokenizer: str | None 
     """Write one file with weights, sizes, tokenizer and chat template; the arguments of `write_weights`."""
     if gguf_type not in TYPES:
         raise CompressionError(f"gguf_type {gguf_type!r} is unknown; {nearest(gguf_type, TYPES)}.")
-    return write_weights(path, Weights(name), gguf_type, pre_tokenizer).counts
+    return write_weights(path, SourceWeights(name), gguf_type, pre_tokenizer).counts
 
 
-def write_weights(path: Path, weights: Weights, gguf_type: str, pre_tokenizer: str | None = None) -> Written:
+def write_weights(path: Path, weights: SourceWeights, gguf_type: str, pre_tokenizer: str | None = None) -> GgufFile:
     """Write one file with weights, sizes, tokenizer and chat template.
 
     Args:
@@ -195,10 +101,10 @@ def write_weights(path: Path, weights: Weights, gguf_type: str, pre_tokenizer: s
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return Written(counts, [*findings, *_stays_f16(weights, gguf_type)])
+    return GgufFile(counts, [*findings, *_stays_f16(weights, gguf_type)])
 
 
-def _stays_f16(weights: Weights, gguf_type: str) -> list[Finding]:
+def _stays_f16(weights: SourceWeights, gguf_type: str) -> list[Finding]:
     names = [
         name
         for name, tensor in weights.state.items()
@@ -208,7 +114,7 @@ def _stays_f16(weights: Weights, gguf_type: str) -> list[Finding]:
     return [Finding("sizes", "warning", text)] if names else []
 
 
-def family_of(config: Any, names: Iterable[str] = ()) -> Family:
+def family_of(config: Any, names: Iterable[str] = ()) -> GgufFamily:
     """How llama.cpp computes a model of a config and of weights with some names.
 
     Raises: CompressionError for a model type, or an option of it, that it would compute otherwise or not load.
@@ -265,7 +171,7 @@ def _add_sizes(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
-def _tensors(weights: Weights, family: Family, gguf_type: str) -> Iterator[tuple[str, np.ndarray, str, bool]]:
+def _tensors(weights: SourceWeights, family: GgufFamily, gguf_type: str) -> Iterator[tuple[str, np.ndarray, str, bool]]:
     gguf = library()
     architecture = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[family.architecture]
     names = gguf.get_tensor_name_map(architecture, weights.config.num_hidden_layers)
@@ -286,7 +192,7 @@ def _tensors(weights: Weights, family: Family, gguf_type: str) -> Iterator[tuple
         yield "rope_freqs.weight", _rope_factors(weights), "f32", False
 
 
-def _rope_factors(weights: Weights) -> np.ndarray:
+def _rope_factors(weights: SourceWeights) -> np.ndarray:
     """What Llama 3 divides each frequency of the rotation by."""
     frequencies = weights.model.model.rotary_emb.inv_freq.double()
     size = 2 * len(frequencies)

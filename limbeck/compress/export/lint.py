@@ -13,7 +13,7 @@ from torch import Tensor
 from limbeck.compress.masks import MASK_FILE
 from limbeck.compress.quantize.fused import parted
 from limbeck.errors import LimbeckError
-from limbeck.models.quantized import Layer, Quantization, quantization_of, read_tensors, split_tensors
+from limbeck.models.quantized import Quantization, QuantizedLayer, quantization_of, read_tensors, split_tensors
 from limbeck.models.schemes import STATUS, Scheme
 from limbeck.models.weight_files import INDEX
 
@@ -97,7 +97,7 @@ def _of_files(directory: Path) -> Iterator[Finding]:
         yield Finding("tokenizer", "warning", "no tokenizer; engines want token ids then")
 
 
-def _of_layer(name: str, layer: Layer) -> Iterator[Finding]:
+def _of_layer(name: str, layer: QuantizedLayer) -> Iterator[Finding]:
     codes, scales, scheme = layer.stored
     if not bool((torch.isfinite(scales.float()) & (scales.float() > 0)).all()):
         yield Finding("scales", "error", f"{name}: a scale is zero, negative or not finite")

@@ -12,15 +12,17 @@ import torch
 
 from limbeck.checkpoint import Checkpoint, output_directory, write_manifest
 from limbeck.compress.beside import copy_beside
-from limbeck.compress.export.certificate import Probes, distance, write_certificate
+from limbeck.compress.export.certificate import distance, write_certificate
 from limbeck.compress.export.compressed_tensors import write_compressed
-from limbeck.compress.export.consumers import Verdict, in_llama_cpp, in_transformers, in_vllm, log_probs_of
+from limbeck.compress.export.consumers import ConsumerResult, in_llama_cpp, in_transformers, in_vllm, log_probs_of
 from limbeck.compress.export.dense import write_dense
-from limbeck.compress.export.gguf import TYPES, Weights, context_length, family_of, write_weights
+from limbeck.compress.export.gguf import context_length, family_of, write_weights
+from limbeck.compress.export.gguf_blocks import TYPES, SourceWeights
 from limbeck.compress.export.lint import Finding, lint
+from limbeck.compress.export.probes import CertificateConfig, probes_of
 from limbeck.compress.export.shards import write_index
 from limbeck.compress.masks import MASK_FILE
-from limbeck.compress.vocabulary import check_tokens
+from limbeck.compress.tokenizer_fit import check_tokens
 from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.ledger import Ledger
@@ -28,41 +30,10 @@ from limbeck.models.load import load_model, load_tokenizer, locate, model_hash
 from limbeck.models.schemes import scheme_of
 from limbeck.progress import console
 from limbeck.stage import How
-from limbeck.traces.render import RenderConfig, render
-from limbeck.traces.sources import TraceConfig, read_traces
 
 DEFAULT_GROUP = 128
 FORMATS = ("compressed-tensors", "gguf", "dense")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BUILT_IN_TEXT = (
-    "The old clock on the wall had stopped at ten past four, and nobody had thought of winding it again.",
-    "To add 348 and 1275, first add 300 to 1275, which gives 1575; then add 48, which gives 1623.\nSo 348+1275=1623.",
-    "def mean(values):\n    return sum(values) / len(values)  # fails for an empty list\n",
-    "Ein kleiner Satz, une phrase courte, y una frase más: naïve café, 東京, 3.14159, (a+b)*c != d.",
-)
-"""Prose, numbers, code, and other scripts: what tokenizers and engines disagree about."""
-
-
-@checked
-class ProbeConfig:
-    """What the certificate compares log-probabilities on."""
-
-    traces: TraceConfig | None = None
-    """Traces, rendered whole. Null, with text null too: a few built-in sentences."""
-    text: Path | None = None
-    """A UTF-8 text file instead, a probe a paragraph."""
-    sequences: int = 4
-    """At most this many probes."""
-    sequence_length_tokens: int = 32
-    """Longer probes are cut to this; llama.cpp is asked once a token."""
-    render: RenderConfig = field(default_factory=RenderConfig)
-    """How traces become tokens."""
-
-    def __post_init__(self) -> None:
-        if self.traces is not None and self.text is not None:
-            raise ConfigError("probe: set traces or text, not both")
-        if self.sequences < 1 or self.sequence_length_tokens < 2:
-            raise ConfigError("probe: sequences must be 1 or more, sequence_length_tokens 2 or more")
 
 
 @checked
@@ -89,7 +60,7 @@ class ExportConfig:
     """compressed-tensors: tell engines to keep keys and values in 8 bits (E4M3), with scales from the probes."""
     certify: bool = True
     """Load the export in its consumers, compare log-probabilities and write the certificate."""
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    probe: CertificateConfig = field(default_factory=CertificateConfig)
     """What they are compared on."""
     reference: str | None = None
     """A further model to tell the distance from, such as the one that was compressed."""
@@ -148,7 +119,7 @@ class _Source:
     def __init__(self, config: ExportConfig) -> None:
         tokenizer = load_tokenizer(config.model)
         if config.format == "gguf":
-            self.weights: Weights | None = Weights(config.model)
+            self.weights: SourceWeights | None = SourceWeights(config.model)
             self.model = self.weights.model
             family_of(self.model.config, self.weights.state)
             longest = context_length(self.model.config)
@@ -169,41 +140,6 @@ def _say_unused(config: ExportConfig) -> None:
         console.print(
             f"export: {config.scheme} has one scale a row; group_size {config.group_size} is not used.", highlight=False
         )
-
-
-def probes_of(config: ProbeConfig, tokenizer: Any, longest: int) -> Probes:
-    """Tokenize the probe set.
-
-    Args:
-      longest: tokens that the export may read.
-    Raises: ConfigError when nothing of two tokens is in it.
-    """
-    limit = min(config.sequence_length_tokens, longest)
-    if config.traces is not None:
-        origin, (texts, sequences) = config.traces.source, _of_traces(config, config.traces, tokenizer)
-    else:
-        origin = "built-in sentences" if config.text is None else config.text.name
-        texts = (list(BUILT_IN_TEXT) if config.text is None else _paragraphs(config.text))[: config.sequences]
-        sequences = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    ids = [sequence[:limit] for sequence in sequences if len(sequence) > 1][: config.sequences]
-    if not ids or limit < 2:
-        raise ConfigError("probe: no text of two tokens or more; set probe.text or probe.traces.source.")
-    return Probes(origin, ids, {text: tokenizer.encode(text, add_special_tokens=False) for text in texts})
-
-
-def _of_traces(config: ProbeConfig, source: TraceConfig, tokenizer: Any) -> tuple[list[str], list[list[int]]]:
-    """Answers as texts, and whole traces as tokens."""
-    traces, _ = read_traces(source)
-    texts = [trace.answer for trace in traces if trace.answer][: config.sequences]
-    return texts, [render(trace, tokenizer, config.render).input_ids.tolist() for trace in traces]
-
-
-def _paragraphs(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"probe.text: {path} is missing or not UTF-8.") from error
-    return [part for part in text.split("\n\n") if part.strip()]
 
 
 def _write(config: ExportConfig, directory: Path, source: _Source) -> tuple[dict[str, Any], list[Finding]]:
@@ -246,7 +182,7 @@ def _certify(config: ExportConfig, directory: Path, source: _Source, findings: S
             reference = log_probs_of(load_model(config.reference, whole=True), probes.ids)
             distances.append(distance(config.reference, reference, ours))
     except Exception as error:
-        verdicts, distances = [Verdict("limbeck", "failed", " ".join(str(error).split())[:400])], []
+        verdicts, distances = [ConsumerResult("limbeck", "failed", " ".join(str(error).split())[:400])], []
     tree = write_certificate(directory, export, probes, verdicts, findings, distances)
     outcomes = {f"in_{found['consumer']}": found["outcome"] for found in tree["consumers"]}
     names = ("kl_from_source_nats", "kl_from_reference_nats")
@@ -254,7 +190,7 @@ def _certify(config: ExportConfig, directory: Path, source: _Source, findings: S
     return {**outcomes, **kl, "is_clean": tree["is_clean"]}
 
 
-def _as_in_file(weights: Weights, gguf_type: str, probes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def _as_in_file(weights: SourceWeights, gguf_type: str, probes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """What the source model says with its weights rounded as the GGUF file has them.
 
     By the source's own names and layout, so that a mistake in the file's shows.

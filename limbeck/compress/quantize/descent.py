@@ -54,10 +54,11 @@ class Descent:
             new, moves, wanted = round_in_turn(target, answers[:, rows], steps[rows], grid, mask, old)
             # Exact: along one weight the error is a parabola with its lowest point at `wanted`.
             self.error += self.diagonal[rows] @ (moves * (new + old - 2 * wanted))
+            slopes = None
             if refit and self.short:
                 slopes = (old - target) * self.diagonal[rows, None] + self.hessian[rows, rows] @ moves
             self._set(rows, new)
-            if grid is not None and refit and self.short:
+            if grid is not None and slopes is not None:
                 self._refit(rows, slopes, grid)
         if grid is not None and refit and not self.short:
             self._refit(slice(0, len(self.target)), self.hessian @ self.off, grid)

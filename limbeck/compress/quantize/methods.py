@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,27 +83,28 @@ class Quantize:
     def solve(self, group: Group, problems: Sequence[LayerProblem], fold: Fold | None) -> Solution:
         """Layers of one input and one scheme are rounded as one: their rows are independent of each other."""
         names = {problem.name: problem.name.partition(f"layers.{group.block}.")[2] for problem in problems}
-        dtypes = {problem.name: self._dtype_of(f"{names[problem.name]}.weight") for problem in problems}
+        kinds = {p.name: (self._schemes[p.name], self._dtype_of(f"{names[p.name]}.weight")) for p in problems}
         factors = None
         if self._equalize is not None and fold is not None:
-            grid = grid_of(self._schemes[problems[0].name], dtypes[problems[0].name])
-            grid = grid.fitted(*(problem.weight for problem in problems))
+            grid = grid_of(*kinds[problems[0].name]).fitted(*(problem.weight for problem in problems))
             factors, problems = self._equalized(self._equalize(problems, grid), problems, fold)
         weights: dict[str, Tensor] = {}
-        for scheme, dtype in dict.fromkeys((self._schemes[p.name], dtypes[p.name]) for p in problems):
-            members = [p for p in problems if (self._schemes[p.name], dtypes[p.name]) == (scheme, dtype)]
-            stacked = _stacked(members)
-            grid = grid_of(scheme, dtype).fitted(stacked.weight)
-            # One scale for the layer leaves nothing to solve but rounding.
-            is_one_scale = scheme.strategy == "tensor"
-            quantized = _one_scale(stacked, grid) if is_one_scale else self._round(stacked, grid, self._settings)
-            rows = [len(problem.weight) for problem in members]
-            parts = zip(quantized.codes.split(rows), quantized.scales.split(rows), strict=True)
-            for problem, (codes, scales) in zip(members, parts, strict=True):
-                own = Quantized(codes, scales, quantized.grid)
+        for scheme, dtype in dict.fromkeys(kinds.values()):
+            members = [problem for problem in problems if kinds[problem.name] == (scheme, dtype)]
+            for problem, own in zip(members, self._rounded(members, scheme, dtype), strict=True):
                 self._done[names[problem.name]] = own, scheme, _input_scale(problem, dtype)
                 weights[problem.name] = own.dequantize()
         return Solution([weights[problem.name] for problem in problems], factors)
+
+    def _rounded(self, problems: Sequence[LayerProblem], scheme: Scheme, dtype: torch.dtype) -> Iterator[Quantized]:
+        stacked = _stacked(problems)
+        grid = grid_of(scheme, dtype).fitted(stacked.weight)
+        # One scale for the layer leaves nothing to solve but rounding.
+        is_one_scale = scheme.strategy == "tensor"
+        quantized = _one_scale(stacked, grid) if is_one_scale else self._round(stacked, grid, self._settings)
+        rows = [len(problem.weight) for problem in problems]
+        for codes, scales in zip(quantized.codes.split(rows), quantized.scales.split(rows), strict=True):
+            yield Quantized(codes, scales, quantized.grid)
 
     def _equalized(
         self, factors: Tensor, problems: Sequence[LayerProblem], fold: Fold

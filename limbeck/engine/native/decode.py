@@ -15,7 +15,7 @@ from limbeck.engine.decoder import Decoder
 from limbeck.engine.int8 import Int8Linear
 from limbeck.engine.native.build import Missing, library
 from limbeck.engine.states import Segment
-from limbeck.engine.weights import Block, DenseLinear, Linear, SideBySide, Weights
+from limbeck.engine.weights import DenseLinear, LayerWeights, Linear, SideBySide, Weights
 
 ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1, "PytorchGELUTanh": 1}
 """Of transformers, by their class; the value is `is_gelu`."""
@@ -144,7 +144,7 @@ class NativeLinear:
         return y
 
 
-def _layer(keeper: _Keeper, block: Block, weights: Weights, sizes: Sequence[int]) -> Any:
+def _layer(keeper: _Keeper, block: LayerWeights, weights: Weights, sizes: Sequence[int]) -> Any:
     cosines, sines = weights.ropes[block.rope]
     return _Layer(
         *(keeper.at(getattr(block, name)) for name in NORMS),
