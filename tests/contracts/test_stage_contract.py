@@ -72,7 +72,16 @@ TINY = {
 }
 SAMPLE = ("traces import", "distill", "prune", "evaluate")
 """Checked in the default suite."""
-APART = {"demo", "sweep", "pipeline", "bench serve", "rank recover", "rank evaluate"}
+APART = {
+    "demo",
+    "sweep",
+    "pipeline",
+    "bench serve",
+    "rank recover",
+    "rank evaluate",
+    "teacher export",
+    "teacher import",
+}
 """Whose directory is filled part by part, or which read another stage's output: their own tests have them."""
 
 
