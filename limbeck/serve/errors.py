@@ -32,7 +32,10 @@ class Invalid(Exception):
 def too_long(tokens: int, more: int, limit: int, parameter: str) -> Invalid:
     """For a prompt, with the text behind it, that the model has no room for."""
     asked = f"{tokens} tokens" + (f" and {more} more of the text" if more else "")
-    message = f"This model's maximum context length is {limit} tokens; {parameter} has {asked}."
+    # The code stands in the words as well, since some clients look for it there.
+    message = (
+        f"This model's maximum context length is {limit} tokens; {parameter} has {asked} (context_length_exceeded)."
+    )
     return Invalid(message, parameter, 400, "context_length_exceeded")
 
 
