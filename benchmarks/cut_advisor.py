@@ -70,10 +70,10 @@ class Place(NamedTuple):
         ratio = 1 - lost / max(self.gain, LEAST_GAIN)
         return float(np.clip(ratio, LOWEST, HIGHEST))
 
-    def noise(self) -> float:
-        """Standard error of gain kept by the common length, from the seeds alone."""
+    def noise(self) -> float | None:
+        """Standard error of gain kept by the common length, from the seeds alone; None with one seed."""
         if min(len(self.scores[arm]) for arm in (COMMON, WHOLE)) < 2:
-            return float("nan")
+            return None
         both = [self.scores[arm].std(ddof=1) / len(self.scores[arm]) ** 0.5 for arm in (COMMON, WHOLE)]
         return float(np.hypot(*both)) / max(self.gain, LEAST_GAIN)
 
@@ -190,10 +190,14 @@ def judge(places: Sequence[Place], fit: Sequence[Place]) -> dict[str, float | No
         "spearman_share": spearman(*share) if by_share else None,
         "mae_share": _mean_error(*share) if by_share else None,
         "in_interval": float(np.mean([abs(p.predicted() - p.kept()) <= HALF_WIDTH for p in counted])),
-        "noise": float(np.mean([p.noise() for p in counted])),
+        "noise": _mean([noise for p in counted if (noise := p.noise()) is not None]),
         "mae_fraction_alone": _mean_error([alone] * len(kept), kept),
         **recommended(places),
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _mean_error(predicted: Sequence[float], kept: Sequence[float]) -> float:

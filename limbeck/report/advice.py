@@ -13,8 +13,8 @@ from limbeck.sweep.cut_picture import NAMES, draw
 
 HOW_TO_READ = (
     "Gain kept: predicted (score after the cut - score before training) / (score after whole traces - score before "
-    "training), with the interval that 9 of 10 measured regimes were in. Kept: share of the divergence between teacher "
-    "and student, of the first derivations and of the ends of the traces that the cut leaves."
+    "training), with its interval. Kept: share of the divergence between teacher and student, of the first derivations "
+    "and of the ends of the traces that the cut leaves."
 )
 
 

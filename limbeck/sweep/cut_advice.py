@@ -35,7 +35,7 @@ def run(config: CutAdviceConfig, out: Path, *, how: How = How()) -> Checkpoint:
             stage="traces advise",
             config=config,
             inputs=inputs_of(config.distill),
-            metrics=advice["recommendation"] | advice["cost"],
+            metrics=advice["recommendation"] | {"seconds": seen.seconds, "of_an_epoch": advice["cost"]["of_an_epoch"]},
         )
     for line in (advice["sentence"], *advice["reasons"], *advice["warnings"], *advice["not_seen"]):
         say(line)

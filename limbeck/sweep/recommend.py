@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from limbeck.sweep.cut_facts import CutFacts, facts_of, spread_of
-from limbeck.sweep.gain import ENOUGH, Predicted, Start, predict
+from limbeck.sweep.gain import ENOUGH, PROVISIONAL, Predicted, Start, predict
 from limbeck.sweep.seen import Seen
 from limbeck.traces.fit import fit
 from limbeck.traces.sample import PROMPT
@@ -145,7 +145,7 @@ def _reasons(seen: Seen, best: Considered, lengths: Sequence[int], places: Seque
 
 
 def _warnings(seen: Seen, start: Start, best: Considered) -> list[str]:
-    found = []
+    found = [PROVISIONAL]
     slower = predict(best.facts, start._replace(travel=start.travel / 4))
     if slower.value >= ENOUGH > best.gain_kept.value:
         found.append(

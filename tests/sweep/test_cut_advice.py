@@ -19,7 +19,7 @@ from limbeck.errors import ConfigError, PairError, TraceFormatError
 from limbeck.models.load import load_model, load_tokenizer
 from limbeck.sweep.cut_facts import CutFacts, facts_of
 from limbeck.sweep.free_run import is_copied
-from limbeck.sweep.gain import WEIGHTS, Start, predict
+from limbeck.sweep.gain import PROVISIONAL, WEIGHTS, Start, predict
 from limbeck.sweep.look import Look, compare, look
 from limbeck.sweep.recommend import Considered, choose
 from limbeck.sweep.seen import CutAdviceConfig
@@ -195,6 +195,7 @@ def test_an_advice_says_what_it_recommends_and_what_it_cost(tmp_path):
     assert advice["cost"]["flops"] > 0 and advice["free"]["texts"] == 3 and not advice["not_seen"]
     assert all(0 < place < 1 for place in advice["derivations"]["places"])
     assert {len(values) for values in advice["profile"].values()} == {40}
+    assert PROVISIONAL in advice["warnings"] and made.metrics["of_an_epoch"] == advice["cost"]["of_an_epoch"]
 
 
 def test_what_cannot_be_looked_at_is_said(tmp_path):
