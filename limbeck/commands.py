@@ -83,6 +83,8 @@ COMMANDS: dict[str, Command] = {
     "rank train": Command(
         "ranking.commands:TRAIN", "train a scorer of candidates by one token, on labels or by distillation"
     ),
+    "rank cache": Command("ranking.commands:CACHE", "store what a teacher says behind the pairs of a ranking run"),
+    "rank show": Command("ranking.commands:SHOW", "print requests as a scorer reads them: tokens, border, labels"),
     "rank recover": Command(
         "ranking.commands:RECOVER", "prune a scorer and distil it in turns, AUC beside size after every step"
     ),

@@ -190,6 +190,7 @@ _VERBS = {
     "rank train": "train_ranker",
     "rank recover": "recover_ranker",
     "rank evaluate": "evaluate_ranker",
+    "rank cache": "cache_ranker",
     "rank show": "show_ranking",
     "traces stats": "count_traces",
     "traces advise": "advise_cut",

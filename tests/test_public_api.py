@@ -16,11 +16,12 @@ from limbeck.stage import function_name
 
 TOP = """
     Checkpoint CheckpointError CompressionError ConfigError DataError LimbeckError ModelError PairError ShapeError
-    TemplateError TraceFormatError __version__ advise advise_cut bench_server cache_teacher compress
+    TemplateError TraceFormatError __version__ advise advise_cut bench_server cache_ranker
+    cache_teacher compress
     cost count_traces demo describe_teacher_cache distill doctor engine evaluate evaluate_ranker export
     export_teacher_cache generate_traces import_teacher_cache import_traces load models moments optim pipeline plan
-    probe_traces prune quantize ranking recover recover_ranker report scale serve show_evaluation show_traces sweep
-    teacher traces train_ranker verify_teacher_cache verify_traces complete_traces
+    probe_traces prune quantize ranking recover recover_ranker report scale serve show_evaluation show_ranking
+    show_traces sweep teacher traces train_ranker verify_teacher_cache verify_traces complete_traces
 """
 PACKAGES = {
     "traces": """
@@ -55,7 +56,8 @@ PACKAGES = {
     "evaluate": """
         AnswerChecker EvaluateConfig EvaluateStageConfig Interval Overlap PerplexityConfig Problem Task Verdict
         VerifyConfig accuracy avg_at_n check_exact check_math evaluate_model extract_answer mean_interval
-        paired_retention pass_at_k pass_rates ratio_interval stop_rate task_from_traces
+        paired_difference paired_retention pass_at_k pass_rates ratio_interval share_interval stop_rate
+        task_from_traces
     """,
     "compress": """
         BudgetConfig CalibrationConfig GateConfig LayerProblem Moments RecoverConfig calibration_rows layer_error
@@ -74,10 +76,11 @@ PACKAGES = {
         write_dense write_gguf
     """,
     "ranking": """
-        FeaturizeConfig GroupingConfig Interaction Labels RankEvaluateConfig RankRecoverConfig RankTrainConfig
-        RankingDataConfig RankingLossConfig Request SplitConfig SyntheticConfig auc_difference auc_interval
-        calibration_error delong_test encode_requests expected_auc generate_requests group_log kendall_tau
-        listwise_divergence log_loss ndcg read_requests request_auc roc_auc split_by_time top_k_churn
+        Bm25 FeaturizeConfig FieldsConfig GroupingConfig Interaction Labels RankEvaluateConfig RankRecoverConfig
+        RankTrainConfig RankingDataConfig RankingLossConfig Request SplitConfig SyntheticConfig auc_difference
+        auc_interval baseline_scores calibration_error delong_test encode_requests expected_auc generate_requests
+        group_log kendall_tau lambdaloss listmle listwise_divergence log_loss ndcg ranknet read_requests read_table
+        request_auc roc_auc split_requests top_k_churn write_pair_scores
     """,
     "report": """
         Evidence Plot ReportConfig Row Table collect_evidence compression_table console_table csv_text markdown

@@ -3,6 +3,9 @@
 Every interval is a bootstrap over problems (Efron and Tibshirani 1993, section 13.3, percentile method): problems are
 drawn with replacement, the statistic is computed anew, and the interval lies between the 2.5 % and 97.5 % quantiles.
 Samples of one problem stay together, because they are not independent. An interval always contains its value.
+
+Where all problems score 0, or all score 1, every draw is the same and a bootstrap would claim certainty; the interval
+is then the exact one of Clopper and Pearson (1934): 0 to 1 - (a/2)^(1/P), or (a/2)^(1/P) to 1, for a level of 1 - a.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def accuracy(right: ArrayLike, seed: int = 0) -> Interval:
       right: bool [P] or [P N].
       seed: of the bootstrap.
     """
-    return mean_interval(_problems_by_samples(right), seed)
+    return share_interval(right, seed)
 
 
 def avg_at_n(right: ArrayLike, num_samples: int, seed: int = 0) -> Interval:
@@ -52,7 +55,7 @@ def avg_at_n(right: ArrayLike, num_samples: int, seed: int = 0) -> Interval:
     """
     table = _problems_by_samples(right)
     _refuse_more_than(num_samples, table.shape[1], "n of avg@n")
-    return mean_interval(table[:, :num_samples], seed)
+    return share_interval(table[:, :num_samples], seed)
 
 
 def pass_at_k(right: ArrayLike, k: int, seed: int = 0) -> Interval:
@@ -69,17 +72,49 @@ def pass_at_k(right: ArrayLike, k: int, seed: int = 0) -> Interval:
     n = table.shape[1]
     _refuse_more_than(k, n, "k of pass@k")
     by_count = np.array([1 - math.comb(n - count, k) / math.comb(n, k) for count in range(n + 1)])
-    return mean_interval(by_count[table.astype(np.int64).sum(1)], seed)
+    return share_interval(by_count[table.astype(np.int64).sum(1)], seed)
 
 
 def stop_rate(stopped: ArrayLike, seed: int = 0) -> Interval:
     """Share of outputs that end by themselves, before the limit of new tokens. `stopped` is bool [P] or [P N]."""
-    return mean_interval(_problems_by_samples(stopped), seed)
+    return share_interval(stopped, seed)
 
 
 def mean_output_tokens(output_tokens: ArrayLike, seed: int = 0) -> Interval:
     """Mean length of an output in tokens, the stop token counted. `output_tokens` is int [P] or [P N]."""
     return mean_interval(_problems_by_samples(output_tokens), seed)
+
+
+def share_interval(values: ArrayLike, seed: int = 0) -> Interval:
+    """`mean_interval` of values in [0, 1], with the exact interval where all of them are 0 or all are 1.
+
+    Args:
+      values: [P] or [P N], bool or number.
+      seed: of the bootstrap.
+    Source: Clopper and Pearson 1934; for values between 0 and 1 it is conservative.
+    """
+    scores = _problems_by_samples(values).mean(1)
+    bound = _unseen(len(scores))
+    if not scores.any():
+        return Interval(0.0, 0.0, bound)
+    return Interval(1.0, 1 - bound, 1.0) if (scores == 1).all() else mean_interval(values, seed)
+
+
+def paired_difference(scores: ArrayLike, other: ArrayLike, seed: int = 0) -> Interval:
+    """Mean of scores - other over the same problems, each in [0, 1], with its bootstrap interval.
+
+    Where no problem tells the two apart, the interval has the exact bound on the share of problems that would.
+
+    Args:
+      scores: [P] or [P N]; other: [P] or [P M], of the same problems in the same order.
+      seed: of the bootstrap.
+    Raises: ValueError when the numbers of problems differ.
+    """
+    ours, theirs = _paired(scores, other)
+    if (ours == theirs).all():
+        bound = _unseen(len(ours))
+        return Interval(0.0, -bound, bound)
+    return mean_interval(ours - theirs, seed)
 
 
 def mean_interval(values: ArrayLike, seed: int = 0) -> Interval:
@@ -115,7 +150,8 @@ def paired_retention(scores: ArrayLike, scores_uncut: ArrayLike, seed: int = 0) 
     """Retention mean(scores) / mean(scores_uncut), with a paired bootstrap: both runs keep the same drawn problems.
 
     Resamples where both means are 0 say nothing and are left out; where only the uncut mean is 0 the ratio is
-    infinite, and so may be the upper end.
+    infinite, and so may be the upper end. Where the run scores 0, or no problem tells it from the uncut one, the bounds
+    are the exact ones of `share_interval` and `paired_difference`, over the uncut mean.
 
     Args:
       scores: [P] or [P N], the score of each problem under the run in question.
@@ -124,11 +160,14 @@ def paired_retention(scores: ArrayLike, scores_uncut: ArrayLike, seed: int = 0) 
     Returns: NaN with a reason when the uncut run scores 0.
     Raises: ValueError when the numbers of problems differ.
     """
-    ours, uncut = _problems_by_samples(scores).mean(1), _problems_by_samples(scores_uncut).mean(1)
-    if len(ours) != len(uncut):
-        raise ValueError(f"retention pairs problems: found {len(ours)} scores and {len(uncut)} of the uncut run")
+    ours, uncut = _paired(scores, scores_uncut)
     if uncut.mean() == 0:
         return Interval(math.nan, math.nan, math.nan, "the uncut run scores 0, so there is nothing to retain")
+    bound = _unseen(len(ours)) / float(uncut.mean())
+    if not ours.any():
+        return Interval(0.0, 0.0, bound)
+    if (ours == uncut).all():
+        return Interval(1.0, max(0.0, 1 - bound), 1 + bound)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.concatenate([ours[index].mean(1) / uncut[index].mean(1) for index in resamples(len(ours), seed)])
     return around(float(ours.mean() / uncut.mean()), ratios[~np.isnan(ratios)])
@@ -174,6 +213,18 @@ def around(value: float, statistics: np.ndarray) -> Interval:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(statistics, [tail, 1 - tail], method="inverted_cdf")
     return Interval(value, min(float(low), value), max(float(high), value))
+
+
+def _unseen(num_problems: int) -> float:
+    """Most of the share of something that none of so many problems shows."""
+    return 1 - ((1 - LEVEL) / 2) ** (1 / num_problems)
+
+
+def _paired(scores: ArrayLike, other: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    ours, theirs = _problems_by_samples(scores).mean(1), _problems_by_samples(other).mean(1)
+    if len(ours) != len(theirs):
+        raise ValueError(f"a comparison pairs problems: found {len(ours)} scores and {len(theirs)} of the other run")
+    return ours, theirs
 
 
 def _problems_by_samples(values: ArrayLike) -> np.ndarray:

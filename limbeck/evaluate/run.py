@@ -30,9 +30,9 @@ from limbeck.evaluate.metrics import (
     Interval,
     accuracy,
     avg_at_n,
-    mean_interval,
     mean_output_tokens,
     pass_at_k,
+    share_interval,
     stop_rate,
 )
 from limbeck.evaluate.tasks import Task
@@ -191,16 +191,25 @@ def summarise(rows: Sequence[ProblemResult], config: EvaluateConfig) -> dict[str
         "avg_at_n": avg_at_n(right, num_samples, seed),
         "pass_at_k": pass_at_k(right, pass_k, seed),
         "stop_rate": stop_rate(_table(rows, "stopped", True), seed),
-        "end_marker_rate": mean_interval(_table(rows, "has_end_marker", True), seed),
+        "end_marker_rate": share_interval(_table(rows, "has_end_marker", True), seed),
         "output_tokens": mean_output_tokens(output_tokens, seed),
     }
     known = [row.derived for row in rows if row.derived is not None]
     if len(known) == len(rows):
-        intervals |= {name: mean_interval(table, seed) for name, table in rates_of(known).items()}
+        intervals |= {name: share_interval(table, seed) for name, table in rates_of(known).items()}
     summary: dict[str, Any] = {"num_samples": num_samples, "pass_k": pass_k}
     for name, interval in intervals.items():
         summary |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return summary | {"unknown_fraction": float(unknown.mean()), "generated_tokens": int(output_tokens.sum())}
+
+
+def problem_scores(evaluation: Path) -> dict[str, float]:
+    """Share of right samples of every problem by its key, from the directory of an evaluation that has some."""
+    file = evaluation / RESULTS_FILE
+    if not file.is_file():
+        return {}
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {row["key"]: sum(v == "right" for v in row["verdicts"]) / len(row["verdicts"]) for row in rows}
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from limbeck.errors import ConfigError
 from limbeck.evaluate.answers import Verdict, answer_part
 from limbeck.evaluate.benchmark_data import BenchmarkConfig, benchmark_task
 from limbeck.evaluate.benchmarks import BENCHMARKS
-from limbeck.evaluate.metrics import mean_interval
+from limbeck.evaluate.metrics import share_interval
 from limbeck.evaluate.perplexity import PerplexityConfig, token_windows, window_sums
 from limbeck.evaluate.run import EvaluateConfig, EvaluationResult, ProblemResult, evaluate, summarise
 from limbeck.evaluate.seen import count_seen
@@ -132,7 +132,7 @@ def _intervals(found: Sequence[Sequence[Mapping[str, float]]], seed: int) -> dic
     """The mean of every metric over problems, and the ends of its interval."""
     measured: dict[str, float] = {}
     for metric in found[0][0]:
-        interval = mean_interval([[sample[metric] for sample in samples] for samples in found], seed)
+        interval = share_interval([[sample[metric] for sample in samples] for samples in found], seed)
         measured |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
     return measured
 

@@ -24,7 +24,7 @@ from limbeck.compress.fidelity import GateConfig
 from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.quantize.stage import QuantizeConfig
 from limbeck.config import checked, completed_by
-from limbeck.distill.config import StudentConfig, TeacherConfig, TrainingConfig
+from limbeck.distill.config import StudentConfig, TrainingConfig
 from limbeck.errors import ConfigError
 from limbeck.models.schemes import scheme_of
 from limbeck.optim.build import OptimizerConfig
@@ -32,9 +32,10 @@ from limbeck.pipeline import ranking_table
 from limbeck.pipeline.ranking_table import ModelConfig
 from limbeck.pipeline.task import OUT, Task
 from limbeck.ranking.commands import EVALUATE, RECOVER, TRAIN
-from limbeck.ranking.evaluate import SCORES, RankEvaluateConfig
+from limbeck.ranking.evaluate import RankEvaluateConfig
 from limbeck.ranking.recover import CALIBRATION, RankRecoverConfig
-from limbeck.ranking.train import RankTrainConfig
+from limbeck.ranking.scored import SCORES
+from limbeck.ranking.train import RankTeacherConfig, RankTrainConfig
 
 SFT, KD = "sft", "kd_labels"
 KINDS = (SFT, KD, "kd_vocabulary", "kd_listwise")
@@ -113,7 +114,8 @@ def stages_of(config: RankPipelineConfig) -> list[Task]:
         stages.append(Task(scheme, _quantization(config, scheme), QUANTIZE, f"quantized/{scheme}"))
     models, data, features = _models(config), config.teacher.data, config.teacher.features
     for model in models:
-        asked = RankEvaluateConfig(model=model.model, data=data, features=features)
+        is_first = model is models[0]
+        asked = RankEvaluateConfig(model=model.model, data=data, features=features, baselines=is_first)
         stages.append(Task(f"test-{model.name}", asked, EVALUATE, f"{TESTS}/{model.name}", gives=(SCORES,)))
     table = ranking_table.TableConfig(
         models=models, recovered=OUT + PRUNED, data=data, features=features, timed_requests=config.timed_requests
@@ -152,7 +154,7 @@ def student_config(config: RankPipelineConfig, kind: str, seed: int, teacher: st
     return replace(
         base,
         student=student,
-        teacher=TeacherConfig(model=teacher),
+        teacher=RankTeacherConfig(model=teacher),
         loss=replace(base.loss, kd_ratio=0.0 if kind == SFT else config.kd_ratio),
         ranking=replace(
             base.ranking,

@@ -22,8 +22,9 @@ from limbeck.engine.backends import load_decoder
 from limbeck.engine.scoring import Scorer
 from limbeck.models.load import load_tokenizer, model_hash
 from limbeck.ranking.data import RankingDataConfig, read_requests
-from limbeck.ranking.evaluate import Scored, compare, engine_request, read_scores
+from limbeck.ranking.evaluate import engine_request
 from limbeck.ranking.featurize import FeaturizeConfig, encode_requests
+from limbeck.ranking.scored import Scored, compare, read_scores
 from limbeck.stage import How, Stage
 
 TABLE = "table.json"

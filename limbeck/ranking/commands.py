@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from limbeck.ranking import evaluate, recover, train
-from limbeck.stage import Stage
+from limbeck.ranking import caching, evaluate, recover, show, train
+from limbeck.stage import Stage, View
 
 _RESUMES = ("overwrite", "resume")
 
@@ -20,6 +20,7 @@ TRAIN = Stage(
         "data.source",
         "data.path",
         "data.fields",
+        "data.signals",
         "features.instruction",
         "features.candidate",
         "features.labels",
@@ -32,6 +33,7 @@ TRAIN = Stage(
         "training.seed",
     ),
 )
+CACHE = Stage(name="rank cache", config=caching.RankCacheConfig, run=caching.run, takes=("on",), subject="teacher")
 RECOVER = Stage(
     name="rank recover",
     config=recover.RankRecoverConfig,
@@ -50,10 +52,21 @@ EVALUATE = Stage(
         "reference",
         "like",
         "part",
+        "baselines",
+        "slices",
         "data.source",
         "data.path",
         "features.labels",
         "k",
         "seed",
     ),
+)
+SHOW = View(
+    name="rank show",
+    config=show.ShowRequestsConfig,
+    run=show.run,
+    show=show.print_requests,
+    as_dict=show.Shown.as_dict,
+    subject="model",
+    reads=show.from_recipe,
 )

@@ -6,16 +6,15 @@ interval and DeLong's test, and how much of the ranking has moved: Kendall's tau
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_json, write_manifest
+from limbeck.checkpoint import MANIFEST, Checkpoint, hash_path, output_directory, write_json, write_manifest
 from limbeck.config import completed_by
 from limbeck.engine.backend import Backend
 from limbeck.engine.backends import load_decoder
@@ -23,20 +22,17 @@ from limbeck.engine.plan import Costs
 from limbeck.engine.requests import Request as EngineRequest
 from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.errors import ConfigError
-from limbeck.evaluate.metrics import Interval
 from limbeck.ledger import Ledger
 from limbeck.models.load import BUILT_IN, load_tokenizer, model_hash
-from limbeck.progress import track
-from limbeck.ranking import metrics
-from limbeck.ranking.auc import delong_test
+from limbeck.progress import say, track
+from limbeck.ranking.baselines import baseline_scores
+from limbeck.ranking.beside import beside_baselines, headline, reliability, slices_of
 from limbeck.ranking.data import RankingDataConfig, best_auc, read_requests, training_of
 from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, encode_requests
-from limbeck.ranking.request import Request
+from limbeck.ranking.interaction import Request
+from limbeck.ranking.scored import SCORES, K, Scored, compare, measures, read_scores, write_scores
 from limbeck.stage import How
 
-SCORES = "scores.jsonl"
-K = 5
-"""Ranks of NDCG and of the churn."""
 PASS_TOKENS = 2048
 """Of prefixes and candidates that are computed together."""
 
@@ -68,12 +64,17 @@ class RankEvaluateConfig:
     """How requests become text; has to be what the model was trained with."""
     like: str | None = None
     """Output of rank train to take data and features from; null takes the model itself, where it is one."""
-    part: Literal["validation", "test"] = "test"
-    """Part of the split that is scored."""
+    part: Literal["train", "validation", "test"] = "test"
+    """Part of the split that is scored; train, to distil from the scores."""
     reference: str | None = None
-    """Another model to compare with on the same requests, such as the teacher or the scorer before pruning."""
+    """Another model to compare with on the same requests, such as the teacher or the scorer before pruning, or a
+    directory with its scores of them."""
     k: int = K
-    """Ranks of NDCG and of the churn of the best k."""
+    """Ranks of NDCG, of recall and of the churn of the best k."""
+    baselines: bool = True
+    """Whether the same candidates are scored by what reads no text (rates, factors, BM25, trees), to be beaten."""
+    slices: tuple[str, ...] = ()
+    """Features of members, moments or items whose values are measured apart."""
     seed: int = 0
     """Seed of the bootstrap."""
 
@@ -87,42 +88,37 @@ class RankEvaluateConfig:
             raise ConfigError("rank evaluate: name data, or as `like` the output of rank train to take it from")
 
 
-class Scored(NamedTuple):
-    """One model's scores of all N pairs of some requests, in their order."""
-
-    owner: np.ndarray
-    """int [N]: the number of a pair's request, from 0."""
-    labels: np.ndarray
-    """bool [N]."""
-    log_odds: np.ndarray
-    """float [N]."""
-    probability: np.ndarray
-    """float [N]."""
-    label_mass: np.ndarray
-    """float [N]."""
-
-
 def run(config: RankEvaluateConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Write `scores.jsonl`, `summary.json` and a manifest into `out`."""
     assert config.data is not None
     with output_directory(out, overwrite=how.overwrite) as working:
         split, counts = read_requests(config.data)
-        requests = split.test if config.part == "test" else split.validation
+        requests = getattr(split, config.part)
         if not requests:
             raise ConfigError(f"rank evaluate: the {config.part} part is empty; set data.split.{config.part}_fraction")
         ledger = Ledger()
         scored = _score(config, config.model, requests, ledger)
-        _write_scores(working / SCORES, requests, scored)
+        write_scores(working / SCORES, requests, scored)
         summary = {"model": Path(config.model).name, "part": config.part, **measures(scored, config.k, config.seed)}
         summary["pairs_per_second"] = len(scored.log_odds) / ledger.seconds["scoring"]
         best = best_auc(requests)
         if best is not None:
             summary["best_auc"] = best
+        summary["reliability"] = reliability(scored)
+        if config.slices:
+            summary["slices"] = slices_of(scored, requests, config.slices, config.k, config.seed)
+        if config.baselines and config.part != "train":
+            with ledger.phase("baselines"):
+                found = baseline_scores(split, requests, config.seed)
+            summary |= beside_baselines(scored, found, config.k, config.seed)
+            say(headline(summary))
         inputs = {"model": model_hash(config.model), **config.data.input_hash}
         if config.reference is not None:
-            other = _score(config, config.reference, requests, ledger)
-            summary |= compare(scored, other, config.k, config.seed)
-            inputs["reference"] = model_hash(config.reference)
+            summary |= compare(
+                scored, _reference(config, config.reference, scored, requests, ledger), config.k, config.seed
+            )
+            is_scored = (Path(config.reference) / SCORES).is_file()
+            inputs["reference"] = hash_path(Path(config.reference)) if is_scored else model_hash(config.reference)
         write_json(working / "summary.json", summary)
         write_manifest(
             working,
@@ -134,6 +130,18 @@ def run(config: RankEvaluateConfig, out: Path, *, how: How = How()) -> Checkpoin
             counts=counts,
         )
     return Checkpoint(out)
+
+
+def _reference(
+    config: RankEvaluateConfig, name: str, scored: Scored, requests: Sequence[Request], ledger: Ledger
+) -> Scored:
+    """Scores of the reference: those of a directory that has some, or by the model."""
+    if not (Path(name) / SCORES).is_file():
+        return _score(config, name, requests, ledger)
+    other = read_scores(Path(name))
+    if not np.array_equal(other.owner, scored.owner) or not np.array_equal(other.labels, scored.labels):
+        raise ConfigError(f"reference {name}: its scores are of other pairs; score the same part of the same data.")
+    return other
 
 
 def _refuse_long(requests: Sequence[EncodedRequest], limit_tokens: int) -> None:
@@ -156,53 +164,15 @@ def score_all(decoder: Backend, requests: Sequence[EncodedRequest], labels: Labe
     found = [scorer.score([engine_request(request, labels)])[0] for request in track(requests, "scoring")]
     owner = np.repeat(np.arange(len(requests)), [len(request.candidates) for request in requests])
     labels_of = np.concatenate([request.labels for request in requests])
+    grades = np.concatenate([r.labels.astype(float) if r.grades is None else r.grades for r in requests])
     log_odds = torch.cat([scores.logits[:, 0] - scores.logits[:, 1] for scores in found]).cpu()
     mass = torch.cat([scores.label_mass for scores in found]).cpu()
-    return Scored(owner, labels_of, log_odds.numpy(), log_odds.sigmoid().numpy(), mass.numpy())
+    return Scored(owner, labels_of, log_odds.numpy(), log_odds.sigmoid().numpy(), mass.numpy(), grades)
 
 
 def engine_request(request: EncodedRequest, labels: Labels) -> EngineRequest:
     """What the engine is asked: prefix and candidates as token ids, yes before no."""
     return EngineRequest(request.prefix.tolist(), [ids.tolist() for ids in request.candidates], labels, full=True)
-
-
-def read_scores(out: Path) -> Scored:
-    """The scores that `run` wrote into a directory."""
-    rows = [json.loads(line) for line in (out / SCORES).read_text(encoding="utf-8").splitlines()]
-    names = {name: number for number, name in enumerate(dict.fromkeys(row["request_id"] for row in rows))}
-    columns = (np.array([row[name] for row in rows]) for name in ("label", "log_odds", "probability", "label_mass"))
-    return Scored(np.array([names[row["request_id"]] for row in rows]), *columns)
-
-
-def measures(scored: Scored, k: int = K, seed: int = 0) -> dict[str, Any]:
-    """All metrics of some scores; an interval is NAME, NAME_low and NAME_high, or None and NAME_reason."""
-    log_odds, probability, labels, owner = scored.log_odds, scored.probability, scored.labels, scored.owner
-    return {
-        "requests": len(np.unique(owner)),
-        "pairs": len(labels),
-        "positives": int(labels.sum()),
-        **_flat("auc", metrics.auc_interval(log_odds, labels, owner, seed)),
-        **_flat("request_auc", metrics.request_auc(log_odds, labels, owner, seed)),
-        **_flat(f"ndcg_at_{k}", metrics.ndcg(log_odds, labels, owner, k, seed)),
-        **_flat("log_loss", metrics.log_loss(probability, labels, owner, seed)),
-        **_flat("calibration_error", metrics.calibration_error(probability, labels, owner, seed=seed)),
-        "mean_label_mass": float(scored.label_mass.mean()),
-        "least_label_mass": float(scored.label_mass.min()),
-    }
-
-
-def compare(scored: Scored, other: Scored, k: int = K, seed: int = 0) -> dict[str, Any]:
-    """AUC and ranking of one model against another's, on the same pairs; names as in `measures`."""
-    labels, owner = scored.labels, scored.owner
-    found = {
-        **_flat("auc_difference", metrics.auc_difference(scored.log_odds, other.log_odds, labels, owner, seed)),
-        **_flat("kendall_tau", metrics.kendall_tau(scored.log_odds, other.log_odds, owner, seed)),
-        **_flat(f"top_{k}_churn", metrics.top_k_churn(scored.log_odds, other.log_odds, owner, k, seed)),
-    }
-    if min(labels.sum(), (~labels).sum()) >= 2:
-        test = delong_test(scored.log_odds, other.log_odds, labels)
-        found |= {"delong_standard_error": test.standard_error, "delong_p_value": test.p_value}
-    return found
 
 
 def _score(config: RankEvaluateConfig, name: str, requests: Sequence[Request], ledger: Ledger) -> Scored:
@@ -217,24 +187,3 @@ def _score(config: RankEvaluateConfig, name: str, requests: Sequence[Request], l
         tokens=sum(len(request.prefix) + sum(map(len, request.candidates)) for request in encoded),
     )
     return scored
-
-
-def _write_scores(path: Path, requests: Sequence[Request], scored: Scored) -> None:
-    pairs = [(request, candidate) for request in requests for candidate in request.candidates]
-    with path.open("w", encoding="utf-8") as file:
-        for index, (request, candidate) in enumerate(pairs):
-            row = {
-                "request_id": request.request_id,
-                "item_id": candidate.item_id,
-                "label": candidate.label,
-                "log_odds": float(scored.log_odds[index]),
-                "probability": float(scored.probability[index]),
-                "label_mass": float(scored.label_mass[index]),
-            }
-            file.write(json.dumps(row) + "\n")
-
-
-def _flat(name: str, interval: Interval) -> dict[str, Any]:
-    if interval.reason:
-        return {name: None, f"{name}_reason": interval.reason}
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

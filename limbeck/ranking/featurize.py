@@ -24,9 +24,10 @@ import numpy as np
 
 from limbeck.config import checked
 from limbeck.errors import ConfigError, TemplateError
-from limbeck.ranking.request import Features, Interaction, Request
+from limbeck.progress import track
+from limbeck.ranking.interaction import Features, Interaction, Request
 
-PREFIX_FIELDS = {"instruction", "member", "history"}
+PREFIX_FIELDS = {"instruction", "query", "context", "member", "history"}
 CANDIDATE_FIELDS = {"item"}
 EVENT_FIELDS = {"label", "item"}
 
@@ -38,7 +39,8 @@ class FeaturizeConfig:
     instruction: str = "Will the member like the item?"
     """What is asked."""
     prefix: str = "{instruction}\nMember: {member}\nHistory:{history}\n"
-    """Shared part, of {instruction}, {member} and {history}; best ended by a newline, which few tokenizers join on."""
+    """Shared part, of {instruction}, {query}, {context}, {member} and {history}; best ended by a newline, which few
+    tokenizers join on."""
     event: str = "\n{label}: {item}"
     """One event of the history, of {label} and {item}."""
     candidate: str = "Item: {item}\nAnswer:"
@@ -48,14 +50,14 @@ class FeaturizeConfig:
     separator: str = ", "
     """Between features."""
     names: tuple[str, ...] | None = None
-    """Features of members and items that are written, by name; null writes all."""
+    """Features of members, moments and items that are written, by name; null writes all."""
     empty: str = "none"
-    """A member without features, a history without events."""
+    """A member or a moment without features, a history without events."""
     labels: tuple[str, str] = (" yes", " no")
     """Text of a positive and a negative label; each is one token behind a candidate."""
 
     def __post_init__(self) -> None:
-        _check_fields("prefix", self.prefix, PREFIX_FIELDS, {"member", "history"})
+        _check_fields("prefix", self.prefix, PREFIX_FIELDS, set())
         _check_fields("candidate", self.candidate, CANDIDATE_FIELDS, CANDIDATE_FIELDS)
         _check_fields("event", self.event, EVENT_FIELDS, {"item"})
         _check_fields("feature", self.feature, {"name", "value"}, {"value"})
@@ -89,21 +91,55 @@ class EncodedRequest:
     """int32 [I_n] of each of the N candidates, up to where the label follows."""
     labels: np.ndarray
     """bool [N]."""
+    weights: np.ndarray | None = None
+    """float [N]: what each counts in training on labels; None: 1."""
+    teacher: np.ndarray | None = None
+    """float [N]: log-odds of a scorer to distil from; NaN where it gave none."""
+    grades: np.ndarray | None = None
+    """float [N]: how relevant each is; None: the labels."""
 
     def pair(self, index: int) -> np.ndarray:
         """int32 [P + I]: the tokens of one candidate's pair."""
         return np.concatenate([self.prefix, self.candidates[index]])
 
 
-def write_request(request: Request, config: FeaturizeConfig) -> RequestText:
-    """Fill in the templates; the prefix is written once, so its bytes are equal by construction."""
-    events = [_event(event, config) for event in request.history]
+def prefix_of(has_query: bool, has_context: bool, has_member: bool) -> str:
+    """The template of a prefix for requests with these parts, a line each."""
+    lines = [
+        "{instruction}",
+        *(["Query: {query}"] if has_query else []),
+        *(["Context: {context}"] if has_context else []),
+    ]
+    if has_member or not has_query:
+        lines += ["Member: {member}", "History:{history}"]
+    return "\n".join([*lines, ""])
+
+
+def write_request(request: Request, config: FeaturizeConfig, special: Sequence[str] = ()) -> RequestText:
+    """Fill in the templates; the prefix is written once, so its bytes are equal by construction.
+
+    Args:
+      special: texts that a tokenizer reads as tokens of their own; in a value they are broken up by a blank.
+    Raises: TemplateError for a query or a context that the prefix leaves out.
+    """
+    for name, value in (("query", request.query), ("context", request.context)):
+        if value and f"{{{name}}}" not in config.prefix:
+            raise TemplateError(
+                f"request {request.request_id} has a {name}, and features.prefix does not write it; put {{{name}}} in."
+            )
+
+    def written(features: Features) -> str:
+        return _features(features, config, special)
+
+    events = [_event(event, config, written(event.item)) for event in request.history]
     prefix = config.prefix.format(
         instruction=config.instruction,
-        member=_features(request.member, config),
+        query=one_line(request.query, special) or config.empty,
+        context=written(request.context),
+        member=written(request.member),
         history="".join(events) or f" {config.empty}",
     )
-    added = [config.candidate.format(item=_features(c.item, config)) for c in request.candidates]
+    added = [config.candidate.format(item=written(candidate.item)) for candidate in request.candidates]
     return RequestText(prefix, tuple(added))
 
 
@@ -117,8 +153,9 @@ def encode_requests(
     Raises: TemplateError when a label is not one token behind a candidate, or a prefix has other tokens in front of
       some candidates than of others.
     """
-    labels = label_tokens(write_request(requests[0], config), tokenizer, config)
-    return [_encode(request, tokenizer, config) for request in requests], labels
+    special = special_texts(tokenizer)
+    labels = label_tokens(write_request(requests[0], config, special), tokenizer, config)
+    return [_encode(request, tokenizer, config, special) for request in track(requests, "tokenizing")], labels
 
 
 def label_tokens(text: RequestText, tokenizer: Any, config: FeaturizeConfig) -> Labels:
@@ -144,8 +181,8 @@ def label_tokens(text: RequestText, tokenizer: Any, config: FeaturizeConfig) -> 
     return Labels(found[0].pop(), found[1].pop())
 
 
-def _encode(request: Request, tokenizer: Any, config: FeaturizeConfig) -> EncodedRequest:
-    text = write_request(request, config)
+def _encode(request: Request, tokenizer: Any, config: FeaturizeConfig, special: Sequence[str]) -> EncodedRequest:
+    text = write_request(request, config, special)
     pairs = [text.prefix + added for added in text.candidates]
     first = tokenizer(pairs[0], return_offsets_mapping=True)
     length = _prefix_tokens(first["offset_mapping"], len(text.prefix))
@@ -170,6 +207,9 @@ def _encode(request: Request, tokenizer: Any, config: FeaturizeConfig) -> Encode
         np.array(prefix, dtype=np.int32),
         tuple(np.array(ids[length:], dtype=np.int32) for ids in encoded),
         np.array([candidate.label for candidate in request.candidates]),
+        np.array([candidate.weight for candidate in request.candidates]),
+        np.array([np.nan if c.teacher is None else c.teacher for c in request.candidates]),
+        np.array([float(c.label) if c.grade is None else c.grade for c in request.candidates]),
     )
 
 
@@ -182,19 +222,31 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
-def _event(event: Interaction, config: FeaturizeConfig) -> str:
-    label = config.labels[0 if event.label else 1].strip()
-    return config.event.format(label=label, item=_features(event.item, config))
+def _event(event: Interaction, config: FeaturizeConfig, item: str) -> str:
+    return config.event.format(label=config.labels[0 if event.label else 1].strip(), item=item)
 
 
-def _features(features: Features, config: FeaturizeConfig) -> str:
-    """One line: a value with line breaks of its own could write what the template writes."""
+def _features(features: Features, config: FeaturizeConfig, special: Sequence[str]) -> str:
     parts = [
-        config.feature.format(name=name, value=" ".join(value.split()))
+        config.feature.format(name=name, value=one_line(value, special))
         for name, value in features.items()
         if config.names is None or name in config.names
     ]
     return config.separator.join(parts) or config.empty
+
+
+def one_line(value: str, special: Sequence[str] = ()) -> str:
+    """A value as data: with line breaks or special tokens of its own it could write what the template writes."""
+    text = " ".join(value.split())
+    for token in special:
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return text
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """What the tokenizer reads as a token of its own wherever it stands, longest first."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if len(token.content) > 1]
+    return sorted(added, key=len, reverse=True)
 
 
 def _check_fields(name: str, template: str, known: set[str], needed: set[str]) -> None:

@@ -52,7 +52,7 @@ def listwise_divergence(
       temperature: T > 0.
     Returns: float [R], differentiable by `scores`; 0 for a request of one candidate.
     """
-    places = _places(owner)
+    places = places_of(owner)
     present = places >= 0
     log_student = _log_softmax(scores[places] / temperature, present)
     log_teacher = _log_softmax(teacher_scores.detach()[places] / temperature, present)
@@ -61,7 +61,7 @@ def listwise_divergence(
     return value + (linear - linear.detach())
 
 
-def _places(owner: Tensor) -> Tensor:
+def places_of(owner: Tensor) -> Tensor:
     """int64 [R M]: the rows of each request, -1 behind the last of them; M is the longest."""
     counts = torch.bincount(owner)
     order = torch.argsort(owner, stable=True)

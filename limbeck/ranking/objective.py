@@ -2,6 +2,7 @@
 
     (1 - kd_ratio) CE + kd_ratio T^2 [ (1 - listwise_ratio) D(pair) + listwise_ratio D(request) ]
 
+where CE is (1 - order_ratio) CE(pair) + order_ratio L(request) for a loss L on the order of a request by its grades;
 averaged over the pairs of a step; a request's listwise term counts as many times as it has candidates, so that it
 weighs what its pairs weigh, whatever micro-batch it falls to.
 """
@@ -24,8 +25,10 @@ from limbeck.errors import ConfigError
 from limbeck.ledger import head_flops
 from limbeck.models.anatomy import Head, Sizes, head_of
 from limbeck.models.logits import logits_of
+from limbeck.ranking.examples import grades_of
 from limbeck.ranking.featurize import Labels
-from limbeck.ranking.loss import NO, YES, label_head, listwise_divergence, log_odds
+from limbeck.ranking.loss import NO, YES, label_head, listwise_divergence, log_odds, places_of
+from limbeck.ranking.order_loss import ORDER_LOSSES
 from limbeck.teacher.targets import TeacherTargets
 from limbeck.traces.batch import Example
 
@@ -39,9 +42,15 @@ class RankingLossConfig:
     listwise_ratio: float = 0.0
     """Share of the KD term that compares the candidates of a request with one another, 0 <= x <= 1."""
 
+    order: Literal["ranknet", "lambdaloss", "listmle"] = "ranknet"
+    """Loss on the order of a request's candidates by their grades (labels where there are none)."""
+    order_ratio: float = 0.0
+    """Share of the CE term that is this loss, 0 <= x <= 1; with 1 scores rank and are no probabilities."""
+
     def __post_init__(self) -> None:
-        if not 0 <= self.listwise_ratio <= 1:
-            raise ConfigError(f"listwise_ratio must be in [0, 1]; found {self.listwise_ratio}")
+        for name in ("listwise_ratio", "order_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1]; found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +69,19 @@ class RankingObjective:
             supervised = supervised._replace(targets=given.ask(supervised.rows))
         hidden, computed = given.hidden_states(supervised.rows)
         head, has_list = head_of(given.student.model), bool(listwise) and supervised.targets is not None
+        ce_coef, order = supervised.ce_coef, self.config.order_ratio
         with given.ledger.phase("head"):
-            loss = self._pointwise(given, supervised._replace(kd_coef=kd_coef * (1 - listwise)), hidden, head)
+            pairs = supervised._replace(ce_coef=ce_coef * (1 - order), kd_coef=kd_coef * (1 - listwise))
+            loss = self._pointwise(given, pairs, hidden, head)
+            if order:
+                term = self._order(hidden, head, given.examples, ce_coef * order)
+                loss = FusedLoss(loss.total + term, loss.ce_sum + term.detach(), loss.kd_sum, loss.head_rows)
             if supervised.targets is not None and listwise:
                 coef, terms = kd_coef * listwise, given.loss.config
                 loss = _added(loss, self._listwise(hidden, head, given.examples, coef, supervised.targets, terms))
         num_rows = len(supervised.rows)
-        flops = self._head_flops(given.student.sizes, loss.head_rows, num_rows if has_list else 0)
+        two_rows = num_rows * (has_list + bool(order))
+        flops = self._head_flops(given.student.sizes, loss.head_rows, two_rows)
         given.charge(computed, head=flops, supervised_tokens=num_rows)
         if torch.is_grad_enabled() and supervised.targets is not None:
             given.ledger.add_flops(teacher=self._teacher_head_flops(supervised.targets, given.student.vocab_size))
@@ -108,6 +123,15 @@ class RankingObjective:
             )
             losses.append(loss)
         return FusedLoss.sum(losses)
+
+    def _order(self, hidden: Tensor, head: Head, examples: Sequence[Example], coef: Tensor) -> Tensor:
+        """Weighted sum over requests of the loss on their order."""
+        owner = _owner(examples, hidden.device)
+        scores = log_odds(logits_of(hidden, label_head(head, self.labels)))
+        places = places_of(owner)
+        grades = grades_of(examples).to(scores)
+        weights = coef.new_zeros(len(places)).index_add_(0, owner, coef).to(scores.dtype)
+        return (weights * ORDER_LOSSES[self.config.order](scores[places], grades[places], places >= 0)).sum()
 
     def _listwise(
         self,

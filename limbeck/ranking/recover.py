@@ -41,7 +41,8 @@ def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return tree
     named = {"model": cut.get("model")}
     student, teacher = rank.get("student") or {}, rank.get("teacher") or {}
-    teacher = teacher if teacher.get("model") else {**teacher, **named}
+    is_named = any(teacher.get(kind) for kind in ("model", "cache", "server", "scores"))
+    teacher = teacher if is_named else {**teacher, **named}
     return {
         **tree,
         "rank": {**_own_data(cut.get("model")), **rank, "student": {**named, **student}, "teacher": teacher},

@@ -1,64 +1,22 @@
-"""What is ranked: a request of one member at one moment, its candidates, and what the member did before."""
+"""Requests of an interaction log, each made when it is read: 5 million rows stay the columns that they are.
+
+Each row has its own member, item and context columns, so a request reads what was true at its own moment and never what
+another row says.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import overload
+
+import numpy as np
 
 from limbeck.config import checked
-from limbeck.errors import ConfigError, DataError
+from limbeck.errors import ConfigError
+from limbeck.ranking.interaction import Features, Interaction, LogRow, Request
+from limbeck.ranking.log import Columns, Log
 
-Features = Mapping[str, str]
-"""Names and values as they are shown; the order is kept."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interaction:
-    """A member met an item: a candidate of a request, or an event of its history."""
-
-    item_id: str
-    item: Features
-    label: bool
-    """Whether the member took the item (clicked, liked)."""
-    time: float
-    """When, in any unit that grows."""
-    probability: float | None = None
-    """P(label = yes) where it is known, as in generated data."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The candidates that a member is shown at one moment.
-
-    Raises: DataError when the history reaches into the request or a candidate was met before it.
-    """
-
-    request_id: str
-    member_id: str
-    member: Features
-    time: float
-    history: tuple[Interaction, ...]
-    """Oldest first, all of it before `time`."""
-    candidates: tuple[Interaction, ...]
-    """At least one, none before `time`."""
-
-    def __post_init__(self) -> None:
-        if not self.candidates:
-            raise DataError(f"request {self.request_id}: no candidates; a request ranks at least one item.")
-        if any(event.time >= self.time for event in self.history):
-            raise DataError(
-                f"request {self.request_id}: its history holds an event at or after its time {self.time:g}; a history "
-                "may hold only what was known when the request came."
-            )
-        if any(candidate.time < self.time for candidate in self.candidates):
-            raise DataError(f"request {self.request_id}: a candidate is older than its time {self.time:g}.")
-
-    @property
-    def end(self) -> float:
-        """When the last of its labels became known."""
-        return max(candidate.time for candidate in self.candidates)
+__all__ = ["GroupingConfig", "Interaction", "LogRequests", "LogRow", "Request", "group_log"]
 
 
 @checked
@@ -71,131 +29,195 @@ class GroupingConfig:
     """Requests with fewer are left out."""
     history: int = 20
     """Most events of a history, the latest ones."""
-    min_history: int = 1
-    """Requests with fewer events before them are left out."""
+    min_history: int | None = None
+    """Requests with fewer events before them are left out; null: 0 where requests have a query, else 1."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_candidates <= self.candidates:
             raise ConfigError(
                 f"min_candidates must be in 1 to candidates ({self.candidates}); found {self.min_candidates}"
             )
-        if not 0 <= self.min_history <= self.history:
+        if not 0 <= (self.min_history or 0) <= self.history:
             raise ConfigError(f"min_history must be in 0 to history ({self.history}); found {self.min_history}")
 
 
-class LogRow(NamedTuple):
-    """One line of an interaction log."""
+class LogRequests(Sequence[Request]):
+    """The requests of a log; a slice is one of fewer requests."""
 
-    member_id: str
-    interaction: Interaction
-    request_id: str | None = None
+    def __init__(self, log: Log, rows: np.ndarray, past: np.ndarray, requests: np.ndarray, has_own_ids: bool) -> None:
+        self.log = log
+        self._rows, self._past, self._requests, self._has_own_ids = rows, past, requests, has_own_ids
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @overload
+    def __getitem__(self, index: int) -> Request: ...
+    @overload
+    def __getitem__(self, index: slice) -> LogRequests: ...
+    def __getitem__(self, index: int | slice) -> Request | LogRequests:
+        return self.take(np.arange(len(self))[index]) if isinstance(index, slice) else self._request(index)
+
+    def take(self, chosen: np.ndarray) -> LogRequests:
+        """Some requests, by number."""
+        return LogRequests(self.log, self._rows, self._past, self._requests[chosen], self._has_own_ids)
+
+    def over(self, log: Log) -> LogRequests:
+        """The same requests of a log with other columns."""
+        return LogRequests(log, self._rows, self._past, self._requests, self._has_own_ids)
+
+    @property
+    def times(self) -> np.ndarray:
+        """float64 [R]: when each was made."""
+        return self.log.time[self._rows[self._requests["first"]]]
+
+    @property
+    def ends(self) -> np.ndarray:
+        """float64 [R]: when the last label of each became known."""
+        return self.log.time[self._rows[self._requests["last"] - 1]]
+
+    @property
+    def first_rows(self) -> np.ndarray:
+        """int [R]: the row of the log that each begins with."""
+        return self._rows[self._requests["first"]]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int [R]: the number of candidates of each."""
+        return self._requests["last"] - self._requests["first"]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int [M]: the rows of the log that are candidates, request after request."""
+        return self._rows[_spans(self._requests["first"], self._requests["last"])]
+
+    @property
+    def owners(self) -> np.ndarray:
+        """int [M]: the number of the request of each of `rows`."""
+        return np.repeat(np.arange(len(self)), self.sizes)
+
+    @property
+    def past(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of all histories, request after request, and the number of the request of each."""
+        first, last = self._requests["past_first"], self._requests["past_last"]
+        return self._past[_spans(first, last)], np.repeat(np.arange(len(self)), last - first)
+
+    @property
+    def own_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many rows the member had before each request, and how many of them were a yes: int [R] each."""
+        first, last = self._requests["own_first"], self._requests["past_last"]
+        before = np.concatenate([[0], np.cumsum(self.log.label[self._past])])
+        return last - first, before[last] - before[first]
+
+    def id_of(self, index: int) -> str:
+        """The id of a request: the log's own, with the member's in front where several requests share one."""
+        first = int(self._rows[self._requests["first"][index]])
+        if self.log.request is None:
+            return f"{self.log.member.text(first)}:{self._requests['number'][index]}"
+        own = self.log.request.text(first)
+        return str(own) if self._has_own_ids else f"{self.log.member.text(first)}:{own}"
+
+    def _request(self, index: int) -> Request:
+        log, place = self.log, self._requests[index]
+        rows = self._rows[place["first"] : place["last"]]
+        at_once = rows[log.time[rows] == log.time[rows[0]]]
+        return Request(
+            request_id=self.id_of(index),
+            member_id=log.member.text(rows[0]) or "",
+            member=_of_moment(log.of_member, at_once),
+            time=float(log.time[rows[0]]),
+            history=tuple(map(log.interaction, self._past[place["past_first"] : place["past_last"]].tolist())),
+            candidates=tuple(map(log.candidate, rows.tolist())),
+            query=(log.query.text(rows[0]) or "") if log.query is not None else "",
+            context=_of_moment(log.of_context, at_once),
+        )
+
+
+_PLACE = np.dtype([(name, np.int64) for name in ("first", "last", "past_first", "past_last", "own_first", "number")])
+"""Of a request: its rows, its history's, the member's first row, and its number among the member's requests."""
 
 
 def group_log(
     rows: Sequence[LogRow], members: Mapping[str, Features], config: GroupingConfig
-) -> tuple[list[Request], dict[str, int]]:
+) -> tuple[LogRequests, dict[str, int]]:
     """Requests of an interaction log, and counts of what became of its rows.
 
-    A member's rows are sorted by time, ties in the order of the log. Rows of one request id are one request; without
-    ids, each run of `config.candidates` rows is. The time of a request is that of its first row, and its history is
-    what the member did strictly before, so that rows of the same second never see one another's labels.
+    A member's rows are sorted by time. Rows of one request id are one request; without ids, each run of
+    `config.candidates` rows is. The time of a request is that of its first row, and its history is what the member did
+    strictly before, so that rows of the same second never see one another's labels. Features of member and context are
+    those of the request's own rows; where rows of its first moment differ, the least value counts (a counter before it
+    grew), whatever the order of the file.
+
+    Args:
+      rows: a `Log`, or a list in the order of the log.
+      members: features of members that stand beside the log, by id.
     """
-    by_member: dict[str, list[LogRow]] = {}
-    for row in rows:
-        by_member.setdefault(row.member_id, []).append(row)
-    requests: list[Request] = []
-    counts = {"rows": len(rows), "rows_of_small_requests": 0, "rows_without_history": 0}
-    for member_id, own in by_member.items():
-        own.sort(key=lambda row: row.interaction.time)
-        past, times = [row.interaction for row in own], [row.interaction.time for row in own]
-        for number, group in enumerate(_groups(own, config.candidates)):
-            time = group[0].interaction.time
-            before = bisect_left(times, time)
-            history = past[max(0, before - config.history) : before]
-            if len(group) < config.min_candidates:
-                counts["rows_of_small_requests"] += len(group)
-            elif len(history) < config.min_history:
-                counts["rows_without_history"] += len(group)
-            else:
-                requests.append(
-                    Request(
-                        request_id=group[0].request_id or f"{member_id}:{number}",
-                        member_id=member_id,
-                        member=members.get(member_id, {}),
-                        time=time,
-                        history=tuple(history),
-                        candidates=tuple(row.interaction for row in group),
-                    )
-                )
-    return _with_own_ids(requests), counts
+    log = (rows if isinstance(rows, Log) else Log.of(rows)).joined(members)
+    counts = {"rows": len(log), "rows_of_small_requests": 0, "rows_without_history": 0}
+    order = np.lexsort((log.tie, log.time, log.member.codes)).astype(np.int32)
+    member, time = log.member.codes[order], log.time[order]
+    is_first = np.diff(member, prepend=-1) != 0
+    own_first = _last_true(is_first)
+    moment_first = _last_true(is_first | (np.diff(time, prepend=np.nan) != 0))
+    position = np.arange(len(order), dtype=np.int32) - own_first
+    group, number, has_own_ids = _groups(log, order, position, config.candidates)
+    sizes, places = np.bincount(group), np.argsort(group, kind="stable").astype(np.int32)
+    firsts = np.cumsum(sizes) - sizes
+    at = places[firsts]
+    requests = np.zeros(len(sizes), dtype=_PLACE)
+    requests["first"], requests["last"] = firsts, firsts + sizes
+    requests["past_last"] = moment_first[at]
+    requests["past_first"] = np.maximum(own_first[at], moment_first[at] - config.history)
+    requests["own_first"], requests["number"] = own_first[at], number[at]
+    least = config.min_history if config.min_history is not None else int(log.query is None)
+    is_small = sizes < config.min_candidates
+    is_new = ~is_small & (moment_first[at] - own_first[at] < least)
+    counts |= {"rows_of_small_requests": int(sizes[is_small].sum()), "rows_without_history": int(sizes[is_new].sum())}
+    return LogRequests(log, order[places], order, requests[~is_small & ~is_new], has_own_ids), counts
 
 
-def _with_own_ids(requests: list[Request]) -> list[Request]:
-    """Ids that count within a member, such as those of sessions, get the member's in front: an id is one request's."""
-    if len({request.request_id for request in requests}) == len(requests):
-        return requests
-    return [replace(request, request_id=f"{request.member_id}:{request.request_id}") for request in requests]
+def _groups(log: Log, order: np.ndarray, position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Which request each row of the ordered log is of, its number among the member's, and whether ids are unique.
 
-
-def _groups(rows: list[LogRow], size: int) -> list[list[LogRow]]:
-    if all(row.request_id is None for row in rows):
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
-    groups: dict[str | None, list[LogRow]] = {}
-    for row in rows:
-        groups.setdefault(row.request_id, []).append(row)
-    return list(groups.values())
-
-
-@checked
-class SplitConfig:
-    """Which requests train and which measure: the first in time train, the last test."""
-
-    validation_fraction: float = 0.1
-    """Share of the requests, before the test's, that validate."""
-    test_fraction: float = 0.2
-    """Share of the requests, the latest, that test."""
-
-    def __post_init__(self) -> None:
-        held_out = (self.validation_fraction, self.test_fraction)
-        if min(held_out) < 0 or sum(held_out) >= 1:
-            raise ConfigError(
-                f"validation_fraction {held_out[0]} and test_fraction {held_out[1]}: expected 0 or more, less than 1 "
-                "together"
-            )
-
-
-class Split(NamedTuple):
-    """Requests by their use; every label of one part was known before the first request of the next."""
-
-    train: list[Request]
-    validation: list[Request]
-    test: list[Request]
-    straddling: int
-    """Requests left out because their labels became known only after the next part had begun."""
-
-
-def split_by_time(requests: Sequence[Request], config: SplitConfig) -> Split:
-    """Cut a set of requests at two moments.
-
-    Raises: DataError when the training part is empty, or a part that was asked for is.
+    Args:
+      position: int [N], of a row among its member's.
+      size: rows of a request, where the log does not name its requests.
     """
-    ordered = sorted(requests, key=lambda request: (request.time, request.request_id))
-    test_start = len(ordered) - round(config.test_fraction * len(ordered))
-    validation_start = test_start - round(config.validation_fraction * len(ordered))
-    cuts = [ordered[i].time if i < len(ordered) else float("inf") for i in (validation_start, test_start)]
-    parts: tuple[list[Request], list[Request], list[Request]] = ([], [], [])
-    straddling = 0
-    for request in ordered:
-        part = sum(request.time >= cut for cut in cuts)
-        if part < 2 and request.end >= cuts[part]:
-            straddling += 1
-        else:
-            parts[part].append(request)
-    asked = (1.0, config.validation_fraction, config.test_fraction)
-    for name, members, share in zip(("training", "validation", "test"), parts, asked, strict=True):
-        if share and not members:
-            raise DataError(
-                f"the {name} part of {len(ordered)} requests is empty ({straddling} lie across a cut); take more "
-                "requests, or smaller fractions."
-            )
-    return Split(*parts, straddling)
+    if log.request is None:
+        return np.cumsum(position % size == 0, dtype=np.int32) - 1, position // size, True
+    keys = log.member.codes[order].astype(np.int64)
+    keys *= len(log.request.values) + 1
+    keys += log.request.codes[order]
+    by_key = np.argsort(keys, kind="stable").astype(np.int32)
+    is_new = np.diff(keys[by_key], prepend=-1) != 0
+    group = np.empty(len(order), dtype=np.int32)
+    group[by_key] = np.cumsum(is_new, dtype=np.int32) - 1
+    return group, position, int(is_new.sum()) == len(np.unique(log.request.codes))
+
+
+def _spans(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """int64: all of first[0] to last[0] - 1, then first[1] to last[1] - 1, and so on."""
+    sizes = last - first
+    return np.repeat(first - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+
+
+def _last_true(flags: np.ndarray) -> np.ndarray:
+    """int32 [N]: for each place the last one up to it whose flag is set; the first one's is."""
+    return np.maximum.accumulate(np.where(flags, np.arange(len(flags), dtype=np.int32), 0))
+
+
+def _of_moment(columns: Columns, rows: np.ndarray) -> Features:
+    """Features of a request whose first moment has these rows."""
+    found = {}
+    for name, column in columns.items():
+        values = {value for row in rows.tolist() if (value := column.text(row)) is not None}
+        if values:
+            found[name] = min(values, key=_number_then_text)
+    return found
+
+
+def _number_then_text(value: str) -> tuple[float, str]:
+    try:
+        return float(value), value
+    except ValueError:
+        return np.inf, value

@@ -18,7 +18,7 @@ import numpy as np
 
 from limbeck.config import checked
 from limbeck.errors import ConfigError
-from limbeck.ranking.request import Features, Interaction, Request
+from limbeck.ranking.interaction import Features, Interaction, Request
 
 TOPICS = ("jazz", "war", "chess", "space", "food", "crime", "dance", "horse", "ocean", "robot", "opera", "magic")
 _TASTES = {-1: "hates", 1: "loves"}

@@ -11,13 +11,13 @@ guard, ledger and manifest are those of `limbeck distill`. What is its own:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from limbeck.checkpoint import Checkpoint, write_manifest
-from limbeck.config import checked
+from limbeck.config import checked, completed_by
 from limbeck.distill import train
 from limbeck.distill.config import (
     LoraConfig,
@@ -44,18 +44,47 @@ from limbeck.models.load import load_tokenizer, model_hash
 from limbeck.optim.build import OptimizerConfig, build_optimizer
 from limbeck.optim.schedules import ScheduleConfig
 from limbeck.progress import say
-from limbeck.ranking.data import RankingDataConfig, read_requests
-from limbeck.ranking.evaluate import measures, score_all
+from limbeck.ranking.data import RankingDataConfig, features_of, read_requests
+from limbeck.ranking.evaluate import score_all
 from limbeck.ranking.examples import pair_examples, plan_requests
 from limbeck.ranking.featurize import EncodedRequest, FeaturizeConfig, Labels, encode_requests, write_request
+from limbeck.ranking.interaction import Request
 from limbeck.ranking.objective import RankingLossConfig, RankingObjective
-from limbeck.ranking.request import Request, Split
+from limbeck.ranking.score_teacher import ScoreTeacher, with_scores
+from limbeck.ranking.scored import measures
+from limbeck.ranking.split import Split
 from limbeck.ranking.tokenizer import train_tokenizer
 from limbeck.stage import How
-from limbeck.traces.batch import Example
 
 
 @checked
+class RankTeacherConfig(TeacherConfig):
+    """Who gives soft targets; with none the run is supervised fine-tuning on the labels."""
+
+    scores: str | None = None
+    """Instead of a model: `column`, the log-odds of data.fields.teacher, or a directory in which rank evaluate --part
+    train wrote the scores of any other scorer; no tokenizer is shared then."""
+
+    def __post_init__(self) -> None:
+        TeacherConfig.__post_init__(self)
+        if self.scores is not None and TeacherConfig.is_named.fget(self):  # type: ignore[attr-defined]
+            raise ConfigError("teacher takes scores, or a model, cache or server, not both")
+
+    @property
+    def is_named(self) -> bool:
+        """Whether there is a teacher at all."""
+        return self.scores is not None or TeacherConfig.is_named.fget(self)  # type: ignore[attr-defined]
+
+
+def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe whose prefix writes the query and the context that its data has, where it names no prefix itself."""
+    data, features = tree.get("data"), tree.get("features") or {}
+    if not isinstance(data, Mapping) or not isinstance(features, Mapping) or "prefix" in features:
+        return tree
+    return {**tree, "features": {**features_of(data), **features}}
+
+
+@completed_by(completed)
 class RankTrainConfig:
     """One scorer: which requests, from whom, with which loss."""
 
@@ -65,8 +94,8 @@ class RankTrainConfig:
     """What is ranked."""
     features: FeaturizeConfig = field(default_factory=FeaturizeConfig)
     """How requests become text."""
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """Who gives soft targets: a live model, or several; none is supervised fine-tuning on the labels."""
+    teacher: RankTeacherConfig = field(default_factory=RankTeacherConfig)
+    """Who gives soft targets: a model, cache or server with the student's tokenizer, or the scores of any scorer."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The objective: divergence, share of KD, temperature."""
     ranking: RankingLossConfig = field(default_factory=RankingLossConfig)
@@ -84,11 +113,8 @@ class RankTrainConfig:
     """Train adapters instead of all weights; the output holds the merged model."""
 
     def __post_init__(self) -> None:
-        for teacher in (self.teacher, *self.teacher.others):
-            if teacher.cache is not None or teacher.server is not None:
-                raise ConfigError(
-                    "rank train asks live teachers only, which know the logits of both labels: set teacher.model"
-                )
+        if self.teacher.scores is not None and self.ranking.support == "vocabulary":
+            raise ConfigError("teacher.scores says something of the two labels only: set ranking.support labels")
         parallel = self.training.parallel
         if "shard" in (parallel.strategy, parallel.of_teacher):
             raise ConfigError("rank train keeps every model whole: set training.parallel.strategy replicate")
@@ -158,16 +184,17 @@ def set_up(config: RankTrainConfig, ranks: Ranks) -> tuple[Run, HeldOut]:
     _tell_one_sided(split.train)
     model, tokenizer = load_student(config, _scratch_tokenizer(config, split.train))
     model.to(ranks.device)
-    teacher = load_teacher(config, ranks)
     check_pair(config, model, tokenizer)
     with ledger.phase("data"):
         training, held_out, labels = _encode(config, split, tokenizer)
-    groups = [pair_examples(request, labels) for request in held_out]
+    has_scores = config.teacher.scores is not None and config.asks_teacher
+    pairs, groups = ([pair_examples(request, labels, has_scores) for request in part] for part in (training, held_out))
+    teacher = ScoreTeacher() if has_scores else load_teacher(config, ranks)
     data = Data(
-        _examples(training, labels),
+        [example for group in pairs for example in group],
         [example for group in groups for example in group],
         counts | _token_counts(training),
-        validation_groups=groups,
+        validation_groups=[list(group) for group in groups],
     )
     _refuse_long(data, causal_lm_of(model).config.max_position_embeddings)
     steps = plan_requests(training, config.training, ranks.world_size)
@@ -202,11 +229,11 @@ def _encode(
 ) -> tuple[list[EncodedRequest], list[EncodedRequest], Labels]:
     training, labels = encode_requests(split.train, tokenizer, config.features)
     held_out = encode_requests(split.validation, tokenizer, config.features)[0] if split.validation else []
+    if config.teacher.scores is not None and config.asks_teacher:
+        training = with_scores(config.teacher.scores, split.train, training)
+        if config.training.keep_best == "kd":
+            held_out = with_scores(config.teacher.scores, split.validation, held_out)
     return training, held_out, labels
-
-
-def _examples(requests: Sequence[EncodedRequest], labels: Labels) -> list[Example]:
-    return [example for request in requests for example in pair_examples(request, labels)]
 
 
 def _token_counts(requests: Sequence[EncodedRequest]) -> dict[str, int]:

@@ -14,12 +14,14 @@ from typing import Any
 
 from limbeck.checkpoint import MANIFEST, Checkpoint
 from limbeck.errors import CheckpointError
+from limbeck.evaluate.run import problem_scores
 from limbeck.report.advised import STAGE as ADVICE
 from limbeck.report.advised import Advised, read_advice
 from limbeck.report.compressed import EVALUATION, STAGES, Compressed, read_compressed
 from limbeck.report.files import object_in, read_object
 from limbeck.report.pipelined import STAGE as PIPELINE
 from limbeck.report.pipelined import Along, StageRow, read_models, read_steps, shown_by
+from limbeck.report.ranked import EVALUATION as RANK_EVALUATION
 from limbeck.report.ranked import STAGES as RANKING
 from limbeck.report.ranked import RankedModel, read_ranking
 from limbeck.report.rows import FLOP_PARTS, PLACED_AXES, Row, row_of, rows_of
@@ -120,7 +122,8 @@ def _is_sweep(path: Path) -> bool:
         raise CheckpointError(
             f"{path}: holds neither {SUMMARY} (a finished sweep) nor {MANIFEST} (a finished run); finish the run first."
         )
-    return (path / SUMMARY).is_file()
+    is_scored = (path / MANIFEST).is_file() and _stage(path) == RANK_EVALUATION
+    return (path / SUMMARY).is_file() and not is_scored
 
 
 def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
@@ -197,6 +200,7 @@ def _run_as_row(path: Path, source: Source, config: Mapping[str, Any]) -> dict[s
         **counts,
         **metrics,
         **(read_object(evaluation) if evaluation.exists() else {}),
+        "problem_scores": problem_scores(evaluation.parent),
         "name": source.label,
         "lead_fraction": config.get("truncation.lead_fraction"),
         "keep_ending": config.get("truncation.keep_ending", False),

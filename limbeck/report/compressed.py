@@ -13,6 +13,7 @@ from limbeck.compress.blocks import ROLES
 from limbeck.compress.stage import ERRORS
 from limbeck.compress.weights import stored_size
 from limbeck.errors import CheckpointError, LimbeckError
+from limbeck.evaluate.run import problem_scores
 from limbeck.report.files import object_in, read_list, read_object
 from limbeck.report.rows import Row, row_of
 
@@ -126,6 +127,7 @@ def _numbers(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **numbers,
         **(read_object(evaluation) if evaluation.exists() else {}),
+        "problem_scores": problem_scores(evaluation.parent),
         "parameters": size.parameters or metrics.get("parameters"),
         "weight_bytes": size.bytes or metrics.get("weight_bytes"),
         "stage_seconds": sum(object_in(ledger, "seconds", file).values()),

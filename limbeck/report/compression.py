@@ -9,10 +9,11 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from limbeck.compress.blocks import ROLES
+from limbeck.report.apart import Difference, difference
 from limbeck.report.compressed import Compressed
 from limbeck.report.drawing import LIGHT, legend, panels, style, upright
 from limbeck.report.plots import Plot
-from limbeck.report.rows import Estimate, Row
+from limbeck.report.rows import Row
 from limbeck.report.tables import Table, sized
 from limbeck.report.units import MISSING, interval, percent, share
 
@@ -100,7 +101,8 @@ def _finding(model: Compressed, named: Mapping[str, Compressed]) -> str | None:
     if score is None or reference is None:
         ratio = model.row.get("perplexity_ratio")
         return f"{start}; its held-out perplexity is {ratio:.3f} times that of {model.origin}." if ratio else None
-    return f"{start} and scores {interval(score, 2)} against {interval(reference, 2)}: {_told(score, reference)}."
+    apart = difference(score, reference, model.row.problem_scores, first.row.problem_scores)
+    return f"{start} and scores {interval(score, 2)} against {interval(reference, 2)}: {_told(apart)}."
 
 
 def _first(model: Compressed, named: Mapping[str, Compressed]) -> Compressed:
@@ -110,10 +112,11 @@ def _first(model: Compressed, named: Mapping[str, Compressed]) -> Compressed:
     return model
 
 
-def _told(score: Estimate, reference: Estimate) -> str:
-    if not score.is_apart_from(reference):
-        return "not distinguishable on these problems"
-    return "below" if score.value < reference.value else "above"
+def _told(apart: Difference | None) -> str:
+    if apart is None:
+        return "no interval tells whether they differ"
+    word = ("below" if apart.value < 0 else "above") if apart.is_clear else "not distinguishable on these problems"
+    return f"{word} ({apart})"
 
 
 def _by_depth(models: Sequence[Compressed], key: str) -> Figure:

@@ -1,7 +1,7 @@
 """What was found, in plain words, computed from the groups.
 
 A difference is claimed only where the intervals allow it: of a cut and its uncut run by the paired interval of the
-retention, of any other two groups when their intervals do not touch.
+retention, of any other two groups by the interval of their difference (`apart`), and the sentence says which it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from limbeck.report.collect import Source
 from limbeck.report.groups import Group, cuts_beside_controls, frontier, namer, setting, uncut_of, varied_axes
-from limbeck.report.rows import Estimate, Row
+from limbeck.report.rows import Row
 from limbeck.report.tables import ratio
 from limbeck.report.units import digits, interval, percent, percent_interval, quantity
 
@@ -81,12 +81,13 @@ def _gains(groups: Sequence[Group]) -> list[str]:
             continue
         cost = ratio(cut, uncut_of(cut, groups), "flops")
         at = f" at {percent(cost)} of the FLOPs" if cost is not None else ""
-        difference = "not distinguishable from"
-        if kept.is_apart_from(fewer):
-            difference = "more than" if kept.value > fewer.value else "less than"
+        word, apart = "not distinguishable from", cut.difference_from(control)
+        if apart is not None and apart.is_clear:
+            word = "more than" if apart.value > 0 else "less than"
         found.append(
-            f"Of what whole traces gain over the base student, {name(cut)} kept {percent_interval(kept)}{at}, "
-            f"{difference} fewer whole traces at that cost, which kept {percent_interval(fewer)}."
+            f"Of what whole traces gain over the base student, {name(cut)} kept {percent_interval(kept)}{at}, {word} "
+            f"fewer whole traces at that cost, which kept {percent_interval(fewer)}"
+            f"{f' ({apart} of the score)' if apart is not None else ''}."
         )
     return found[:_HEADLINES]
 
@@ -141,26 +142,25 @@ def _verdicts(groups: Sequence[Group]) -> str | None:
 def _endings(groups: Sequence[Group]) -> str | None:
     """What re-attaching the ending did to the score, cut by cut."""
     found: dict[str, list[str]] = {}
-    for plain, kept, cut in _ending_pairs(groups):
-        label = namer(groups)(plain)
-        if kept.is_apart_from(cut):
-            word = "raised" if kept.value > cut.value else "lowered"
-            found.setdefault(word, []).append(f"{label} (from {cut.value:.2f} to {kept.value:.2f})")
+    for cut, kept in _ending_pairs(groups):
+        label, apart = namer(groups)(cut), kept.difference_from(cut)
+        if apart is not None and apart.is_clear:
+            word = "raised" if apart.value > 0 else "lowered"
+            found.setdefault(word, []).append(f"{label} ({apart})")
         else:
-            found.setdefault("same", []).append(label)
+            found.setdefault("same", []).append(f"{label} ({apart})" if apart is not None else label)
     parts = [f"{word} the score at {_shortened(found[word])}" for word in ("raised", "lowered") if word in found]
     if "same" in found:
         parts.append(f"made no distinguishable difference at {_shortened(found['same'])}")
     return f"Re-attaching the ending {'; it '.join(parts)}." if parts else None
 
 
-def _ending_pairs(groups: Sequence[Group]) -> Iterator[tuple[Group, Estimate, Estimate]]:
-    """Each cut without its ending, and the scores with and without it."""
+def _ending_pairs(groups: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
+    """Each scored cut without its ending, and with it."""
     for group in groups:
-        if group.keep_ending and not group.is_uncut and (twin := _without_ending(group, groups)):
-            kept, cut = group.estimate("accuracy"), twin.estimate("accuracy")
-            if kept is not None and cut is not None:
-                yield twin, kept, cut
+        twin = _without_ending(group, groups) if group.keep_ending and not group.is_uncut else None
+        if twin is not None and None not in (group.get("accuracy"), twin.get("accuracy")):
+            yield twin, group
 
 
 def _without_ending(group: Group, groups: Sequence[Group]) -> Group | None:
@@ -195,7 +195,7 @@ def _frontier(groups: Sequence[Group]) -> str | None:
     if len(on) == len(groups):
         return "Every run is on the frontier of score against FLOPs: none scored as much for less."
     labels = [f"{namer(groups)(group)} ({group.get('accuracy'):.2f})" for group in sorted(on, key=_flops)]
-    return f"No run beats these in score at their FLOPs: {_shortened(labels)}. Intervals of neighbours may overlap."
+    return f"No run beats these in score at their FLOPs: {_shortened(labels)}. Neighbours may differ by chance."
 
 
 def _best(groups: Sequence[Group]) -> str:
@@ -203,9 +203,11 @@ def _best(groups: Sequence[Group]) -> str:
     scored = [group for group in groups if group.get("accuracy") is not None]
     best = max(scored, key=_score)
     top = best.estimate("accuracy")
-    near = [g for g in scored if g is not best and (e := g.estimate("accuracy")) and top and not e.is_apart_from(top)]
-    name = namer(groups)
-    rest = f" Not distinguishable from it: {_shortened(list(map(name, near)))}." if near else ""
+    apart = [(group, group.difference_from(best)) for group in scored if group is not best]
+    near = [(group, found) for group, found in apart if found is None or not found.is_clear]
+    name, how = namer(groups), {found.how for _, found in near if found is not None}
+    by = f" by the {' or '.join(sorted(how))} difference" if how else ""
+    rest = f" Not distinguishable from it{by}: {_shortened([name(group) for group, _ in near])}." if near else ""
     return f"The best score is {interval(top)}, by {name(best)}.{rest}"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from limbeck.report.apart import Difference, difference
 from limbeck.report.rows import Estimate, Row
 from limbeck.sweep.frontier import on_frontier
 
@@ -84,6 +85,21 @@ class Group:
         """Mean over the seeds of value and interval ends."""
         value = self.get(name)
         return None if value is None else Estimate(value, self.get(f"{name}_low"), self.get(f"{name}_high"))
+
+    @property
+    def problem_scores(self) -> dict[str, float]:
+        """Mean over the seeds of the score of every problem by its key; none where the seeds have not the same."""
+        tables = [row.problem_scores for row in self.rows]
+        if any(table.keys() != tables[0].keys() for table in tables):
+            return {}
+        return {key: fmean(table[key] for table in tables) for key in tables[0]}
+
+    def difference_from(self, other: Group) -> Difference | None:
+        """Score of this group minus that of another; None where one of them was not scored."""
+        own, theirs = self.estimate("accuracy"), other.estimate("accuracy")
+        if own is None or theirs is None:
+            return None
+        return difference(own, theirs, self.problem_scores, other.problem_scores)
 
 
 def group_rows(rows: Sequence[Row]) -> list[Group]:

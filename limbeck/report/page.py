@@ -28,6 +28,7 @@ from limbeck.report.groups import Group, group_rows
 from limbeck.report.pipeline import HOW_TO_READ as HOW_TO_READ_PIPELINE
 from limbeck.report.pipeline import model_table, pipeline_findings, pipeline_plots, stage_table
 from limbeck.report.plots import Plot, plots_of
+from limbeck.report.ranked import BASELINE
 from limbeck.report.ranking import HOW_TO_READ as HOW_TO_READ_RANKING
 from limbeck.report.ranking import ranking_findings, ranking_plots, ranking_table
 from limbeck.report.rows import FLOP_PARTS
@@ -129,9 +130,9 @@ _HOW_TO_READ = (
     "Score: fraction of the problems answered correctly. Retention: score over that of the student trained on whole "
     "traces. Gain kept: what the run gained over the student before training, over what whole traces gained. "
     "Derivation right, answer as derived: shares of outputs whose first derivation is right, and whose answer is what "
-    "they derived first. In brackets, the interval; two runs whose intervals overlap are not distinguishable here. "
-    "Tokens, FLOPs, seconds and peak memory are those of training; validation, saving and the stored teacher pass are "
-    "not in them. "
+    "they derived first. In brackets, the interval; whether two runs differ is told by the interval of their "
+    "difference, paired over problems where those were kept. Tokens, FLOPs, seconds and peak memory are those of "
+    "training; validation, saving and the stored teacher pass are not in them. "
     "Frontier: no other run has at least this score at no more of this cost."
 )
 
@@ -139,11 +140,12 @@ _HOW_TO_READ = (
 def _lede(evidence: Evidence, groups: Sequence[Group]) -> str:
     tasks = dict.fromkeys(_task(source.task) for source in evidence.sources if source.task)
     runs, settings, made = len(evidence.rows), len(groups), sum(bool(model.method) for model in evidence.compressed)
+    scorers = sum(not step.name.startswith(BASELINE) for step in evidence.ranking)
     of_settings = f" of {settings} settings" if settings != runs else ""
     counts = {
         f"{runs} {'run' if runs == 1 else 'runs'}{of_settings}": runs,
         f"{made} compressed {'model' if made == 1 else 'models'}": made,
-        f"{len(evidence.ranking)} models of ranking pipelines": len(evidence.ranking),
+        f"{scorers} ranking {'model' if scorers == 1 else 'models'}": scorers,
         f"{len(evidence.steps)} stages": len(evidence.steps),
         "Advice on cuts": len(evidence.advice),
     }

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from limbeck.report.drawing import LIGHT, panels, style
+from limbeck.ranking.beside import headline
+from limbeck.report.drawing import LIGHT, legend, panels, style
 from limbeck.report.plots import Plot
 from limbeck.report.ranked import RankedModel
 from limbeck.report.tables import Table
@@ -17,7 +18,8 @@ from limbeck.report.units import MISSING
 HOW_TO_READ = (
     "All figures are those of the test part; in brackets 95 % intervals over whole requests. Difference, Kendall's tau "
     "and the churn of the best k are against the model in “before”; p is DeLong's, which takes rows for independent. "
-    "Latency: one request to the scoring engine, prefix not known before, median and 95th percentile."
+    "Baselines read no text, or count its words; the best is chosen on this part. Latency: one request to the "
+    "scoring engine, prefix not known before, median and 95th percentile."
 )
 
 
@@ -36,15 +38,15 @@ def ranking_table(steps: Sequence[RankedModel]) -> Table:
     columns["tau"] = _numbers(steps, "kendall_tau", ".3f")
     columns["churn of top 5"] = _numbers(steps, "top_5_churn", ".3f")
     columns["parameters"] = _numbers(steps, "parameters", ",")
-    columns["KiB"] = [f"{step.row['weight_bytes'] / 1024:,.0f}" for step in steps]
+    columns["KiB"] = [f"{_kibibytes(step.row):,.0f}" if "weight_bytes" in step.row else MISSING for step in steps]
     columns["ms, median"] = _numbers(steps, "latency_p50_ms", ".2f")
     columns["ms, p95"] = _numbers(steps, "latency_p95_ms", ".2f")
     return Table.of(columns)
 
 
 def ranking_findings(steps: Sequence[RankedModel]) -> list[str]:
-    """For every compressed model: its size beside the unpruned student's, and the AUC that it lost."""
-    found = []
+    """Whether each model beats the best baseline, then the AUC that every compressed one lost."""
+    found = [headline(row) for _, row in steps if "baselines" in row]
     for _, row in steps:
         if "relative_auc_from_unpruned" in row:
             low, high = (row[f"auc_difference_{end}_from_unpruned"] for end in ("low", "high"))
@@ -56,11 +58,19 @@ def ranking_findings(steps: Sequence[RankedModel]) -> list[str]:
 
 
 def ranking_plots(steps: Sequence[RankedModel]) -> list[Plot]:
-    """AUC against size and against latency; none without a pipeline."""
-    if not steps:
-        return []
-    caption = "AUC of every model against its size and its latency; bars are 95 % intervals over requests."
-    return [Plot("ranking", caption, partial(_against_costs, steps))]
+    """AUC against size and against latency where a pipeline measured them, and reliability diagrams."""
+    timed = [step for step in steps if "latency_p50_ms" in step.row]
+    told = [step for step in steps if step.row.get("reliability")]
+    plots = []
+    if timed:
+        caption = "AUC of every model against its size and its latency; bars are 95 % intervals over requests."
+        plots.append(Plot("ranking", caption, partial(_against_costs, timed)))
+    if told:
+        caption = (
+            "Reliability: the share of yes among pairs of about one score; on the diagonal a score is a probability."
+        )
+        plots.append(Plot("reliability", caption, partial(_reliability, told)))
+    return plots
 
 
 def _against_costs(steps: Sequence[RankedModel]) -> Figure:
@@ -74,6 +84,22 @@ def _against_costs(steps: Sequence[RankedModel]) -> Figure:
         axes.locator_params(axis="x", nbins=4)
     drawn[0].set_ylabel("AUC on the test part", color=LIGHT.ink)
     drawn[0].legend(fontsize=7, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.12))
+    return figure
+
+
+def _reliability(steps: Sequence[RankedModel]) -> Figure:
+    figure, (axes,) = panels(["share of yes against mean score"])
+    axes.plot([0, 1], [0, 1], color=LIGHT.ink, linewidth=0.8, linestyle=":")
+    for number, (name, row) in enumerate(steps):
+        bins = row["reliability"]
+        places = [entry["mean_probability"] for entry in bins]
+        axes.plot(places, [entry["share_of_yes"] for entry in bins], **style(number), label=name)
+        ends = ([entry[f"share_of_yes_{end}"] for entry in bins] for end in ("low", "high"))
+        axes.vlines(places, *ends, color=style(number)["color"], linewidth=1, alpha=0.6)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_xlabel("mean score", color=LIGHT.ink)
+    axes.set_ylabel("share of yes", color=LIGHT.ink)
+    legend(axes, len(steps))
     return figure
 
 

@@ -43,12 +43,6 @@ class Estimate(NamedTuple):
     low: float | None
     high: float | None
 
-    def is_apart_from(self, other: Estimate) -> bool:
-        """Whether the two intervals are known and do not touch; only then may a difference be claimed."""
-        if self.low is None or self.high is None or other.low is None or other.high is None:
-            return False
-        return self.high < other.low or other.high < self.low
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -68,6 +62,8 @@ class Row:
     """The other axes and their values, as text."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What was measured, by the names of NUMBERS."""
+    problem_scores: Mapping[str, float] = field(default_factory=dict)
+    """The score of every problem by its key; none where they were not kept."""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """Everything that the run reported, as it stands in its file."""
 
@@ -110,7 +106,8 @@ def row_of(tree: Any, axes: Sequence[str], where: str, label: str) -> Row:
         failed=str(tree.get("failed") or ""),
         settings=settings,
         numbers={name: value for name in NUMBERS if (value := _number(tree, name, where)) is not None},
-        raw=tree,
+        problem_scores=dict(tree.get("problem_scores") or {}),
+        raw={name: value for name, value in tree.items() if name != "problem_scores"},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from limbeck.ranking.featurize import FeaturizeConfig
+from limbeck.ranking.featurize import FeaturizeConfig, one_line
 
 
 class RankPrompt(NamedTuple):
@@ -14,14 +14,19 @@ class RankPrompt(NamedTuple):
     """Holds {query}."""
     item: str
     """Holds {document}."""
+    has_lines: bool = True
+    """Whether texts keep their line breaks; those of a trained model have none, as in its training."""
 
     def prefix_of(self, query: str) -> str:
         """The shared part; braces in a query mean nothing."""
-        return self.prefix.replace("{query}", query)
+        return self.prefix.replace("{query}", self._text(query))
 
     def item_of(self, document: str) -> str:
         """What a document adds; a label follows."""
-        return self.item.replace("{document}", document)
+        return self.item.replace("{document}", self._text(document))
+
+    def _text(self, text: str) -> str:
+        return text if self.has_lines else one_line(text)
 
 
 GENERAL = RankPrompt(
@@ -31,10 +36,16 @@ GENERAL = RankPrompt(
 
 
 def trained(features: FeaturizeConfig) -> RankPrompt:
-    """As a ranking model was trained: the query is the member, without a history, and a document is an item."""
+    """As a ranking model was trained: a document is an item, and the query is the query, or else the member.
+
+    There is no history, and no context.
+    """
+    has_query = "{query}" in features.prefix
     prefix = features.prefix.format(
         instruction=features.instruction.replace("{", "{{").replace("}", "}}"),
-        member="{query}",
+        query="{query}",
+        context=features.empty,
+        member=features.empty if has_query else "{query}",
         history=f" {features.empty}",
     )
-    return RankPrompt(prefix, features.candidate.format(item="{document}"))
+    return RankPrompt(prefix, features.candidate.format(item="{document}"), has_lines=False)

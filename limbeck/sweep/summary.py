@@ -14,6 +14,7 @@ from limbeck.checkpoint import Checkpoint, versions
 from limbeck.config import to_dict
 from limbeck.distill.data import UNCUT
 from limbeck.evaluate.metrics import Interval, paired_gain, paired_retention
+from limbeck.evaluate.run import problem_scores
 from limbeck.models.load import load_tokenizer
 from limbeck.sweep.plan import PlannedRun, SweepConfig, base_directory, reference_of, tokenizer_name
 from limbeck.traces.rendering import render_traces
@@ -114,6 +115,7 @@ def _row(planned: PlannedRun, reference: PlannedRun | None, base: Path, out: Pat
         **_with_ends("retention", retention),
         **_with_ends("gain_kept", gain),
         "base_accuracy": float(of_base.mean()),
+        "problem_scores": problem_scores(_scored(out, planned)),
         "tokens": ledger["tokens"],
         "flops": ledger["flops"]["total"],
         **{f"flops_{part}": ledger["flops"][part] for part in ("teacher", "student", "head")},

@@ -55,10 +55,10 @@ class TeacherTargets(ABC):
         """The same targets with other heads of the teachers, where they have any."""
 
     @abstractmethod
-    def over(self, entries: Tensor) -> Self:
+    def over(self, entries: Tensor) -> TeacherTargets:
         """What the teachers say of those entries of the vocabulary alone, renormalised over them.
 
-        Raises: ConfigError for a form that keeps some entries only: these may not be among them.
+        Raises: ConfigError for a form that keeps some entries only where these are not among them.
         """
 
     @abstractmethod
@@ -88,6 +88,9 @@ class OneTeacherTargets(TeacherTargets):
 
     def by_teacher(self) -> list[tuple[OneTeacherTargets, float]]:
         return [(self, 1.0)]
+
+    @abstractmethod
+    def over(self, entries: Tensor) -> OneTeacherTargets: ...
 
     @property
     def width(self) -> int:

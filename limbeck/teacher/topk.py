@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from limbeck.errors import ConfigError, ShapeError
 from limbeck.models.anatomy import Head
 from limbeck.models.sharded_softmax import WHOLE
+from limbeck.teacher.labels import LabelTargets
 from limbeck.teacher.targets import (
     LOG_FLOOR,
     Distance,
@@ -66,8 +67,20 @@ class TopKTargets(OneTeacherTargets):
     def map_heads(self, change: Callable[[Head], Head]) -> TopKTargets:
         return self
 
-    def over(self, entries: Tensor) -> NoReturn:
-        raise ConfigError("label terms need a live teacher (teacher.model), which knows the logits of both labels.")
+    def over(self, entries: Tensor) -> LabelTargets:
+        """Their log-probabilities, where all of them are among those that were kept.
+
+        Raises: ConfigError.
+        """
+        is_entry = (self.ids[:, :, None] == entries) & (self.log_probs > -torch.inf)[:, :, None]
+        found, place = is_entry.any(1), is_entry.int().argmax(1)
+        if not bool(found.all()):
+            missing = int((~found.all(1)).sum())
+            raise ConfigError(
+                f"at {missing} of {len(self)} positions the teacher's {self.width} likeliest entries have not all of "
+                f"the labels {entries.tolist()}; keep more (teacher.top_n, or the cache's k), or use a live teacher."
+            )
+        return LabelTargets.of(self.log_probs.gather(1, place))
 
     def logits(self) -> NoReturn:
         raise ConfigError("a teacher that keeps its likeliest entries has no logits of others; use a live teacher.")

@@ -139,7 +139,7 @@ def check(command: str) -> None:
         read_study(config_class, rest[1], rest[2:])
     elif program in ("python", "pytest"):
         files = [word for word in rest if word.endswith(".py")]
-        assert all((ROOT / file).is_file() for file in files), command
+        assert all((ROOT / file).is_file() or Path(file).is_file() for file in files), command
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         asked = [extra for found in re.findall(r"limbeck\[([^]]+)\]", command) for extra in found.split(",")]

@@ -12,7 +12,7 @@ from limbeck.errors import ConfigError
 from limbeck.pipeline import command, ranking_table
 from limbeck.pipeline.config import PipelineConfig
 from limbeck.pipeline.ranking import RankPipelineConfig, stages_of
-from limbeck.ranking.evaluate import measures, read_scores
+from limbeck.ranking.scored import measures, read_scores
 from limbeck.report import page as report
 
 TRAINING = {"batch_size": 8, "max_steps": 6, "microbatch_tokens": 4096}

@@ -17,6 +17,7 @@ from limbeck.evaluate.metrics import (
     avg_at_n,
     mean_interval,
     mean_output_tokens,
+    paired_difference,
     paired_gain,
     paired_retention,
     pass_at_k,
@@ -78,7 +79,7 @@ def test_intervals_follow_shift_and_scale(values: np.ndarray, shift: float, scal
 
 
 def test_constant_values_have_no_width() -> None:
-    assert stop_rate(np.ones(7, dtype=bool)) == metrics.Interval(1.0, 1.0, 1.0)
+    assert mean_interval(np.full(7, 0.5)) == metrics.Interval(0.5, 0.5, 0.5)
     assert mean_output_tokens(np.full((5, 3), 0.1)).low == pytest.approx(0.1)
 
 
@@ -131,10 +132,31 @@ def test_retention_is_ordered_or_has_a_reason(cut: np.ndarray, uncut: np.ndarray
         assert found.reason == ""
 
 
-def test_retention_of_a_run_with_itself_is_one() -> None:
+@pytest.mark.parametrize("problems", [10, 100, 300])
+def test_none_and_all_of_n_have_the_exact_interval(problems: int) -> None:
+    """The bound is the share under which seeing none of n has a probability of 2.5 %."""
+    none, every = accuracy(np.zeros(problems, dtype=bool)), stop_rate(np.ones((problems, 2), dtype=bool))
+    assert (none.value, none.low) == (0.0, 0.0) and (every.value, every.high) == (1.0, 1.0)
+    assert (1 - none.high) ** problems == pytest.approx(0.025)
+    assert every.low == pytest.approx(1 - none.high)
+    assert none.high == pytest.approx({10: 0.308, 100: 0.036, 300: 0.012}[problems], abs=6e-4)
+
+
+def test_a_paired_difference_is_narrower_than_its_parts_and_never_certain_of_0() -> None:
+    rng = np.random.default_rng(5)
+    hard = rng.random(200)
+    better, worse = (rng.random(200) < np.clip(hard + gain, 0, 1) for gain in (0.1, 0.0))
+    found = paired_difference(better, worse)
+    assert found.value == pytest.approx(better.mean() - worse.mean()) and found.low < found.value < found.high
+    same = paired_difference(better, better)
+    assert same.value == 0 and -same.low == same.high == pytest.approx(accuracy(np.zeros(200)).high)
+    assert paired_retention(np.zeros(50), np.ones(50)).high == pytest.approx(1 - 0.025 ** (1 / 50))
+
+
+def test_retention_of_an_equal_run_is_one_within_what_the_problems_could_miss() -> None:
     scores = np.random.default_rng(3).random(50)
     found = paired_retention(scores, scores)
-    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    assert found.value == 1.0 and found.low < 1 < found.high < 1.2
     rare = np.zeros(10)
     rare[0] = 1
     assert paired_retention(rare, rare).value == 1.0
@@ -171,7 +193,7 @@ def test_gain_kept_needs_a_gain() -> None:
 
 
 def test_retention_needs_the_same_problems() -> None:
-    with pytest.raises(ValueError, match="found 3 scores and 4 of the uncut run"):
+    with pytest.raises(ValueError, match="found 3 scores and 4 of the other run"):
         paired_retention([1, 0, 1], [1, 0, 1, 1])
 
 

@@ -15,15 +15,8 @@ from limbeck.errors import ConfigError, DataError
 from limbeck.ranking.auc import auc
 from limbeck.ranking.data import RankingDataConfig, best_auc, read_requests
 from limbeck.ranking.movielens import GENRES, item_features, read_movielens
-from limbeck.ranking.request import (
-    GroupingConfig,
-    Interaction,
-    LogRow,
-    Request,
-    SplitConfig,
-    group_log,
-    split_by_time,
-)
+from limbeck.ranking.request import GroupingConfig, Interaction, LogRow, Request, group_log
+from limbeck.ranking.split import SplitConfig, split_requests
 from limbeck.ranking.synthetic import SyntheticConfig, generate_requests
 from limbeck.ranking.tables import FieldsConfig, read_table
 
@@ -93,7 +86,7 @@ def test_named_requests_stay_together():
 def test_every_label_of_a_part_is_known_before_the_next_begins(spans, fractions):
     requests = [request(float(t), (0.0, float(d)), name=str(i)) for i, (t, d) in enumerate(spans)]
     try:
-        split = split_by_time(requests, SplitConfig(validation_fraction=fractions[0], test_fraction=fractions[1]))
+        split = split_requests(requests, SplitConfig(validation_fraction=fractions[0], test_fraction=fractions[1]))
     except DataError as error:
         assert "part of" in str(error)
         return
@@ -106,7 +99,7 @@ def test_every_label_of_a_part_is_known_before_the_next_begins(spans, fractions)
 
 def test_splits_that_leave_nothing_are_refused():
     with pytest.raises(DataError, match="training part of 3 requests is empty"):
-        split_by_time([request(0.0, (9.0,)), request(1.0), request(2.0)], SplitConfig(validation_fraction=0.3))
+        split_requests([request(0.0, (9.0,)), request(1.0), request(2.0)], SplitConfig(validation_fraction=0.3))
     with pytest.raises(ConfigError, match="less than 1"):
         SplitConfig(validation_fraction=0.5, test_fraction=0.5)
 
@@ -244,7 +237,9 @@ def test_tables_of_any_columns(tmp_path, suffix):
         delimiter = "\t" if suffix == ".tsv" else ","
         pyarrow.csv.write_csv(table, path, pyarrow.csv.WriteOptions(delimiter=delimiter))
     rows, members = read_table(path, build(FieldsConfig, FIELDS))
-    assert members == {"1": {"age": "30"}}
+    requests, _ = group_log(rows, members, GroupingConfig(candidates=1, min_candidates=1, min_history=0))
+    assert list(members) == ["1"]
+    assert [request.member for request in requests] == [{"age": "30"}, {"age": "31"}], "of its own row each"
     assert [r.interaction.label for r in rows] == [True, False]
     assert rows[0].interaction.item == {"title": "Chair", "price": "9.5"}
     assert rows[1].interaction.item == {"title": "Desk"}

@@ -127,7 +127,18 @@ def test_teachers_of_several_kinds():
     several = SeveralTargets((dense, dense), (0.5, 1.5)).over(entries)
     assert several.weights == (0.5, 1.5) and several.parts[1].head_weight.shape == (2, 3)
     torch.testing.assert_close(log_odds(dense.over(entries).logits()), log_odds(dense.logits()[:, list(LABELS)]))
-    some = TopKTargets(torch.zeros(6, 1, dtype=torch.long), torch.zeros(6, 1), torch.full((6,), -torch.inf))
-    for ask in (lambda: some.over(entries), some.logits):
-        with pytest.raises(ConfigError, match="live teacher"):
-            ask()
+
+
+def test_a_teacher_that_keeps_its_likeliest_entries_speaks_of_the_labels_where_it_kept_both():
+    _, dense = heads(True)
+    kept = torch.log_softmax(dense.logits(), -1).topk(9)
+    whole = TopKTargets(kept.indices, kept.values, torch.full((6,), -torch.inf))
+    entries = torch.tensor(LABELS)
+    found, live = (targets.over(entries).logits().log_softmax(-1) for targets in (whole, dense))
+    torch.testing.assert_close(found, live)
+    padded = TopKTargets(kept.indices, kept.values.clone(), whole.log_tail)
+    padded.log_probs[2][kept.indices[2] == LABELS.no] = -torch.inf
+    with pytest.raises(ConfigError, match=r"at 1 of 6 positions .* not all of the labels \[5, 2\]"):
+        padded.over(entries)
+    with pytest.raises(ConfigError, match="live teacher"):
+        whole.logits()

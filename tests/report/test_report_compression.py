@@ -200,9 +200,10 @@ def test_findings_compare_with_the_first_model_of_the_chain(tmp_path: Path) -> N
     last = quantized(tmp_path / "quantized", middle)
     found = compression_findings(collect([middle, last]).compressed)
     assert [sentence.replace("\u00a0", " ").partition("%")[2] for sentence in found] == [
-        " of the bytes of student and scores 0.20 (0.17–0.23) against 0.90 (0.87–0.93): below.",
+        " of the bytes of student and scores 0.20 (0.17–0.23) against 0.90 (0.87–0.93): below (unpaired difference "
+        "-0.70, -0.74 to -0.66).",
         " of the bytes of student and scores 0.88 (0.85–0.91) against 0.90 (0.87–0.93): not distinguishable on these "
-        "problems.",
+        "problems (unpaired difference -0.02, -0.06 to +0.02).",
     ]
     size = last.joinpath("model.safetensors").stat().st_size / first.joinpath("model.safetensors").stat().st_size
     assert found[1].startswith(f"quantized has {100 * size:.0f}\u00a0% ")

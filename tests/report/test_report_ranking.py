@@ -54,7 +54,7 @@ def test_rows_findings_and_figure(tmp_path):
     out = tmp_path / "report"
     page.write_report([written(tmp_path / "films", [TEACHER, SMALL])], out)
     text = (out / "report.md").read_text()
-    assert text.startswith("# Ranking models\n") and "2 models of ranking pipelines" in text
+    assert text.startswith("# Ranking models\n") and "2 ranking models" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     header, _, teacher, small = cells[:4]
     row = dict(zip(header, small, strict=True))
@@ -74,5 +74,5 @@ def test_several_pipelines_are_told_apart(tmp_path):
 
 
 def test_a_manifest_without_a_table_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="run the pipeline again"):
+    with pytest.raises(CheckpointError, match="run the stage again"):
         page.write_report([written(tmp_path / "films", [{"model": "teacher"}])], tmp_path / "report")
