@@ -135,7 +135,8 @@ def check(command: str) -> None:
         assert all(re.search(rf"^{re.escape(target)}:", makefile, re.M) for target in rest), command
     elif program == "python" and rest[:1] == ["-m"] and rest[1].startswith("studies."):
         study = importlib.import_module(rest[1])
-        (config_class,) = (found for name, found in vars(study).items() if name.endswith("Config"))
+        configs = [found for name, found in vars(study).items() if name.endswith("Config")]
+        (config_class,) = (found for found in configs if found.__module__ == study.__name__)
         read_study(config_class, rest[1], rest[2:])
     elif program in ("python", "pytest"):
         files = [word for word in rest if word.endswith(".py")]
