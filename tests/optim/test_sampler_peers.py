@@ -24,7 +24,11 @@ def banana(x):
     return 0.5 * x[..., 0] ** 2 + (x[..., 1] - x[..., 0] ** 2) ** 2
 
 
-targets = pytest.mark.parametrize("potential", [gaussian, banana])
+# On the banana only SGLD, whose rule is the same everywhere: blackjax's others, which move x by the old velocity, are
+# 15 to 30 % too cold there at this step. Ours are held to the closed form below.
+cases = pytest.mark.parametrize(
+    ("name", "potential"), [("SGLD", gaussian), ("SGLD", banana), ("SGHMC", gaussian), ("SGNHT", gaussian)]
+)
 STEPS = {"SGLD": (1500, 1500), "SGHMC": (600, 1000), "SGNHT": (600, 1000)}
 OURS = {
     "SGLD": lambda p: SGLD(p, 0.01, temperature=T, seed=3),
@@ -60,8 +64,7 @@ def assert_alike(mine, theirs, allowance):
     assert (gap <= 4 * error + allowance * theirs.mean(0).abs()).all(), (mine.mean(0), theirs.mean(0), error)
 
 
-@pytest.mark.parametrize("name", OURS)
-@targets
+@cases
 def test_posteriors_has_the_same_moments(name, potential):
     posteriors = pytest.importorskip("posteriors", reason="posteriors is not installed")
     samplers = {
@@ -83,8 +86,7 @@ def test_posteriors_has_the_same_moments(name, potential):
     assert_alike(chain_moments(ours(name, potential), *STEPS[name]), chain_moments(theirs(), *STEPS[name]), allowance)
 
 
-@pytest.mark.parametrize("name", OURS)
-@targets
+@cases
 def test_blackjax_has_the_same_moments(name, potential):
     blackjax = pytest.importorskip("blackjax", reason="blackjax is not installed")
     import jax
@@ -108,6 +110,14 @@ def test_blackjax_has_the_same_moments(name, potential):
 
     allowance = 0.01 if name == "SGLD" else 0.08
     assert_alike(chain_moments(ours(name, potential), *STEPS[name]), chain_moments(theirs(), *STEPS[name]), allowance)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_banana_has_its_closed_form(name):
+    """x is normal with variance T, and y - x^2 with variance T / 2: E y = E x^2 = T, E y^2 = T/2 + 3 T^2."""
+    found = chain_moments(ours(name, banana), *STEPS[name]).mean(0).tolist()
+    assert found[:3] == pytest.approx([0.0, T, T], abs=0.06)
+    assert found[3] == pytest.approx(T / 2 + 3 * T**2, rel=0.1)
 
 
 def test_cyclical_sampling_gives_two_modes_their_weights_where_one_chain_of_sgld_stays():
