@@ -58,7 +58,7 @@ from limbeck.traces.trace import write_jsonl
 STORE = Path(__file__).parent / "results" / "cut_cells.jsonl"
 Cell = tuple["Regime", str, Mapping[str, Any], int]
 """Regime, name of the arm, its changes, seed."""
-TOP_K = 32
+TOP_K, TOP_P = 32, 0.95
 
 
 @checked
@@ -86,8 +86,8 @@ class Regime:
     learning_rate: float = 3e-4
     kd_ratio: float = 0.5
     epochs: float = 1.0
-    temperature: float = 0.6
-    """Of the sampling that is scored."""
+    temperature: float = 1.0
+    """Of the sampling that is scored; top-p is 0.95."""
 
 
 class Bench:
@@ -200,7 +200,7 @@ class Bench:
                 "model": model,
                 "problems": {"source": str(self.problems)},
                 "evaluate": to_dict(
-                    EvaluateConfig(max_new_tokens=640, batch_size=300, temperature=self.regime.temperature)
+                    EvaluateConfig(max_new_tokens=900, batch_size=300, temperature=self.regime.temperature, top_p=TOP_P)
                 ),
                 "render": {"derivation_pattern": DERIVATION_PATTERN},
             },

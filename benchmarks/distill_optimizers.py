@@ -26,11 +26,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _chain import sample_traces, sweep_config
 from _study import Outcome, main
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.config import build, config_hash, to_dict
-from limbeck.demo import DemoConfig, sample_traces, sweep_config
+from limbeck.demo import DemoConfig
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.evaluate.stage import EvaluateStageConfig, score

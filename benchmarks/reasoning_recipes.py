@@ -30,12 +30,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _chain
 import torch
 from _process import conditions, markdown, publish
 
-from limbeck import demo
 from limbeck.checkpoint import Checkpoint
 from limbeck.config import build, to_dict
+from limbeck.demo import DemoConfig
 from limbeck.distill import train
 from limbeck.distill.config import DistillConfig
 from limbeck.evaluate.run import EvaluateConfig
@@ -81,10 +82,10 @@ class Bench:
 
     def __init__(self, scratch: Path, quick: bool, threads: int) -> None:
         self.scratch, self.threads = scratch, threads
-        self.size = demo.DemoConfig(num_traces=120 if quick else 2000, num_problems=20 if quick else 200)
-        traces = demo.sample_traces(self.size, scratch / "traces")
-        self.sweep = demo.sweep_config(self.size, traces)
-        probing = probe.ProbeConfig(traces=TraceConfig(source=str(traces)), teacher=demo.TEACHER, every_tokens=1)
+        self.size = DemoConfig(num_traces=120 if quick else 2000, num_problems=20 if quick else 200)
+        traces = _chain.sample_traces(self.size, scratch / "traces")
+        self.sweep = _chain.sweep_config(self.size, traces)
+        probing = probe.ProbeConfig(traces=TraceConfig(source=str(traces)), teacher=_chain.TEACHER, every_tokens=1)
         if not (scratch / "probed").exists():
             probe.run(probing, scratch / "probed")
         self.probing = Checkpoint(scratch / "probed").manifest

@@ -1,10 +1,11 @@
-"""The main job on the embedded default, offline: the built-in teacher writes traces, a small student learns from parts
-of them and is then made smaller still, and one page shows what each step saves and costs.
+"""The main job on the embedded default, offline: the built-in teacher writes traces, small students learn from parts of
+them, the best one is then made smaller still, and one page shows what each step saves and costs.
 
-1. The teacher answers hard problems of the built-in task, sampled; what it gets wrong is left out.
-2. A sweep distils the built-in base student on the first part of every trace, at several lead fractions, with and
-   without the ending re-attached.
-3. Every student is scored on other hard problems.
+1. The teacher answers problems of builtin:recheck, sampled; what it gets wrong is left out.
+2. A sweep distils two base students on the first part of the traces: a capable one, which knows how such texts run and
+   is often wrong, and a novice. Cuts are one length for all traces or a share of each; beside every cut stand whole
+   traces at its cost.
+3. Every student is scored on other problems, and so are the base students.
 4. The best student loses half of its parameters, learns again from the same traces, and is quantised to 4 bits; what
    each step left is scored on the same problems. The report is written beside `summary.json`.
 """
@@ -12,10 +13,12 @@ of them and is then made smaller still, and one page shows what each step saves 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_manifest
+from limbeck.checkpoint import MANIFEST, Checkpoint, output_directory, write_json, write_manifest
 from limbeck.compress.commands import QUANTIZE, RECOVER
 from limbeck.compress.prune.stage import PruneConfig
 from limbeck.compress.quantize.stage import QuantizeConfig
@@ -25,7 +28,7 @@ from limbeck.distill.config import DistillConfig, StudentConfig
 from limbeck.engine.complete import complete
 from limbeck.engine.sampling import SeededSampling
 from limbeck.errors import ConfigError, LimbeckError
-from limbeck.evaluate.answers import Verdict
+from limbeck.evaluate.answers import Verdict, extract_answer
 from limbeck.evaluate.commands import EVALUATE
 from limbeck.evaluate.compare import check_exact
 from limbeck.evaluate.run import EvaluateConfig
@@ -36,38 +39,49 @@ from limbeck.progress import bar, console
 from limbeck.report import page
 from limbeck.report.collect import collect
 from limbeck.report.compression import compression_table
+from limbeck.report.cuts import cut_sentences, recommended
 from limbeck.report.tables import console_table, for_console
 from limbeck.runner.process import in_process
 from limbeck.stage import How, Stage, go_on
 from limbeck.sweep import execute
 from limbeck.sweep.plan import SweepConfig
+from limbeck.traces.recheck import RecheckConfig, generate_rechecked
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig
 from limbeck.traces.synthetic import DERIVATION_PATTERN
-from limbeck.traces.synthetic import generate as make_problems
 from limbeck.traces.thought import Markers, split_thought
 from limbeck.traces.trace import Trace, write_jsonl
 
-TEACHER, STUDENT = "tiny-teacher", "tiny-student"
+TEACHER = "tiny-recheck-teacher"
+REGIMES = {"tiny-recheck-student": "capable", "tiny-student": "novice"}
+"""Where each base student starts."""
+CUTS = {
+    "capable": [("common_length", 0.25), ("common_length", 0.5), ("lead", 0.5), ("lead", 1.0)],
+    "novice": [("common_length", 0.5), ("lead", 0.5), ("lead", 1.0)],
+}
+"""Policies and lead fractions."""
+SHOWN = "model-tiny-recheck-student_policy-common_length_lead_fraction-0.5"
+"""The run that the page speaks of first."""
+MAX_NEW_TOKENS = 900
 
 
 @checked
 class DemoConfig:
     """Size of the demonstration."""
 
-    num_traces: int = 2000
+    num_traces: int = 1200
     """Problems that the teacher is asked; wrong answers are left out."""
     num_problems: int = 300
     """Held-out problems for the score."""
     min_steps: int = 4
-    """Fewest steps of a problem; as many as the base student knows, but with multiplication."""
-    max_steps: int = 6
+    """Fewest steps of a problem."""
+    max_steps: int = 5
     """Most steps of a problem."""
-    temperature: float = 0.7
-    """Sampling temperature of the teacher's traces."""
-    epochs: float = 2.0
+    temperature: float = 1.0
+    """Sampling temperature of the teacher's traces; 1 leaves their lengths as it learnt them."""
+    epochs: float = 1.0
     """Passes over the traces."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-4
     """Peak learning rate of the students."""
     seed: int = 0
     """Seed of problems, traces and training."""
@@ -82,14 +96,27 @@ def run(config: DemoConfig, out: Path, *, how: How = How()) -> Checkpoint:
     traces = sample_traces(config, out / "traces")
     sweep = sweep_config(config, traces)
     execute.run(sweep, out)
-    summary = json.loads((out / execute.SUMMARY).read_text(encoding="utf-8"))
-    console.print(console_table(summary["runs"]))
-    best = max(summary["runs"], key=lambda run: run["accuracy"])
+    summary = with_regimes(out / execute.SUMMARY)
+    console.print(console_table(summary["runs"], summary["axes"]))
+    finished = [run for run in summary["runs"] if "failed" not in run]
+    sentences = cut_sentences(finished, next(run for run in finished if run["name"] == SHOWN))
+    console.print("\n".join(sentences), highlight=False)
+    best = max((run for run in finished if not run["control"]), key=lambda run: run["accuracy"])
     made = compress(sweep, out / "runs" / best["name"], out)
     console.print(for_console(compression_table(collect(made).compressed, is_brief=True)))
-    report = page.write_report([out, *made], out)
+    report = page.write_report([out, *made], out, top=sentences)
     console.print(f"report: {report}\nnumbers: {out / 'summary.json'}", highlight=False)
     return Checkpoint(out)
+
+
+def with_regimes(file: Path) -> dict[str, Any]:
+    """The sweep's summary with the regime of every run, written back, and the name of the recommended run."""
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    for run in summary["runs"]:
+        run["regime"] = REGIMES[run["student"]]
+    summary["recommended"] = recommended([run for run in summary["runs"] if "failed" not in run])["name"]
+    write_json(file, summary)
+    return summary
 
 
 def compress(sweep: SweepConfig, student: Path, out: Path) -> list[Path]:
@@ -116,7 +143,7 @@ def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:
     distill = build(
         DistillConfig,
         {
-            "student": {"model": STUDENT},
+            "student": {"model": next(iter(REGIMES))},
             "teacher": {"model": TEACHER},
             "traces": {"source": str(traces)},
             "num_validation": max(4, config.num_traces // 32),
@@ -127,31 +154,40 @@ def sweep_config(config: DemoConfig, traces: Path) -> SweepConfig:
         },
     )
     problems = TraceConfig(
-        source="builtin:chain",
+        source="builtin:recheck",
         num_traces=config.num_problems,
         seed=config.seed + 1_000_001,
-        chain_min_steps=config.min_steps,
-        chain_max_steps=config.max_steps,
+        recheck=RecheckConfig(fewest_steps=config.min_steps, most_steps=config.max_steps),
     )
+    runs: list[Mapping[str, Any]] = [
+        {"student.model": student, "truncation.policy": policy, "lead_fraction": fraction}
+        for student, regime in REGIMES.items()
+        for policy, fraction in CUTS[regime]
+    ]
     return SweepConfig(
-        title="What a truncated trace is worth: built-in teacher to built-in student",
+        title="What a truncated trace is worth: built-in teacher to two built-in students",
         distill=distill,
         problems=problems,
-        grid={"lead_fraction": [0.25, 0.5, 0.75, 1.0]},
-        runs=[{"lead_fraction": fraction, "keep_ending": True} for fraction in (0.25, 0.5, 0.75)],
-        evaluate=EvaluateConfig(max_new_tokens=320, temperature=0.0, batch_size=300),
+        runs=runs,
+        controls=True,
+        evaluate=EvaluateConfig(max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, top_p=0.95, batch_size=300),
     )
 
 
 def sample_traces(config: DemoConfig, out: Path) -> Path:
-    """Traces that the teacher wrote and whose answers are right; returns their file."""
+    """Traces of the demonstration that its teacher wrote and whose answers are right; returns their file."""
+    sampling = SeededSampling(
+        max_new_tokens=MAX_NEW_TOKENS, temperature=config.temperature, top_p=0.95, seed=config.seed
+    )
+    return write_answers(_training_problems(config), TEACHER, sampling, config, out)
+
+
+def write_answers(problems: list[Trace], teacher: str, sampling: SeededSampling, config: Any, out: Path) -> Path:
+    """What a teacher answers right, as a file of traces; `config` says in the manifest what it was made from."""
     file = out / "traces.jsonl"
     if (out / MANIFEST).exists() and Checkpoint(out).manifest["config_hash"] == config_hash(config):
         return file
-    problems = _training_problems(config)
-    answered = answer(
-        problems, TEACHER, SeededSampling(max_new_tokens=320, temperature=config.temperature, seed=config.seed)
-    )
+    answered = answer(problems, teacher, sampling)
     right = [trace for trace in answered if trace is not None and trace.correct]
     if not right:
         raise LimbeckError("demo: the teacher answered no problem; its files are damaged; install limbeck again.")
@@ -163,15 +199,15 @@ def sample_traces(config: DemoConfig, out: Path) -> Path:
             "wrong": sum(trace is not None and not trace.correct for trace in answered),
             "kept": len(right),
         }
-        write_manifest(working, stage="demo traces", config=config, inputs={"teacher": TEACHER}, counts=counts)
+        write_manifest(working, stage="demo traces", config=config, inputs={"teacher": teacher}, counts=counts)
     return file
 
 
 def _training_problems(config: DemoConfig) -> list[Trace]:
     """Problems that no held-out one is."""
-    held_out = make_problems(config.num_problems, config.seed + 1_000_001, config.min_steps, config.max_steps)
-    taken = {problem.prompt_key for problem in held_out}
-    problems = make_problems(config.num_traces, config.seed, config.min_steps, config.max_steps)
+    steps = RecheckConfig(fewest_steps=config.min_steps, most_steps=config.max_steps)
+    taken = {problem.prompt_key for problem in generate_rechecked(config.num_problems, config.seed + 1_000_001, steps)}
+    problems = generate_rechecked(config.num_traces, config.seed, steps)
     return [problem for problem in problems if problem.prompt_key not in taken]
 
 
@@ -195,7 +231,7 @@ def _read(problem: Trace, text: str, model_name: str) -> Trace | None:
     thought = split_thought(text, Markers("<think>", "</think>"))
     if thought.problem is not None or thought.answer is None:
         return None
-    verdict = check_exact(thought.answer.strip(), problem.reference or "")
+    verdict = check_exact(extract_answer(thought.answer, "auto", problem.reference), problem.reference)
     return replace(
         problem,
         cot=thought.cot,

@@ -17,7 +17,7 @@ from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.load import BUILT_IN
 from limbeck.traces.render import RenderConfig, render
-from limbeck.traces.sources import BUILTIN_CHAIN, TraceConfig, read_traces
+from limbeck.traces.sources import BUILTIN_CHAIN, BUILTIN_RECHECK, TraceConfig, read_traces
 from limbeck.traces.trained_on import made_of, trained_on
 
 
@@ -119,8 +119,10 @@ def _own_traces(model: str, sequences: int) -> TraceConfig:
     traces = next(trained_on(model), None)
     if traces is not None:
         return traces
-    if any(name in BUILT_IN for name in made_of(model)):
-        return TraceConfig(source=BUILTIN_CHAIN, num_traces=sequences)
+    built_in = next((name for name in made_of(model) if name in BUILT_IN), None)
+    if built_in is not None:
+        source = BUILTIN_RECHECK if built_in.startswith("tiny-recheck") else BUILTIN_CHAIN
+        return TraceConfig(source=source, num_traces=sequences)
     raise ConfigError(
         f"calibration: {model} has no manifest that names traces; set calibration.traces.source or calibration.text."
     )

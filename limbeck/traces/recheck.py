@@ -2,27 +2,28 @@
 
 A problem is one of `builtin:chain` (a start digit and labelled steps modulo 10, so the prompt shows how many there
 are), and so is the derivation. The trace then goes on to check what it has, as reasoning models do: it calculates from
-the answer there and back, once or several times, or only looks at it again, and states it anew behind each re-check:
+the answer by fives there and back, once or several times, or only looks at it again, and states it anew behind each
+re-check:
 
     Given 8a+7b*9
     a 8+7=5
     b 5*9=5
     So 5                    the first sufficient prefix ends here
-    Check 5+2=7
-    Check 7-2=5 ok
+    Check 5+5=0
+    Check 0-5=5 ok
     So 5
     Check 5 ok
     So 5
-    Check 5-9=6
-    Check 6+9=5 ok
-    Check 5+4=9
-    Check 9-4=5 ok
+    Check 5-5=0
+    Check 0-5=5 ok
+    Check 5+5=0
+    Check 0+5=5 ok
     So 5
 
 How much is checked is drawn for each trace apart and cannot be told from the prompt: a trace whose derivation takes n
 lines goes on for about n r / (1 - r) X lines, where r is the redundancy and X has mean 1 and a Gamma distribution.
-Re-checks copy over a few tokens only, and neither multiply nor look anything up in the prompt: a student that derives
-wrong still answers what it derived, so that its score tells how well it derives.
+Re-checks copy over a few tokens only, and neither multiply nor look anything up: a student that derives wrong still
+answers what it derived, so that its score tells how well it derives.
 
 Source: the statistics follow published ones of real traces, of whose steps 61 to 93 % come after the first sufficient
 prefix (arXiv 2605.23926) and whose lengths spread by a factor of ten. Differs: no re-check ever changes the answer.
@@ -35,7 +36,6 @@ import random
 from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.traces.synthetic import (
-    INVERSE,
     OPERATORS,
     Operation,
     apply_step,
@@ -146,7 +146,6 @@ def _check(answer: int, rounds: int, rng: random.Random) -> list[str]:
     """Calculations from the answer there and back, so many times; none is a look at it."""
     lines = [] if rounds else [f"{answer} ok"]
     for _ in range(rounds):
-        operator, operand = rng.choice("+-"), rng.randint(1, 9)
-        there = apply_step(answer, (operator, operand))
-        lines += [f"{answer}{operator}{operand}={there}", f"{there}{INVERSE[operator]}{operand}={answer} ok"]
+        there = apply_step(answer, ("+", 5))
+        lines += [f"{answer}{rng.choice('+-')}5={there}", f"{there}{rng.choice('+-')}5={answer} ok"]
     return [f"Check {line}" for line in lines]

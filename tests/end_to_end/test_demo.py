@@ -30,7 +30,18 @@ RUN_KEYS = {
     "peak_bytes",
     "stop_rate",
     "output_tokens",
+    "regime",
+    "gain_kept",
+    "gain_kept_low",
+    "gain_kept_high",
+    "control",
+    "base_accuracy",
+    "derivation_right",
+    "answer_as_derived",
+    "learning_rate",
 }
+CUT = "model-tiny-recheck-student_policy-{}_lead_fraction-{}"
+WHOLE = CUT.format("lead", 1.0)
 
 
 def limbeck(*arguments, cwd):
@@ -52,20 +63,27 @@ def test_summary_has_the_promised_keys(demo):
     out, _, _ = demo
     summary = json.loads((out / "summary.json").read_text())
     assert summary["teacher_accuracy"] >= 0.9, "the built-in teacher answers its own hard problems"
-    assert 0 <= summary["base_accuracy"] <= 0.6
-    assert {run["lead_fraction"] for run in summary["runs"]} >= {0.25, 0.5, 0.75, 1.0}
+    assert 0 <= summary["base_accuracy"] <= 0.9
+    assert {run["regime"] for run in summary["runs"]} == {"capable", "novice"}
+    assert [base["name"] for base in summary["bases"]] == ["tiny-recheck-student", "tiny-student"]
+    names = {run["name"] for run in summary["runs"]}
+    assert summary["recommended"] in names
+    assert {run["lead_fraction"] for run in summary["runs"]} >= {0.25, 0.5, 1.0}
     for run in summary["runs"]:
         assert run.keys() >= RUN_KEYS
         assert run["accuracy_low"] <= run["accuracy"] <= run["accuracy_high"]
         assert run["flops_teacher"] == 0, "all runs read the one teacher pass"
+        assert set(run["control_of"]) <= names and run["control"] == bool(run["control_of"])
+    assert any(run["control"] for run in summary["runs"])
 
 
 def test_cost_falls_with_the_cut(demo):
     out, _, _ = demo
-    runs = [run for run in json.loads((out / "summary.json").read_text())["runs"] if not run["keep_ending"]]
-    by_fraction = [run["tokens"] for run in sorted(runs, key=lambda run: run["lead_fraction"])]
-    assert by_fraction == sorted(by_fraction)
-    assert by_fraction[1] / by_fraction[-1] == pytest.approx(0.5, abs=0.01)
+    runs = {run["name"]: run["tokens"] for run in json.loads((out / "summary.json").read_text())["runs"]}
+    for fraction in (0.25, 0.5):
+        # Half of a small set's traces are trained on here, which differ in length.
+        assert runs[CUT.format("common_length", fraction)] / runs[WHOLE] == pytest.approx(fraction, abs=0.15)
+    assert runs[CUT.format("lead", 0.5)] / runs[WHOLE] == pytest.approx(0.5, abs=0.02)
 
 
 def test_flops_agree_with_torch(demo):
@@ -79,7 +97,8 @@ def test_page_is_one_file_and_names_its_numbers(demo):
     out, _, _ = demo
     page = (out / "report.html").read_text()
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page), "the page asks for nothing from outside"
-    assert "lead 0.5" in page
+    assert "What a cut saves: " in page and "What it keeps: " in page and "When to use it: " in page
+    assert "common_length" in page
     assert (out / "report.csv").read_text().count("\n") >= 7
     assert list((out / "plots").glob("*.png"))
 
@@ -87,7 +106,8 @@ def test_page_is_one_file_and_names_its_numbers(demo):
 def test_the_best_student_is_made_smaller_step_by_step(demo):
     out, first, _ = demo
     lines = {line["name"]: line for line in csv.DictReader((out / "report.csv").open())}
-    best = max(json.loads((out / "summary.json").read_text())["runs"], key=lambda run: run["accuracy"])["name"]
+    runs = [run for run in json.loads((out / "summary.json").read_text())["runs"] if not run["control"]]
+    best = max(runs, key=lambda run: run["accuracy"])["name"]
     names = [best, "recovered/round-1/pruned", "recovered", "quantised"]
     student, pruned, recovered, quantised = (lines[name] for name in names)
     # The student stands there as a run and again as what the others were made of.
@@ -105,7 +125,7 @@ def test_the_best_student_is_made_smaller_step_by_step(demo):
 def test_a_second_call_does_only_what_is_missing(demo):
     out, _, arguments = demo
     kept = [
-        out / "runs" / "lead_fraction-0.5_keep_ending-false" / "model.safetensors",
+        out / "runs" / CUT.format("common_length", 0.5) / "model.safetensors",
         out / "recovered" / "limbeck.json",
         out / "recovered" / "evaluation" / "limbeck.json",
     ]
@@ -122,7 +142,7 @@ def test_a_second_call_does_only_what_is_missing(demo):
 def test_a_student_is_an_ordinary_model_directory(demo):
     transformers = pytest.importorskip("transformers")
     out, _, _ = demo
-    run = out / "runs" / "lead_fraction-1.0_keep_ending-false"
+    run = out / "runs" / WHOLE
     model = transformers.AutoModelForCausalLM.from_pretrained(run)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run)
     ids = tokenizer.apply_chat_template(
@@ -134,20 +154,20 @@ def test_a_student_is_an_ordinary_model_directory(demo):
 
 def test_evaluate_and_report_read_what_the_sweep_wrote(demo, tmp_path):
     out, _, _ = demo
-    run = out / "runs" / "lead_fraction-1.0_keep_ending-false"
+    run = out / "runs" / WHOLE
     scored = limbeck(
         *(
             "evaluate",
             "--model",
             str(run),
             "--problems.source",
-            "builtin:chain",
+            "builtin:recheck",
             "--problems.num-traces",
             "6",
             "--problems.seed",
             "5",
         ),
-        *("--max-new-tokens", "200", "--out", str(tmp_path / "scores"), "--json"),
+        *("--max-new-tokens", "300", "--out", str(tmp_path / "scores"), "--json"),
         cwd=tmp_path,
     )
     assert scored.returncode == 0, scored.stderr
