@@ -1,6 +1,7 @@
 """`limbeck doctor`: what it says of a machine, good and bad, and that its numerical tests tell a wrong routine."""
 
 import json
+from importlib import metadata
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_one_page_about_this_machine(page):
     found = page()
     for about in ("limbeck", "libraries", "products", "threads", "memory", "disk here", "compiler", "numerics"):
         assert found[about].found
-    assert torch.__version__ in found["libraries"].found
+    assert metadata.version("torch") in found["libraries"].found
     assert all(check.state != "wrong" for check in found.values()), found
     assert all(check.advice for check in found.values() if check.state != "good" and check.about != "memory")
 

@@ -20,7 +20,6 @@ MMLU_STRICT = (
     r"|(?<=The answer: )(.*)(?=.)|(?<=The final answer: )(.*)(?=.))"
 )
 CHOICE_FLEXIBLE = r"(\([A-Z]\))"
-MINERVA = r"Final Answer: The final answer is(.*?). I hope it is correct."
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
@@ -79,12 +78,6 @@ def choice_metrics(
     text = cut_at(text, stops)
     found = {"strict_match": by_regex(text, strict, 0), "flexible_extract": by_choice(text, choices)}
     return {name: exact_match(value, target, ignore_punctuation=True) for name, value in found.items()}
-
-
-def minerva_answer(text: str) -> str | None:
-    """What minerva_math looks for in an output; None where it is not there."""
-    match = re.search(MINERVA, cut_at(text, ("Problem:",)) + "I hope it is correct.")
-    return match[1].strip() if match else None
 
 
 def _ignoring(text: str) -> str:

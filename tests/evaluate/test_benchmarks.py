@@ -16,7 +16,7 @@ from limbeck.errors import ConfigError, LimbeckError, TraceFormatError
 from limbeck.evaluate import benchmark_data
 from limbeck.evaluate.benchmark_data import BenchmarkConfig, benchmark_task
 from limbeck.evaluate.benchmarks import BENCHMARKS
-from limbeck.evaluate.harness import by_choice, by_regex, choice_metrics, cut_at, gsm8k_metrics, minerva_answer
+from limbeck.evaluate.harness import by_choice, by_regex, choice_metrics, cut_at, gsm8k_metrics
 from limbeck.traces.files import Located
 
 SUMS = [
@@ -235,5 +235,3 @@ def test_parts_of_the_filters() -> None:
     assert cut_at("a Q: b", ("Q:", "</s>")) == "a "
     assert by_regex("x", "(y)", 0) == "[invalid]"
     assert by_choice("nothing here", ["ox", "red"]) == "[invalid]"
-    assert minerva_answer("Final Answer: The final answer is $3$. I hope it is correct.") == "$3$"
-    assert minerva_answer("It is 3") is None
