@@ -94,6 +94,15 @@ def test_students_differ_in_the_loss_alone(made):
 
 
 @pytest.mark.slow
+def test_called_again_it_keeps_all_and_a_dry_run_says_so(made, capsys):
+    out, _ = made
+    config = build(PipelineConfig, {"ranking": TREE})
+    command.tell(config, out, as_json=True)
+    told = {row["stage"]: row["reason"] for row in json.loads(capsys.readouterr().out)["stages"]}
+    assert list(told)[-2:] == ["table", "report"] and not any(told.values())
+
+
+@pytest.mark.slow
 def test_goes_on_from_what_changed(made):
     out, before = made[0], table_of(made[0])
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
@@ -111,15 +120,6 @@ def test_goes_on_from_what_changed(made):
     text = report.write_report([out], out / "page").parent.joinpath("report.md").read_text()
     assert "## Ranking" in text and "| w4a16 |" in text
     assert (out / "page/plots/ranking.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_called_again_it_keeps_all_and_a_dry_run_says_so(made, capsys):
-    out, _ = made
-    config = build(PipelineConfig, {"ranking": TREE})
-    command.tell(config, out, as_json=True)
-    told = {row["stage"]: row["reason"] for row in json.loads(capsys.readouterr().out)["stages"]}
-    assert list(told)[-2:] == ["table", "report"] and not any(told.values())
 
 
 def test_refuses_a_teacher_of_the_student():
