@@ -62,7 +62,7 @@ def test_what_was_made_is_read_from_the_stages(tmp_path):
     (tmp_path / "export").mkdir()
     metrics = {"format": "gguf", "bytes_after": 1234, "in_llama.cpp": "not run"}
     write_manifest(tmp_path / "export", stage="export", config=CardConfig(), inputs={}, metrics=metrics)
-    text = card({"distill": DISTILL, "verify": {}, "export": {}}, tmp_path).text
+    text = card({"distill": DISTILL, "verify": {"traces": TRACES}, "export": {}}, tmp_path).text
     assert '- verified: 7 kept, dropped {"wrong answer": 3}' in text
     assert "- export: gguf, 1,234 bytes of weights\n" in text
     assert "It was not loaded in llama.cpp before it was published." in text
