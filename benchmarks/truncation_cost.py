@@ -72,7 +72,7 @@ def steps(loss: str, fraction: float, models: Path, samples: Sequence[Sample], c
     seconds, rows = [], []
     for number in range(1, count + 1):
         start = time.perf_counter()
-        rows.append(train._step(run, number))
+        rows.append(train._step(run, number).row())
         seconds.append(time.perf_counter() - start)
     return {
         "seconds": statistics.median(seconds),

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from limbeck import placement
 from limbeck.config import config_hash, to_dict
-from limbeck.errors import CheckpointError
+from limbeck.errors import CheckpointError, ConfigError
 from limbeck.version import __version__
 
 MANIFEST = "limbeck.json"
@@ -121,6 +123,20 @@ def _is_plain(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def local_directory(out: str | os.PathLike[str]) -> Path:
+    """Where a stage is to write.
+
+    Raises: ConfigError for an address of another store, which would become a local directory of that name.
+    """
+    text = os.fspath(out)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise ConfigError(
+            f"out {text}: outputs are written to local directories; write there and copy it (aws s3 cp --recursive, "
+            "gsutil, hf upload), or mount the store and name the mount."
+        )
+    return Path(text)
 
 
 @contextmanager
@@ -224,6 +240,7 @@ def write_manifest(
                 "system": platform.system(),
                 "processor": platform.machine(),
                 "python": platform.python_version(),
+                **placement.found(),
             },
             "ledger": dict(ledger or {}),
             "metrics": dict(metrics or {}),

@@ -16,13 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from limbeck.checkpoint import Checkpoint
+from limbeck.checkpoint import Checkpoint, local_directory
 from limbeck.commands import named
 from limbeck.config import build
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.flags import apply_flags
 from limbeck.help import LIMITED, print_help, print_overview
+from limbeck.placement import asking
 from limbeck.progress import say
+from limbeck.runner.launch import launched
 from limbeck.stage import How, Place, Stage, View, default_out, is_recipe, recipe_of
 from limbeck.version import __version__
 
@@ -32,6 +34,8 @@ class Options(NamedTuple):
 
     out: Path
     how: How
+    asked: tuple[str | None, str | None]
+    """Device and number format."""
     dry_run: bool
     json: bool
 
@@ -74,6 +78,11 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     options, rest = take_options(command, rest)
     config = read_config(command, rest)
+    with asking(*options.asked):
+        return _run(command, config, options)
+
+
+def _run(command: Stage | View, config: Any, options: Options) -> int:
     if options.dry_run:
         _dry_run(command, config, options)
     elif isinstance(command, View):
@@ -143,7 +152,8 @@ def take_options(command: Stage | View, arguments: list[str]) -> tuple[Options, 
             rest.append(arguments[index])
         index += 1
     out, dry_run, as_json = (found.pop(name, None) for name in ("out", "dry_run", "json"))
-    return Options(out or default_out(command.name), How(**found), bool(dry_run), bool(as_json)), rest
+    asked = found.pop("device", None), found.pop("dtype", None)
+    return Options(out or default_out(command.name), How(**found), asked, bool(dry_run), bool(as_json)), rest
 
 
 def _refuse_unless_taken(flag: str, command: Stage | View) -> None:
@@ -159,7 +169,7 @@ def options_of(command: Stage | View) -> tuple[str, ...]:
 def _read_out(value: str) -> Path:
     if not value or value.startswith("--"):
         raise ConfigError("--out needs a directory.")
-    return Path(value)
+    return local_directory(value)
 
 
 def _read_on(value: str) -> str:
@@ -168,7 +178,7 @@ def _read_on(value: str) -> str:
     return value
 
 
-_WITH_VALUE: dict[str, Callable[[str], Any]] = {"--out": _read_out, "--on": _read_on}
+_WITH_VALUE: dict[str, Callable[[str], Any]] = {"--out": _read_out, "--on": _read_on, "--device": str, "--dtype": str}
 
 
 def _dry_run(command: Stage | View, config: Any, options: Options) -> None:
@@ -185,6 +195,8 @@ def _dry_run(command: Stage | View, config: Any, options: Options) -> None:
 
 
 def _print_checkpoint(checkpoint: Checkpoint, options: Options) -> None:
+    if launched().rank:
+        return  # of processes that were started together one tells
     manifest = checkpoint.manifest if checkpoint.is_finished else {"metrics": {}, "ledger": {}}
     seconds = {name: manifest["ledger"][name] for name in ("train_seconds",) if name in manifest["ledger"]}
     _print({"out": str(checkpoint.path), **manifest["metrics"], **seconds}, options.json)

@@ -23,11 +23,13 @@ OPTIONS = {
     "--resume": "go on with an interrupted run",
     "--dry-run": "estimate time and memory, start nothing",
     "--on": "where the parts of the job run: local (default), or ray (the cluster of RAY_ADDRESS, else these cores)",
+    "--device": "auto (the accelerator where there is one), cpu, cuda or cuda:N; also LIMBECK_DEVICE",
+    "--dtype": "of what is not trained, and of training's products: auto (bf16 on an accelerator), float32 or bf16",
     "--json": "print the result as JSON",
     "--debug": "show the stack of an error",
     "--help": "this text; --help all has every field, --help GROUP those of a group",
 }
-LIMITED = ("--out", "--overwrite", "--resume", "--dry-run", "--on")
+LIMITED = ("--out", "--overwrite", "--resume", "--dry-run", "--on", "--device", "--dtype")
 """Options that not every command takes."""
 HELP_COLUMN = 26
 """Where the texts begin."""

@@ -22,12 +22,13 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from limbeck.models.anatomy import Computed, Sizes
 
@@ -42,7 +43,8 @@ class Ledger:
         self.device = torch.device(device)
         self.counts = dict.fromkeys(COUNTS, 0)
         self.flops = dict.fromkeys(FLOP_PARTS, 0)
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._clock = HostClock() if event_on(self.device) is None else DeviceClock()
         self.peak_bytes: dict[str, int] = {}
         self.audit: dict[str, float] = {}
         self._is_in_phase = False
@@ -67,24 +69,35 @@ class Ledger:
             return
         self._is_in_phase = True
         reset_peak(self.device)
-        start = self._now()
+        start = self._clock.now()
         try:
             yield
         finally:
             self._is_in_phase = False
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+            self._clock.charge(name, start)
+            self._take_seconds(wait=False)
             peak = peak_memory_bytes(self.device) - self.baseline_bytes
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _take_seconds(self, wait: bool) -> None:
+        for name, seconds in self._clock.read(wait):
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase; an accelerator is waited for."""
+        self._take_seconds(wait=True)
+        return self._seconds
+
+    @property
+    def seconds_so_far(self) -> float:
+        """Of training, as far as they are known without waiting for an accelerator."""
+        return _of_training(self._seconds)
 
     @property
     def train_seconds(self) -> float:
         """Seconds of everything but validation and saving."""
-        return sum(value for name, value in self.seconds.items() if name not in ("validation", "saving"))
+        return _of_training(self.seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
@@ -106,10 +119,68 @@ class Ledger:
             self.flops[name] += int(tree["flops"][name])
         self.audit = dict(tree["flops_audit"]) or self.audit
         for name, value in tree["seconds"].items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
         for name, value in tree["peak_bytes"].items():
             if name != "total":
                 self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), value)
+
+
+class HostClock:
+    """Seconds of blocks that compute on the CPU."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[str, float]] = []
+
+    def now(self) -> Any:
+        """The time, to charge a block from."""
+        return time.perf_counter()
+
+    def charge(self, name: str, start: Any) -> None:
+        """Charge what has passed since `start`."""
+        self._done.append((name, time.perf_counter() - start))
+
+    def read(self, wait: bool) -> Sequence[tuple[str, float]]:
+        """What was charged and not read yet."""
+        done, self._done = self._done, []
+        return done
+
+
+def event_on(device: torch.device, **settings: bool) -> Any:
+    """A mark for the queue of an accelerator; None on a CPU, and where torch was not built with marks."""
+    try:
+        return torch.cuda.Event(**settings) if device.type == "cuda" else None
+    except RuntimeError:
+        return None
+
+
+class DeviceClock(HostClock):
+    """Seconds of blocks that compute on an accelerator, by events in its queue, which nobody waits for."""
+
+    def __init__(self) -> None:
+        self._open: deque[tuple[str, Any, Any]] = deque()
+
+    def now(self) -> Any:
+        """An event where the device will be when it comes to what is asked for next."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def charge(self, name: str, start: Any) -> None:
+        self._open.append((name, start, self.now()))
+
+    def read(self, wait: bool) -> Sequence[tuple[str, float]]:
+        """What the device is through with; with `wait`, all."""
+        if wait and self._open:
+            self._open[-1][2].synchronize()
+        found = []
+        while self._open and (wait or self._open[0][2].query()):
+            name, start, stop = self._open.popleft()
+            found.append((name, start.elapsed_time(stop) / 1000))
+        return found
+
+
+def _of_training(seconds: Mapping[str, float]) -> float:
+    return sum(value for name, value in seconds.items() if name not in ("validation", "saving"))
 
 
 def backbone_forward_flops(sizes: Sizes, computed: Computed) -> int:
@@ -155,25 +226,54 @@ def head_flops(sizes: Sizes, num_positions: int) -> int:
     return (3 if sizes.is_head_trainable else 2) * head_forward_flops(sizes, num_positions)
 
 
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, taught what it does not know: the CPU's fused attention, and products added in place."""
-    aten = torch.ops.aten
+class FlopCounter(FlopCounterMode):
+    """torch's counter, with formulas of our own for attention and for products added in place.
 
-    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
+    torch's own refuse grouped queries up to 2.11. A formula that fails counts nothing and is told in `failed`: counting
+    is bookkeeping, and no reason to end a run.
+    """
 
-    def backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad_out, query, key, value)
+    def __init__(self) -> None:
+        self.failed: dict[str, str] = {}
+        own = {torch.ops.aten.addmm_: _added}
+        own |= {getattr(torch.ops.aten, name): _attention for name in ATTENTIONS if hasattr(torch.ops.aten, name)}
+        backward = {f"{name}_backward": _attention_backward for name in ATTENTIONS}
+        own |= {getattr(torch.ops.aten, name): f for name, f in backward.items() if hasattr(torch.ops.aten, name)}
+        super().__init__(display=False, custom_mapping={op: self._safe(f) for op, f in (flop_registry | own).items()})
 
-    def added(total: Any, first: Any, second: Any, out_shape: Any = None, **__: Any) -> int:
-        return 2 * first[0] * first[1] * second[1]
+    def _safe(self, formula: Callable[..., int]) -> Callable[..., int]:
+        def count(*args: Any, **kwargs: Any) -> int:
+            try:
+                return formula(*args, **kwargs)
+            except Exception as error:  # of any kind: see above
+                self.failed["failed"] = f"{type(error).__name__}: {error}"[:200]
+                return 0
 
-    mapping = {
-        aten.addmm_: added,
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+        count._get_raw = True  # type: ignore[attr-defined]
+        return count
+
+
+ATTENTIONS = (
+    *(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn", "fused")),
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
+
+
+def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    return 4 * query[..., 0].numel() * key.shape[-2] * query.shape[-1]
+
+
+def _attention_backward(_: Any, query: Any, key: Any, *__: Any, **___: Any) -> int:
+    return _attention(query, key) * 5 // 2
+
+
+def _added(_: Any, first: Any, second: Any, **__: Any) -> int:
+    return 2 * first.shape[0] * first.shape[1] * second.shape[1]
+
+
+def flop_counter() -> FlopCounter:
+    """A counter for the length of a block."""
+    return FlopCounter()
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -29,6 +29,16 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@contextmanager
+def hushed(is_hushed: bool) -> Iterator[None]:
+    """Print no notes and no progress within the block, as of several processes that do the same but one."""
+    before, console.quiet = console.quiet, console.quiet or is_hushed
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 class Bar:
     """A running bar; `advance` moves it and may change the note behind it."""
 

@@ -14,15 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck.checkpoint import Checkpoint
+from limbeck.checkpoint import Checkpoint, local_directory
 from limbeck.config import build
 from limbeck.errors import CheckpointError, ConfigError
 from limbeck.flags import apply_fields
+from limbeck.placement import asking
 from limbeck.progress import say
 from limbeck.yaml_values import read_recipe
 
 Place = Literal["local", "ray"]
 """Where the parts of a job run: in this process and its children, or as tasks of a Ray cluster."""
+
+
+PLACING = ("device", "dtype")
+"""Options of commands that compute with models; see `placement`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +66,18 @@ class Stage:
     """Fields that people change, for the first page of help; none: all."""
     refers: Mapping[str, str] = field(default_factory=dict)
     """Fields that hold the recipe of another command -> that command; help does not repeat its fields."""
+    loads: bool = True
+    """Whether it computes with models, on a device and in a number format."""
 
     @property
     def options(self) -> tuple[str, ...]:
         """What it takes beside its fields."""
-        return ("out", *self.takes, *(("dry_run",) if self.predict or self.tell else ()))
+        return (
+            "out",
+            *self.takes,
+            *(PLACING if self.loads else ()),
+            *(("dry_run",) if self.predict or self.tell else ()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,14 +106,16 @@ class View:
     """Fields that hold the recipe of another command -> that command; help does not repeat its fields."""
     reads: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """Makes the command's own recipe of one that may be another command's."""
+    loads: bool = False
+    """Whether it computes with models, on a device and in a number format."""
 
     @property
     def options(self) -> tuple[str, ...]:
         """What it takes beside its fields."""
-        return ("dry_run",) if self.predict else ()
+        return (*(PLACING if self.loads else ()), *(("dry_run",) if self.predict else ()))
 
 
-_OPTIONS = ("out", "overwrite", "resume", "on", "dry_run")
+_OPTIONS = ("out", "overwrite", "resume", "on", *PLACING, "dry_run")
 
 
 def call(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, Any]) -> Any:
@@ -117,10 +131,11 @@ def call(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, An
     if options.pop("dry_run", False):
         assert command.predict is not None
         return command.predict(config)
-    if isinstance(command, View):
-        return command.run(config)
-    out = Path(options.pop("out", default_out(command.name)))
-    return command.run(config, out, how=How(**options))
+    with asking(*(options.pop(name, None) for name in PLACING)):
+        if isinstance(command, View):
+            return command.run(config)
+        out = local_directory(options.pop("out", default_out(command.name)))
+        return command.run(config, out, how=How(**options))
 
 
 def tree_of(command: Stage | View, subjects: Sequence[Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:

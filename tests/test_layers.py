@@ -12,7 +12,7 @@ LAYERS = [
     ["errors", "lazy", "version"],
     ["yaml_values"],
     ["config"],
-    ["flags", "progress", "client"],
+    ["flags", "placement", "progress", "client"],
     ["checkpoint"],
     ["stage"],
     ["commands"],

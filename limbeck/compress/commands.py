@@ -87,6 +87,7 @@ RECOVER = Stage(
 MOMENTS = Stage(name="moments", config=moments.MomentsConfig, run=moments.run, takes=_RESUMES, subject="model")
 EXPORT = Stage(
     name="export",
+    loads=False,
     config=export.ExportConfig,
     run=export.run,
     subject="model",

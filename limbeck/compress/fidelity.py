@@ -84,8 +84,8 @@ def compare(original: Any, compressed: Any, rows: Rows, labels: Sequence[int] = 
 
 
 def log_probs_of(model: Any, ids: Tensor) -> Tensor:
-    """Log-probabilities [T - 1, V] of the token after each prefix of one sequence [1 T], float32."""
-    return model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    """Log-probabilities [T - 1, V] of the token after each prefix of one sequence [1 T]: float32, on its device."""
+    return model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
 
 
 def _exp(value: float) -> float:
@@ -113,6 +113,7 @@ def limits_of(gate: GateConfig) -> dict[str, float | None]:
 
 
 def _sums(log_p: Tensor, log_q: Tensor, targets: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    targets = targets.to(log_p.device)
     found = {
         "original_nll": float(-log_p.gather(1, targets[:, None]).sum()),
         "nll_nats": float(-log_q.gather(1, targets[:, None]).sum()),

@@ -30,6 +30,7 @@ from limbeck.config import checked, config_hash
 from limbeck.errors import CheckpointError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_tokenizer, model_hash
+from limbeck.models.placement import here
 from limbeck.stage import How
 
 _PARTS = ("gram", "absolute_mean", "absolute_max")
@@ -73,12 +74,12 @@ class _Collect:
 
 def run(config: MomentsConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Write the moments of all layers of a model into `out`."""
-    ledger, key = Ledger(), model_hash(config.model)
+    device = here().device
+    ledger, key = Ledger(device), model_hash(config.model)
     blocks = Blocks(config.model)
     tokenizer = load_tokenizer(config.model)
     rows = calibration_rows(config.calibration, tokenizer, config.model)
     check_tokens(config.model, tokenizer, blocks.config.get_text_config().vocab_size, rows.input_ids)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
         writer = ShardWriter(working, len(blocks), stem="moments")
         fingerprint = config_hash({"config": config_hash(config), "model": key})
@@ -124,7 +125,7 @@ class StoredMoments:
 
     def _read(self, prefix: str) -> Moments:
         gram, mean, largest, tokens = (self._source.tensor(prefix + part) for part in (*_PARTS, "tokens"))
-        return Moments(gram, mean, largest, int(tokens))
+        return Moments(gram, mean, largest, int(tokens)).to(here().device)
 
 
 @contextmanager

@@ -40,14 +40,15 @@ class Passes:
         self._norm: Any = _final_norm(self._backbone)
         predicting = rows.valid[:, :-1] & rows.valid[:, 1:]
         self.tokens = int(predicting.sum())
+        input_ids, predicting = (x.to(self._lm.device) for x in (rows.input_ids, predicting))
         if not self.tokens:
             raise CompressionError("the held-out rows have no token with a next one; give longer rows.")
         # Masks and positions of one row hold for all of them, and broadcast.
-        self._calls = self._record(rows.input_ids[:1])[1]
+        self._calls = self._record(input_ids[:1])[1]
         self.entered: list[Tensor] = []
         """What enters the first block, float [n T D] of each pass."""
         self._places, self._targets = [], []
-        for ids, places in zip(rows.input_ids.split(rows_at_once), predicting.split(rows_at_once), strict=True):
+        for ids, places in zip(input_ids.split(rows_at_once), predicting.split(rows_at_once), strict=True):
             entered, _, hidden = self._record(ids)
             self.entered.append(entered)
             self._places.append(places)

@@ -47,6 +47,11 @@ class Moments:
         largest = absolute.amax(0) if len(inputs) else absolute.new_zeros(inputs.shape[1])
         return cls(_gram(inputs).div_(count), absolute.sum(0) / count, largest, len(inputs))
 
+    def to(self, device: torch.device) -> Moments:
+        """The same on a device."""
+        gram, mean, largest = (x.to(device) for x in (self.gram, self.absolute_mean, self.absolute_max))
+        return Moments(gram, mean, largest, self.tokens)
+
     def scaled(self, factors: Tensor) -> Moments:
         """Moments of the inputs x * factors; factors [I] > 0."""
         return Moments(

@@ -147,7 +147,9 @@ def open_weights(name: str, model: Any, needed: set[str]) -> WeightSource:
         if needed <= source.names():
             _check_fit(name, model, source, needed)
             return source
-    loaded = LoadedSource(load_model(name, dtype=dtype_of(name), whole=True), has_own_names=place.gguf_file is None)
+    loaded = LoadedSource(
+        load_model(name, dtype_of(name), device="cpu", whole=True), has_own_names=place.gguf_file is None
+    )
     if missing := needed - loaded.names():
         raise ModelError(f"{name}: its text part has no weight {min(missing)}; such a model is not compressed.")
     return loaded

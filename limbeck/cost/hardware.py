@@ -81,6 +81,12 @@ DEVICES: dict[str, Hardware] = {
 """float32 of the accelerators is that of TF32 products. The laptop is a current one with 8 cores and AVX2."""
 
 
+def device_named(name: str) -> Hardware | None:
+    """The device of the table whose name is a part of what a driver calls it; None where there is none."""
+    words = name.lower().replace("-", " ").split()
+    return next((device for key, device in DEVICES.items() if key in words), None)
+
+
 def hardware_of(name: str) -> Hardware:
     """A device of the table, or `measured`: this machine's CPU.
 

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 from limbeck.client import ClientConfig, server_root
 from limbeck.config import checked
 from limbeck.distill.divergence import DivergenceConfig
-from limbeck.distill.fused import CHUNK_BYTES
 from limbeck.distill.moving_cut import CutScheduleConfig, check_schedule
 from limbeck.distill.on_policy import OnPolicyConfig
 from limbeck.distill.parallel import ParallelConfig
 from limbeck.distill.stop_control import StopControlConfig
+from limbeck.distill.trackers import TrackerName
 from limbeck.errors import ConfigError
 from limbeck.models.tiny import ScratchConfig
 from limbeck.optim.build import OptimizerConfig
@@ -128,15 +128,16 @@ class LossConfig:
     """Softmax temperature T of the KD term, > 0."""
     normalization: Literal["token_mean", "sequence_mean"] = "token_mean"
     """token_mean: each supervised token of a step weighs the same; sequence_mean: each sequence (the paper's runs)."""
-    chunk_bytes: int = CHUNK_BYTES
-    """Memory budget of the logits in bytes; they exist only a chunk at a time."""
+    chunk_bytes: int | None = None
+    """Memory budget of the logits in bytes, which exist only a chunk at a time; null: 256 MiB, 1 GiB on an
+    accelerator."""
 
     def __post_init__(self) -> None:
         if self.kd_ratio is not None and not 0 <= self.kd_ratio <= 1:
             raise ConfigError(f"kd_ratio must be in [0, 1]; found {self.kd_ratio}")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be finite and greater than 0; found {self.temperature}")
-        if self.chunk_bytes < 1:
+        if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ConfigError(f"chunk_bytes must be at least 1; found {self.chunk_bytes}")
 
 
@@ -178,8 +179,8 @@ class TrainingConfig:
     """packed: no padding, sequences isolated by attention; padded: right padding, for any attention backend."""
     bucket_batches: int = 16
     """Batches a window that is sorted by length before it is cut; 1 keeps the order fully random."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: autocast products over float32 weights."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the products, over float32 weights; auto: bf16 on an accelerator, float32 on a CPU, or what --dtype says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward."""
     clip_norm: float = 1.0
@@ -194,6 +195,8 @@ class TrainingConfig:
     """With keep_best: stop after so many validations in a row without a lower loss; null never."""
     save_every_steps: int = 100
     """Write a state to resume from every so many steps; 0 never."""
+    track: tuple[TrackerName, ...] = ()
+    """Trackers that get every line of metrics.jsonl too: tensorboard, wandb, mlflow, trackio."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Several processes under torchrun."""
     num_threads: int | None = None
@@ -225,6 +228,10 @@ class TrainingConfig:
             raise ConfigError("keep_best chooses among validations; set validate_every_steps")
         if self.patience is not None and self.keep_best is None:
             raise ConfigError("patience needs keep_best: which held-out loss is to get lower, ce or kd")
+
+    def is_bf16(self, by_device: bool) -> bool:
+        """Whether products are in bf16: as set, or else as the device has it."""
+        return by_device if self.precision == "auto" else self.precision == "bf16"
 
     def growing_batch(self) -> BatchGrowth | None:
         """Size of the batch at every step; None when it stays."""

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from limbeck.cost.memory import CPU_BLOCK_BYTES, CPU_CHUNK_ROWS, DEVICE_BLOCK_BYTES
+from limbeck.distill import device_loss
 from limbeck.distill.divergence import DivergenceConfig
 from limbeck.distill.gathered import gather_rows
 from limbeck.distill.known_gradients import Gradients, KnownGradients
-from limbeck.distill.rows import Rows, check_shapes, make_rows
+from limbeck.distill.rows import Rows, Terms, check_shapes, make_rows
 from limbeck.errors import ConfigError, ShapeError
 from limbeck.models.anatomy import Head
 from limbeck.models.logits import ChunkedLogits
@@ -35,6 +36,13 @@ from limbeck.models.sharded_softmax import WHOLE, ShardedSoftmax
 from limbeck.teacher.targets import Distance, OneTeacherTargets, TargetReader
 
 CHUNK_BYTES = 256 * 2**20
+DEVICE_CHUNK_BYTES = 2**30
+"""On an accelerator: the head's gradient is read and written once a chunk, so that few large ones are better."""
+
+
+def chunk_bytes_on(device: str) -> int:
+    """Budget of the buffers for the logits of a chunk on a type of device."""
+    return CHUNK_BYTES if device == "cpu" else DEVICE_CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +80,9 @@ def fused_loss(
     temperature: float = 1.0,
     scale_by_temperature_squared: bool = True,
     vocab_size: int | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     part: ShardedSoftmax | None = None,
+    terms: Terms | None = None,
 ) -> FusedLoss:
     """sum_i ce_coef_i CE_i + kd_coef_i T^2 D_i, differentiable by the student's hidden states and head.
 
@@ -101,15 +110,18 @@ def fused_loss(
         temperature: T > 0.
         scale_by_temperature_squared: multiply D by T^2, value and gradient; the gradient keeps its size.
         vocab_size: the student's real vocabulary; head rows from there on are padding and take no part.
-        chunk_bytes: budget of the [C V] logit buffers, in bytes.
+        chunk_bytes: budget of the [C V] logit buffers, in bytes; None: `chunk_bytes_on` the device.
         part: the heads are those rows of the vocabulary alone. All processes of the group call together, each with rows
             of its own; the value of all their rows is returned in equal shares, the gradients are of them all.
+        terms: which terms the rows have, if that is known: each has one, and labels and top-k ids are right; None: the
+            tensors are asked, for which a device is waited for.
 
     Returns: FusedLoss; when all coefficients are 0 the total is 0 and so are the gradients.
 
     Raises: ShapeError for tensors that do not fit, or a label or a top-k id outside the vocabulary;
         ConfigError for a temperature or a budget that is not positive.
     """
+    chunk_bytes = chunk_bytes_on(hidden.device.type) if chunk_bytes is None else chunk_bytes
     if not (temperature > 0 and chunk_bytes > 0):
         raise ConfigError(f"fused_loss: temperature {temperature} and chunk_bytes {chunk_bytes} must be above 0.")
     inputs, vocab = (hidden, head_weight, head_bias), len(head_weight) if vocab_size is None else vocab_size
@@ -122,17 +134,22 @@ def fused_loss(
     gradients = Gradients.zeros(compute, hidden, head_weight, head_bias)
     with torch.no_grad():
         kd_coef = kd_coef.to(compute) * (temperature**2 if scale_by_temperature_squared else 1.0)
-        rows, softmax = make_rows(labels, ce_coef.to(compute), kd_coef, vocab), part or WHOLE
+        rows, softmax = make_rows(labels, ce_coef.to(compute), kd_coef, vocab, terms), part or WHOLE
         head = Head(head_weight, head_bias, head_softcap)
         student = ChunkedLogits(hidden, head, softmax.entries(vocab), softmax.largest)
-        teacher = _reader(targets, kd_coef, vocab, Distance(divergence.bind(), temperature, softmax))
+        distance = Distance(divergence.bind(), temperature, softmax, terms is not None)
+        teacher = _reader(targets, kd_coef, vocab, distance, terms)
         if teacher.has_frozen_head:
             _check_projected(gradients, divergence)
-        index, sums = rows.used(), kd_coef.new_zeros(2)
+        index = rows.used() if terms is None else torch.arange(len(hidden), device=hidden.device)
+        sums = kd_coef.new_zeros(2)
         with torch.autocast(hidden.device.type, enabled=False):
+            by_kernels = device_loss.takes(student, teacher, compute, part)
             for chunk in _chunks(index, student, teacher, rows, chunk_bytes):
                 chunk_sums = torch.zeros_like(sums)
-                for block, by_logits in _blocks(student, chunk.logits, compute, part):
+                if by_kernels:
+                    chunk_sums += device_loss.chunk_loss_(chunk.logits, chunk.rows, teacher, divergence, temperature)
+                for block, by_logits in () if by_kernels else _blocks(student, chunk.logits, compute, part):
                     # Logits at first; D's gradient takes their place, then CE's is added.
                     log_probs = chunk.rows[block].log_softmax(by_logits, softmax)
                     kd = teacher.row_loss(block, by_logits, log_probs, chunk.rows.kd_coef[block])
@@ -146,8 +163,10 @@ def fused_loss(
     return FusedLoss(total, sums[0], sums[1], len(index))
 
 
-def _reader(targets: OneTeacherTargets | None, kd_coef: Tensor, vocab: int, distance: Distance) -> TargetReader:
-    if not bool((kd_coef != 0).any()):
+def _reader(
+    targets: OneTeacherTargets | None, kd_coef: Tensor, vocab: int, distance: Distance, terms: Terms | None
+) -> TargetReader:
+    if not (bool((kd_coef != 0).any()) if terms is None else terms.kd):
         return TargetReader()
     if targets is None:
         raise ShapeError("fused_loss: kd_coef is not 0 but targets is None; give targets, or kd_coef 0.")

@@ -13,6 +13,7 @@ from limbeck.checkpoint import output_directory
 from limbeck.distill.config import TrainingConfig
 from limbeck.distill.guard import BEST_PREFIX
 from limbeck.distill.parallel import Ranks, join, wait
+from limbeck.progress import hushed
 from limbeck.runner.threads import threads
 from limbeck.stage import How
 
@@ -25,10 +26,10 @@ def training_job(training: TrainingConfig, out: Path, how: How) -> Iterator[tupl
       training: says how many threads there are and how processes work together.
       out, how: as for every stage.
     """
-    ranks = join(training.parallel.tensor_parallel_size)
+    ranks = join(training.parallel.tensor_parallel_size, training.parallel.timeout_minutes)
     # Steps seed torch's own generators; behind the job they go on as if it had not been.
     generators = [ranks.device] if ranks.device.type == "cuda" else []
-    with threads(training.num_threads), torch.random.fork_rng(devices=generators):
+    with threads(training.num_threads), hushed(not ranks.is_first), torch.random.fork_rng(devices=generators):
         if ranks.is_first:
             with output_directory(out, overwrite=how.overwrite, resume=how.resume) as working:
                 yield ranks, working

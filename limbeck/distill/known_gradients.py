@@ -24,8 +24,9 @@ class KnownGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, from_above: Tensor) -> tuple[Tensor | None, ...]:
-        # Mostly 1: then the head's gradient, the largest tensor of a step, is handed over and not copied.
-        one = bool(from_above == 1)
+        # Mostly 1: then the head's gradient, the largest tensor of a step, is handed over and not copied; a device is
+        # not asked, since waiting for its answer takes longer.
+        one = not from_above.is_cuda and bool(from_above == 1)
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return None, None, *(g if g is None else (g if one else g * from_above).to(t) for g, t in gradients)
 
@@ -62,6 +63,9 @@ class Gradients:
             self.hidden.index_copy_(0, index, by_hidden if by_states is None else by_hidden.add_(by_states))
         if self.weight is not None and self.weight.dtype == by_logits.dtype:
             self.weight[: len(weight)].addmm_(by_logits.T, states)
+        elif self.weight is not None and torch.version.cuda is not None and by_logits.is_cuda:
+            total = self.weight[: len(weight)]
+            torch.addmm(total, by_logits.T, states, out_dtype=total.dtype, out=total)  # summed in the product
         elif self.weight is not None:
             self.weight[: len(weight)].add_(torch.mm(by_logits.T, states))
         if self.bias is not None:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from limbeck.distill.config import LossConfig
 from limbeck.distill.fused import FusedLoss
-from limbeck.distill.rows import SupervisedRows
+from limbeck.distill.rows import SupervisedRows, Terms
+from limbeck.distill.sending import Sent
 from limbeck.ledger import Ledger, backbone_backward_flops, backbone_forward_flops
-from limbeck.models.anatomy import Computed, Sizes, hidden_rows, sizes_of
+from limbeck.models.anatomy import Computed, Given, Sizes, hidden_rows, sizes_of
 from limbeck.models.load import vocabulary_size
 from limbeck.models.sharded import assemble
 from limbeck.teacher.several import Teacher
@@ -102,31 +103,42 @@ class MicroBatch(NamedTuple):
     """Those of the batch, in order; none where a process without any keeps step with the others."""
     loss: StepLoss
     ledger: Ledger
+    sent: Sent | None = None
+    """What is known of a batch that was laid out for an accelerator."""
+
+    def used(self) -> SupervisedRows:
+        """The supervised positions that have a term."""
+        return self.supervised().used()[0] if self.sent is None else self.sent.supervised
+
+    @property
+    def terms(self) -> Terms | None:
+        """Which terms those have, where it is known without asking a device."""
+        return None if self.sent is None else self.sent.terms
 
     def supervised(self) -> SupervisedRows:
-        """The supervised positions and what every one adds to the step's loss: float32 [N] for CE and for KD.
-
-        A term without any weight in the step has a coefficient of 0, so empty supervision gives 0, never NaN.
-        """
-        kd_ratio, totals = self.loss.kd_ratio, self.loss.totals
-        rows, weights = self.batch.target_rows(), [self.batch.ce_weight.flatten(), self.batch.kd_weight.flatten()]
-        if self.loss.config.normalization == "sequence_mean":
-            weights = [_per_sequence(self.batch, weight) for weight in weights]
-        ce_scale = (1 - kd_ratio) / totals.ce if totals.ce else 0.0
-        kd_scale = kd_ratio / totals.kd if totals.kd else 0.0
-        return SupervisedRows(rows, weights[0][rows] * ce_scale, weights[1][rows] * kd_scale, None)
+        """The supervised positions and what every one adds to the step's loss."""
+        return supervised_rows(self.batch, self.loss)
 
     def ask(self, rows: Tensor) -> TeacherTargets:
         """The teacher's targets for the tokens at flat indices `rows`."""
+        if self.sent is not None and self.sent.targets is not None and rows is self.sent.supervised.rows:
+            return self.sent.targets
         assert self.teacher is not None
-        return self.teacher.targets(self.batch, self.examples, rows, self.ledger)
+        known = () if self.sent is None else (self.given(rows),)
+        return self.teacher.targets(self.batch, self.examples, rows, self.ledger, *known)
 
     def hidden_states(self, rows: Tensor) -> tuple[Tensor, Computed]:
         """The student's hidden states [N D] that predict the tokens at `rows`, and what was computed for them."""
         batch = self.batch
         with self.ledger.phase("student"):
             packed = batch.sequence_lengths if batch.layout == "packed" else None
-            return hidden_rows(self.student.model, batch.input_ids, batch.positions, rows - 1, packed)
+            return hidden_rows(self.student.model, batch.input_ids, batch.positions, rows - 1, packed, self.given(rows))
+
+    def given(self, rows: Tensor) -> Given:
+        """What is known of the batch, and of these rows."""
+        if self.sent is None:
+            return Given()
+        return self.sent.given if rows is self.sent.supervised.rows else self.sent.given._replace(plan=None)
 
     def labels(self, rows: Tensor) -> Tensor:
         """The tokens at `rows`."""
@@ -157,6 +169,20 @@ class Objective(Protocol):
     def __call__(self, given: MicroBatch, /) -> FusedLoss | None:
         """The share, differentiable by the student; None when nothing in the micro-batch is supervised."""
         ...
+
+
+def supervised_rows(batch: Batch, loss: StepLoss) -> SupervisedRows:
+    """The supervised positions and what every one adds to the step's loss: float32 [N] for CE and for KD.
+
+    A term without any weight in the step has a coefficient of 0, so empty supervision gives 0, never NaN.
+    """
+    config, kd_ratio, totals = loss.config, loss.kd_ratio, loss.totals
+    rows, weights = batch.target_rows(), [batch.ce_weight.flatten(), batch.kd_weight.flatten()]
+    if config.normalization == "sequence_mean":
+        weights = [_per_sequence(batch, weight) for weight in weights]
+    ce_scale = (1 - kd_ratio) / totals.ce if totals.ce else 0.0
+    kd_scale = kd_ratio / totals.kd if totals.kd else 0.0
+    return SupervisedRows(rows, weights[0][rows] * ce_scale, weights[1][rows] * kd_scale, None)
 
 
 def laid_out_tokens(batch: Batch) -> list[int]:

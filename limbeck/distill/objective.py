@@ -32,11 +32,13 @@ class Distillation:
         """Forward pass of a micro-batch and its share of the step's loss; None when nothing in it is supervised."""
         (model, _, sizes, vocab, _), config = given.student, given.loss.config
         given.count_tokens()
-        head, (supervised, _) = head_of(model), given.supervised().used()
+        head, supervised, terms = head_of(model), given.used(), given.terms
         part = part_of(head.weight, vocab) if self.shard_head else None
         supervised = supervised._replace(targets=_ask(given, supervised, part))
         if len(supervised.rows) == 0 and not is_sharded(model):
             return None
+        if given.loss.select is not None or given.loss.borders is not None or part is not None:
+            terms = None  # what is left, or what other processes have, has to be asked for
         supervised = select_without_student(given, spare_borders(given, supervised))
         hidden, computed = given.hidden_states(supervised.rows)
         losses = []
@@ -58,8 +60,10 @@ class Distillation:
                     vocab_size=vocab,
                     chunk_bytes=config.chunk_bytes,
                     part=part,
+                    terms=terms,
                 )
                 losses.append(loss)
+                terms = terms and terms._replace(ce=False)
         num_rows, padding = len(supervised.rows), sum(laid_out_tokens(given.batch)) - given.batch.num_tokens
         given.charge(computed, head=head_flops(sizes, num_rows), padded_tokens=padding, supervised_tokens=num_rows)
         return FusedLoss.sum(losses)
@@ -71,7 +75,7 @@ def _ask(given: MicroBatch, supervised: SupervisedRows, part: ShardedSoftmax | N
     Where the vocabulary is shared out, the rows of all processes meet in the loss, and one without a KD term has
     targets of the same form for no rows.
     """
-    has_kd = bool((supervised.kd_coef != 0).any())
+    has_kd = bool((supervised.kd_coef != 0).any()) if given.terms is None else given.terms.kd
     if given.teacher is None or not (has_kd or part is not None or given.teacher.in_step):
         return None
     asked = given.ask(supervised.rows if has_kd else supervised.rows[:0])

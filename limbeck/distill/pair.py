@@ -22,6 +22,7 @@ from limbeck.models.load import (
     vocabulary_size,
 )
 from limbeck.models.parts import output_layer_of
+from limbeck.models.placement import here
 from limbeck.models.probe import ask
 from limbeck.models.sharded import is_sharded, load_in_parts
 from limbeck.models.tiny import symbol_tokenizer
@@ -55,7 +56,7 @@ def load_student_in_parts(config: LoopConfig, ranks: Ranks) -> tuple[Any, Any, A
         lambda model: trainable(model, config),
         mesh,
         ranks.device,
-        _products(config),
+        products_of(config),
     )
     _refuse_uneven(config, "student", model)
     return model, empty, symbol_tokenizer() if name is None else load_tokenizer(name)
@@ -65,17 +66,18 @@ def _start(config: LoopConfig, tokenizer: Any) -> tuple[Any, Any]:
     """The weights that training starts from, and their tokenizer."""
     name = config.student.model
     if name is not None:
-        return _laid_out(name, config), load_tokenizer(name)
+        return _laid_out(name, config, torch.float32), load_tokenizer(name)
     assert config.student.scratch is not None
     return load_scratch(config.student.scratch, config.training.layout, tokenizer)
 
 
-def _laid_out(name: str, config: LoopConfig) -> Any:
+def _laid_out(name: str, config: LoopConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     """A model for the layout of the batches.
 
     Raises: ConfigError for padded batches of a model that padding changes.
     """
-    model, layout = load_model(name, torch.float32, config.training.layout), config.training.layout
+    layout = config.training.layout
+    model = load_model(name, dtype, layout, device=device)
     if layout == "padded" and not ask(model).pads:
         raise ConfigError(
             f"training.layout padded: padding changes what {name} computes; set packed, its sequences are "
@@ -84,8 +86,9 @@ def _laid_out(name: str, config: LoopConfig) -> Any:
     return model
 
 
-def _products(config: LoopConfig) -> torch.dtype:
-    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+def products_of(config: LoopConfig) -> torch.dtype:
+    """What the student is multiplied in, where this process computes."""
+    return torch.bfloat16 if config.training.is_bf16(here().dtype == torch.bfloat16) else torch.float32
 
 
 def _refuse_uneven(config: LoopConfig, role: str, model: Any) -> None:
@@ -175,14 +178,15 @@ def _live(name: str, config: LoopConfig, ranks: Ranks) -> Any:
     """A teacher's model, frozen, on this process or in parts on all of them."""
     parallel = config.training.parallel
 
-    def load() -> Any:
-        return _laid_out(name, config)
-
     if ranks.world_size == 1 or parallel.of_teacher == "replicate":
-        return load().to(ranks.device)
+        return _laid_out(name, config, here().dtype, ranks.device)
+
+    def load() -> Any:
+        return _laid_out(name, config, torch.float32)
+
     _refuse_quantized(name, "teacher_strategy")
     mesh = make_mesh(ranks, parallel.teacher_shard_size, "teacher_shard_size")
-    model = load_in_parts(load, lambda model: model.requires_grad_(False), mesh, ranks.device, _products(config))[0]
+    model = load_in_parts(load, lambda model: model.requires_grad_(False), mesh, ranks.device, products_of(config))[0]
     _refuse_uneven(config, f"teacher {name}", model)
     return model
 
@@ -203,7 +207,7 @@ def _open_cache(teacher: TeacherConfig, directory: Path, device: torch.device) -
         )
     if not needs_head:
         return TeacherCache(directory)
-    head = head_of(load_model(name, getattr(torch, spec.dtype))).rows(slice(spec.vocab_size))
+    head = head_of(load_model(name, getattr(torch, spec.dtype), device="cpu")).rows(slice(spec.vocab_size))
     bias = None if head.bias is None else head.bias.detach().to(device)
     return TeacherCache(directory, Head(head.weight.detach().to(device), bias, head.softcap))
 

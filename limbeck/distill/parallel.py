@@ -1,4 +1,4 @@
-"""Processes under torchrun: who deals with which tokens, who holds which part of a model, and sums over all of them.
+"""Processes of one run: who deals with which tokens, who holds which part of a model, and sums over all of them.
 
 Losses are already divided by the totals of the whole step, so a sum over ranks is the gradient of one process: added up
 by hand where every process holds the model (replicate), by FSDP2 where each holds a part (shard).
@@ -6,21 +6,26 @@ by hand where every process holds the model (replicate), by FSDP2 where each hol
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from limbeck.config import checked
+from limbeck.cost.hardware import device_named
 from limbeck.errors import ConfigError
 from limbeck.ledger import COUNTS, Ledger
+from limbeck.models.placement import accelerator_name, here
 from limbeck.models.sharded import is_sharded
 from limbeck.optim.sharding import local, sum_over_shards
+from limbeck.runner.launch import Launch, launched, meet
 
+TIMEOUT_MINUTES = 30.0
 Strategy = Literal["replicate", "shard"]
 """Of a model on several processes: a copy on each, or a part on each."""
 
@@ -41,6 +46,8 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     """Neighbouring processes that share the products of every layer of models in parts and read the same tokens; for
     architectures that have a plan in transformers."""
+    timeout_minutes: float = TIMEOUT_MINUTES
+    """How long a process waits for another before the run ends: more than loading and reading take."""
     shard_head: bool = False
     """With strategy shard: every process multiplies the rows of its group by its part of the vocabulary alone, so that
     none holds the whole head, its gradient or whole rows of logits."""
@@ -50,6 +57,8 @@ class ParallelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"parallel.{name} must be at least 1; found {value}")
+        if not self.timeout_minutes > 0:
+            raise ConfigError(f"parallel.timeout_minutes must be above 0; found {self.timeout_minutes}")
         if self.strategy == "replicate":
             for name, unset in (("shard_size", None), ("tensor_parallel_size", 1), ("shard_head", False)):
                 if getattr(self, name) != unset:
@@ -93,21 +102,30 @@ class Ranks(NamedTuple):
         return self.rank % self.tensor_size == 0
 
 
-def join(tensor_size: int = 1) -> Ranks:
-    """Join the group that torchrun set up, or be alone.
+def join(tensor_size: int = 1, timeout_minutes: float = TIMEOUT_MINUTES) -> Ranks:
+    """Join the processes that were started together (`runner.launch`), or be alone.
 
     Raises: ConfigError when `tensor_size` does not divide the number of processes.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if world_size % tensor_size:
-        raise ConfigError(f"parallel.tensor_parallel_size {tensor_size} does not divide the {world_size} processes")
-    if world_size > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(int(os.environ.get("RANK", "0")), world_size, device, tensor_size)
+    launch, device = launched(), here().device
+    if launch.world_size % tensor_size:
+        raise ConfigError(
+            f"parallel.tensor_parallel_size {tensor_size} does not divide the {launch.world_size} processes"
+        )
+    if launch.world_size > 1 and not dist.is_initialized():
+        _meet(launch, device, timedelta(minutes=timeout_minutes))
+    return Ranks(launch.rank, launch.world_size, device, tensor_size)
+
+
+def _meet(launch: Launch, device: torch.device, timeout: timedelta) -> None:
+    meet(launch)
+    ranks: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": timeout}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # What is on the host, as objects are, goes by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **ranks)
+    else:
+        dist.init_process_group("gloo", **ranks)
 
 
 def make_mesh(ranks: Ranks, shard_size: int | None, name: str) -> DeviceMesh:
@@ -144,17 +162,27 @@ def sum_gradients(model: nn.Module, world_size: int) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale the gradients down to a norm of `limit` where theirs is larger; returns their norm before."""
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale the gradients down to a norm of `limit` where theirs is larger; returns their norm before, a scalar."""
     with_grad = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not any(isinstance(parameter, DTensor) for parameter in with_grad):
-        return float(nn.utils.clip_grad_norm_(with_grad, limit))
+        return nn.utils.clip_grad_norm_(with_grad, limit)
     grads = [local(parameter.grad) for parameter in with_grad if parameter.grad is not None]
     squares = torch.stack([grad.double().square().sum() for grad in grads])
-    norm = float(sum_over_shards(list(with_grad), squares).sum().sqrt())
+    norm = sum_over_shards(list(with_grad), squares).sum().sqrt()
     # As torch's own: no gradient grows, and 1e-6 keeps the quotient finite.
-    torch._foreach_mul_(grads, min(1.0, limit / (norm + 1e-6)))
+    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Let the next update be passed over on the device where the gradient's norm is not finite.
+
+    torch's fused kernels read that flag; of other optimizers the step is made, and the run ends when its numbers are
+    read, before anything of it is saved.
+    """
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
 
 
 def sum_numbers(values: list[float], ranks: Ranks) -> list[float]:
@@ -182,6 +210,21 @@ def total_cost(ledger: Ledger, ranks: Ranks) -> dict[str, Any]:
         for name, value in part["peak_bytes"].items():
             cost["peak_bytes"][name] = max(cost["peak_bytes"].get(name, 0), value)
     return cost
+
+
+def throughput(cost: Mapping[str, Any], ranks: Ranks, precision: str) -> dict[str, Any]:
+    """How fast a run was: processes, tokens and FLOPs a second of each, and their share of the device's peak.
+
+    The peak is that of `cost.hardware` for products in `precision`; None where that has no such device.
+    """
+    seconds = max(1e-9, cost["train_seconds"]) * ranks.world_size
+    rate = cost["flops"]["total"] / seconds
+    peak = None
+    if ranks.device.type == "cuda":
+        known = device_named(accelerator_name(ranks.device))
+        peak = None if known is None else known.flops[precision]
+    found = {"processes": ranks.world_size, "tokens_per_second": cost["tokens"] / seconds, "flops_per_second": rate}
+    return found | {"mfu": None if peak is None else rate / peak}
 
 
 def wait(ranks: Ranks) -> None:

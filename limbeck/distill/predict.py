@@ -22,6 +22,7 @@ from limbeck.cost.prediction import Prediction, flops_of
 from limbeck.cost.shapes import Dims, config_of, on_meta, scratch_shape
 from limbeck.distill.config import DistillConfig, TeacherConfig
 from limbeck.distill.data import Data, cuts_of, prepare
+from limbeck.distill.fused import chunk_bytes_on
 from limbeck.distill.pair import student_tokenizer_name, trainable
 from limbeck.distill.plan import PlannedStep, split_step
 from limbeck.distill.rollouts import Prompts
@@ -163,7 +164,7 @@ def _loss_of(
         vocab=learner.sizes.vocab_size,
         width=learner.dims.width,
         is_head_trainable=learner.sizes.is_head_trainable,
-        chunk_bytes=config.loss.chunk_bytes,
+        chunk_bytes=config.loss.chunk_bytes or chunk_bytes_on("cpu" if learner.way.is_cpu else "cuda"),
         teacher_widths=tuple(t.dims.width for t in teachers) + tuple(width for width, _ in stored if width),
         topk=sum(entries for _, entries in stored),
     )
@@ -184,13 +185,12 @@ def student_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_acc
         # transformers renames the switch for recomputation; the run itself says so once.
         warnings.simplefilter("ignore", FutureWarning)
         model = trainable(on_meta(shape), config).train()
-    training = config.training
+    training, is_bf16 = config.training, config.training.is_bf16(is_accelerator)
     way = Way(
-        is_lean=not is_accelerator
+        is_lean=not (is_accelerator or is_bf16)
         and training.layout == "packed"
-        and training.precision == "float32"
         and has_plain_layers(backbone_of(model)),
-        is_bf16=training.precision == "bf16",
+        is_bf16=is_bf16,
         is_recomputed=training.gradient_checkpointing,
         has_head_norms=_has_head_norms(shape),
         is_cpu=not is_accelerator,
@@ -202,11 +202,11 @@ def student_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_acc
 def teacher_of(config: DistillConfig, shape: Any, vocab_size: int | None, is_accelerator: bool) -> LiveTeacher:
     """A live teacher of a run."""
     model = on_meta(shape).eval().requires_grad_(False)
-    training = config.training
-    is_plain = not is_accelerator and training.layout == "packed" and training.precision == "float32"
+    is_bf16 = config.training.is_bf16(is_accelerator)
+    is_plain = not (is_accelerator or is_bf16) and config.training.layout == "packed"
     way = Way(
         is_plain and has_plain_layers(backbone_of(model)),
-        training.precision == "bf16",
+        is_bf16,
         False,
         _has_head_norms(shape),
         not is_accelerator,
@@ -407,8 +407,8 @@ def _kept(setup: Setup, batch: Batch, asked: Tensor, ce: Tensor, kd: Tensor) -> 
 
 def _seconds(setup: Setup, charges: Sequence[Charge], flops: int, steps: int, hardware: Hardware) -> float:
     """Roofline of a run: products, traffic of activations and of the update, and calls."""
-    training, student = setup.config.training, setup.student
-    products = flops / hardware.rate("bf16" if training.precision == "bf16" else "float32")
+    student = setup.student
+    products = flops / hardware.rate("bf16" if student.way.is_bf16 else "float32")
     kept = sum(saved_bytes(student.dims, student.way, charge.sent) for charge in charges)
     updates = 4 * (UPDATE_TRAFFIC + states_of(setup.config.optimizer.name)) * student.trainable_parameters * steps
     layers = student.dims.layers + sum(teacher.dims.layers for teacher in setup.teachers) / 2

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from limbeck.config import config_hash, to_dict
 from limbeck.distill.data import fingerprint
@@ -15,7 +15,9 @@ from limbeck.distill.output import keep_lines
 from limbeck.distill.parallel import ParallelConfig, total_cost, wait
 from limbeck.distill.setup import Run
 from limbeck.distill.state import load_state, save_state
+from limbeck.distill.trackers import Tracker, open_tracker
 from limbeck.distill.validation import validate
+from limbeck.errors import LimbeckError
 from limbeck.ledger import Ledger
 from limbeck.models.sharded import is_sharded
 
@@ -30,6 +32,10 @@ class Records:
         self._identity = _identity(run)
         self._with_kd = training.keep_best == "kd"
         self._guard: Guard | None = None
+        self._trackers: list[Tracker] = []
+        if run.ranks.is_first:
+            name, tree = directory.stem, to_dict(run.config)
+            self._trackers = [open_tracker(kind, name, directory, tree) for kind in training.track]
         if training.keep_best is not None:
             column = f"validation_{training.keep_best}"
             self._guard = Guard(directory, column, training.patience, run.ranks.is_first)
@@ -53,6 +59,12 @@ class Records:
             self._guard.replay(map(json.loads, self._metrics.read_text(encoding="utf-8").splitlines()[:first]))
         return first
 
+    def needs_weights(self, step: int) -> bool:
+        """Whether the weights behind a step are validated or saved."""
+        training = self._run.config.training
+        every = training.validate_every_steps, training.save_every_steps
+        return step == len(self._run.steps) or any(_is_due(step, number) for number in every)
+
     def add(self, row: dict[str, Any]) -> bool:
         """Take in the metrics of a step, and validate and save where it is time; returns whether it was the last."""
         run, training, step = self._run, self._run.config.training, row["step"]
@@ -65,12 +77,30 @@ class Records:
         if run.ranks.is_first:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        self._track(row)
         if not is_last and _is_due(step, training.save_every_steps):
             self._save(step)
         return is_last
 
+    def _track(self, row: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        speed = row["tokens"] / max(1e-9, self._run.ledger.seconds_so_far)
+        for tracker in self._trackers:
+            tracker.log(row["step"], {**numbers, "tokens_per_second": speed})
+
+    def leave(self, step: int) -> NoReturn:
+        """Save what is there, for whoever goes on.
+
+        Raises: LimbeckError, which says how.
+        """
+        if not _is_due(step, self._run.config.training.save_every_steps):
+            self._save(step)
+        raise LimbeckError(f"asked to end (SIGTERM): saved behind step {step}; --resume goes on.")
+
     def end(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Give the model the weights that are kept: those of the last step, `row`, or the best; returns its metrics."""
+        for tracker in self._trackers:
+            tracker.close()
         if self._guard is None:
             return row
         wait(self._run.ranks)
@@ -93,7 +123,7 @@ class Records:
 def _identity(run: Run) -> str:
     """Of all that decides the result; how processes share the work does not, so a run may go on on others."""
     config: Any = run.config
-    alone = replace(config, training=replace(config.training, parallel=ParallelConfig()))
+    alone = replace(config, training=replace(config.training, parallel=ParallelConfig(), track=()))
     return config_hash({"config": to_dict(alone), "traces": fingerprint(run.data.train), **run.identity})
 
 

@@ -14,6 +14,18 @@ from limbeck.models.sharded_softmax import Softmax
 from limbeck.teacher.targets import OneTeacherTargets, TeacherTargets, check_ids
 
 
+class Terms(NamedTuple):
+    """Which terms some rows have. Who knows it vouches for ids too, so that nothing has to be asked of a device."""
+
+    ce: bool
+    kd: bool
+
+    @classmethod
+    def of(cls, ce_coef: Tensor, kd_coef: Tensor) -> Terms:
+        """As the coefficients have it; a device is waited for."""
+        return cls(bool((ce_coef != 0).any()), bool((kd_coef != 0).any()))
+
+
 class SupervisedRows(NamedTuple):
     """The supervised positions of a micro-batch, all of length N."""
 
@@ -80,13 +92,16 @@ class Rows:
         return torch.stack([torch.dot(self.ce_coef[:, 0], ce), torch.dot(self.kd_coef[:, 0], kd)])
 
 
-def make_rows(labels: Tensor, ce_coef: Tensor, kd_coef: Tensor, vocab: int) -> Rows:
-    """Labels and coefficients of N rows, checked; labels blanked where their coefficient is 0."""
+def make_rows(labels: Tensor, ce_coef: Tensor, kd_coef: Tensor, vocab: int, terms: Terms | None = None) -> Rows:
+    """Labels and coefficients of N rows, checked unless `terms` are known; labels blanked where their coefficient is
+    0."""
     with_ce = ce_coef != 0
     labels = labels.long().masked_fill(~with_ce, 0)
-    check_ids("label", labels, vocab)
+    if terms is None:
+        check_ids("label", labels, vocab)
+    has_ce = bool(with_ce.any()) if terms is None else terms.ce
     return Rows(
-        labels=labels[:, None] if bool(with_ce.any()) else None,
+        labels=labels[:, None] if has_ce else None,
         ce_coef=ce_coef.detach()[:, None],
         kd_coef=kd_coef.detach()[:, None],
     )

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from limbeck.distill.borders import borders_of
 from limbeck.distill.config import DistillConfig, LoopConfig
 from limbeck.distill.data import Data, prepare
-from limbeck.distill.microbatch import Borders, MicroBatch, Objective, StepLoss, Student
+from limbeck.distill.microbatch import Borders, MicroBatch, Objective, StepLoss, Student, supervised_rows
 from limbeck.distill.objective import Distillation
-from limbeck.distill.pair import check_pair, load_student, load_student_in_parts, load_teacher
+from limbeck.distill.pair import check_pair, load_student, load_student_in_parts, load_teacher, products_of
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import PlannedStep, plan_steps
 from limbeck.distill.preflight import carry, check_templates
 from limbeck.distill.rollouts import Rollouts, make_rollouts
+from limbeck.distill.sending import Laid, lay_out
 from limbeck.distill.stop_control import StopControl
 from limbeck.distill.zeros import KeptZeros
 from limbeck.errors import ConfigError
@@ -26,7 +27,7 @@ from limbeck.models.anatomy import context_tokens
 from limbeck.models.sharded import is_sharded
 from limbeck.optim.build import build_optimizer
 from limbeck.teacher.several import Teacher
-from limbeck.traces.batch import Example, collate, idle
+from limbeck.traces.batch import Batch, Example, collate, idle
 from limbeck.traces.render import stop_ids
 from limbeck.traces.supervise import TokenSelection
 
@@ -57,6 +58,9 @@ class Run(NamedTuple):
     identity: Mapping[str, Any] = MappingProxyType({})
     """What decides the result beside config and tokens; a resumed run must have the same."""
 
+    feed: Any = None
+    """Lays micro-batches out ahead (`step_work.Feed`), for the length of the loop."""
+
     @property
     def in_step(self) -> bool:
         """Whether all processes run every micro-batch together, because a model is in parts."""
@@ -68,17 +72,32 @@ class Run(NamedTuple):
 
     def microbatch(self, examples: Sequence[Example], loss: StepLoss) -> MicroBatch:
         """Examples laid out for the student, with what an objective needs; none keep step with other processes."""
-        layout, pad_id = self.config.training.layout, self.student.tokenizer.pad_token_id
         with self.ledger.phase("data"):
-            batch = collate(examples, layout, pad_id) if examples else idle(layout, pad_id)
-            batch = batch.to(self.ranks.device)
+            return self.sent(self.laid_out(examples, loss), examples, loss)
+
+    def laid_out(self, examples: Sequence[Example], loss: StepLoss) -> Laid | Batch:
+        """The batch on the host, with what an accelerator would have to be asked for; on any thread."""
+        layout, pad_id = self.config.training.layout, self.student.tokenizer.pad_token_id
+        batch = collate(examples, layout, pad_id) if examples else idle(layout, pad_id)
+        if self.ranks.device.type == "cpu":
+            return batch
         teacher = self.teacher if loss.kd_ratio else None
-        return MicroBatch(self.student, teacher, batch, examples, loss, self.ledger)
+        return lay_out(batch, supervised_rows(batch, loss), examples, teacher)
+
+    def sent(self, laid: Laid | Batch, examples: Sequence[Example], loss: StepLoss) -> MicroBatch:
+        """What was laid out, on the device."""
+        batch, known = laid.send(self.ranks.device) if isinstance(laid, Laid) else (laid, None)
+        teacher = self.teacher if loss.kd_ratio else None
+        return MicroBatch(self.student, teacher, batch, examples, loss, self.ledger, known)
 
     def autocast(self) -> torch.autocast:
         """The precision of the products."""
-        is_bf16 = self.config.training.precision == "bf16"
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=is_bf16)
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @property
+    def precision(self) -> Literal["float32", "bf16"]:
+        """Of the products."""
+        return "bf16" if products_of(self.config) == torch.bfloat16 else "float32"
 
 
 def set_up(config: DistillConfig, ranks: Ranks) -> Run:

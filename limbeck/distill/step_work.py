@@ -1,17 +1,25 @@
-"""What one optimizer step trains on: given traces, or rollouts, in the form that the loop reads."""
+"""What one optimizer step trains on: given traces, or rollouts, in the form that the loop reads.
+
+For an accelerator a thread lays out the given traces of the next steps, and reads a cached teacher's words on them, so
+that a step finds all of it on the host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from limbeck.distill.microbatch import StepLoss, step_totals
+from limbeck.distill.microbatch import MicroBatch, StepLoss, step_totals
 from limbeck.distill.plan import PlannedStep, split_step
 from limbeck.distill.rollouts import Rollouts
 from limbeck.distill.setup import Run
 from limbeck.traces.batch import Example
 from limbeck.traces.supervise import TokenSelection
+
+AHEAD = 2
+"""Steps that are laid out before they are asked for."""
 
 
 class StepWork(NamedTuple):
@@ -21,6 +29,44 @@ class StepWork(NamedTuple):
     loss: StepLoss
     metrics: dict[str, Any]
     """Further columns of the step's line in metrics.jsonl."""
+
+
+class Feed:
+    """The work of one step after the other, its micro-batches laid out ahead where an accelerator computes."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        # What asks the student comes when the step before it is done.
+        asks_student = run.rollouts is not None or run.stop_control is not None
+        is_ahead = run.ranks.device.type != "cpu" and not asks_student
+        self._pool = ThreadPoolExecutor(1) if is_ahead else None
+        self._laid: dict[int, Future[tuple[StepWork, list[Any]]]] = {}
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def take(self, number: int) -> tuple[StepWork, Iterator[MicroBatch]]:
+        """What step `number` trains on, and its micro-batches on the device, one after the other."""
+        run = self._run
+        if self._pool is None:
+            work = work_of(run, number)
+            return work, (run.microbatch(examples, work.loss) for examples in work.microbatches)
+        for step in range(number, min(number + 1 + AHEAD, len(run.steps))):
+            if step not in self._laid:
+                self._laid[step] = self._pool.submit(_laid_work, run, step)
+        with run.ledger.phase("data"):
+            work, laid = self._laid.pop(number).result()
+        pairs = zip(laid, work.microbatches, strict=True)
+        return work, (run.sent(one, examples, work.loss) for one, examples in pairs)
+
+
+def _laid_work(run: Run, number: int) -> tuple[StepWork, list[Any]]:
+    work = work_of(run, number)
+    return work, [run.laid_out(examples, work.loss) for examples in work.microbatches]
 
 
 def work_of(run: Run, number: int) -> StepWork:

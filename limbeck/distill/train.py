@@ -9,28 +9,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from limbeck.checkpoint import Checkpoint, write_manifest
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.job import training_job
+from limbeck.distill.numbers import Pending
 from limbeck.distill.output import cost_of_traces, inputs_of, metrics_of, write_model
-from limbeck.distill.parallel import clip_gradients, sum_gradients, sum_numbers, total_cost, wait
+from limbeck.distill.parallel import clip_gradients, skip_unless_finite, sum_gradients, throughput, total_cost, wait
 from limbeck.distill.preflight import report
 from limbeck.distill.records import Records
 from limbeck.distill.setup import Run, planned_steps, set_up
-from limbeck.distill.step_work import StepWork, work_of
+from limbeck.distill.step_work import Feed, StepWork
 from limbeck.distill.validation import measure
 from limbeck.errors import LimbeckError
 from limbeck.ledger import flop_counter
 from limbeck.optim.log import noise_columns, noise_notes
 from limbeck.optim.schedules import learning_rate_factor
 from limbeck.progress import bar
+from limbeck.runner.signals import asked_to_end
 from limbeck.stage import How
 from limbeck.traces.counts import tell
 
@@ -66,6 +70,7 @@ def run(
         if ranks.is_first and (written := cost_of_traces(config)) is not None:
             setup.ledger.restore(written)
         cost = total_cost(setup.ledger, ranks)
+        cost["throughput"] = throughput(cost, ranks, setup.precision)
         if ranks.is_first:
             write_manifest(
                 working,
@@ -93,36 +98,65 @@ def train(setup: Run, working: Path, resume: bool) -> Mapping[str, Any]:
     first = records.begin(resume)
     setup.student.model.train()
     step_tokens = [sum(len(setup.data.train[i]) for i in step.indices) for step in setup.steps]
-    with bar("distilling" if setup.teacher else "fine-tuning", sum(step_tokens[first:])) as progress:
+    total, title = sum(step_tokens[first:]), "distilling" if setup.teacher else "fine-tuning"
+    waiting: deque[_Step] = deque()
+    with bar(title, total) as progress, Feed(setup) as feed, asked_to_end() as is_ending:
+        setup = setup._replace(feed=feed)
         for number in range(first, len(setup.steps)):
-            row = _step(setup, number)
-            is_last = records.add(row)
-            speed = row["tokens"] / max(1e-9, setup.ledger.train_seconds)
-            progress.advance(step_tokens[number], f"loss {row['loss']:.4f}, {speed:,.0f} tokens/s")
-            if is_last:
+            waiting.append(_step(setup, number))
+            # A device is let go on while the numbers of its last step come, unless the weights of now are asked for.
+            is_last_here = setup.ranks.world_size == 1 and is_ending()
+            is_late = setup.ranks.device.type != "cpu" and not (is_last_here or records.needs_weights(number + 1))
+            while len(waiting) > is_late:
+                row = waiting.popleft().row()
+                is_last = records.add(row)
+                speed = row["tokens"] / max(1e-9, setup.ledger.seconds_so_far)
+                progress.advance(step_tokens[row["step"] - 1], f"loss {row['loss']:.4f}, {speed:,.0f} tokens/s")
+            if not waiting and is_last:
                 break
+            if is_last_here:
+                records.leave(number + 1)
     return records.end(row)
 
 
-def _step(setup: Run, number: int) -> dict[str, Any]:
-    """One optimizer step; returns its line of metrics.jsonl."""
+class _Step(NamedTuple):
+    """A step that is done, or that a device is at."""
+
+    number: int
+    rate: float
+    numbers: Pending
+    columns: Mapping[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        """Its line of metrics.jsonl.
+
+        Raises: LimbeckError where the loss or the gradient is not finite.
+        """
+        ce, kd, tokens, norm = self.numbers.read()
+        _refuse_divergence(self.number, ce + kd, norm)
+        row = {"step": self.number + 1, "loss": ce + kd, "ce_term": ce, "kd_term": kd}
+        return row | {"gradient_norm": norm, "learning_rate": self.rate, "tokens": tokens, **self.columns}
+
+
+def _step(setup: Run, number: int) -> _Step:
+    """One optimizer step."""
     torch.manual_seed((setup.config.training.seed * 1_000_003 + number) * 1_009 + setup.ranks.reader)
-    work, ce, kd = work_of(setup, number), 0.0, 0.0
-    for examples in work.microbatches:
+    work, batches = (setup.feed or Feed(setup)).take(number)
+    losses: list[tuple[Tensor, Tensor]] = []
+    while True:
         with _audited(setup):
-            given = setup.microbatch(examples, work.loss)
+            given = next(batches, None)
+            if given is None:
+                break
             with setup.autocast():
                 loss = setup.objective(given)
             if loss is not None:
                 with setup.ledger.phase("student"):
                     loss.total.backward()
         if loss is not None:
-            ce, kd = ce + float(loss.ce_sum), kd + float(loss.kd_sum)
-    ce, kd, tokens = sum_numbers([ce, kd, setup.ledger.counts["tokens"]], setup.ranks)
-    norm, rate = _update(setup, number, work, ce + kd)
-    row = {"step": number + 1, "loss": ce + kd, "ce_term": ce, "kd_term": kd}
-    row |= {"gradient_norm": norm, "learning_rate": rate, "tokens": int(tokens), **noise_columns(setup.optimizer)}
-    return row | work.metrics
+            losses.append((loss.ce_sum, loss.kd_sum))
+    numbers, rate = _update(setup, number, work, losses)
+    return _Step(number, rate, numbers, {**noise_columns(setup.optimizer), **work.metrics})
 
 
 @contextmanager
@@ -138,11 +172,11 @@ def _audited(setup: Run) -> Iterator[None]:
         yield
     formula = sum(ledger.flops.values()) - before
     if formula:
-        ledger.audit = {"formula_flops": formula, "counted_flops": counter.get_total_flops()}
+        ledger.audit = {"formula_flops": formula, "counted_flops": counter.get_total_flops(), **counter.failed}
 
 
-def _update(setup: Run, number: int, work: StepWork, loss: float) -> tuple[float, float]:
-    """Sum, clip and use the gradients of a step; returns their norm and the learning rate."""
+def _update(setup: Run, number: int, work: StepWork, losses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Pending, float]:
+    """Sum, clip and use the gradients of a step; returns its numbers and the learning rate."""
     config, model, optimizer, zeros = setup.config, setup.student.model, setup.optimizer, setup.zeros
     with setup.ledger.phase("optimizer"):
         sum_gradients(model, setup.ranks.world_size)
@@ -151,7 +185,12 @@ def _update(setup: Run, number: int, work: StepWork, loss: float) -> tuple[float
         norm = clip_gradients(model, config.training.clip_norm or float("inf"))
         rate = config.optimizer.learning_rate * learning_rate_factor(config.schedule, number, len(setup.steps))
         rate *= config.training.rate_factor(number)
-        _refuse_divergence(number, loss, norm)
+        numbers = Pending(setup.ranks, losses, setup.ledger.counts["tokens"], norm)
+        if setup.ranks.device.type == "cpu":
+            ce, kd, *_ = found = numbers.read()
+            _refuse_divergence(number, ce + kd, found.norm)
+        else:
+            skip_unless_finite(optimizer, norm)
         for group_settings in optimizer.param_groups:
             group_settings["lr"] = rate
         if work.loss.is_any:
@@ -161,7 +200,7 @@ def _update(setup: Run, number: int, work: StepWork, loss: float) -> tuple[float
         optimizer.zero_grad(set_to_none=True)
     if setup.ranks.is_first:
         setup.ledger.count(steps=1)
-    return norm, rate
+    return numbers, rate
 
 
 def _refuse_divergence(number: int, loss: float, norm: float) -> None:

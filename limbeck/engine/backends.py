@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from limbeck.engine.backend import Backend
@@ -33,7 +34,9 @@ from limbeck.progress import console
 def load_decoder(name: str, precision: Precision = "auto", max_tokens: int = 32768) -> Backend:
     """A decoder from a Hugging Face directory, alias or hub id, dense or written by `limbeck quantize`."""
     stored = {} if precision == "float32" else stored_layers(name)
-    return decoder_of(load_model(name), precision, max_tokens, stored)
+    if precision == "int8" or stored:  # which are computed on a CPU alone
+        return decoder_of(load_model(name, torch.float32, device="cpu"), precision, max_tokens, stored)
+    return decoder_of(load_model(name), precision, max_tokens)
 
 
 def decoder_of(
@@ -51,6 +54,8 @@ def decoder_of(
     Raises: ModelError for int8 where only transformers can run the model.
     """
     reason = unsupported(model)
+    if precision == "int8" and model.device.type != "cpu":
+        raise ModelError(f"precision int8: is computed on a CPU, and the model is on {model.device}; take float32.")
     if reason is None:
         return Decoder(weights_of(model, precision, max_tokens, stored))
     if precision == "int8":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from limbeck.engine import slots
 from limbeck.engine.backends import decoder_of
 from limbeck.engine.generation import GenerationConfig, Generator
 from limbeck.engine.jobs import Job
@@ -105,6 +106,9 @@ def write(
         for prompt, number, row in zip(prompts, numbers, done, strict=True)
         for sample, completion in enumerate(row)
     )
+    if slots.takes(decoder, [job for job, _ in waiting]):
+        _write_together(decoder, waiting, config.batch_size, advance)
+        return done
     running: dict[int, Completion] = {}
     while waiting or running:
         free = config.batch_size - len(running)
@@ -115,6 +119,23 @@ def write(
         if ended := _step(generator, running):
             advance(ended)
     return done
+
+
+def _write_together(
+    decoder: Any, waiting: Sequence[tuple[Job, Completion]], rows: int, advance: Callable[[int], Any]
+) -> None:
+    """All jobs on an accelerator, as many at once as there are slots."""
+    room = slots.Slots(decoder, [job for job, _ in waiting], min(rows, len(waiting)))
+    left = deque(enumerate(job for job, _ in waiting))
+    while left or not room.is_idle:
+        # Together, as above.
+        if left and 8 * len(room.free) >= room.rows:
+            room.fill([left.popleft() for _ in range(min(len(room.free), len(left)))])
+        room.run()
+        for text in room.ended():
+            completion = waiting[text.number][1]
+            completion.token_ids, completion.stopped, completion.log_probs = text.tokens, text.stopped, text.log_probs
+            advance(1)
 
 
 def _step(generator: Generator, running: dict[int, Completion]) -> int:

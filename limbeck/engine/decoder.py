@@ -127,11 +127,11 @@ class Decoder:
         turns = [(cos[layout.positions], sin[layout.positions]) for cos, sin in self.weights.ropes]
         last = len(self.weights.blocks) - 1
         for number, block in enumerate(self.weights.blocks):
-            attended = self._attention(self._normed(x, block.attention_norm), block, number, turns[block.rope], layout)
+            attended = self._attention(self.normed(x, block.attention_norm), block, number, turns[block.rope], layout)
             if number == last:  # behind its attention, only what is returned
                 x, attended = x[layout.rows], attended[layout.rows]
-            x = self._feed_forward(self._added(x, block.output(attended), block.attention_out_norm), block)
-        return self._normed(x, self.weights.norm)
+            x = self.feed_forward(self.added(x, block.output(attended), block.attention_out_norm), block)
+        return self.normed(x, self.weights.norm)
 
     def _layout(self, segments: Sequence[Segment], every_row: bool) -> _Layout:
         for segment in segments:
@@ -153,14 +153,7 @@ class Decoder:
         self, normed: Tensor, block: LayerWeights, number: int, turns: tuple[Tensor, Tensor], layout: _Layout
     ) -> Tensor:
         """[U D] -> [U N H flat], before the output product."""
-        joint = block.qkv(normed).unflatten(1, (-1, self.head_size))
-        query, key, value = joint.split([self.heads, self.key_heads, self.key_heads], 1)
-        if block.query_norm is not None and block.key_norm is not None:
-            query, key = self._normed(query, block.query_norm), self._normed(key, block.key_norm)
-            rotate_alike_(query, *turns)
-            rotate_alike_(key, *turns)
-        else:
-            rotate_alike_(joint[:, : self.heads + self.key_heads], *turns)
+        query, key, value = self.projected(normed, block, turns)
         seen = layout.steps.seen[number]
         first = slice(len(seen))
         # All keys of the pass are in place before anyone looks.
@@ -185,16 +178,33 @@ class Decoder:
             prefix.keys[number, :, start : start + group.length] = key[group.rows].transpose(0, 1)
             prefix.values[number, :, start : start + group.length] = value[group.rows].transpose(0, 1)
 
-    def _feed_forward(self, x: Tensor, block: LayerWeights) -> Tensor:
-        gate, up = block.gate_up(self._normed(x, block.mlp_norm)).chunk(2, 1)
-        for rows in gate.split(max(1, SERIAL_ELEMENTS // gate.shape[1])):
+    def projected(
+        self, normed: Tensor, block: LayerWeights, turns: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [U N H], keys and values [U N_kv H] of normed states [U D], turned by their positions."""
+        joint = block.qkv(normed).unflatten(1, (-1, self.head_size))
+        query, key, value = joint.split([self.heads, self.key_heads, self.key_heads], 1)
+        if block.query_norm is not None and block.key_norm is not None:
+            query, key = self.normed(query, block.query_norm), self.normed(key, block.key_norm)
+            rotate_alike_(query, *turns)
+            rotate_alike_(key, *turns)
+        else:
+            rotate_alike_(joint[:, : self.heads + self.key_heads], *turns)
+        return query, key, value
+
+    def feed_forward(self, x: Tensor, block: LayerWeights) -> Tensor:
+        """x and what the feed-forward part adds to it, [U D]."""
+        gate, up = block.gate_up(self.normed(x, block.mlp_norm)).chunk(2, 1)
+        size = max(1, SERIAL_ELEMENTS // gate.shape[1]) if gate.device.type == "cpu" else len(gate)
+        for rows in gate.split(size):
             rows.copy_(self.weights.activation(rows))
-        return self._added(x, block.down(gate.mul_(up)), block.mlp_out_norm)
+        return self.added(x, block.down(gate.mul_(up)), block.mlp_out_norm)
 
-    def _added(self, x: Tensor, result: Tensor, norm: Tensor | None) -> Tensor:
-        return x + (result if norm is None else self._normed(result, norm))
+    def added(self, x: Tensor, result: Tensor, norm: Tensor | None) -> Tensor:
+        """x + result, which goes through a norm where there is one."""
+        return x + (result if norm is None else self.normed(result, norm))
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """weight * x / sqrt(mean(x^2) + epsilon)."""
         return unit_of(x, self.epsilon)[0].mul_(weight)
 

@@ -86,7 +86,7 @@ class Steps:
         return self.decoder.behind(states, room)
 
     def logits(self, states: Tensor) -> Tensor:
-        """All logits [S V]."""
+        """All logits [S V], on the CPU, where rules and draws are made."""
         if isinstance(self.decoder, Decoder):
-            return self.decoder.logits(states, self._head)
-        return self.decoder.logits(states)
+            return self.decoder.logits(states, self._head).cpu()
+        return self.decoder.logits(states).cpu()

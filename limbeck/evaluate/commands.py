@@ -44,6 +44,7 @@ EVALUATE = Stage(
 )
 VERIFY = Stage(
     name="traces verify",
+    loads=False,
     config=verify.VerifyConfig,
     run=verify.run,
     takes=("overwrite", "on"),

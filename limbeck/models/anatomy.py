@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from limbeck.errors import ModelError
-from limbeck.models import layouts
+from limbeck.models import layouts, lean_device
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.lean import can_run, packed_rows, plan_packed
+from limbeck.models.lean_device import DevicePlan
 from limbeck.models.parts import Head as Head
 from limbeck.models.parts import causal_lm_of as causal_lm_of
 from limbeck.models.parts import decoder_of, output_layer_of, text_config
 from limbeck.models.probe import ProbeResult, ask, logit_scale
 from limbeck.models.probe import head_of as head_of
+from limbeck.models.varlen import Cuts
 
 _FIRST_PRODUCTS = re.compile(r"layers\.0\.self_attn\.(q|k|v|qkv)_proj(\.base_layer|\.lora_A\.\w+)?$")
 """Names of the linear layers that read the embeddings directly."""
@@ -39,6 +41,17 @@ class Computed(NamedTuple):
     def whole(cls, lengths: Sequence[int]) -> Computed:
         """Everything, for sequences of `lengths` tokens (padding included where there is any)."""
         return cls(sum(lengths), sum(lengths), sum(n * n for n in lengths))
+
+
+class Given(NamedTuple):
+    """What whoever laid out a packed batch knows of it, for a model on an accelerator."""
+
+    cuts: Cuts | None = None
+    plan: DevicePlan | None = None
+    """For the rows that are asked for."""
+
+
+NOTHING_GIVEN = Given()
 
 
 class Sizes(NamedTuple):
@@ -88,7 +101,11 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def hidden_states(
-    model: nn.Module, input_ids: Tensor, positions: Tensor, sequence_lengths: Sequence[int] | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    positions: Tensor,
+    sequence_lengths: Sequence[int] | None = None,
+    cuts: Cuts | None = None,
 ) -> Tensor:
     """Last hidden states [B T D] of a batch, times the factor that the model's logits have.
 
@@ -98,10 +115,13 @@ def hidden_states(
       positions: int64 [B T], restarting with every sequence.
       sequence_lengths: lengths of the packed sequences of the one row, which are run in the fastest layout that is
         right for the model; None for rows of one length, and for right-padded ones of a model that `pads`.
+      cuts: the same lengths where the model is; made here for an accelerator when None.
     """
     decoder = decoder_of(model)
     if sequence_lengths is not None:
-        hidden = layouts.run(decoder, input_ids, sequence_lengths, _way(model, ask(model)))
+        if cuts is None and input_ids.is_cuda:
+            cuts = Cuts.of(sequence_lengths, input_ids.device)
+        hidden = layouts.run(decoder, input_ids, sequence_lengths, _way(model, ask(model)), positions, cuts)
     else:
         hidden = layouts.call(decoder, input_ids, positions)
     scale = logit_scale(model)
@@ -121,17 +141,25 @@ def hidden_rows(
     positions: Tensor,
     rows: Tensor,
     sequence_lengths: Sequence[int] | None = None,
+    given: Given = NOTHING_GIVEN,
 ) -> tuple[Tensor, Computed]:
     """Last hidden states [N D] at N positions of a batch, and what was computed for them.
 
     Args:
       rows: int64 [N], increasing flat indices into [B T]; the other arguments as for `hidden_states`.
+      given: what is known already of the batch and of these rows.
     """
-    if sequence_lengths is not None and ask(model).is_lean and can_run(decoder_of(model)):
-        plan = plan_packed(input_ids[0], sequence_lengths, rows)
-        hidden = packed_rows(decoder_of(model), input_ids[0], positions[0], plan)
-        return hidden, Computed(len(plan.kept), len(rows), plan.attention_pairs)
-    hidden = hidden_states(model, input_ids, positions, sequence_lengths).flatten(0, 1)[rows]
+    if sequence_lengths is not None and ask(model).is_lean:
+        decoder = decoder_of(model)
+        if can_run(decoder):
+            plan = plan_packed(input_ids[0], sequence_lengths, rows)
+            hidden = packed_rows(decoder, input_ids[0], positions[0], plan)
+            return hidden, Computed(len(plan.kept), len(rows), plan.attention_pairs)
+        if lean_device.can_run(decoder):
+            chosen = given.plan or lean_device.plan_of(input_ids[0], sequence_lengths, rows)
+            hidden = lean_device.packed_rows(decoder, input_ids[0], positions[0], chosen)
+            return hidden, Computed(len(chosen.plan.kept), len(rows), chosen.plan.attention_pairs)
+    hidden = hidden_states(model, input_ids, positions, sequence_lengths, given.cuts).flatten(0, 1)[rows]
     width = input_ids.shape[1]
     return hidden, Computed.whole([width] * len(input_ids) if sequence_lengths is None else sequence_lengths)
 

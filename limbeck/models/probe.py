@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor
 
 from limbeck.errors import ModelError
+from limbeck.models import lean_device
 from limbeck.models.attention import PACKED_ATTENTION
 from limbeck.models.layouts import WAYS, Way, run, run_groups
 from limbeck.models.lean import can_run, packed_rows, plan_packed
@@ -147,7 +148,8 @@ def _examine(kind: type[Any], config: Any, device: str) -> dict[str, Any]:
     if way is None:
         return {"refused": f"its hidden states are not those of its own forward pass ({reasons['alone']})."}
     model.set_attn_implementation(attentions[way])
-    lean = can_run(decoder_of(model)) and not _disagreement(lambda: _lean_logits(model, sequences, form), truth)
+    has_pass = can_run(decoder_of(model)) or lean_device.can_run(decoder_of(model))
+    lean = has_pass and not _disagreement(lambda: _lean_logits(model, sequences, form), truth)
     return {
         "way": way,
         "pads": not reasons["padded"],
@@ -217,7 +219,11 @@ def _tried(model: Any, sequences: list[Tensor], truth: list[Tensor], form: Logit
 def _lean_logits(model: Any, sequences: list[Tensor], form: LogitForm) -> list[Tensor]:
     ids = torch.cat(sequences)
     positions = torch.cat([torch.arange(n, device=ids.device) for n in LENGTHS])
-    plan = plan_packed(ids, LENGTHS, torch.arange(len(ids), device=ids.device))
+    rows = torch.arange(len(ids), device=ids.device)
+    if ids.device.type != "cpu":
+        there = lean_device.plan_of(ids, LENGTHS, rows)
+        return _logits(model, lean_device.packed_rows(decoder_of(model), ids, positions, there), form)
+    plan = plan_packed(ids, LENGTHS, rows)
     return _logits(model, packed_rows(decoder_of(model), ids, positions, plan), form)
 
 
@@ -282,7 +288,7 @@ def _key(kind: type[Any], config: Any, device: str, question: str) -> str:
 @cache
 def _code_hash() -> str:
     """Of what is asked and who asks: another version of them finds for itself."""
-    names = ("attention", "layouts", "lean", "miniature", "ops", "parts", "probe")
+    names = ("attention", "layouts", "lean", "lean_device", "miniature", "ops", "parts", "pointwise", "probe", "varlen")
     return hashlib.sha256(b"".join((Path(__file__).parent / f"{n}.py").read_bytes() for n in names)).hexdigest()
 
 

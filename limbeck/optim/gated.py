@@ -145,7 +145,11 @@ class GatedOptimizer(InjectingOptimizer):
         """psi of the coming step."""
         if group["step_boost"] == 1.0:
             return 1.0
-        return rule.psi(group["noise_step"] - group["last_fire"], group["step_boost"], group["boost_steps"])
+        since, device = group["noise_step"] - group["last_fire"], local(group["params"][0]).device
+        if device.type != "cpu" and not isinstance(since, Tensor):
+            # There counters are tensors from the first fire on, and numbers again behind a save: one arithmetic.
+            since = torch.full((), since, device=device)
+        return rule.psi(since, group["step_boost"], group["boost_steps"])
 
     def _decide(self, blocks: list[Block]) -> list[float | Tensor]:
         """Measure, fire, count the step; the noise radius r * phi of each block comes back."""

@@ -25,6 +25,7 @@ from limbeck.engine.sampling import Sampling
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.ledger import Ledger
 from limbeck.models.load import load_model, load_tokenizer, model_hash
+from limbeck.models.placement import here
 from limbeck.stage import How, Stage
 from limbeck.traces.render import RenderConfig, render_prompt, stop_ids
 from limbeck.traces.sources import TraceConfig, read_problems
@@ -69,7 +70,7 @@ def run(config: SmokeConfig, out: Path, *, how: How = How()) -> Checkpoint:
 
     Raises: LimbeckError when the engine says something else than transformers, ModelError when it cannot load.
     """
-    ledger, tokenizer = Ledger(), load_tokenizer(config.model)
+    ledger, tokenizer = Ledger(here().device), load_tokenizer(config.model)
     with ledger.phase("engine"):
         start = time.perf_counter()
         generator = Generator(load_decoder(config.model), PrefixCache(_CACHE_BYTES, _BLOCK_TOKENS, config.model))
@@ -77,7 +78,8 @@ def run(config: SmokeConfig, out: Path, *, how: How = How()) -> Checkpoint:
         answers = write(generator, prompts_of(config, tokenizer), config, frozenset(stop_ids(tokenizer, config.render)))
         ended = time.perf_counter()
     with ledger.phase("comparison"):
-        differences = torch.cat([difference(load_model(config.model), answer) for answer in answers])
+        model = load_model(config.model)
+        differences = torch.cat([difference(model, answer) for answer in answers])
     new_tokens = sum(len(answer.tokens) for answer in answers)
     metrics = {
         "prompts": len(answers),
@@ -143,8 +145,9 @@ def write(
 def difference(model: Any, answer: Written) -> torch.Tensor:
     """|log p_engine - log p_transformers| [n] of every token that was written."""
     written = [drawn.token for drawn in answer.tokens]
-    logits = model(torch.tensor([answer.prompt + written])).logits[0, len(answer.prompt) - 1 : -1]
-    theirs = logits.log_softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0]
+    ids = torch.tensor([answer.prompt + written], device=model.device)
+    logits = model(ids).logits[0, len(answer.prompt) - 1 : -1].cpu()
+    theirs = logits.float().log_softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0]
     ours = torch.tensor([float("nan") if drawn.log_prob is None else drawn.log_prob for drawn in answer.tokens])
     return (theirs - ours).abs()
 

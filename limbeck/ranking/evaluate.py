@@ -24,6 +24,7 @@ from limbeck.engine.scoring import Scorer, ScoringConfig
 from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger
 from limbeck.models.load import BUILT_IN, load_tokenizer, model_hash
+from limbeck.models.placement import here
 from limbeck.progress import say, track
 from limbeck.ranking.baselines import baseline_scores
 from limbeck.ranking.beside import beside_baselines, headline, reliability, slices_of
@@ -96,7 +97,7 @@ def run(config: RankEvaluateConfig, out: Path, *, how: How = How()) -> Checkpoin
         requests = getattr(split, config.part)
         if not requests:
             raise ConfigError(f"rank evaluate: the {config.part} part is empty; set data.split.{config.part}_fraction")
-        ledger = Ledger()
+        ledger = Ledger(here().device)
         scored = _score(config, config.model, requests, ledger)
         write_scores(working / SCORES, requests, scored)
         summary = {"model": Path(config.model).name, "part": config.part, **measures(scored, config.k, config.seed)}

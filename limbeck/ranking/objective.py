@@ -62,10 +62,11 @@ class RankingObjective:
 
     def __call__(self, given: MicroBatch) -> FusedLoss:
         """Forward pass of a micro-batch and its share of the step's loss."""
-        supervised, listwise = given.supervised(), self.config.listwise_ratio
+        supervised, listwise = given.used(), self.config.listwise_ratio
         given.count_tokens()
         kd_coef = supervised.kd_coef
-        if given.teacher is not None and bool((kd_coef != 0).any()):
+        has_kd = bool((kd_coef != 0).any()) if given.terms is None else given.terms.kd
+        if given.teacher is not None and has_kd:
             supervised = supervised._replace(targets=given.ask(supervised.rows))
         hidden, computed = given.hidden_states(supervised.rows)
         head, has_list = head_of(given.student.model), bool(listwise) and supervised.targets is not None

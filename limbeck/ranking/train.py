@@ -33,7 +33,7 @@ from limbeck.distill.job import training_job
 from limbeck.distill.microbatch import Student
 from limbeck.distill.output import metrics_of, write_model
 from limbeck.distill.pair import check_pair, load_student, load_teacher
-from limbeck.distill.parallel import Ranks, total_cost
+from limbeck.distill.parallel import Ranks, throughput, total_cost
 from limbeck.distill.setup import Run
 from limbeck.distill.zeros import KeptZeros
 from limbeck.engine.backends import decoder_of, load_decoder
@@ -156,6 +156,7 @@ def run(config: RankTrainConfig, out: Path, *, how: How = How()) -> Checkpoint:
             write_model(setup, working)
             metrics |= _measure(setup, *held_out)
         cost = total_cost(setup.ledger, ranks)
+        cost["throughput"] = throughput(cost, ranks, setup.precision)
         if ranks.is_first:
             write_manifest(
                 working,

@@ -2,8 +2,8 @@
 
 A task whose worker dies is given to another one, RETRIES times. A task computes with as many threads as this process
 would (OMP_NUM_THREADS) and takes as many cores, so that it gives the same bits and no core is asked twice; where the
-cluster has GPUs, it takes one of them and one core. Relative paths mean what they mean here: on several machines the
-working directory must be one that they share.
+cluster has GPUs and no CPU is asked for, it takes one of them and one core, with one thread. Relative paths mean what
+they mean here: on several machines the working directory must be one that they share.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import itertools
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from limbeck.errors import ConfigError, LimbeckError
+from limbeck.placement import Asked, asked, asking
 from limbeck.runner.outcome import Outcome, name_of
 from limbeck.runner.threads import threads
 
@@ -53,9 +54,10 @@ def ray_map(
     ray = connect()
     name = name or name_of(function)
     settings = {"name": name, "max_retries": RETRIES, "max_calls": int(own_process)}
-    work = ray.remote(**settings, **_resources(ray, cores))(_work)
+    resources = _resources(ray, cores)
+    work = ray.remote(**settings, **resources)(_work)
     key = hashlib.sha256(ray.cloudpickle.dumps(prepare)).digest()
-    submit = partial(work.remote, os.getcwd(), torch.get_num_threads(), key, prepare, function)
+    submit = partial(work.remote, os.getcwd(), _threads(resources), asked(), key, prepare, function)
     most = IN_FLIGHT_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(items)
     running: dict[Any, Any] = {}
@@ -102,11 +104,16 @@ def connect() -> Any:
 
 def _resources(ray: Any, cores: int | None) -> dict[str, float]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if cores is None and any(node.get("GPU", 0) >= 1 for node in nodes):
+    if cores is None and asked().device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes):
         return {"num_cpus": 1, "num_gpus": 1}
     # More than the largest machine has would never be granted.
     largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
     return {"num_cpus": max(1, min(cores or torch.get_num_threads(), largest))}
+
+
+def _threads(resources: Mapping[str, float]) -> int:
+    """Of a task: those of this process, or one beside a GPU, where only one core is reserved."""
+    return 1 if "num_gpus" in resources else torch.get_num_threads()
 
 
 def _result(ray: Any, task: Any, name: str) -> Any:
@@ -125,7 +132,13 @@ _shared: dict[bytes, Any] = {}
 
 
 def _work(
-    directory: str, cores: int, key: bytes, prepare: Callable[[], Any] | None, function: Callable[..., Any], item: Any
+    directory: str,
+    cores: int,
+    placement: Asked,
+    key: bytes,
+    prepare: Callable[[], Any] | None,
+    function: Callable[..., Any],
+    item: Any,
 ) -> Outcome:
     """One part, in a worker."""
     try:
@@ -138,7 +151,7 @@ def _work(
                 "that all machines of the cluster share."
             ),
         )
-    with threads(cores):
+    with threads(cores), asking(*placement):
         if key not in _shared:
             _shared.clear()
             prepared = Outcome(None) if prepare is None else Outcome.of(prepare)

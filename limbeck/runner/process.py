@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from limbeck.errors import LimbeckError
+from limbeck.placement import Asked, asked, asking
 from limbeck.runner.outcome import Outcome, name_of
 
 
@@ -25,7 +26,7 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_send, args=(theirs, function, arguments))
+    process = context.Process(target=_send, args=(theirs, asked(), function, arguments))
     with _without_main():
         process.start()
     theirs.close()
@@ -55,9 +56,10 @@ def _without_main() -> Iterator[None]:
         vars(main).update(hidden)
 
 
-def _send(pipe: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+def _send(pipe: Connection, placement: Asked, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
-    pipe.send(Outcome.of(function, *arguments))
+    with asking(*placement):
+        pipe.send(Outcome.of(function, *arguments))
 
 
 def _end_with_caller(pipe: Connection) -> None:

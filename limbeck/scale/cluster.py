@@ -172,7 +172,7 @@ def estimate(config: DistillConfig, models: Models, load: Load, hardware: Hardwa
     micro_tokens = min(max(float(training.microbatch_tokens), load.longest), max(own_tokens, load.longest))
     micro_batches = max(1, round(-(-own_tokens // micro_tokens)))
     flops = trace_flops(models, load)
-    compute = share * flops / tensor / hardware.rate("bf16" if training.precision == "bf16" else "float32")
+    compute = share * flops / tensor / hardware.rate("bf16" if models.student.way.is_bf16 else "float32")
     own, taught = _shard_size(parallel, devices), _teacher_shard_size(parallel, devices)
     shard, waiting = _messages(
         models, parallel, hardware, devices, own, taught, micro_batches, own_tokens, training.gradient_checkpointing
@@ -212,7 +212,7 @@ def device_memory(
     parallel, (student, teachers, loss) = config.training.parallel, models
     tensor, own = parallel.tensor_parallel_size, _shard_size(parallel, devices)
     parts, dims = own * tensor, student.dims
-    item = 2 if config.training.precision == "bf16" else 4
+    item = 2 if student.way.is_bf16 else 4
     tokens = round(micro_tokens)
     rows = round(tokens * load.rows / load.tokens)
     sent = Pass(Computed(tokens, tokens, round(tokens * load.pairs / load.tokens)), rows)

@@ -113,7 +113,8 @@ def candidates(config: DistillConfig, load: Load, hardware: Hardware, devices: i
     """The run with every sensible combination of settings."""
     for parallel, recompute, tokens in itertools.product(_layouts(hardware, devices), (False, True), MICROBATCH_TOKENS):
         if tokens >= load.longest or tokens == MICROBATCH_TOKENS[-1]:
-            precision = "bf16" if hardware.is_accelerator else config.training.precision
+            own = config.training.precision
+            precision = "bf16" if hardware.is_accelerator and own != "auto" else own
             training = replace(
                 config.training,
                 parallel=parallel,

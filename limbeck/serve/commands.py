@@ -8,6 +8,7 @@ from limbeck.stage import Stage, View
 
 SERVE = View(
     name="serve",
+    loads=True,
     config=ServeConfig,
     run=command.run,
     predict=command.check,

@@ -190,7 +190,7 @@ def _fill_cache(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path, on: P
     name = sweep.distill.teacher.model
     assert name is not None
     asked = asked_of_teacher(sweep, runs)
-    return write_cache(name, CacheConfig(top_k=sweep.top_k), asked, out / CACHE, sweep)
+    return write_cache(name, CacheConfig(top_k=sweep.top_k), asked, out / CACHE, sweep, on)
 
 
 def asked_of_teacher(sweep: SweepConfig, runs: Sequence[PlannedRun]) -> list[Stored]:

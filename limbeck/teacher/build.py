@@ -25,6 +25,7 @@ from limbeck.errors import CheckpointError, PairError
 from limbeck.ledger import Ledger
 from limbeck.models.anatomy import head_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
+from limbeck.models.placement import here
 from limbeck.progress import bar
 from limbeck.runner.place import Prepared
 from limbeck.stage import Place
@@ -55,7 +56,7 @@ def write_cache(
     """
     scorer = Prepared(partial(load_model, teacher, layout="packed"), on)
     [(_, spec)] = scorer.map(partial(_spec, teacher), [config])
-    ledger = Ledger()
+    ledger = Ledger(here().device)
     positions = sum(int(root.positions.sum()) for root in share_prefixes(sequences))
     with bar("teacher cache, positions", positions) as progress:
         counts = fill_cache(scorer, spec, sequences, out, ledger=ledger, advance=progress.advance)
@@ -176,7 +177,7 @@ def fill_cache(
 
 def _score(spec: Spec, model: Any, job: _Job) -> dict[str, Any]:
     """Write one shard; its cost."""
-    ledger = Ledger()
+    ledger = Ledger(head_of(model).weight.device)
     score_shard(model, spec, job.members, job.path, ledger)
     return ledger.as_dict()
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from limbeck.config import checked, config_hash, only
 from limbeck.errors import CheckpointError, ConfigError, PairError, nearest
 from limbeck.ledger import Ledger
-from limbeck.models.anatomy import Head
+from limbeck.models.anatomy import NOTHING_GIVEN, Given, Head
 from limbeck.teacher import projected
 from limbeck.teacher.codec import MOST_ENTRIES, Entries, decode
 from limbeck.teacher.dense import DenseTargets
@@ -150,24 +150,33 @@ class TeacherCache:
         check_sums(directory, lambda name: not name.startswith("shard-"))
         self.shards = open_shards(directory, self.spec)
 
-    def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> OneTeacherTargets:
+    def targets(
+        self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger, given: Given = NOTHING_GIVEN
+    ) -> OneTeacherTargets:
         """Stored targets for the tokens at flat indices `rows`, in increasing order, of the batch.
+
+        Raises: as `look_up`.
+        """
+        with ledger.phase("teacher"):
+            return self.look_up(batch, examples, rows)
+
+    def look_up(self, batch: Batch, examples: Sequence[Example], rows: Tensor) -> OneTeacherTargets:
+        """The same without a ledger, on any thread, for a batch on the host or on a device.
 
         Raises: PairError when one of these positions is not in the cache; CheckpointError when it is damaged there.
         """
-        with ledger.phase("teacher"):
-            if batch.layout == "packed":
-                starts = np.concatenate([[0], np.cumsum(batch.sequence_lengths)])
-            else:
-                starts = np.arange(len(examples) + 1) * batch.input_ids.shape[1]
-            asked = rows.cpu().numpy()
-            bounds = np.searchsorted(asked, starts)
-            parts = [
-                self._read(example, asked[low:high] - start)
-                for example, start, low, high in zip(examples, starts, bounds, bounds[1:], strict=False)
-                if low < high
-            ]
-            return self._assemble(parts, batch.input_ids.device)
+        if batch.layout == "packed":
+            starts = np.concatenate([[0], np.cumsum(batch.sequence_lengths)])
+        else:
+            starts = np.arange(len(examples) + 1) * batch.input_ids.shape[1]
+        asked = rows.cpu().numpy()
+        bounds = np.searchsorted(asked, starts)
+        parts = [
+            self._read(example, asked[low:high] - start)
+            for example, start, low, high in zip(examples, starts, bounds, bounds[1:], strict=False)
+            if low < high
+        ]
+        return self._assemble(parts, batch.input_ids.device)
 
     def verify(self) -> None:
         """Read every byte of every file.

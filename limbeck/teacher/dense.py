@@ -83,18 +83,20 @@ class _Reader(TargetReader):
         softmax = distance.softmax
         self._chunks = ChunkedLogits(targets.hidden, targets.head, softmax.entries(vocab), softmax.largest)
         self._is_blank, self._distance = is_blank, distance
-        self.row_bytes = self._chunks.row_bytes
+        self.row_bytes, self.width = self._chunks.row_bytes, len(self._chunks.weight)
+        self.is_plain = self._chunks.bias is None and self._chunks.softcap is None
 
     def allocate(self, rows: int) -> None:
         self._chunks.allocate(rows)
 
     def read(self, index: Tensor, states: Tensor) -> None:
         theirs = self._chunks.states(index).masked_fill(self._is_blank[index, None], 0.0)
-        self._logits = self._chunks.logits(theirs)
+        self.dense = self._chunks.logits(theirs)
 
     def row_loss(self, block: slice, logits: Tensor, log_probs: Tensor | None, coef: Tensor) -> Tensor:
-        divergence, temperature, softmax = self._distance
-        theirs = self._chunks.finish(self._logits[block], logits.dtype)
+        divergence, temperature, softmax, _ = self._distance
+        assert self.dense is not None
+        theirs = self._chunks.finish(self.dense[block], logits.dtype)
         common = logits[:, : theirs.shape[1]]
         if log_probs is not None and temperature == 1.0 and common.shape == logits.shape:
             log_student = log_probs

@@ -90,13 +90,13 @@ def _record(model: Any, spec: Spec, member: Stored, hidden: Tensor, sample: dict
     head = head_of(model).rows(slice(spec.vocab_size))
     parts = []
     for rows in hidden.split(HEAD_ROWS):
-        log_probs = head.logits(rows).float().log_softmax(-1).cpu()
+        log_probs = head.logits(rows).float().log_softmax(-1)
         if spec.config.mode == "sampled":
-            entries = draw(log_probs, spec.config.num_samples, generator)
+            entries = draw(log_probs.cpu(), spec.config.num_samples, generator)
         else:
             entries = keep(log_probs, spec.config)
         parts.append(entries)
-        _compare(log_probs[::_SAMPLE_EVERY], entries.select(np.arange(len(rows))[::_SAMPLE_EVERY]), spec, sample)
+        _compare(log_probs[::_SAMPLE_EVERY].cpu(), entries.select(np.arange(len(rows))[::_SAMPLE_EVERY]), spec, sample)
     return encode(Entries.join(parts), spec.vocab_size)
 
 
@@ -121,12 +121,15 @@ def _project(spec: Spec, head: Head, hidden: Tensor, sample: dict[str, Any]) -> 
 @lru_cache(maxsize=1)
 def student_head(name: str, vocab_size: int, device: torch.device) -> Head:
     """The head of the student that targets are projected for, over the vocabulary, in float32."""
-    weight, bias, softcap = head_of(load_model(name)).rows(slice(vocab_size))
+    weight, bias, softcap = head_of(load_model(name, torch.float32, device="cpu")).rows(slice(vocab_size))
     return Head(weight.detach().to(device), None if bias is None else bias.detach().to(device), softcap)
 
 
 def keep(log_probs: Tensor, config: CacheConfig) -> Entries:
-    """The entries of [n V] log-probabilities that have at least `min_probability`: at least one, at most `top_k`."""
+    """The entries of [n V] log-probabilities that have at least `min_probability`: at least one, at most `top_k`.
+
+    Chosen where the log-probabilities are, so that only these leave an accelerator.
+    """
     values, ids = log_probs.topk(min(config.top_k, log_probs.shape[1]), dim=-1)
     probs = values.exp()
     kept = probs >= config.min_probability
@@ -135,12 +138,12 @@ def keep(log_probs: Tensor, config: CacheConfig) -> Entries:
     dropped = log_probs.scatter(-1, ids, -torch.inf).exp().sum(-1) + probs.masked_fill(kept, 0.0).sum(-1)
     # Sorted by id; what is not kept goes to the end of its row.
     order = ids.masked_fill(~kept, log_probs.shape[1]).argsort(-1)
-    mask = kept.gather(-1, order).numpy()
+    mask = kept.gather(-1, order).cpu().numpy()
     return Entries(
-        kept.sum(-1).numpy(),
-        ids.gather(-1, order).numpy()[mask],
-        np.maximum(1, levels_of(probs.gather(-1, order).numpy()[mask], ENTRY_LEVELS)),
-        levels_of(dropped.numpy(), TAIL_LEVELS),
+        kept.sum(-1).cpu().numpy(),
+        ids.gather(-1, order).cpu().numpy()[mask],
+        np.maximum(1, levels_of(probs.gather(-1, order).cpu().numpy()[mask], ENTRY_LEVELS)),
+        levels_of(dropped.cpu().numpy(), TAIL_LEVELS),
     )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from limbeck.client import Client, ServerRefusal, map_concurrently
 from limbeck.errors import LimbeckError, PairError
 from limbeck.ledger import Ledger
+from limbeck.models.anatomy import NOTHING_GIVEN, Given
 from limbeck.teacher.topk import TopKTargets
 from limbeck.traces.batch import Batch, Example
 
@@ -66,7 +67,9 @@ class ServedTeacher:
     vocab_size: int
     """The tokenizer's real vocabulary; an entry beyond it is padding of the server's model and falls to the tail."""
 
-    def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> TopKTargets:
+    def targets(
+        self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger, given: Given = NOTHING_GIVEN
+    ) -> TopKTargets:
         """Top-n targets for the tokens at flat indices `rows` of the batch; float32, on the batch's device.
 
         Raises: LimbeckError when the server does not answer, PairError when it answers about other tokens.

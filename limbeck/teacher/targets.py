@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Distance(NamedTuple):
     temperature: float
     """T > 0."""
     softmax: Softmax
+    is_checked: bool = False
+    """Whether the ids of targets are known to be in the vocabulary."""
 
 
 class TeacherTargets(ABC):
@@ -128,6 +130,14 @@ class TargetReader:
     """Whether the targets hold for one head of the student alone, which must not be trained."""
     by_states: Tensor | None = None
     """[C D]: what coef * D has as a gradient by the chunk's hidden states beside that through their logits."""
+    is_plain: bool = False
+    """Whether `dense` or `kept` is all that there is to know."""
+    width: int = 0
+    """Entries of `dense`, from the first of the vocabulary on."""
+    dense: Tensor | None = None
+    """The chunk's logits [C W] where they are whole, before bias and cap."""
+    kept: Any = None
+    """The chunk's `TopKTargets`, checked."""
 
     def allocate(self, rows: int) -> None:
         """Make room for chunks of at most so many positions."""

@@ -8,7 +8,7 @@ from limbeck.stage import Stage, View
 from limbeck.traces import generation, importing, probe, show, stats
 from limbeck.traces.generation_cost import predict_generate
 
-IMPORT = Stage(name="traces import", config=importing.ImportConfig, run=importing.run)
+IMPORT = Stage(name="traces import", config=importing.ImportConfig, run=importing.run, loads=False)
 GENERATE = Stage(
     name="traces generate",
     config=generation.GenerateConfig,

@@ -32,6 +32,7 @@ from limbeck.errors import ConfigError
 from limbeck.ledger import Ledger, backbone_forward_flops, head_forward_flops
 from limbeck.models.anatomy import Computed, Sizes, sizes_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
+from limbeck.models.placement import here
 from limbeck.progress import bar
 from limbeck.stage import How
 from limbeck.traces.counts import tell
@@ -92,7 +93,7 @@ def run(config: ProbeConfig, out: Path, *, how: How = How()) -> Checkpoint:
     traces, read = read_traces(config.traces)
     traces, selected = select_traces(traces, config.select)
     tell([*read.lines(), *selected.lines()])
-    model, tokenizer, ledger = load_model(config.teacher), load_tokenizer(config.teacher), Ledger()
+    model, tokenizer, ledger = load_model(config.teacher), load_tokenizer(config.teacher), Ledger(here().device)
     decoder, sizes = decoder_of(model), sizes_of(model, vocabulary_size(tokenizer))
     probed: list[Trace] = []
     shares: list[float] = []

@@ -45,9 +45,11 @@ def _loaded(name: str, dtype: torch.dtype) -> Any:
     Raises: CompressionError for a weight that the dtype does not hold.
     """
     try:
-        return load_model(name, dtype=dtype, rounds=False, whole=True)
+        return load_model(name, dtype, device="cpu", rounds=False, whole=True)
     except ModelError:
         if dtype != torch.float32:
-            for weight, tensor in load_model(name, rounds=False, whole=True).state_dict().items():
+            for weight, tensor in (
+                load_model(name, torch.float32, device="cpu", rounds=False, whole=True).state_dict().items()
+            ):
                 narrowed(weight, tensor, dtype)
         raise

@@ -38,7 +38,7 @@ class SourceWeights:
     """The weights of a model by transformers' names: dense, and as codes where they are stored so."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.model = name, load_model(name, rounds=False, whole=True)
+        self.name, self.model = name, load_model(name, torch.float32, device="cpu", rounds=False, whole=True)
         self.config = self.model.config
         self.state: dict[str, Tensor] = self.model.state_dict()
         if is_tied(self.model):

@@ -126,12 +126,17 @@ class _Source:
         else:
             self.weights = None
             # Rounded inputs go into the new file only where that is of the same kind.
-            self.model = load_model(config.model, rounds=config.format == "compressed-tensors", whole=True)
+            self.model = _load(config.model, rounds=config.format == "compressed-tensors")
             longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
         self.probes = probes_of(config.probe, tokenizer, longest)
         ids = torch.tensor([token for probe in self.probes.ids for token in probe])
         check_tokens(config.model, tokenizer, self.model.config.get_text_config().vocab_size, ids)
         self.log_probs = log_probs_of(self.model, self.probes.ids) if config.certify else []
+
+
+def _load(name: str, rounds: bool = True) -> Any:
+    """A model as a file's reference: files are written and proved in float32 on a CPU, wherever this runs."""
+    return load_model(name, torch.float32, device="cpu", rounds=rounds, whole=True)
 
 
 def _say_unused(config: ExportConfig) -> None:
@@ -172,14 +177,14 @@ def _certify(config: ExportConfig, directory: Path, source: _Source, findings: S
             ours = _as_in_file(source.weights, config.gguf_type, probes.ids)
             verdicts = [in_llama_cpp(export, ours, probes.ids, probes.texts)]
         else:
-            ours = log_probs_of(load_model(str(directory), whole=True), probes.ids)
+            ours = log_probs_of(_load(str(directory)), probes.ids)
             verdicts = [
                 in_transformers(directory, ours, probes.ids),
                 in_vllm(directory, ours, probes.ids, config.vllm_python),
             ]
         distances = [distance(config.model, source.log_probs, ours, _limit(config))]
         if config.reference is not None:
-            reference = log_probs_of(load_model(config.reference, whole=True), probes.ids)
+            reference = log_probs_of(_load(config.reference), probes.ids)
             distances.append(distance(config.reference, reference, ours))
     except Exception as error:
         verdicts, distances = [ConsumerResult("limbeck", "failed", " ".join(str(error).split())[:400])], []

@@ -117,12 +117,16 @@ def _shape(config: PruneConfig) -> tuple[Shape, dict[str, Any]]:
         with stored_or_collected(config.moments, config.model, config.calibration) as stored:
             moments = stored.named(("attention_out", "mlp_out"))
         steps = choose(
-            load_model(config.model, whole=True), _apart(config), moments, config.budget, dtype_of(config.model)
+            load_model(config.model, torch.float32, whole=True),
+            _apart(config),
+            moments,
+            config.budget,
+            dtype_of(config.model),
         )
         return steps[-1].shape, {"search": [[*step.shape, step.cost, step.loss] for step in steps]}
     metrics: dict[str, Any] = {}
     if config.drop_layers:
-        depth = remove_layers(Passes(load_model(config.model), _apart(config)), config.drop_layers)
+        depth = remove_layers(Passes(load_model(config.model, torch.float32), _apart(config)), config.drop_layers)
         shape, metrics = shape._replace(layers=depth.kept), {"loss_without_layers": list(depth.losses)}
     if config.method == "depth":
         return shape, metrics
