@@ -13,6 +13,7 @@ from torch import Tensor
 
 from limbeck.errors import ConfigError, DataError
 from limbeck.ledger import Ledger
+from limbeck.models.anatomy import NOTHING_GIVEN, Given
 from limbeck.progress import track
 from limbeck.ranking.examples import log_odds_of
 from limbeck.ranking.featurize import EncodedRequest
@@ -31,7 +32,9 @@ class ScoreTeacher:
 
     in_step: ClassVar[bool] = False
 
-    def targets(self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger) -> LabelTargets:
+    def targets(
+        self, batch: Batch, examples: Sequence[Example], rows: Tensor, ledger: Ledger, given: Given = NOTHING_GIVEN
+    ) -> LabelTargets:
         """Logits of the two labels for the pairs of the batch, in order."""
         return LabelTargets.of_log_odds(log_odds_of(examples).to(rows.device))
 

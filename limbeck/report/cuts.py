@@ -53,11 +53,17 @@ def _when(runs: Sequence[Run], shown: Run) -> str:
     told = f"the same cut kept {_kept(novice)} of the gain of a novice{_beside(runs, novice)}"
     if kept is None or fewer is None:
         return f"{advice}; {told}."
-    if not kept.is_apart_from(fewer):
+    if _holds(kept, fewer.value) or _holds(fewer, kept.value):
         return f"{advice}; {told}, which these problems cannot tell apart."
     return (
         f"{advice}; {told}, so {'it pays there too' if kept.value > fewer.value else 'whole traces come first there'}."
     )
+
+
+def _holds(estimate: Estimate, value: float) -> bool:
+    """Whether an interval holds a value; one without ends says nothing and may hold any."""
+    low, high = estimate.low, estimate.high
+    return low is None or high is None or low <= value <= high
 
 
 def control_of(runs: Sequence[Run], cut: Run) -> Run | None:
