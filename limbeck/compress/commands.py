@@ -84,7 +84,14 @@ RECOVER = Stage(
     subject="prune",
     refers={"prune": "prune", "distill": "distill"},
 )
-MOMENTS = Stage(name="moments", config=moments.MomentsConfig, run=moments.run, takes=_RESUMES, subject="model")
+MOMENTS = Stage(
+    name="moments",
+    config=moments.MomentsConfig,
+    run=moments.run,
+    takes=_RESUMES,
+    subject="model",
+    first=("model", "calibration.traces.source", "calibration.traces.num_traces", "calibration.sequences"),
+)
 EXPORT = Stage(
     name="export",
     loads=False,

@@ -19,7 +19,9 @@ TRAIN = Stage(
         "teacher.model",
         "data.source",
         "data.path",
-        "data.fields",
+        "data.fields.member",
+        "data.fields.item",
+        "data.fields.label",
         "data.signals",
         "features.instruction",
         "features.candidate",
@@ -33,7 +35,14 @@ TRAIN = Stage(
         "training.seed",
     ),
 )
-CACHE = Stage(name="rank cache", config=caching.RankCacheConfig, run=caching.run, takes=("on",), subject="teacher")
+CACHE = Stage(
+    name="rank cache",
+    config=caching.RankCacheConfig,
+    run=caching.run,
+    takes=("on",),
+    subject="teacher",
+    first=("teacher", "data.source", "data.path", "features.instruction", "features.labels", "cache.mode"),
+)
 RECOVER = Stage(
     name="rank recover",
     config=recover.RankRecoverConfig,
@@ -68,5 +77,6 @@ SHOW = View(
     show=show.print_requests,
     as_dict=show.Shown.as_dict,
     subject="model",
+    first=("model", "data.source", "data.path", "features.instruction", "features.labels", "part", "start", "num"),
     reads=show.from_recipe,
 )

@@ -50,7 +50,7 @@ BEFORE = {
 READS_OUTPUTS = ("rank evaluate", "rank recover")
 """Their configs are completed from the directories that they name."""
 LANGUAGES = {*SHELL, *PROSE, "python", "yaml", "json"}
-PROGRAMS = {"limbeck", "make", "pip", "python", "pytest", "torchrun", "curl", "ray", "serve", "source"}
+PROGRAMS = {"limbeck", "make", "pip", "python", "pytest", "torchrun", "curl", "ray", "serve", "sh", "source"}
 PROGRAMS |= {"until", "kill", "wait"}
 
 

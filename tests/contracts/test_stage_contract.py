@@ -79,6 +79,7 @@ APART = {
     "bench serve",
     "rank recover",
     "rank evaluate",
+    "rank cache",
     "teacher export",
     "teacher import",
 }

@@ -99,7 +99,7 @@ def test_the_loss_of_a_block_is_that_of_its_rows(form):
     targets, chunk, coef = FORMS[form](), torch.tensor([5, 0, 3]), torch.rand(2, 1, dtype=torch.float64)
     reader = reader_of(targets, torch.ones(N, dtype=torch.float64))
     reader.allocate(len(chunk))
-    reader.read(chunk)
+    reader.read(chunk, torch.zeros(len(chunk), D))
     logits = float64(2, V, seed=5).requires_grad_()
     gradient = logits.detach().clone()
     value = reader.row_loss(slice(1, 3), gradient, None, coef)
