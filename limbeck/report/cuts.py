@@ -51,6 +51,8 @@ def _when(runs: Sequence[Run], shown: Run) -> str:
     control = control_of(runs, novice)
     kept, fewer = _gain(novice), _gain(control) if control else None
     told = f"the same cut kept {_kept(novice)} of the gain of a novice{_beside(runs, novice)}"
+    if kept is None and fewer is None:
+        return f"{advice}; whole traces did not better the novice here, so that no cut had a gain to keep."
     if kept is None or fewer is None:
         return f"{advice}; {told}."
     if _holds(kept, fewer.value) or _holds(fewer, kept.value):

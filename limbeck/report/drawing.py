@@ -22,6 +22,8 @@ from limbeck.report.units import digits
 _SIZE_INCHES = (5.0, 3.75)
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)))
+_COLUMN_LETTERS = 45
+"""Letters of the longest label of which two stand side by side."""
 _LEGEND_LINES = 10
 """More lines than this are drawn without a legend: the table names them."""
 
@@ -176,8 +178,9 @@ def model_lines(axes: Any, models: Sequence[Row], key: str) -> None:
 def legend(axes: Any, count: int) -> None:
     """What the lines mean, below the axes."""
     if 1 < count <= _LEGEND_LINES:
-        columns = 2 if count > 3 else 1
+        _, labels = axes.get_legend_handles_labels()
+        columns = 2 if count != 3 and max(map(len, labels), default=0) <= _COLUMN_LETTERS else 1
         axes.figure.legend(
-            loc="outside lower center", ncols=columns if count != 2 else 2, frameon=False, fontsize=8.5,
+            loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5,
             labelcolor=LIGHT.ink, handlelength=2.2,
         )  # fmt: skip

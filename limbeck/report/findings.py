@@ -100,7 +100,8 @@ def _failed(groups: Sequence[Group]) -> str | None:
 
 def _subject(group: Group, groups: Sequence[Group]) -> str:
     fraction = group.lead_fraction or 0
-    part = "Half of each trace" if fraction == 0.5 else f"{100 * fraction:.3g} % of each trace"
+    whole = "all tokens" if "common_length" in group.settings.values() else "each trace"
+    part = f"Half of {whole}" if fraction == 0.5 else f"{100 * fraction:.3g} % of {whole}"
     has_endings = len({other.keep_ending for other in groups}) > 1
     ending = (" with its ending re-attached" if group.keep_ending else " without its ending") if has_endings else ""
     settings = ", ".join(setting(axis, group.settings.get(axis, "–")) for axis in varied_axes(groups))
