@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from limbeck.report.units import digits
 _SIZE_INCHES = (5.0, 3.75)
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)))
+_LINE_LETTERS = 70
+"""Letters of a line of a label."""
 _COLUMN_LETTERS = 45
 """Letters of the longest label of which two stand side by side."""
 _LEGEND_LINES = 10
@@ -178,9 +181,10 @@ def model_lines(axes: Any, models: Sequence[Row], key: str) -> None:
 def legend(axes: Any, count: int) -> None:
     """What the lines mean, below the axes."""
     if 1 < count <= _LEGEND_LINES:
-        _, labels = axes.get_legend_handles_labels()
+        handles, labels = axes.get_legend_handles_labels()
         columns = 2 if count != 3 and max(map(len, labels), default=0) <= _COLUMN_LETTERS else 1
         axes.figure.legend(
+            handles, [textwrap.fill(label, _LINE_LETTERS) for label in labels],
             loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5,
             labelcolor=LIGHT.ink, handlelength=2.2,
         )  # fmt: skip
