@@ -4,11 +4,11 @@ from pretend import building
 
 building.load()
 
-from pretend import device, kernels  # noqa: E402
+from pretend import counted_kernels, device  # noqa: E402
 
 from limbeck.models import probe  # noqa: E402
 
 # What models are found to be on this device must not be taken for what they are on a real one.
 probe._directory = building.answers
 device.install()
-kernels.install()
+counted_kernels.install()
