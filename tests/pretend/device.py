@@ -384,6 +384,9 @@ class Event:
 
 def install() -> None:
     """From now on there is a device."""
+    # torch lists the functions that `torch.device(...)` speaks to once: `torch.tensor` itself must be among them, or
+    # transformers takes a model under construction on the meta device for one on the host.
+    torch.utils._device._device_constructors()
     _patch_cuda()
     _patch_tensors()
     _patch_transformers()
