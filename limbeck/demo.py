@@ -57,7 +57,7 @@ REGIMES = {"tiny-recheck-student": "capable", "tiny-student": "novice"}
 """Where each base student starts."""
 CUTS = {
     "capable": [("common_length", 0.25), ("common_length", 0.5), ("lead", 0.5), ("lead", 1.0)],
-    "novice": [("common_length", 0.5), ("lead", 0.5), ("lead", 1.0)],
+    "novice": [("common_length", 0.5), ("lead", 1.0)],
 }
 """Policies and lead fractions."""
 SHOWN = "model-tiny-recheck-student_policy-common_length_lead_fraction-0.5"
@@ -69,9 +69,9 @@ MAX_NEW_TOKENS = 900
 class DemoConfig:
     """Size of the demonstration."""
 
-    num_traces: int = 1200
+    num_traces: int = 1000
     """Problems that the teacher is asked; wrong answers are left out."""
-    num_problems: int = 300
+    num_problems: int = 200
     """Held-out problems for the score."""
     min_steps: int = 4
     """Fewest steps of a problem."""
