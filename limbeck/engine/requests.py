@@ -57,13 +57,18 @@ def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:
 
     Raises: ModelError for a label of several tokens or none.
     """
-    found = []
-    for label in labels:
-        ids = tokenizer.encode(label, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ModelError(f"label {label!r} is {len(ids)} tokens; a label is one token, say ' yes' or 'yes'.")
-        found.append(ids[0])
-    return found
+    return single_tokens(labels, [tokenizer.encode(label, add_special_tokens=False) for label in labels])
+
+
+def single_tokens(labels: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int]:
+    """The token of each label, by the ids of its text.
+
+    Raises: ModelError for a label of several tokens or none.
+    """
+    for label, own in zip(labels, ids, strict=True):
+        if len(own) != 1:
+            raise ModelError(f"label {label[:40]!r} is {len(own)} tokens; a label is one token, say ' yes' or 'yes'.")
+    return [own[0] for own in ids]
 
 
 def text_request(tokenizer: Any, prefix: str, items: Sequence[str], labels: Sequence[str]) -> Request:

@@ -24,7 +24,7 @@ from limbeck.serve.ticket import Refusal
 
 AT_ONCE = 4
 """Forms that are tried at the same time; the next ones wait."""
-SOURCE_CHARACTERS = 1 << 20
+SOURCE_CHARACTERS = 1 << 18
 """Longest form, as JSON."""
 LINE_BYTES = 64 << 20
 FORM_BYTES = 1 << 10
@@ -39,6 +39,25 @@ class Compiled(NamedTuple):
     problem: str | None = None
     used_at: int = 0
     """By the budget's `now`."""
+
+
+def source_of(form: Form) -> str:
+    """A form as JSON, by which it is known again.
+
+    Raises: Invalid for one that is too long, before it is written: that would keep every other thread waiting.
+    """
+    length, left = 0, [form.source]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+            length += sum(map(len, value))
+        elif isinstance(value, list):
+            left += value
+        length += len(value) if isinstance(value, str) else 1
+        if length > SOURCE_CHARACTERS:
+            raise Invalid(f"{form.kind}: more than {SOURCE_CHARACTERS} characters, the server's limit.")
+    return json.dumps(form, sort_keys=True)
 
 
 class Forms:
@@ -81,18 +100,16 @@ class Forms:
         """One for each text, since it keeps the text's state."""
         return self._grammars.constraint(compiled.matcher, end_tokens, compiled.size_bytes)
 
-    async def compiled(self, form: Form, until: float) -> Compiled:
+    async def compiled(self, form: Form, source: str, until: float) -> Compiled:
         """A form that can be used.
 
         Args:
+          source: `source_of` it.
           until: when the request's time is over, of `time.monotonic`.
         Raises: Invalid for a form that cannot be had; Refusal when the time is over.
         """
         if self.missing is not None:
             raise Invalid(f"{form.kind}: {self.missing}", "response_format")
-        source = json.dumps(form, sort_keys=True)
-        if len(source) > SOURCE_CHARACTERS:
-            raise Invalid(f"{form.kind}: {len(source)} characters; the limit is {SOURCE_CHARACTERS}.")
         key = hashlib.blake2b(source.encode(), digest_size=16).digest()
         found = self._kept.get(key)
         if found is None:

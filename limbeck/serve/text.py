@@ -51,7 +51,8 @@ class StopStrings:
     """Passes text on up to the first stop string, which is left out."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._begun = {stop: 0 for stop in stops if stop}
+        """By stop string, how much of it the text ends with."""
         self._held = ""
         self.found: str | None = None
         """The stop string that ended the text."""
@@ -61,12 +62,14 @@ class StopStrings:
         if self.found is not None:
             return ""
         self._held += text
-        places = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        places = [(self._held.find(stop), stop) for stop in self._begun if stop in self._held]
         if places:
             end, self.found = min(places)
             keep = 0
         else:
-            keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
+            # No more than before and what has come since: so all texts together are looked through about once.
+            self._begun = {stop: overlap(self._held, stop, n + len(text)) for stop, n in self._begun.items()}
+            keep = max(self._begun.values(), default=0)
             end = len(self._held) - keep
         passed, self._held = self._held[:end], self._held[len(self._held) - keep :]
         return passed
@@ -77,7 +80,7 @@ class StopStrings:
         return "" if self.found is not None else held
 
 
-def overlap(text: str, marker: str) -> int:
-    """How many characters of the marker's beginning the text ends with; less than all of it."""
-    lengths = range(min(len(text), len(marker) - 1), 0, -1)
+def overlap(text: str, marker: str, most: int | None = None) -> int:
+    """How many characters of the marker's beginning the text ends with; less than all of it, `most` where known."""
+    lengths = range(min(len(text), len(marker) - 1, len(marker) if most is None else most), 0, -1)
     return next((length for length in lengths if text.endswith(marker[:length])), 0)

@@ -16,6 +16,8 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A byte in the vocabularies of sentencepiece."""
 SPACE = "▁"
 """Stands for a space there."""
+LONG_TOKENS = 1024
+"""Texts of more are decoded without the interpreter's lock, so that other threads go on."""
 
 
 class Vocabulary:
@@ -24,6 +26,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any, stated_ends: Iterable[int]) -> None:
         """`stated_ends`: end tokens that the model names beside the tokenizer's."""
         self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.ends = frozenset([*own, *stated_ends])
         """Tokens that end a text."""
@@ -54,6 +57,8 @@ class Vocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, special ones included."""
+        if self._backend is not None and len(ids) > LONG_TOKENS:  # of its calls the one for batches lets the lock go
+            return str(self._backend.decode_batch([list(ids)], skip_special_tokens=False)[0])
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def shown(self, ids: Sequence[int]) -> str:

@@ -83,7 +83,9 @@ def router(service: Service) -> APIRouter:
         max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
         log_probs = LogProbs(body.logprobs, body.logprobs if body.echo else None)
         jobs = await make_jobs(service, body, prompts, max_tokens, log_probs, until)
-        echoes = [_echo(service, body, text, ids) for text, ids in zip(body.prompt, prompts, strict=True)]
+        echoes = [""] * len(prompts)
+        if body.echo:
+            echoes = await service.threads.run(body.size_bytes, lambda: _echoes(service, body.prompt, prompts))
         answer = _Answer(service, body, jobs, echoes, until)
         return await stream(service, answer.events()) if body.stream else await answer.whole()
 
@@ -160,7 +162,7 @@ def _nothing(service: Service) -> list[int]:
     return [token]
 
 
-def _echo(service: Service, body: CompletionBody, prompt: TextOrIds, ids: Sequence[int]) -> str:
-    if not body.echo:
-        return ""
-    return prompt if isinstance(prompt, str) else service.vocabulary.shown(ids)
+def _echoes(service: Service, prompts: Sequence[TextOrIds], ids: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of prompts."""
+    pairs = zip(prompts, ids, strict=True)
+    return [prompt if isinstance(prompt, str) else service.vocabulary.shown(own) for prompt, own in pairs]

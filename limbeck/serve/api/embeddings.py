@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -76,7 +75,7 @@ async def _work(service: Service, body: EmbeddingsBody) -> Embed:
     return Embed(texts, service.pooling)
 
 
-def _answer(service: Service, body: EmbeddingsBody, vectors: Tensor, tokens: int) -> str:
+def _answer(service: Service, body: EmbeddingsBody, vectors: Tensor, tokens: int) -> dict[str, Any]:
     rows = vectors.cpu().numpy()
     values = [
         base64.b64encode(row.astype("<f4").tobytes()).decode() if body.encoding_format == "base64" else row.tolist()
@@ -84,4 +83,4 @@ def _answer(service: Service, body: EmbeddingsBody, vectors: Tensor, tokens: int
     ]
     data = [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(values)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return json.dumps({"object": "list", "data": data, "model": service.name, "usage": usage})
+    return {"object": "list", "data": data, "model": service.name, "usage": usage}

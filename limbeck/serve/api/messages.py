@@ -23,12 +23,13 @@ from limbeck.traces.thought import KNOWN_MARKERS, Markers
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Of Unicode's noncharacters: one that no message has marks where a special token was broken up."""
+MOST_MESSAGES = 10_000
 
 
 class ChatPrompt(Body):
     """Messages and what the template makes of them."""
 
-    messages: Annotated[list[Any], Field(max_length=10_000)] = Field(default_factory=list)
+    messages: Annotated[list[Any], Field(max_length=MOST_MESSAGES)] = Field(default_factory=list)
     add_generation_prompt: bool = True
     """Begin the assistant's turn behind the messages."""
     continue_final_message: bool = False

@@ -80,7 +80,7 @@ def router(service: Service) -> APIRouter:
         body = await read(service, request, RerankBody)
         if len(body.documents) > service.limits.items:
             raise Invalid(f"{len(body.documents)} items; the server's limit is {service.limits.items}.", "documents")
-        labels = labels_of(service, body, is_relative=True)
+        labels = await labels_of(service, body, is_relative=True)
         (prefix,) = await ids_of(service, [service.rank_prompt.prefix_of(body.query)], "query", special=True)
         items, warnings = await _items(service, body, len(prefix))
         asked = Request(prefix, items, labels)
@@ -102,10 +102,12 @@ async def _items(service: Service, body: RerankBody, prefix_tokens: int) -> tupl
     texts, warnings = list(body.documents), []
     characters = most * service.vocabulary.longest
     found = await ids_of(service, [text[:characters] for text in texts], "documents", special=False)
-    for place, ids in enumerate(found):
-        if len(ids) > most or len(texts[place]) > characters:
-            texts[place] = service.vocabulary.decode(ids[:most])
-            warnings.append(f"documents.{place} is longer than {most} tokens; it was cut to them.")
+    cut = {p: ids[:most] for p, ids in enumerate(found) if len(ids) > most or len(texts[p]) > characters}
+    decode = service.vocabulary.decode
+    read = await service.threads.run(body.size_bytes, lambda: {place: decode(ids) for place, ids in cut.items()})
+    for place, text in read.items():
+        texts[place] = text
+        warnings.append(f"documents.{place} is longer than {most} tokens; it was cut to them.")
     items = await ids_of(service, [service.rank_prompt.item_of(text) for text in texts], "documents", special=False)
     tail = items and max(map(len, items)) > room + frame
     if tail:  # the template's words and the document's joined in another way than apart

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from limbeck.serve.api.chat import ChatBody, Reply
+from limbeck.serve.api.messages import MOST_MESSAGES
 from limbeck.serve.api.shapes import Body, Positive, Seconds, Shape, described, new_id, now, read, time_limit, written
 from limbeck.serve.api.streaming import stream
 from limbeck.serve.errors import Invalid
@@ -53,7 +54,7 @@ def router(service: Service) -> APIRouter:
     async def respond(request: Request, timeout: Seconds = None) -> Response:
         until = time_limit(service, timeout)
         body = await read(service, request, ResponsesBody)
-        reply = await Reply.begun(service, _chat(body), until)
+        reply = await Reply.begun(service, await service.threads.run(body.size_bytes, lambda: _chat(body)), until)
         answer = _Answer(service, body, reply)
         return await stream(service, answer.events(), has_names=True) if body.stream else await answer.whole()
 
@@ -69,7 +70,7 @@ def _chat(body: ResponsesBody) -> ChatBody:
     form = body.text.format
     schema = None if form is None or form.schema_ is None else {"schema": form.schema_}
     asked = {"type": "text" if form is None else form.type, "json_schema": schema}
-    return ChatBody.model_validate(
+    chat = ChatBody.model_validate(
         {
             "messages": [*first, *_turns(body.input)],
             "max_tokens": body.max_output_tokens,
@@ -78,12 +79,16 @@ def _chat(body: ResponsesBody) -> ChatBody:
             "response_format": asked,
         }
     )
+    chat._size = body.size_bytes
+    return chat
 
 
 def _turns(given: Any) -> list[dict[str, Any]]:
     turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Invalid("input: give a text, or a list of turns.", "input")
+    if len(turns) > MOST_MESSAGES:
+        raise Invalid(f"input: {len(turns)} turns; the server's limit is {MOST_MESSAGES}.", "input")
     for place, turn in enumerate(turns):
         if turn.get("type", "message") != "message":
             raise Invalid(f"input.{place}: of type {str(turn['type'])[:40]!r}; turns are messages.", "input")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from limbeck.engine import constraints
 from limbeck.engine.constraints import Form
@@ -15,7 +15,7 @@ from limbeck.engine.jobs import Job, ThoughtBudget
 from limbeck.engine.sampling import Sampling
 from limbeck.serve.api.shapes import Body, Count, Ids, Positive, Shape
 from limbeck.serve.errors import Invalid, too_long
-from limbeck.serve.forms import Compiled
+from limbeck.serve.forms import SOURCE_CHARACTERS, Compiled, source_of
 from limbeck.serve.service import Service
 
 SEED_MASK = (1 << 63) - 1
@@ -82,13 +82,20 @@ class ResponseFormat(Shape):
 class StructuredOutputs(Shape):
     """vLLM's way to ask for a form."""
 
-    model_config = ConfigDict(extra="forbid")
-
     json_: Any = Field(None, alias="json")
     """A schema, or one as text."""
     json_object: bool = False
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     regex: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all(cls, data: Any) -> Any:
+        names = ("json", "json_object", "choice", "regex")
+        other = next((name for name in data if name not in names), None) if isinstance(data, dict) else None
+        if other is not None:  # told here, for the first alone
+            raise ValueError(f"{other[:40]!r} is none of {', '.join(names)}")
+        return data
 
     @property
     def forms(self) -> list[Form]:
@@ -107,13 +114,12 @@ class StructuredOutputs(Shape):
 
 def _schema(value: Any) -> Any:
     try:
-        schema = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+        schema = json.loads(value[: SOURCE_CHARACTERS + 1]) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
         schema = None
     if not isinstance(schema, dict | bool):
-        raise Invalid(
-            "structured_outputs.json: give a schema, as an object or as JSON in a text.", "structured_outputs"
-        )
+        told = f"give a schema, as an object or as JSON in a text of at most {SOURCE_CHARACTERS} characters."
+        raise Invalid(f"structured_outputs.json: {told}", "structured_outputs")
     return schema
 
 
@@ -200,7 +206,7 @@ async def make_jobs(
     """
     _check_size(service, body, prompts, max_tokens, log_probs)
     ends = frozenset(() if body.ignore_eos else service.vocabulary.ends) | frozenset(body.stop_token_ids)
-    compiled = None if body.form is None else await service.forms.compiled(body.form, until)
+    compiled = await _compiled(service, body, until)
     job = functools.partial(
         Job,
         max_tokens=max_tokens,
@@ -222,6 +228,19 @@ async def make_jobs(
     for one in jobs[:: body.n]:
         service.generator.check(one)
     return jobs
+
+
+async def _compiled(service: Service, body: SamplingBody, until: float) -> Compiled | None:
+    """The form that is asked for. Raises: as `make_jobs`."""
+    if body.response_format is None and body.structured_outputs is None:
+        return None
+
+    def asked() -> tuple[Form, str] | None:
+        form = body.form
+        return None if form is None else (form, source_of(form))
+
+    found = await service.threads.run(body.size_bytes, asked)
+    return None if found is None else await service.forms.compiled(*found, until)
 
 
 def check_count(service: Service, texts: int) -> None:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, Field
 
-from limbeck.engine.requests import Request, Scores, label_ids
+from limbeck.engine.requests import Request, Scores, single_tokens
 from limbeck.serve.api.shapes import (
     Body,
     Ids,
@@ -37,7 +37,7 @@ class LabelBody(Body):
     """Which tokens an item is scored by."""
 
     label_token_ids: Annotated[Ids, Field(min_length=1, max_length=1000)] | None = None
-    labels: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    labels: Annotated[list[str], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
     """The same as text; each is one token, a space in front of it included."""
 
 
@@ -98,7 +98,7 @@ def router(service: Service) -> APIRouter:
     async def score(request: HttpRequest, timeout: Seconds = None) -> Response:
         until = time_limit(service, timeout)
         body = await read(service, request, ScoreBody)
-        labels = labels_of(service, body, is_relative=body.apply_softmax or body.query is None)
+        labels = await labels_of(service, body, is_relative=body.apply_softmax or body.query is None)
         requests = await _requests(service, body, labels)
         found = await run(service, requests, until)
         usage = usage_of(requests)
@@ -129,6 +129,10 @@ async def _requests(service: Service, body: ScoreBody, labels: Sequence[int]) ->
     if body.item_first:
         (query,) = await ids_of(service, [body.query], "query", special=False)
         texts = await ids_of(service, body.items, "items", special=True)
+        total = len(texts) * len(query) + sum(map(len, texts))
+        if total > service.limits.body_values:
+            limit = service.limits.body_values
+            raise Invalid(f"{total} tokens with the query behind each item; the server's limit is {limit}.", "items")
         return [Request((), [[*text, *query] for text in texts], labels, full)]
     return [(await request_of(service, body.query, body.items, labels))._replace(full=full)]
 
@@ -193,7 +197,7 @@ def first_label(scores: Scores) -> list[float]:
     return scores.label_log_probs[:, 0].exp().tolist()
 
 
-def labels_of(service: Service, body: LabelBody, is_relative: bool) -> Sequence[int]:
+async def labels_of(service: Service, body: LabelBody, is_relative: bool) -> Sequence[int]:
     """Ids of the labels that a request is scored by.
 
     Args:
@@ -202,7 +206,7 @@ def labels_of(service: Service, body: LabelBody, is_relative: bool) -> Sequence[
     """
     if body.label_token_ids is not None and body.labels is not None:
         raise Invalid("labels and label_token_ids say the same; give one of them.", "labels")
-    name, labels = _asked_labels(service, body)
+    name, labels = await _asked_labels(service, body)
     if labels is None:
         raise Invalid("label_token_ids or labels: needed, since this model's tokenizer has no ' yes' and ' no'.")
     if len(set(labels)) < len(labels):
@@ -214,9 +218,9 @@ def labels_of(service: Service, body: LabelBody, is_relative: bool) -> Sequence[
     return labels
 
 
-def _asked_labels(service: Service, body: LabelBody) -> tuple[str, Sequence[int] | None]:
+async def _asked_labels(service: Service, body: LabelBody) -> tuple[str, Sequence[int] | None]:
     if body.labels is not None:
-        return "labels", label_ids(service.tokenizer, body.labels)
+        return "labels", single_tokens(body.labels, await ids_of(service, body.labels, "labels", special=False))
     return "label_token_ids", service.labels if body.label_token_ids is None else body.label_token_ids
 
 

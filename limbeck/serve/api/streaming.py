@@ -13,7 +13,7 @@ from limbeck.serve.service import Service
 
 Events = AsyncGenerator[str, None]
 """JSON texts."""
-LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 """Valid in JSON, but clients that split at Python's line ends would cut an event in two."""
 
 
@@ -64,4 +64,6 @@ async def stream(service: Service, events: Events, has_names: bool = False) -> E
 def line(event: str, has_name: bool = False) -> str:
     """An event as it is sent."""
     name = f"event: {json.loads(event)['type']}\n" if has_name else ""
-    return f"{name}data: {event.translate(LINE_ENDS)}\n\n"
+    for end, escaped in LINE_ENDS.items():
+        event = event.replace(end, escaped)
+    return f"{name}data: {event}\n\n"

@@ -58,9 +58,9 @@ def router(service: Service) -> APIRouter:
             ids = (await prompt_ids(service, body)).ids
         text_of = service.vocabulary.text_of
 
-        def made() -> Tokens:
-            names = [text_of(token) for token in ids] if body.return_token_strs else None
-            return Tokens(count=len(ids), max_model_len=service.decoder.max_tokens, tokens=ids, token_strs=names)
+        def made() -> dict[str, Any]:
+            found = {"count": len(ids), "max_model_len": service.decoder.max_tokens, "tokens": ids}
+            return found | ({"token_strs": [text_of(token) for token in ids]} if body.return_token_strs else {})
 
         return await written(service, body.size_bytes, made)
 

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 from limbeck.serve.errors import Invalid
 from limbeck.serve.text import overlap
 
-FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
-PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?(?:</parameter>|\Z)", re.DOTALL)
-HARMONY = re.compile(r"to=(?:functions\.)?([\w.-]+)[^<]*(?:<\|constrain\|>\w*)?<\|message\|>(.*)", re.DOTALL)
+FUNCTION = re.compile(r"<function=([^<>\s]++)>(.*?)(?:</function>|\Z)", re.DOTALL)
+PARAMETER = re.compile(r"<parameter=([^<>\s]++)>\n?(.*?)\n?(?:</parameter>|\Z)", re.DOTALL)
+HARMONY = re.compile(
+    r"<\|channel\|>\w++ to=(?:functions\.)?([\w.-]++)[^<]*+(?:<\|constrain\|>\w*+)?<\|message\|>(.*)", re.DOTALL
+)
 
 
 class Call(NamedTuple):
@@ -42,7 +44,7 @@ class ToolForm(NamedTuple):
     def calls(self, text: str) -> list[Call]:
         """Of what stands between start and end. Raises: ValueError for what is none."""
         if self is HARMONY_FORM:
-            match = HARMONY.search(text)
+            match = HARMONY.match(text)
             if match is None:
                 raise ValueError(text)
             return [Call(match[1], json.dumps(json.loads(match[2]), ensure_ascii=False))]
@@ -128,8 +130,8 @@ class ToolSplitter:
             keep = len(self._held) if may_be else 0
         else:
             keep = max(overlap(self._held, start) for start in self._form.starts)
-            while self._held[: len(self._held) - keep].endswith("\n"):  # in front of a call it goes with it
-                keep += 1
+            rest = self._held[: len(self._held) - keep]
+            keep += len(rest) - len(rest.rstrip("\n"))  # in front of a call they go with it
         passed, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self._has_begun = self._has_begun or bool(passed.strip())
         return passed
