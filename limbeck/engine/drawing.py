@@ -90,15 +90,15 @@ def _kept(ranked: Tensor, sampling: Sampling) -> Tensor:
     return kept.masked_fill_(ranked < sampling.min_p * ranked[0], 0)
 
 
-def drawn_of(tokens: Sequence[int], logits: Tensor, top: int) -> list[Drawn]:
-    """Log-probs of tokens and their alternatives at temperature 1, before any filter.
+def drawn_of(tokens: Sequence[int], logits: Tensor, top: int, temperature: float = 1.0) -> list[Drawn]:
+    """Log-probs of tokens and their alternatives, log softmax(logits / temperature), before any filter.
 
     Args:
       tokens: one a row.
       logits: [R V].
       top: alternatives to report.
     """
-    log_probs = logits.log_softmax(-1)
+    log_probs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
     own = log_probs.gather(1, torch.tensor(tokens, dtype=torch.int64)[:, None])[:, 0].tolist()
     best = log_probs.topk(min(top, log_probs.shape[1]))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -104,6 +104,8 @@ def _check_limits(job: Job) -> None:
         raise ConfigError("a thought's budget must be 0 tokens or more, with a closing marker.")
     if min(job.top_log_probs or 0, job.prompt_log_probs or 0) < 0:
         raise ConfigError("top_log_probs and prompt_log_probs must be 0 or more.")
+    if not 0.0 < job.log_prob_temperature < float("inf"):
+        raise ConfigError(f"log_prob_temperature must be finite and above 0; found {job.log_prob_temperature}.")
     job.sampling.check()
 
 

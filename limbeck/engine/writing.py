@@ -27,6 +27,7 @@ def echoed(run: Run, span: Span, states: Tensor, logits: Callable[[Tensor], Tens
             prompt[first + 1 : min(first + HEAD_ROWS, stop) + 1],
             logits(states[first - start : min(first + HEAD_ROWS, stop) - start]),
             top,
+            run.job.log_prob_temperature,
         )
     ]
 
@@ -63,4 +64,4 @@ def settled(run: Run, logits: Tensor, proposal: Proposal | None) -> Drawn:
 def _with_log_prob(run: Run, token: int, logits: Tensor) -> Drawn:
     if run.job.top_log_probs is None:
         return Drawn(token, None, ())
-    return drawn_of([token], logits[None], run.job.top_log_probs)[0]
+    return drawn_of([token], logits[None], run.job.top_log_probs, run.job.log_prob_temperature)[0]

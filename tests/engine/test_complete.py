@@ -276,3 +276,13 @@ def test_int8_is_near_and_has_its_own_log_probs(llama: nn.Module, prompts: list[
 def test_a_bad_config_is_refused(fields: dict) -> None:
     with pytest.raises(ConfigError):
         SamplingConfig(**fields)
+
+
+def test_log_probs_are_at_the_temperature_that_draws(llama: nn.Module, prompts: list[list[int]]) -> None:
+    config = SamplingConfig(max_new_tokens=6, temperature=0.6, batch_size=8)
+    for prompt, (written,) in zip(prompts, complete(llama, prompts, config, [], 5, log_probs=True), strict=True):
+        ids = torch.tensor([prompt + written.token_ids])
+        with torch.no_grad():
+            rows = llama(ids).logits[0, len(prompt) - 1 : -1]
+        expected = (rows / 0.6).log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        assert written.log_probs == pytest.approx(expected.tolist(), abs=2e-5)
