@@ -8,6 +8,8 @@ Five moments are compared, and the highest is the answer:
     update     weights, gradients and optimizer state, and what the update copies
     validation weights + teacher + optimizer, and a forward pass of uncut sequences
 
+On a CPU a state that is written beside the training adds a copy of trained weights and optimizer state to any of them.
+
 Activations are what autograd keeps of a layer, in float32 bytes a token (D width, Q and K widths of queries and keys, F
 neurons, N heads), for the three ways in which a layer is computed:
 
@@ -170,6 +172,7 @@ def training_memory(
     validation: Pass | None = None,
     threads: int = 1,
     is_adapted: bool = False,
+    saves: bool = False,
 ) -> dict[str, int]:
     """Bytes by term at the highest moment of a run on one device.
 
@@ -182,6 +185,7 @@ def training_memory(
       validation: the largest group of held-out sequences.
       threads: of the CPU.
       is_adapted: whether adapters train.
+      saves: whether states are written while training goes on.
     """
     way, dims = student.way, student.dims
     trainable = 4 * student.trainable_parameters
@@ -190,6 +194,8 @@ def training_memory(
         "weights": 4 * student.sizes.num_parameters,
         "teacher": sum(4 * teacher.sizes.num_parameters for teacher in teachers),
     }
+    if saves and way.is_cpu:
+        resident["saving"] = trainable + states
     later = states if steps > 1 else 0
     kept = {"optimizer": later, "gradients": trainable if accumulates else 0}
     of_loss = loss_bytes(loss, way, largest.rows, threads)

@@ -194,7 +194,9 @@ class TrainingConfig:
     patience: int | None = None
     """With keep_best: stop after so many validations in a row without a lower loss; null never."""
     save_every_steps: int = 100
-    """Write a state to resume from every so many steps; 0 never."""
+    """Write a state to resume from every so many steps, beside the training; 0 never."""
+    keep_states: int = 1
+    """How many of the last states stay; one that is damaged is passed over for the one before it."""
     track: tuple[TrackerName, ...] = ()
     """Trackers that get every line of metrics.jsonl too: tensorboard, wandb, mlflow, trackio."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -205,6 +207,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "max_tokens", "microbatch_tokens", "bucket_batches", "num_threads", "patience"):
             _check_positive(name, getattr(self, name))
+        _check_positive("keep_states", self.keep_states)
         for name in ("validate_every_steps", "save_every_steps", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and at least 0; found {getattr(self, name)}")

@@ -2,7 +2,7 @@
 
 The weights that training starts from take part, as step 0: a run never ends worse than it began. Weights go to a file
 named by their step, in the working directory. Which step is best follows from the start and metrics.jsonl, so a resumed
-run reads it off there; the file that its state relies on stays until the next state is saved.
+run reads it off there; the files that states rely on stay as long as they do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from limbeck.checkpoint import STATE_PREFIX
 from limbeck.models.sharded import copy_whole_, whole_tensor
 
 BEST_PREFIX = "best-"
@@ -33,7 +34,10 @@ class Guard:
         """Metrics of the best step; None before the first validation with a finite loss."""
         self._misses = 0
         self._directory, self._column, self._patience, self._writes = directory, column, patience, writes
-        self._saved: Mapping[str, Any] | None = None
+        self._bests: list[Mapping[str, Any]] = []
+        """Metrics of every step that was the best so far."""
+        self._saved_step = 0
+        """Of the newest state, which may still be under way."""
 
     def begin(self, row: Mapping[str, Any], model: nn.Module) -> None:
         """Take in the weights that training starts from, as `watch` does; what an interrupted run left stays."""
@@ -44,7 +48,6 @@ class Guard:
         """Take in the metrics of the steps before the state that a run goes on from."""
         for row in rows:
             self._is_better(row)
-        self._saved = self.best
 
     def watch(self, row: Mapping[str, Any], model: nn.Module) -> None:
         """Take in the metrics of a step; if best, keep the weights of `model`."""
@@ -52,9 +55,9 @@ class Guard:
             self._write(row, model)
             self._tidy()
 
-    def saved(self) -> None:
-        """Note that a state was saved: from now on a resumed run starts with today's best."""
-        self._saved = self.best
+    def saved(self, step: int) -> None:
+        """Note that a state of `step` is saved or under way: a run resumed from it starts with the best until then."""
+        self._saved_step = step
         self._tidy()
 
     @property
@@ -77,6 +80,7 @@ class Guard:
             return False
         if value < (math.inf if self.best is None else self.best[self._column]):
             self.best, self._misses = row, 0
+            self._bests.append(row)
             return True
         self._misses += 1
         return False
@@ -90,13 +94,19 @@ class Guard:
         save_file(weights, partial)
         partial.replace(self._file(row))
 
+    def _best_until(self, step: int) -> list[Mapping[str, Any]]:
+        """What a run resumed from the state of `step` takes for the best; none before the first validation."""
+        return [row for row in self._bests if row["step"] <= step][-1:]
+
     def _file(self, row: Mapping[str, Any]) -> Path:
         return self._directory / f"{BEST_PREFIX}{row['step']:08d}.safetensors"
 
     def _tidy(self) -> None:
         if not self._writes:
             return
-        needed = {self._file(row) for row in (self.best, self._saved) if row is not None}
+        states = [int(path.name.removeprefix(STATE_PREFIX)) for path in self._directory.glob(STATE_PREFIX + "*")]
+        needed = {self._file(row) for step in (self._saved_step, *states) for row in self._best_until(step)}
+        needed |= {self._file(row) for row in self._bests[-1:]}
         for file in self._directory.glob(BEST_PREFIX + "*.safetensors"):
             if file not in needed:
                 file.unlink()

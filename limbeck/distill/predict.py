@@ -268,6 +268,7 @@ def _memory(setup: Setup, charges: Sequence[Charge], steps: int, accumulates: bo
         validation=_validation(setup),
         threads=config.training.num_threads or torch.get_num_threads(),
         is_adapted=config.lora is not None,
+        saves=0 < config.training.save_every_steps < steps and config.training.parallel.strategy == "replicate",
     )
 
 

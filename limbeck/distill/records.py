@@ -13,8 +13,9 @@ from limbeck.distill.data import fingerprint
 from limbeck.distill.guard import Guard
 from limbeck.distill.output import keep_lines
 from limbeck.distill.parallel import ParallelConfig, total_cost, wait
+from limbeck.distill.saving import Saving
 from limbeck.distill.setup import Run
-from limbeck.distill.state import load_state, save_state
+from limbeck.distill.state import load_state, take_state
 from limbeck.distill.trackers import Tracker, open_tracker
 from limbeck.distill.validation import validate
 from limbeck.errors import LimbeckError
@@ -23,13 +24,17 @@ from limbeck.models.sharded import is_sharded
 
 
 class Records:
-    """Validates, logs, saves and guards a run, step by step; on every rank, of which the first one writes."""
+    """Validates, logs, saves and guards a run, step by step; on every rank, of which the first one writes.
+
+    Leaving its block waits for the state under way.
+    """
 
     def __init__(self, run: Run, directory: Path) -> None:
         """Records of `run` in `directory`; the weights that it starts from are the first that the guard knows."""
         self._run, self._directory, training = run, directory, run.config.training
         self._metrics = directory / "metrics.jsonl"
         self._identity = _identity(run)
+        self._saving = Saving(directory, training.keep_states)
         self._with_kd = training.keep_best == "kd"
         self._guard: Guard | None = None
         self._trackers: list[Tracker] = []
@@ -40,6 +45,12 @@ class Records:
             column = f"validation_{training.keep_best}"
             self._guard = Guard(directory, column, training.patience, run.ranks.is_first)
             self._guard.begin({"step": 0, **validate(run, with_kd=self._with_kd)}, run.student.model)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._saving.finish()
 
     def begin(self, resume: bool) -> int:
         """Go on from the last state where asked; returns the number of steps that are done."""
@@ -79,7 +90,7 @@ class Records:
                 file.write(json.dumps(row) + "\n")
         self._track(row)
         if not is_last and _is_due(step, training.save_every_steps):
-            self._save(step)
+            self._save(step, goes_on=True)
         return is_last
 
     def _track(self, row: Mapping[str, Any]) -> None:
@@ -94,7 +105,9 @@ class Records:
         Raises: LimbeckError, which says how.
         """
         if not _is_due(step, self._run.config.training.save_every_steps):
-            self._save(step)
+            self._save(step, goes_on=False)
+        if problem := self._saving.finish():
+            raise LimbeckError(f"asked to end (SIGTERM): {problem}; --resume goes on from the state before, if any.")
         raise LimbeckError(f"asked to end (SIGTERM): saved behind step {step}; --resume goes on.")
 
     def end(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -107,24 +120,28 @@ class Records:
         self._guard.load_best(self._run.student.model)
         return row if self._guard.best is None else self._guard.best
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, goes_on: bool) -> None:
+        """Save behind a step; whether training `goes_on` meanwhile."""
         run, cost = self._run, total_cost(self._run.ledger, self._run.ranks)
         if run.ranks.is_first or is_sharded(run.student.model):
             with run.ledger.phase("saving"):
                 rollouts = None if run.rollouts is None else run.rollouts.state()
                 share = None if run.stop_control is None else run.stop_control.share
-                save_state(
-                    self._directory, step, run.student.model, run.optimizer, cost, self._identity, rollouts, share
+                model, optimizer = run.student.model, run.optimizer
+                self._saving.finish()  # so that there is one copy at a time
+                self._saving.begin(
+                    take_state(step, model, optimizer, cost, self._identity, rollouts, share, copies=goes_on)
                 )
         if self._guard is not None:
-            self._guard.saved()
+            self._guard.saved(step)
 
 
 def _identity(run: Run) -> str:
     """Of all that decides the result; how processes share the work does not, so a run may go on on others."""
     config: Any = run.config
-    alone = replace(config, training=replace(config.training, parallel=ParallelConfig(), track=()))
-    return config_hash({"config": to_dict(alone), "traces": fingerprint(run.data.train), **run.identity})
+    alone = to_dict(replace(config, training=replace(config.training, parallel=ParallelConfig(), track=())))
+    del alone["training"]["keep_states"]
+    return config_hash({"config": alone, "traces": fingerprint(run.data.train), **run.identity})
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -60,6 +60,8 @@ class Run(NamedTuple):
 
     feed: Any = None
     """Lays micro-batches out ahead (`step_work.Feed`), for the length of the loop."""
+    is_ending: Callable[[], bool] = lambda: False
+    """Whether this process was asked to end (SIGTERM)."""
 
     @property
     def in_step(self) -> bool:

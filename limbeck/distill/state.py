@@ -2,8 +2,8 @@
 
 The order of the traces and the dropout are functions of (seed, step), so there is no generator state to keep. Tensors
 go to safetensors, numbers to JSON; those of a model in parts go to one file a process (`parts`), and either kind goes
-on on any number of processes. A state is written under a temporary name and renamed, and the one before it is deleted
-only then, so a kill at any moment leaves a whole one.
+on on any number of processes. A state is written under a temporary name and renamed, and older ones are deleted only
+then, so a kill at any moment leaves a whole one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from limbeck.errors import CheckpointError
 from limbeck.ledger import Ledger
 from limbeck.models.sharded import is_sharded
 from limbeck.optim.settings import COUNTERS
+from limbeck.progress import say
 
 WEIGHTS = "weights.safetensors"
 """File of a state in one piece."""
@@ -42,8 +43,20 @@ class Resumed(NamedTuple):
     """Share of whole traces that a controller has raised (`StopControl.share`)."""
 
 
-def save_state(
-    directory: Path,
+class State(NamedTuple):
+    """What a run goes on from, in memory."""
+
+    step: int
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    """Of the optimizer."""
+    record: dict[str, Any]
+    """Everything else, JSON-ready."""
+    in_parts: bool
+    """Whether every process holds a part."""
+
+
+def take_state(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -51,47 +64,67 @@ def save_state(
     identity: str,
     rollouts: Mapping[str, Any] | None = None,
     share: float | None = None,
-) -> None:
-    """Write the state after `step` steps below `directory`; `cost` is the ledger's, over all ranks.
+    *,
+    copies: bool = False,
+) -> State:
+    """The state after `step` steps; `cost` is the ledger's, over all ranks.
+
+    Args:
+      copies: on the CPU, in memory of its own, so that training may go on; a model in parts is never copied.
+    """
+    in_parts = is_sharded(model)
+    weights, whole = _trained(model), optimizer.state_dict()
+    tensors, numbers = _flatten(whole["state"])
+    if copies and not in_parts:
+        weights, tensors = (
+            {name: tensor.to("cpu", copy=True) for name, tensor in own.items()} for own in (weights, tensors)
+        )
+    record = {
+        "step": step,
+        "identity": identity,
+        "optimizer": numbers,
+        "groups": [{name: group[name] for name in COUNTERS if name in group} for group in whole["param_groups"]],
+        "ledger": dict(cost),
+        "rollouts": rollouts,
+        "share": share,
+    }
+    return State(step, weights, tensors, record, in_parts)
+
+
+def write_state(directory: Path, state: State, keep: int = 1) -> None:
+    """Write a state below `directory`, where the last `keep` stay.
 
     One process writes a model that it holds whole; all of them write one in parts, to a directory that all can see.
     """
-    final = directory / f"{STATE_PREFIX}{step:08d}"
+    final = directory / f"{STATE_PREFIX}{state.step:08d}"
     partial = directory / "state.partial"
-    in_parts = is_sharded(model)
-    is_first = not in_parts or dist.get_rank() == 0
+    is_first = not state.in_parts or dist.get_rank() == 0
     if is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    weights = _trained(model)
-    whole = optimizer.state_dict()
-    tensors, numbers = _flatten(whole["state"])
-    if in_parts:
+    if state.in_parts:
         dist.barrier()
-        save_parts(partial, weights | tensors)
+        save_parts(partial, state.weights | state.tensors)
         dist.barrier()
     else:
-        _save_whole(weights, partial / WEIGHTS)
-        _save_whole(tensors, partial / "optimizer.safetensors")
+        _save_whole(state.weights, partial / WEIGHTS)
+        _save_whole(state.tensors, partial / "optimizer.safetensors")
     if not is_first:
         return
-    groups = [{name: group[name] for name in COUNTERS if name in group} for group in whole["param_groups"]]
-    write_json(
-        partial / "state.json",
-        {
-            "step": step,
-            "identity": identity,
-            "optimizer": numbers,
-            "groups": groups,
-            "ledger": dict(cost),
-            "rollouts": rollouts,
-            "share": share,
-        },
-    )
-    older = list(directory.glob(STATE_PREFIX + "*"))
-    partial.rename(final)
-    for path in older:
+    write_json(partial / "state.json", state.record)
+    # Of later steps are those that could not be read, and were passed over.
+    older = [path for path in states_in(directory) if path.name < final.name]
+    passed_over = [path for path in states_in(directory) if path.name >= final.name]
+    for path in passed_over:
         shutil.rmtree(path)
+    partial.rename(final)
+    for path in older[: max(0, len(older) + 1 - keep)]:
+        shutil.rmtree(path)
+
+
+def states_in(directory: Path) -> list[Path]:
+    """The states below a directory, the oldest first."""
+    return sorted(directory.glob(STATE_PREFIX + "*"))
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
@@ -107,34 +140,42 @@ def load_state(
 ) -> Resumed | None:
     """Restore the newest whole state below `directory`, in place; None when there is none.
 
-    Raises: CheckpointError when it is damaged or belongs to a run of another identity (config, start, traces).
+    One that is damaged is passed over where an older one was kept, and told; the run ends with the same bits.
+
+    Raises: CheckpointError when the oldest is damaged too, or one belongs to a run of another identity (config, start,
+      traces).
     """
-    states = sorted(directory.glob(STATE_PREFIX + "*"))
-    if not states:
-        return None
-    path = states[-1]
-    try:
-        tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if tree["identity"] != identity:
-            raise CheckpointError(
-                f"{path}: this state belongs to another config or other traces; use the same ones or drop --resume."
-            )
-        resumed = Resumed(int(tree["step"]), tree["rollouts"], tree.get("share"))
-        if is_sharded(model) or not (path / WEIGHTS).exists():
-            _restore_parts(path, model, optimizer, tree["optimizer"])
-        else:
-            entries = _unflatten(load_file(path / "optimizer.safetensors"), tree["optimizer"])
-            _restore(model, optimizer, load_file(path / WEIGHTS), entries)
-        for group, counters in zip(optimizer.param_groups, tree["groups"], strict=True):
-            group.update(counters)
-        ledger.restore(tree["ledger"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        what = " ".join(str(error).split())[:200]
+    states = states_in(directory)
+    for path in reversed(states):
+        try:
+            return _load(path, model, optimizer, ledger, identity)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            what = " ".join(str(error).split())[:200]
+            if path == states[0]:
+                raise CheckpointError(
+                    f"{path}: damaged, or of a limbeck that shaped the model otherwise ({what}); --overwrite drops it."
+                ) from error
+            say(f"note: {path}: damaged ({what}); going on from the state before it.")
+    return None
+
+
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: Ledger, identity: str) -> Resumed:
+    tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if tree["identity"] != identity:
         raise CheckpointError(
-            f"{path}: damaged, or of a limbeck that shaped the model otherwise ({what}); --overwrite drops it."
-        ) from error
+            f"{path}: this state belongs to another config or other traces; use the same ones or drop --resume."
+        )
+    resumed = Resumed(int(tree["step"]), tree["rollouts"], tree.get("share"))
+    if is_sharded(model) or not (path / WEIGHTS).exists():
+        _restore_parts(path, model, optimizer, tree["optimizer"])
+    else:
+        entries = _unflatten(load_file(path / "optimizer.safetensors"), tree["optimizer"])
+        _restore(model, optimizer, load_file(path / WEIGHTS), entries)
+    for group, counters in zip(optimizer.param_groups, tree["groups"], strict=True):
+        group.update(counters)
+    ledger.restore(tree["ledger"])
     return resumed
 
 

@@ -100,21 +100,22 @@ def train(setup: Run, working: Path, resume: bool) -> Mapping[str, Any]:
     step_tokens = [sum(len(setup.data.train[i]) for i in step.indices) for step in setup.steps]
     total, title = sum(step_tokens[first:]), "distilling" if setup.teacher else "fine-tuning"
     waiting: deque[_Step] = deque()
-    with bar(title, total) as progress, Feed(setup) as feed, asked_to_end() as is_ending:
-        setup = setup._replace(feed=feed)
+    is_ending = False
+    with bar(title, total) as progress, records, Feed(setup) as feed, asked_to_end() as asked:
+        setup = setup._replace(feed=feed, is_ending=asked)
         for number in range(first, len(setup.steps)):
             waiting.append(_step(setup, number))
             # A device is let go on while the numbers of its last step come, unless the weights of now are asked for.
-            is_last_here = setup.ranks.world_size == 1 and is_ending()
-            is_late = setup.ranks.device.type != "cpu" and not (is_last_here or records.needs_weights(number + 1))
-            while len(waiting) > is_late:
-                row = waiting.popleft().row()
+            is_late = setup.ranks.device.type != "cpu" and not records.needs_weights(number + 1)
+            while len(waiting) > (is_late and not is_ending):
+                done = waiting.popleft()
+                row, is_ending = done.row(), is_ending or done.numbers.read().is_ending
                 is_last = records.add(row)
                 speed = row["tokens"] / max(1e-9, setup.ledger.seconds_so_far)
                 progress.advance(step_tokens[row["step"] - 1], f"loss {row['loss']:.4f}, {speed:,.0f} tokens/s")
             if not waiting and is_last:
                 break
-            if is_last_here:
+            if is_ending:
                 records.leave(number + 1)
     return records.end(row)
 
@@ -132,7 +133,7 @@ class _Step(NamedTuple):
 
         Raises: LimbeckError where the loss or the gradient is not finite.
         """
-        ce, kd, tokens, norm = self.numbers.read()
+        ce, kd, tokens, _, norm = self.numbers.read()
         _refuse_divergence(self.number, ce + kd, norm)
         row = {"step": self.number + 1, "loss": ce + kd, "ce_term": ce, "kd_term": kd}
         return row | {"gradient_norm": norm, "learning_rate": self.rate, "tokens": tokens, **self.columns}
@@ -185,7 +186,7 @@ def _update(setup: Run, number: int, work: StepWork, losses: Sequence[tuple[Tens
         norm = clip_gradients(model, config.training.clip_norm or float("inf"))
         rate = config.optimizer.learning_rate * learning_rate_factor(config.schedule, number, len(setup.steps))
         rate *= config.training.rate_factor(number)
-        numbers = Pending(setup.ranks, losses, setup.ledger.counts["tokens"], norm)
+        numbers = Pending(setup.ranks, losses, setup.ledger.counts["tokens"], setup.is_ending(), norm)
         if setup.ranks.device.type == "cpu":
             ce, kd, *_ = found = numbers.read()
             _refuse_divergence(number, ce + kd, found.norm)

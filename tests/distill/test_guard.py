@@ -162,12 +162,12 @@ def test_only_needed_files_stay(tmp_path):
     model, guard = torch.nn.Linear(2, 2), Guard(tmp_path, "validation_ce", None)
     names = lambda: sorted(path.name[5:13] for path in tmp_path.iterdir())  # noqa: E731
     guard.watch(row(1, 3.0), model)
-    guard.saved()
+    guard.saved(1)
     guard.watch({"step": 2}, model)
     guard.watch(row(3, 2.0), model)
     guard.watch(row(4, 1.0), model)
     assert names() == ["00000001", "00000004"], "a run resumed from the state needs step 1"
-    guard.saved()
+    guard.saved(4)
     assert names() == ["00000004"]
     again = Guard(tmp_path, "validation_ce", 2)
     again.replay(json.loads(json.dumps([row(1, 3.0), row(4, 1.0), row(5, 1.5)])))
@@ -197,3 +197,17 @@ def test_without_a_finite_loss_the_last_weights_stay(tmp_path):
 def test_what_cannot_work_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         overfit(**changes)
+
+
+def test_every_state_that_is_kept_keeps_its_best_weights(tmp_path):
+    model, guard = torch.nn.Linear(2, 2), Guard(tmp_path, "validation_ce", None)
+    for step, value in ((1, 3.0), (2, 2.0), (3, 2.5), (4, 1.0)):
+        guard.watch(row(step, value), model)
+        if step in (1, 3):
+            guard.saved(step)
+            (tmp_path / f"state-{step:08d}").mkdir()
+    best = {int(path.stem.removeprefix("best-")) for path in tmp_path.glob("best-*")}
+    assert best == {1, 2, 4}
+    (tmp_path / "state-00000001").rmdir()
+    guard.saved(4)
+    assert {int(path.stem.removeprefix("best-")) for path in tmp_path.glob("best-*")} == {2, 4}
