@@ -32,6 +32,7 @@ from limbeck.yaml_values import RECIPES, Number, read_recipe
 Config = TypeVar("Config")
 
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _COMPLETE: dict[type, Complete] = {}
 
@@ -172,6 +173,11 @@ def takes_only_text(hint: Any) -> bool:
     return bool(rest) and all(option in (str, Path) or _is_text_literal(option) for option in rest)
 
 
+def is_address(text: str) -> bool:
+    """Whether text names something on another store, as s3://BUCKET/KEY does."""
+    return bool(_ADDRESS.match(text))
+
+
 def _is_text_literal(option: Any) -> bool:
     return typing.get_origin(option) is typing.Literal and all(isinstance(arg, str) for arg in typing.get_args(option))
 
@@ -198,6 +204,8 @@ def _value(hint: Any, value: Any, where: str, path: str) -> Any:
         return _nested(nested, value, where, path)
     if isinstance(value, bool) and _is_number(hint):
         raise ConfigError(f"{where}: {path}: expected a number; found {str(value).lower()}.")
+    if isinstance(value, str) and is_address(value) and {Path, str} & {*options_of(hint)} == {Path}:
+        raise ConfigError(f"{where}: {path}: {value} is on another store; copy it here, or mount the store.")
     for kind, parts in ((typing.get_origin(option), typing.get_args(option)) for option in options_of(hint)):
         if kind in (list, tuple):
             return _entries(parts, value, where, path)

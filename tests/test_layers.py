@@ -13,7 +13,7 @@ LAYERS = [
     ["yaml_values"],
     ["config"],
     ["flags", "placement", "progress", "client"],
-    ["checkpoint"],
+    ["checkpoint", "stores"],
     ["stage"],
     ["commands"],
     ["library", "help"],

@@ -13,6 +13,7 @@ from limbeck.errors import CheckpointError
 from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.load import model_hash, quiet
 from limbeck.teacher.cache import Spec
+from limbeck.traces.sources import path_of
 
 
 def write_model(setup: Run, directory: Path) -> None:
@@ -47,13 +48,13 @@ def inputs_of(config: DistillConfig) -> dict[str, str]:
         if teacher.server is not None:
             found[f"{role}_server"] = f"{teacher.server} {teacher.server_model or 'its only model'}"
     found |= {role: model_hash(name) for role, name in names.items() if name is not None}
-    traces = Path(config.traces.source)
+    traces = path_of(config.traces.source)
     return found | ({"traces": hash_path(traces)} if traces.exists() else {})
 
 
 def cost_of_traces(config: DistillConfig) -> Mapping[str, Any] | None:
     """The ledger of `limbeck traces complete` where the traces are its own: a student wrote them for this run."""
-    source = Path(config.traces.source)
+    source = path_of(config.traces.source)
     made = Checkpoint(source if source.is_dir() else source.parent)
     is_completed = source.exists() and made.is_finished and made.manifest["stage"] == "traces complete"
     return made.cost if is_completed else None

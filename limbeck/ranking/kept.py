@@ -9,11 +9,6 @@ from pathlib import Path
 from limbeck.progress import say
 
 
-def cache_directory(kind: str) -> Path:
-    """~/.cache/limbeck/KIND, or under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limbeck" / kind
-
-
 def keep(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file whole or not at all; one that cannot be written is done without."""
     working = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")

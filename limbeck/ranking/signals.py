@@ -21,10 +21,11 @@ import pyarrow
 
 from limbeck.ranking.arrays import Arrays, arrays_of
 from limbeck.ranking.factors import EPOCHS, FACTORS, fit_factors
-from limbeck.ranking.kept import cache_directory, keep
+from limbeck.ranking.kept import keep
 from limbeck.ranking.log import Coded, Log
 from limbeck.ranking.request import LogRequests
 from limbeck.ranking.split import Split
+from limbeck.stores import cache_directory
 
 SignalName = Literal["rate", "member", "factors"]
 PRIOR = 5.0

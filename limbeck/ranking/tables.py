@@ -26,8 +26,9 @@ from limbeck.errors import ConfigError, DataError, nearest
 from limbeck.progress import bar, say
 from limbeck.ranking import columns
 from limbeck.ranking.interaction import NO_FEATURES, Features
-from limbeck.ranking.kept import cache_directory, keep
+from limbeck.ranking.kept import keep
 from limbeck.ranking.log import Coded, Log
+from limbeck.stores import cache_directory
 
 SUFFIXES = (".parquet", ".csv", ".tsv")
 _BLOCK_BYTES = 8 << 20

@@ -10,7 +10,7 @@ from limbeck.config import checked
 from limbeck.stage import How
 from limbeck.traces.counts import tell
 from limbeck.traces.select import SelectConfig, select_traces
-from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.sources import TraceConfig, path_of, read_traces
 from limbeck.traces.trace import write_jsonl
 
 
@@ -29,7 +29,7 @@ def run(config: ImportConfig, out: Path, *, how: How = How()) -> Checkpoint:
     traces, read = read_traces(config.traces)
     selected, counts = select_traces(traces, config.select)
     tell([*read.lines(), *counts.lines()])
-    source = Path(config.traces.source)
+    source = path_of(config.traces.source)
     with output_directory(out, overwrite=how.overwrite) as working:
         write_jsonl(selected, working / "traces.jsonl")
         write_manifest(

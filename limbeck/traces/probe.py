@@ -38,7 +38,7 @@ from limbeck.stage import How
 from limbeck.traces.counts import tell
 from limbeck.traces.render import PROBED_CHARS, LocatedSample, RenderConfig, render_located, tokens_until
 from limbeck.traces.select import SelectConfig, select_traces
-from limbeck.traces.sources import TraceConfig, read_traces
+from limbeck.traces.sources import TraceConfig, path_of, read_traces
 from limbeck.traces.trace import Trace, write_jsonl
 
 MARKS = {"lines": r"\n", "sentences": r"[.!?](?=\s|$)|\n"}
@@ -110,7 +110,7 @@ def run(config: ProbeConfig, out: Path, *, how: How = How()) -> Checkpoint:
         write_jsonl(probed, working / "traces.jsonl")
         counts = {"traces": len(traces), "with_cut_point": len(shares)}
         metrics = {"mean_kept_fraction": float(np.mean(shares)) if shares else None}
-        source = Path(config.traces.source)
+        source = path_of(config.traces.source)
         write_manifest(
             working,
             stage="traces probe",

@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck.config import checked
+from limbeck.config import checked, is_address
 from limbeck.errors import ConfigError, TraceFormatError, nearest
+from limbeck.stores import local_path
 from limbeck.traces.containers import decode
 from limbeck.traces.counts import ReadCounts, Tally
 from limbeck.traces.directory import trace_files
-from limbeck.traces.files import Located, kind_of, read_file
+from limbeck.traces.files import COMPRESSIONS, SUFFIXES, Located, kind_of, read_file
 from limbeck.traces.gym import read_gym
 from limbeck.traces.hub import is_hub_id, is_saved_dataset, read_hub, read_saved
 from limbeck.traces.parse import FORMATS, detect, parse_record, with_known_names
@@ -43,7 +44,8 @@ class TraceConfig:
     source: str
     """A file (.jsonl, .ndjson or .json, plain or compressed, or .parquet); a directory of such files, or one that
     datasets.save_to_disk wrote; reasoning-gym:TASK, builtin:chain or builtin:recheck, which make traces;
-    else a hub id (owner/name), the only source that uses the network."""
+    else a hub id (owner/name); or the address of a file or directory on a store that fsspec knows (s3://, gs://,
+    hf://), which is copied here first. Only the last two use the network."""
     format: str = "auto"
     """Format of the records: limbeck, messages, sharegpt, prompt_completion, text, columns, gsm8k, reasoning_gym, or
     prompts without a reply; auto finds it for each record."""
@@ -212,7 +214,22 @@ def _locate(config: TraceConfig) -> Iterator[Located]:
     if config.source.startswith(GYM_PREFIX):
         _refuse_splits(config, "a task that makes its traces")
         return read_gym(config.source.removeprefix(GYM_PREFIX), config.num_traces or 0, config.seed)
-    path = Path(config.source)
+    path = path_of(config.source)
+    if is_address(config.source):
+        return (_from_store(located, path, config.source) for located in _locate_path(path, config))
+    return _locate_path(path, config)
+
+
+def path_of(source: str) -> Path:
+    """Where a source lies that is no task: its path, or the copy of what is on a store."""
+    return local_path(source, (*SUFFIXES, *COMPRESSIONS, ".arrow"))
+
+
+def _from_store(located: Located, copy: Path, address: str) -> Located:
+    return located._replace(where=located.where.replace(str(copy), address))
+
+
+def _locate_path(path: Path, config: TraceConfig) -> Iterator[Located]:
     if path.is_file():
         _refuse_splits(config, "a single file")
         return read_file(path)
