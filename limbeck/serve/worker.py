@@ -151,7 +151,20 @@ class Worker(threading.Thread):
             room -= size
             return is_first or room >= 0
 
-        parts = self._to_score.take(has_room)
+        requests = self._sorted(self._to_score.take(has_room))
+        try:
+            found = dict(enumerate(self.scorer.score([request for _, request in requests]) if requests else ()))
+        except Exception:  # of one of them, maybe: asked for again in halves
+            found = apart(
+                range(len(requests)),
+                lambda numbers: dict(zip(numbers, self.scorer.score([requests[n][1] for n in numbers]), strict=True)),
+                lambda number, error: self._fail(requests[number][0].ticket, error),
+            )
+        for number, scores in found.items():
+            self._tell(requests[number][0], scores, True)
+
+    def _sorted(self, parts: list[Part]) -> list[tuple[Part, Request]]:
+        """Those that are scored in one batch; of the others, prefixes are pinned, and long ones wait for their turn."""
         self._start(parts)
         requests: list[tuple[Part, Request]] = []
         piece = self.config.batch_tokens // PIECES
@@ -164,13 +177,7 @@ class Worker(threading.Thread):
                 self._prefill(part, part.work)
             elif isinstance(part.work, Request):
                 requests.append((part, part.work))
-        found = apart(
-            range(len(requests)),
-            lambda numbers: dict(zip(numbers, self.scorer.score([requests[n][1] for n in numbers]), strict=True)),
-            lambda number, error: self._fail(requests[number][0].ticket, error),
-        )
-        for number, scores in found.items():
-            self._tell(requests[number][0], scores, True)
+        return requests
 
     def _go_on(self) -> None:
         """A piece of the large request whose turn it is."""
