@@ -38,11 +38,15 @@ class Line:
         self.parts: list[Part] = []
         self._is_cached, self._k, self._picked = is_cached, k, 0
 
-    def take(self, has_room: Callable[[Part], bool]) -> list[Part]:
-        """Take parts out by k-LPM, up to the first one that there is no room for."""
+    def take(
+        self, has_room: Callable[[Part], bool], is_its_turn: Callable[[Part], bool] = lambda part: True
+    ) -> list[Part]:
+        """Take parts out by k-LPM, up to the first one that there is no room for; those whose turn it is not stay."""
         taken: list[Part] = []
-        parts = self._window()
+        parts = [part for part in self._window() if is_its_turn(part)]
         for index in order([part.keys for part in parts], self._is_cached, self._k, self._picked):
+            if not is_its_turn(parts[index]):
+                continue
             if not has_room(parts[index]):
                 break
             taken.append(parts[index])

@@ -33,6 +33,8 @@ STALL_SECONDS = 60.0
 """A round that takes longer is told by /health, and nobody is let in behind it."""
 PIECES = 4
 """Of a batch: a larger request is scored in pieces of this share, one a round."""
+FIRST_TEXTS = 4
+"""One place in so many is for requests of which no text is under way, so that many texts of one hold up nobody."""
 
 
 class Worker(threading.Thread):
@@ -207,7 +209,7 @@ class Worker(threading.Thread):
             self._fail(part.ticket, error)
 
     def _generate(self) -> None:
-        self._to_generate.take(self._admits)
+        self._to_generate.take(self._admits, self._may_begin)
         self._is_full = not self._jobs
         if not self._jobs:
             return
@@ -234,6 +236,12 @@ class Worker(threading.Thread):
         """A text could not go on; its request is over."""
         is_stalled = isinstance(error, Stalled)
         self._fail(part.ticket, Refusal(422, f"The text has stalled in its form: {error}.") if is_stalled else error)
+
+    def _may_begin(self, part: Part) -> bool:
+        """Whether a text may have one of the last places."""
+        places = self.generator.config.max_running
+        is_crowded = len(self._jobs) >= places - places // FIRST_TEXTS
+        return not (is_crowded and any(other.ticket is part.ticket for other in self._jobs.values()))
 
     def _admits(self, part: Part) -> bool:
         """Start a text if there is room for it."""

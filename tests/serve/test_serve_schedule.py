@@ -73,6 +73,22 @@ def test_a_part_without_room_stays_and_holds_up_the_rest():
     assert line.parts == parts[2:]
 
 
+def test_parts_whose_turn_it_is_not_hold_up_nobody():
+    line, greedy, taken = Line(nothing, 1), ticket(), []
+    parts = [*(Part(greedy, 0, []) for _ in range(5)), Part(ticket(), 0, [])]
+    line.parts = list(parts)
+
+    def has_room(part):
+        taken.append(part)
+        return True
+
+    def has_no_other(part):
+        return not any(other.ticket is part.ticket for other in taken)
+
+    assert line.take(has_room, has_no_other) == [parts[0], parts[5]]
+    assert line.parts == parts[1:5]
+
+
 def ticket() -> Ticket:
     made = object.__new__(Ticket)  # the queue of a real one wants an event loop
     made.parts = [Job(prompt=[1], max_tokens=1)]
