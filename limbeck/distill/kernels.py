@@ -44,7 +44,9 @@ BLOCK = 4096
 
 
 @triton.jit
-def _terms(log_s: Any, log_t: Any, log_share: Any, log_other: Any, p: Any, KIND: tl.constexpr) -> Any:
+def _terms(
+    log_s: tl.tensor, log_t: tl.tensor, log_share: tl.tensor, log_other: tl.tensor, p: tl.tensor, KIND: tl.constexpr
+) -> Any:
     """An entry's part of D and dD / dlog s; the mixture is exp(log_share) s + exp(log_other) t."""
     s, t = tl.exp(log_s), tl.exp(log_t)
     if KIND == 0:
@@ -73,21 +75,21 @@ def _terms(log_s: Any, log_t: Any, log_share: Any, log_other: Any, p: Any, KIND:
 
 
 @triton.jit
-def _rescale(old: Any, new: Any) -> Any:
+def _rescale(old: tl.tensor, new: tl.tensor) -> Any:
     """exp(old - new), and 0 before anything was seen."""
     return tl.where(old == -float("inf"), 0.0, tl.exp(old - new))
 
 
 @triton.jit
 def row_stats(
-    s_ptr: Any,
-    t_ptr: Any,
-    labels_ptr: Any,
-    stats_ptr: Any,
-    stride_s: Any,
-    stride_t: Any,
-    inv_t: Any,
-    p: Any,
+    s_ptr: tl.tensor,
+    t_ptr: tl.tensor,
+    labels_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    stride_s: tl.tensor,
+    stride_t: tl.tensor,
+    inv_t: tl.tensor,
+    p: tl.tensor,
     V: tl.constexpr,
     W: tl.constexpr,
     KIND: tl.constexpr,
@@ -135,15 +137,15 @@ def row_stats(
 
 @triton.jit
 def row_sums(
-    s_ptr: Any,
-    t_ptr: Any,
-    stats_ptr: Any,
-    stride_s: Any,
-    stride_t: Any,
-    inv_t: Any,
-    p: Any,
-    log_share: Any,
-    log_other: Any,
+    s_ptr: tl.tensor,
+    t_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    stride_s: tl.tensor,
+    stride_t: tl.tensor,
+    inv_t: tl.tensor,
+    p: tl.tensor,
+    log_share: tl.tensor,
+    log_other: tl.tensor,
     W: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -168,18 +170,18 @@ def row_sums(
 
 @triton.jit
 def to_gradient(
-    s_ptr: Any,
-    t_ptr: Any,
-    labels_ptr: Any,
-    stats_ptr: Any,
-    ce_ptr: Any,
-    kd_ptr: Any,
-    stride_s: Any,
-    stride_t: Any,
-    inv_t: Any,
-    p: Any,
-    log_share: Any,
-    log_other: Any,
+    s_ptr: tl.tensor,
+    t_ptr: tl.tensor,
+    labels_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    ce_ptr: tl.tensor,
+    kd_ptr: tl.tensor,
+    stride_s: tl.tensor,
+    stride_t: tl.tensor,
+    inv_t: tl.tensor,
+    p: tl.tensor,
+    log_share: tl.tensor,
+    log_other: tl.tensor,
     V: tl.constexpr,
     W: tl.constexpr,
     KIND: tl.constexpr,
@@ -204,7 +206,7 @@ def to_gradient(
 
 
 @triton.jit
-def log_sums(z_ptr: Any, out_ptr: Any, stride: Any, V: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def log_sums(z_ptr: tl.tensor, out_ptr: tl.tensor, stride: tl.tensor, V: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """Log-sum-exp of a row."""
     row = tl.program_id(0).to(tl.int64)
     top, total = -float("inf"), 0.0
@@ -219,12 +221,12 @@ def log_sums(z_ptr: Any, out_ptr: Any, stride: Any, V: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def to_two_terms(
-    z_ptr: Any,
-    first_ptr: Any,
-    second_ptr: Any,
-    a_ptr: Any,
-    b_ptr: Any,
-    stride: Any,
+    z_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    stride: tl.tensor,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
