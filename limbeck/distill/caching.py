@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.config import checked
 from limbeck.distill.data import UNCUT
+from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
 from limbeck.stage import How
 from limbeck.teacher.build import write_cache
 from limbeck.teacher.cache import CacheConfig
+from limbeck.teacher.reading import Translation, translate
 from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import make_example
 from limbeck.traces.counts import tell
 from limbeck.traces.fit import fit
 from limbeck.traces.render import RenderConfig
 from limbeck.traces.rendering import render_traces
+from limbeck.traces.sample import Sample
 from limbeck.traces.select import SelectConfig, select_traces
 from limbeck.traces.sources import TraceConfig, read_traces
 from limbeck.traces.supervise import Preset, SupervisionConfig
+from limbeck.traces.trace import Trace
 from limbeck.traces.truncate import TruncationConfig
 
 
@@ -29,7 +34,8 @@ class CacheStageConfig:
     """Whose words on which tokens are stored, and in which form."""
 
     teacher: str
-    """Directory, alias (tiny-teacher, smollm2-135m) or hub id of the teacher; its tokenizer renders the traces."""
+    """Directory, alias (tiny-teacher, smollm2-135m) or hub id of the teacher; its tokenizer renders the traces, or that
+    of cache.tokenizer."""
     traces: TraceConfig
     """Where the traces come from."""
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -46,6 +52,26 @@ class CacheStageConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     """What is kept at a position."""
 
+    def __post_init__(self) -> None:
+        if self.cache.tokenizer and "prompt" in self.segments:
+            raise ConfigError(
+                f"segments {self.segments}: with cache.tokenizer the teacher reads the prompt in its own template, so "
+                "that there are no targets in it; choose cot+answer, cot or answer"
+            )
+
+    @property
+    def tokenizer(self) -> str:
+        """The model whose tokenizer renders the traces."""
+        return self.cache.tokenizer or self.teacher
+
+    def translated(
+        self, samples: Sequence[Sample], asked: Sequence[Stored], traces: Sequence[Trace]
+    ) -> Translation | None:
+        """What the teacher reads in place of the samples of the traces; None where it reads them themselves."""
+        if not self.cache.tokenizer:
+            return None
+        return translate(self.teacher, self.tokenizer, samples, asked, traces, self.render)
+
 
 def run(config: CacheStageConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """Bring the cache in `out` to hold what `config` asks for; a call that was interrupted goes on.
@@ -55,12 +81,13 @@ def run(config: CacheStageConfig, out: Path, *, how: How = How()) -> Checkpoint:
     traces, read = read_traces(config.traces)
     traces, selected = select_traces(traces, config.select)
     samples, _, notes = render_traces(
-        traces, load_tokenizer(config.teacher), config.render, config.max_trace_tokens, config.traces.on_bad
+        traces, load_tokenizer(config.tokenizer), config.render, config.max_trace_tokens, config.traces.on_bad
     )
     tell([*read.lines(), *selected.lines(), *notes])
     segments = SupervisionConfig(preset=config.segments)
     cut = fit(config.truncation, samples)
     examples = [make_example(sample, cut, segments) for sample in samples]
     asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
-    write_cache(config.teacher, config.cache, asked, out, config, how.on)
+    translation = config.translated([example.sample for example in examples], asked, traces)
+    write_cache(config.teacher, config.cache, asked, out, config, how.on, translation)
     return Checkpoint(out)

@@ -22,40 +22,31 @@ from limbeck.teacher.score import forward_groups
 from limbeck.teacher.shard import Stored
 from limbeck.traces.batch import make_example
 from limbeck.traces.rendering import render_traces
-from limbeck.traces.sample import Sample
 from limbeck.traces.select import select_traces
 from limbeck.traces.sources import read_traces
 from limbeck.traces.supervise import SupervisionConfig
 
 
-def predict_cache(
-    config: CacheStageConfig,
-    *,
-    teacher: Any = None,
-    tokenizer: Any = None,
-    samples: Sequence[Sample] | None = None,
-    hardware: Hardware | None = None,
-) -> Prediction:
+def predict_cache(config: CacheStageConfig, *, hardware: Hardware | None = None) -> Prediction:
     """Cost of `limbeck teacher cache`, as of an empty directory; FLOPs as the ledger will count them.
 
     Args:
       config: the stage.
-      teacher: transformers config of the teacher, where `config.teacher` does not exist yet.
-      tokenizer: of the teacher; loaded when None.
-      samples: rendered traces, where `config.traces` do not exist yet.
       hardware: this machine, measured, when None.
     """
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config.teacher)
-    if samples is None:
-        traces, _ = select_traces(read_traces(config.traces)[0], config.select)
-        samples = render_traces(traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad).samples
+    tokenizer = load_tokenizer(config.tokenizer)
+    traces, _ = select_traces(read_traces(config.traces)[0], config.select)
+    samples = render_traces(traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad).samples
     supervision = SupervisionConfig(preset=config.segments)
     examples = [make_example(sample, config.truncation, supervision) for sample in samples]
     asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
-    shape = teacher if teacher is not None else config_of(config.teacher)
-    cache, is_projected = config.cache, config.cache.mode == "projected"
-    width = Dims.of(config_of(cache.student)).width if is_projected else 0
-    return predict_stored(shape, asked, vocabulary_size(tokenizer), cache.mode == "hidden", hardware, width)
+    vocab_size = vocabulary_size(tokenizer)
+    translation = config.translated([example.sample for example in examples], asked, traces)
+    if translation is not None:
+        vocab_size, asked = len(translation.vocabularies.teacher.table), translation.read_for(asked)
+    cache = config.cache
+    width = Dims.of(config_of(cache.student)).width if cache.mode == "projected" else 0
+    return predict_stored(config_of(config.teacher), asked, vocab_size, cache.mode == "hidden", hardware, width)
 
 
 def predict_stored(

@@ -20,6 +20,7 @@ from limbeck.models.tiny import ScratchConfig
 from limbeck.optim.build import OptimizerConfig
 from limbeck.optim.growing_batch import BatchGrowth
 from limbeck.optim.schedules import ScheduleConfig
+from limbeck.teacher.cache import Spec
 from limbeck.teacher.served import Dialect
 from limbeck.traces.batch import Layout
 from limbeck.traces.render import RenderConfig
@@ -87,6 +88,11 @@ class TeacherConfig:
             raise ConfigError("others lists further teachers, but the first has neither model, cache nor server")
         if any(other.others or not other.is_named for other in self.others):
             raise ConfigError("every entry of others needs a model, a cache or a server, and no others of its own")
+
+    @property
+    def is_translated(self) -> bool:
+        """Whether what it says is stored for a student with another tokenizer."""
+        return self.cache is not None and bool(Spec.read(self.cache).tokenizer)
 
     @property
     def is_named(self) -> bool:

@@ -31,6 +31,7 @@ from limbeck.teacher.live import LiveTeacher
 from limbeck.teacher.projected import head_hash
 from limbeck.teacher.served import check_tokenizer, connect
 from limbeck.teacher.several import OneTeacher, SeveralTeachers, Teacher
+from limbeck.teacher.spelling import tokenizer_hash
 
 
 def load_student(config: LoopConfig, tokenizer: Any = None) -> tuple[Any, Any]:
@@ -251,16 +252,26 @@ def _check_teacher(teacher: TeacherConfig, tokenizer: Any) -> None:
     if teacher.cache is not None and vocabulary_size(tokenizer) != Spec.read(teacher.cache).vocab_size:
         raise PairError(
             f"{teacher.cache}: of a vocabulary of {Spec.read(teacher.cache).vocab_size} tokens, the "
-            f"student's has {vocabulary_size(tokenizer)}; token distillation needs one tokenizer."
+            f"student's has {vocabulary_size(tokenizer)}; write a cache for the student's (cache.tokenizer)."
         )
+    if teacher.is_translated:
+        assert teacher.cache is not None
+        spec = Spec.read(teacher.cache)
+        if tokenizer_hash(tokenizer) != spec.tokenizer:
+            raise PairError(
+                f"{teacher.cache}: written for the tokenizer of {spec.config.tokenizer}, and the student's is another "
+                "one; write a cache for the student's (cache.tokenizer)."
+            )
+        return
     if teacher.model is None:
         return
     other = load_tokenizer(teacher.model)
     if other.get_vocab() != tokenizer.get_vocab():
         differing = len(set(other.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
         raise PairError(
-            f"teacher {teacher.model}: its tokenizer differs from the student's in {differing} entries; token "
-            "distillation needs one tokenizer. Use a teacher of the same family, or train on its text (no teacher)."
+            f"teacher {teacher.model}: its tokenizer differs from the student's in {differing} entries. Write a cache "
+            "for the student's (limbeck teacher cache --cache.tokenizer STUDENT) and train on it, or train on the "
+            "teacher's text (no teacher)."
         )
 
 

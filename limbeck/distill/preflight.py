@@ -30,7 +30,8 @@ def check_templates(config: DistillConfig, tokenizer: Any) -> None:
 
     Raises: PairError, naming the first place where they differ.
     """
-    names = [teacher.model for teacher in (config.teacher, *config.teacher.others) if teacher.model is not None]
+    teachers = (config.teacher, *config.teacher.others)
+    names = [one.model for one in teachers if one.model is not None and not one.is_translated]
     if not names:
         return
     (trace, *_), _ = read_traces(replace(config.traces, num_traces=1, on_bad="keep"))

@@ -284,6 +284,16 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def stated_ends(name: str, config: Any) -> set[int]:
+    """End tokens by a model's config, which is given, and its generation_config.json."""
+    place = locate(name)
+    file = Path(place.path) / "generation_config.json"
+    trees: list[Any] = [getattr(config, "eos_token_id", None)]
+    if place.is_local and not place.gguf_file and file.is_file():
+        trees.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+    return {token for tree in trees for token in (tree if isinstance(tree, list) else [tree]) if token is not None}
+
+
 def load_scratch(config: ScratchConfig, layout: Layout = "padded", tokenizer: Any = None) -> tuple[Any, Any]:
     """On the CPU, a randomly initialised model for the given tokenizer, or for the built-in one, and that tokenizer."""
     model = scratch_model(config, tokenizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from limbeck.engine.generation import Generator
 from limbeck.engine.requests import label_ids
 from limbeck.engine.scoring import Scorer
 from limbeck.errors import ModelError
-from limbeck.models.load import load_tokenizer, locate, model_hash
+from limbeck.models.load import load_tokenizer, locate, model_hash, stated_ends
 from limbeck.ranking.data import training_of
 from limbeck.ranking.featurize import FeaturizeConfig
 from limbeck.serve.config import ServeConfig
@@ -52,7 +51,7 @@ class Service:
         block, kernels = config.scoring.block_tokens, config.generation.kernels
         drafter = make_drafter(config.speculative, config.model, self.decoder, block, kernels, self.budget)
         self.generator = Generator(self.decoder, self.scorer.cache, config.generation, drafter, self.budget)
-        self.vocabulary = Vocabulary(self.tokenizer, _stated_ends(config.model, self.decoder.config))
+        self.vocabulary = Vocabulary(self.tokenizer, stated_ends(config.model, self.decoder.config))
         self.features = _trained_features(config.model)
         self.rank_prompt = GENERAL if self.features is None else trained(self.features)
         self.labels = self._label_ids()
@@ -119,16 +118,6 @@ class Service:
             "vllm:spec_decode_num_accepted_tokens_per_pos": list(speculation.accepted_at),
             "limbeck:spec_decode_skipped_tokens": speculation.skipped_tokens,
         }
-
-
-def _stated_ends(model: str, config: Any) -> set[int]:
-    """End tokens by the model's config.json and generation_config.json."""
-    place = locate(model)
-    file = Path(place.path) / "generation_config.json"
-    trees: list[Any] = [getattr(config, "eos_token_id", None)]
-    if place.is_local and not place.gguf_file and file.is_file():
-        trees.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
-    return {token for tree in trees for token in (tree if isinstance(tree, list) else [tree]) if token is not None}
 
 
 def _trained_features(model: str) -> FeaturizeConfig | None:

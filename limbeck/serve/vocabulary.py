@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+from limbeck.models.token_bytes import TokenBytes
 from limbeck.traces.thought import KNOWN_MARKERS, THINK
 
-BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""A byte in the vocabularies of sentencepiece."""
-SPACE = "▁"
-"""Stands for a space there."""
 LONG_TOKENS = 1024
 """Texts of more are decoded without the interpreter's lock, so that other threads go on."""
 
@@ -39,12 +32,11 @@ class Vocabulary:
         tokens = tokenizer.get_vocab()
         self.longest = max(map(len, tokens), default=1)
         """Characters of the longest token."""
-        self._added = {token: str(added.content) for token, added in tokenizer.added_tokens_decoder.items()}
         self.controls = tuple(
             sorted({str(added.content) for added in tokenizer.added_tokens_decoder.values() if added.special}, key=len)
         )
         """What reads as a special token where it stands in a text."""
-        self._kind = _kind(tokenizer, tokens)
+        self._token_bytes = TokenBytes(tokenizer)
         self.text_of = functools.lru_cache(1 << 16)(self._text_of)
         """The text of one token."""
         self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
@@ -69,32 +61,6 @@ class Vocabulary:
         return self.decode([token])
 
     def _bytes_of(self, token: int, is_start: bool) -> bytes:
-        if token in self._added:
-            return self._added[token].encode()
-        if self._kind == "plain":
-            return self.decode([token]).encode()
-        written = self._tokenizer.convert_ids_to_tokens(token) or ""
-        if self._kind == "bytes":
-            return bytes(_unicode_bytes()[character] for character in written)
-        byte = BYTE.fullmatch(written)
-        if byte is not None:
-            return bytes([int(byte[1], 16)])
-        text = written.replace(SPACE, " ")
+        data = self._token_bytes.of(token)
         # The space in front of a text's first word is no part of it, where the decoder takes it away.
-        return text[1:].encode() if is_start and text[:1] == " " and self.decode([token])[:1] != " " else text.encode()
-
-
-@functools.cache
-def _unicode_bytes() -> dict[str, int]:
-    return {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-def _kind(tokenizer: Any, tokens: dict[str, int]) -> str:
-    """How tokens are written: as bytes (GPT-2's letters), pieces (sentencepiece's), or plain."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = json.dumps(json.loads(backend.to_str()).get("decoder")) if backend is not None else ""
-    if '"ByteLevel"' in decoder:
-        return "bytes"
-    if '"ByteFallback"' in decoder or "<0x0A>" in tokens:
-        return "pieces"
-    return "plain"
+        return data[1:] if is_start and data[:1] == b" " and self.decode([token])[:1] != " " else data

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from limbeck.checkpoint import Checkpoint, write_json, write_manifest
-from limbeck.errors import CheckpointError, PairError
+from limbeck.errors import CheckpointError, ConfigError, PairError
 from limbeck.ledger import Ledger
 from limbeck.models.anatomy import head_of
 from limbeck.models.load import load_model, load_tokenizer, model_hash, vocabulary_size
@@ -31,8 +31,11 @@ from limbeck.runner.place import Prepared
 from limbeck.stage import Place
 from limbeck.teacher.cache import CHECKSUMS, SPEC, CacheConfig, Spec, TeacherCache, check_sums, open_shards, seal
 from limbeck.teacher.projected import head_hash
+from limbeck.teacher.reading import Reading, Translation
 from limbeck.teacher.score import score_shard, student_head
 from limbeck.teacher.shard import PARTIAL, Shard, Stored
+from limbeck.teacher.translated import score_translated
+from limbeck.teacher.vocabulary_map import KINDS, VocabularyMap
 
 SHARD_POSITIONS = 16_384
 """Positions in a shard: what a kill costs at most."""
@@ -45,6 +48,7 @@ def write_cache(
     out: Path,
     stage_config: Any,
     on: Place = "local",
+    translation: Translation | None = None,
 ) -> dict[str, Any]:
     """Load the teacher, bring `out` to hold targets of all `sequences`, and finish it with manifest and checksums.
 
@@ -52,14 +56,20 @@ def write_cache(
       teacher: directory, alias or hub id.
       stage_config: what goes into the manifest as the config.
       on: where the teacher is loaded and the shards are scored.
+      translation: what the teacher reads in place of the sequences, where they are of another tokenizer.
     Returns: the manifest's metrics: fidelity, bytes, cost, shards written and kept.
+    Raises: ConfigError for another tokenizer without a translation, and what `fill_cache` raises.
     """
+    if config.tokenizer and translation is None:
+        raise ConfigError("cache.tokenizer: only `limbeck teacher cache` writes targets for another tokenizer.")
     scorer = Prepared(partial(load_model, teacher, layout="packed"), on)
-    [(_, spec)] = scorer.map(partial(_spec, teacher), [config])
+    [(_, spec)] = scorer.map(partial(_spec, teacher, translation), [config])
     ledger = Ledger(here().device)
     positions = sum(int(root.positions.sum()) for root in share_prefixes(sequences))
     with bar("teacher cache, positions", positions) as progress:
-        counts = fill_cache(scorer, spec, sequences, out, ledger=ledger, advance=progress.advance)
+        counts = fill_cache(
+            scorer, spec, sequences, out, ledger=ledger, advance=progress.advance, translation=translation
+        )
     if counts["shards_written"] == 0 and _is_sealed(out):
         return Checkpoint(out).manifest["metrics"]
     cost = ledger.as_dict()
@@ -94,14 +104,37 @@ def verify(directory: Path) -> dict[str, Any]:
     return {"verified": str(directory), **{name: stats(directory)[name] for name in ("shards", "positions", "bytes")}}
 
 
-def _spec(name: str, model: Any, config: CacheConfig) -> Spec:
-    return spec_of(model, name, model_hash(name), vocabulary_size(load_tokenizer(name)), config)
+def _spec(name: str, translation: Translation | None, model: Any, config: CacheConfig) -> Spec:
+    return spec_of(model, name, model_hash(name), vocabulary_size(load_tokenizer(name)), config, translation)
 
 
-def spec_of(model: Any, name: str, identity: str, vocab_size: int, config: CacheConfig) -> Spec:
+def spec_of(
+    model: Any,
+    name: str,
+    identity: str,
+    vocab_size: int,
+    config: CacheConfig,
+    translation: Translation | None = None,
+) -> Spec:
     """The spec of a cache of `model`, which was loaded as `name` and has the hash `identity`."""
     weight = head_of(model).weight
-    dtype, vocab_size = str(weight.dtype).removeprefix("torch."), min(vocab_size, len(weight))
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if translation is not None:
+        if vocab_size > len(weight):
+            raise PairError(f"teacher {name}: the tokenizer has {vocab_size} tokens, the model only {len(weight)}.")
+        student = len(translation.vocabularies.student.table)
+        return Spec(
+            name,
+            identity,
+            student,
+            weight.shape[1],
+            dtype,
+            config,
+            tokenizer=translation.tokenizer,
+            read_as=translation.read_as,
+            vocab_read=vocab_size,
+        )
+    vocab_size = min(vocab_size, len(weight))
     if config.mode != "projected":
         return Spec(name, identity, vocab_size, weight.shape[1], dtype, config)
     head = student_head(config.student, vocab_size, weight.device)
@@ -131,6 +164,7 @@ class _Job(NamedTuple):
 
     path: Path
     members: Sequence[Stored]
+    readings: Sequence[Reading] | None
 
     @property
     def positions(self) -> int:
@@ -146,6 +180,7 @@ def fill_cache(
     shard_positions: int = SHARD_POSITIONS,
     ledger: Ledger | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    translation: Translation | None = None,
 ) -> dict[str, Any]:
     """Bring the directory `out` to hold targets of all `sequences`; `cache.seal` finishes it.
 
@@ -153,6 +188,7 @@ def fill_cache(
       scorer: where the teacher of `spec` is loaded, with the packed attention, and scores.
       sequences: token ids and positions; duplicates and beginnings of others cost nothing.
       advance: called with the number of positions done.
+      translation: as for `write_cache`.
     Returns: counts (shards written and kept, positions scored).
     Raises: PairError when `out` is the cache of another teacher or form; CheckpointError when a shard of another plan
       is damaged.
@@ -160,12 +196,16 @@ def fill_cache(
     ledger = ledger or Ledger()
     _claim(out, spec)
     plan, shards = plan_shards(sequences, spec, out, shard_positions)
-    jobs = [_Job(out / f"shard-{plan}-{number:05d}.bin", members) for number, members in enumerate(shards)]
+    jobs = [
+        _Job(out / f"shard-{plan}-{number:05d}.bin", members, None if translation is None else translation.of(members))
+        for number, members in enumerate(shards)
+    ]
     missing = [job for job in jobs if not _is_whole(job.path, spec)]
     advance(sum(job.positions for job in jobs) - sum(job.positions for job in missing))
     if missing:
         (out / CHECKSUMS).unlink(missing_ok=True)
-    for job, cost in scorer.map(partial(_score, spec), missing):
+    vocabularies = None if translation is None else translation.vocabularies
+    for job, cost in scorer.map(partial(_score, spec, vocabularies), missing):
         ledger.restore(cost)
         advance(job.positions)
     return {
@@ -175,10 +215,13 @@ def fill_cache(
     }
 
 
-def _score(spec: Spec, model: Any, job: _Job) -> dict[str, Any]:
+def _score(spec: Spec, vocabularies: VocabularyMap | None, model: Any, job: _Job) -> dict[str, Any]:
     """Write one shard; its cost."""
     ledger = Ledger(head_of(model).weight.device)
-    score_shard(model, spec, job.members, job.path, ledger)
+    if vocabularies is None or job.readings is None:
+        score_shard(model, spec, job.members, job.path, ledger)
+    else:
+        score_translated(model, spec, vocabularies, job.members, job.readings, job.path, ledger)
     return ledger.as_dict()
 
 
@@ -247,6 +290,24 @@ def fidelity(shards: Sequence[Shard]) -> dict[str, Any]:
         **({} if None in errors or not shards else {"rounding_error": math.sqrt(sum(errors) / (sum(sizes) or 1.0))}),
         "mass_kept": totals["mass"] / rows,
         "entries_per_position": totals["entries"] / rows,
+        **_translation_of([shard.header["translation"] for shard in shards if "translation" in shard.header], totals),
+    }
+
+
+def _translation_of(found: Sequence[dict[str, Any]], totals: dict[str, Any]) -> dict[str, Any]:
+    """How true the targets for another tokenizer are: shares of the positions, and of the mass where there are any."""
+    if not found:
+        return {}
+    sums = {name: sum(one[name] for one in found) for name in ("with_target", "same_start", "over_several", *KINDS)}
+    known = max(1, sums["with_target"])
+    mass = {f"mass_{kind}": sums[kind] / known for kind in KINDS}
+    return {
+        "vocabulary_matched": found[0]["vocabulary_matched"],
+        "positions_with_target": sums["with_target"] / max(1, totals["positions"]),
+        "positions_same_start": sums["same_start"] / known,
+        "positions_over_several": sums["over_several"] / known,
+        **mass,
+        "mass_open": 1 - sum(mass.values()),
     }
 
 

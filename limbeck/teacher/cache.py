@@ -41,6 +41,7 @@ SPEC, CHECKSUMS, SHARDS = "cache.json", "checksums.txt", "shard-*.bin"
 Mode = Literal["top_k", "sampled", "hidden", "projected"]
 MODES = ("top_k", "sampled", "hidden", "projected")
 _PROJECTED_FIELDS = ("student", "temperature", "precision")
+_TRANSLATED_FIELDS = ("tokenizer", "read_as", "vocab_read")
 
 
 @checked
@@ -57,6 +58,9 @@ class CacheConfig:
     """Entries below this probability go to the tail; the likeliest is always kept (mode top_k)."""
     num_samples: int = 50
     """Draws at a position (mode sampled)."""
+    tokenizer: str = only("mode", "top_k", default="")
+    """Directory, alias or hub id of a model whose tokenizer the student has, where it is not the teacher's: the teacher
+    reads the same texts in its own tokens, and what it says is stored for the student's."""
     student: str = only("mode", "projected", default="")
     """Directory, alias or hub id of the student whose head the targets are for."""
     temperature: float = only("mode", "projected", default=1.0)
@@ -95,22 +99,38 @@ class Spec(NamedTuple):
     config: CacheConfig
     head: str = ""
     """`head_hash` of the student in mode projected."""
+    tokenizer: str = ""
+    """`tokenizer_hash` of the student, where it is not the teacher's."""
+    read_as: str = ""
+    """Then a hash of how the teacher writes what it reads."""
+    vocab_read: int = 0
+    """Then the tokens of the teacher's vocabulary."""
+
+    @property
+    def teacher_vocab(self) -> int:
+        """Tokens of the teacher's vocabulary, whose logits are computed."""
+        return self.vocab_read or self.vocab_size
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready; what mode projected alone knows is left out elsewhere, as caches of before have it."""
+        """JSON-ready; what some caches alone have is left out elsewhere, as caches of before have it."""
         tree = self._asdict() | {"config": dataclasses.asdict(self.config)}
         if self.config.mode != "projected":
             del tree["head"]
             for name in _PROJECTED_FIELDS:
                 del tree["config"][name]
+        if not self.tokenizer:
+            del tree["config"]["tokenizer"]
+            for name in _TRANSLATED_FIELDS:
+                del tree[name]
         return tree
 
     @property
     def identity(self) -> str:
         """A hash of all but the names of the models; every shard has it in its header."""
         tree = self.as_dict() | {"teacher": ""}
-        if self.head:
-            tree["config"]["student"] = ""
+        for field, name in ((self.head, "student"), (self.tokenizer, "tokenizer")):
+            if field:
+                tree["config"][name] = ""
         return config_hash(tree)
 
     @classmethod

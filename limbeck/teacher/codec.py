@@ -52,8 +52,9 @@ class Entries:
         if num_draws is None:
             tails = np.square(self.tails / TAIL_LEVELS)
             weights = np.square(self.levels.astype(np.float64))
-            # The levels of a row are rounded apart; its sum is known.
-            scale = (1 - tails) / np.add.reduceat(weights, np.cumsum(self.counts) - self.counts)
+            # The levels of a row are rounded apart; its sum is known. That of a row which is all tail is 0.
+            sums = np.add.reduceat(weights, np.cumsum(self.counts) - self.counts)
+            scale = (1 - tails) / np.maximum(1, sums)
             probs = weights * np.repeat(scale, self.counts)
         else:
             probs, tails = self.levels / num_draws, np.zeros(len(self.counts))

@@ -92,11 +92,14 @@ def _read_cache(cache: TeacherCache, top_k: int) -> Iterator[Sequence]:
         for number in range(len(shard)):
             stored = shard.sequence(number)
             entries = decode(shard.record(number), int(stored.positions.sum()), spec.vocab_size)
+            # Rows that are all tail tell nothing (`translated.unknown`).
+            told = np.flatnonzero(entries.levels[np.cumsum(entries.counts) - entries.counts] > 0)
+            entries = entries.select(told)
             targets = entries.targets(draws)
             log_probs = targets.log_probs.numpy()
             yield Sequence(
                 stored.ids,
-                np.flatnonzero(stored.positions),
+                np.flatnonzero(stored.positions)[told],
                 entries.counts,
                 entries.ids.astype(np.int32),
                 log_probs[np.arange(log_probs.shape[1]) < entries.counts[:, None]],

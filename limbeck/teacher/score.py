@@ -39,7 +39,7 @@ def score_shard(model: Any, spec: Spec, members: Sequence[Stored], path: Path, l
     }
     for group in forward_groups(members):
         with ledger.phase("teacher"):
-            hidden = _hidden(model, spec, group, ledger)
+            hidden = hidden_before(model, spec, group, ledger)
             sizes = [int(member.positions.sum()) for member in group]
             for member, rows in zip(group, hidden.split(sizes), strict=True):
                 records.append(_record(model, spec, member, rows, sample))
@@ -59,7 +59,7 @@ def forward_groups(members: Sequence[Stored]) -> Iterator[list[Stored]]:
 
 
 @torch.inference_mode()
-def _hidden(model: Any, spec: Spec, group: Sequence[Stored], ledger: Ledger) -> Tensor:
+def hidden_before(model: Any, spec: Spec, group: Sequence[Stored], ledger: Ledger) -> Tensor:
     """Hidden states before the stored positions of all sequences of the group."""
     device = head_of(model).weight.device
     lengths = [len(member.ids) for member in group]
@@ -67,7 +67,7 @@ def _hidden(model: Any, spec: Spec, group: Sequence[Stored], ledger: Ledger) -> 
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     rows = torch.from_numpy(np.nonzero(np.concatenate([member.positions for member in group]))[0]) - 1
     hidden, computed = hidden_rows(model, ids.to(device), positions.to(device), rows.to(device), lengths)
-    sizes = sizes_of(model, spec.vocab_size)
+    sizes = sizes_of(model, spec.teacher_vocab)
     head = 0 if spec.config.mode == "hidden" else head_forward_flops(sizes, len(rows))
     if spec.config.mode == "projected":
         head += 2 * len(rows) * spec.vocab_size * spec.hidden_size

@@ -116,8 +116,8 @@ def check_tokenizer(teacher: ServedTeacher, tokenizer: Any) -> None:
     if theirs != ours:
         raise PairError(
             f"{teacher.client.url}: its model reads {PROBE!r} as {len(theirs)} tokens, the student as {len(ours)} "
-            "other ones; token distillation needs one tokenizer. Serve a teacher of the same family, or train on its "
-            "text (traces generate)."
+            "other ones; token distillation needs one tokenizer. Serve a teacher of the same family, cache a "
+            "local one for the student's tokenizer (cache.tokenizer), or train on its text (traces generate)."
         )
 
 

@@ -153,6 +153,12 @@ def prompt_text(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, con
     return header[: closed.start() - closed.end()] if closed else header
 
 
+def bare_header(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: RenderConfig) -> str:
+    """`prompt_text` without the start marker with which some templates open the thought."""
+    header = prompt_text(messages, tokenizer, config)
+    return header[: len(header) - len(_prefill(header, tokenizer, config))]
+
+
 def lent_header(tokenizer: Tokenizer, config: RenderConfig) -> str:
     """The assistant's header as the template writes it in a whole chat, where it has no generation prompt; else ""."""
     asked = [{"role": "user", "content": _SENTINEL}]
