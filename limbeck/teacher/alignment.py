@@ -11,11 +11,11 @@ class Spans(NamedTuple):
     """For each token of one sequence, the tokens of the other that its bytes lie in; -1 everywhere without any."""
 
     first: np.ndarray
-    """int64 [T]: the token that holds its first byte."""
+    """int [T]: the token that holds its first byte."""
     last: np.ndarray
-    """int64 [T]: the token that holds its last byte."""
+    """int [T]: the token that holds its last byte."""
     skipped: np.ndarray
-    """int64 [T]: bytes of token `first` that stand before it; 0 where both begin at the same byte."""
+    """int [T]: bytes of token `first` that stand before it; 0 where both begin at the same byte."""
 
 
 def align(lengths: np.ndarray, other_lengths: np.ndarray, num_bytes: int) -> Spans:

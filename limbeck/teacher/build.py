@@ -328,8 +328,8 @@ def _claim(out: Path, spec: Spec) -> None:
         return
     if found.identity != spec.identity:
         theirs, ours = found.as_dict(), spec.as_dict()
-        names = [name for name in ours if ours[name] != theirs[name]]
-        what = ", ".join(f"{name} {theirs[name]} there and {ours[name]} here" for name in names)
+        names = [name for name in theirs | ours if ours.get(name) != theirs.get(name)]
+        what = ", ".join(f"{name} {theirs.get(name)} there and {ours.get(name)} here" for name in names)
         raise PairError(f"{out}: holds another cache ({what}); choose another directory.")
 
 

@@ -106,13 +106,9 @@ class Reader:
         shared = num_shared_bytes(self.student.spell(ids), self.teacher.spell(theirs))
         spans = align(_lengths(self.student, ids), _lengths(self.teacher, theirs), shared)
         has_span = spans.first >= 0
-        before = np.full(start, -1)
-        moved = Spans(
-            np.concatenate([before, np.where(has_span, spans.first + num_header, -1)]),
-            np.concatenate([before, np.where(has_span, spans.last + num_header, -1)]),
-            np.concatenate([before, spans.skipped]),
-        )
-        return Reading(encoded.input_ids, moved)
+        places = (np.where(has_span, part + num_header, -1) for part in (spans.first, spans.last))
+        parts = (np.concatenate([np.full(start, -1), part]).astype(np.int32) for part in (*places, spans.skipped))
+        return Reading(encoded.input_ids, Spans(*parts))
 
 
 def spelling_of(name: str, tokenizer: Any, config: RenderConfig) -> Spelling:

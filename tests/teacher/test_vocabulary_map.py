@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_tokenizers import EOS, SPECIAL, byte_tokenizer, metaspace_tokenizer
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from limbeck.teacher.alignment import align, num_shared_bytes
 from limbeck.teacher.spelling import END, Spelling
@@ -186,6 +187,25 @@ def test_a_text_begins_with_the_token_that_the_tokenizer_would_write():
     assert with_spaces.table[with_spaces.begin(b"word")] == b"w"
     assert with_spaces.table[with_spaces.begin(b" word")] == b" "
     assert with_spaces.begin("é".encode()) is None
+
+
+def test_a_piece_is_meant_where_a_byte_spells_the_same():
+    words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
+    backend = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [("a", "b"), ("▁", "ab")], byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    own = Spelling(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), [0], ())
+    assert [words[own.begin(text)] for text in (b"a", b" ab", b"abb", b" aba", b"\n")] == [
+        "a",
+        "▁ab",
+        "ab",
+        "▁ab",
+        "<0x0A>",
+    ]
+    assert own.spell(own.names[name] for name in ("▁ab", "<0xC3>", "<0xA9>")).decode() == " abé"
 
 
 def test_special_tokens_without_text_stay_open():
