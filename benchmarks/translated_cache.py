@@ -39,7 +39,7 @@ from limbeck.distill.commands import DISTILL
 from limbeck.distill.config import DistillConfig
 from limbeck.evaluate.commands import EVALUATE
 from limbeck.evaluate.stage import EvaluateStageConfig
-from limbeck.models.load import load_model, load_tokenizer
+from limbeck.models.load import load_model, load_tokenizer, quiet
 from limbeck.models.tiny import CHAT_TEMPLATE, PAD, TURN_END, TURN_START
 from limbeck.models.token_bytes import TokenBytes
 from limbeck.stage import go_on
@@ -57,8 +57,8 @@ class Study:
 
     def __init__(self, scratch: Path, quick: bool) -> None:
         self.scratch = scratch
-        self.warmup_steps, self.epochs = (2, 1.0) if quick else (120, 4.0)
-        self.num_traces, self.num_problems = (40, 10) if quick else (1000, 300)
+        self.warmup_steps, self.epochs = (2, 1.0) if quick else (60, 1.5)
+        self.num_traces, self.num_problems = (40, 10) if quick else (600, 200)
 
     def traces(self, seed: int, count: int | None = None) -> dict[str, Any]:
         """Worked problems, other ones for each seed."""
@@ -157,13 +157,14 @@ def rebuild(tokenizer: Any, out: Path) -> None:
         ids = symbols.encode(spelled.of(token).decode(errors="replace"), add_special_tokens=False)
         if ids and symbols.unk_token_id not in ids:
             new[token] = old[ids].mean(0)
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.get_input_embeddings().weight.copy_(new)
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         config.bos_token_id = None
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with quiet():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
 
 
 def table_of(found: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:

@@ -105,7 +105,7 @@ def test_a_student_learns_from_it_as_from_any_cache(student, teacher, cache, tmp
     settings = {"student.model": student, "teacher.cache": cache, "loss.kd_ratio": 1.0, "training.max_steps": 25}
     settings |= {"optimizer.learning_rate": 2e-2}
     train.run(run_config(settings), tmp_path / "run")
-    losses = [line["kd"] for line in metrics_of(tmp_path / "run") if "kd" in line]
+    losses = [line["kd_term"] for line in metrics_of(tmp_path / "run")]
     assert losses[-1] < 0.8 * losses[0]
     train.run(run_config({**settings, "teacher.model": teacher, "training.max_steps": 1}), tmp_path / "named")
 
@@ -119,7 +119,7 @@ def test_it_says_how_true_it_is_and_what_it_costs(student, teacher, cache):
     masses = [found[f"mass_{kind}"] for kind in ("exact", "shorter", "longer", "open")]
     assert sum(masses) == pytest.approx(1)
     assert found["kl_to_full_teacher_nats"] is None
-    assert predict_cache(config_of(teacher, student)).flops == found["flops"]
+    assert predict_cache(config_of(teacher, student)).flops["teacher"] == found["flops"]
 
 
 def test_pairs_that_it_is_not_for_are_refused(student, teacher, cache, tmp_path):
@@ -160,8 +160,10 @@ def test_a_teacher_with_another_template_reads_its_own(teacher, student, tmp_pat
 
 def test_where_the_text_was_changed_the_teacher_says_nothing(teacher, student, tmp_path):
     """A letter that the teacher's tokenizer does not know ends what both read; behind it all is tail."""
-    asked = ({"role": "user", "content": "1"},)
-    traces = [Trace(messages=asked, cot="Given 1\nSo 1", answer="1"), Trace(messages=asked, cot="Soß 1", answer="1")]
+    thoughts = {"1": "Given 1\nSo 1", "2": "Soß 1"}
+    traces = [
+        Trace(messages=({"role": "user", "content": asked},), cot=cot, answer="1") for asked, cot in thoughts.items()
+    ]
     write_jsonl(traces, tmp_path / "traces.jsonl")
     source = {"source": str(tmp_path / "traces.jsonl")}
     config = build(caching.CacheStageConfig, {"teacher": teacher, "traces": source, "cache": {"tokenizer": student}})
@@ -183,7 +185,7 @@ def test_where_the_text_was_changed_the_teacher_says_nothing(teacher, student, t
         divergence=DivergenceConfig(),
     )
     loss.total.backward()
-    assert float(loss.total) == 0
+    assert float(loss.total.detach()) == 0
     assert not hidden.grad.any()
     columns = export_cache(ExportCacheConfig(cache=tmp_path / "cache", format="parquet"), tmp_path / "columns").path
     written = pq.read_table(columns / "targets.parquet").to_pylist()
