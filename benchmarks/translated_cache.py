@@ -57,7 +57,7 @@ class Study:
 
     def __init__(self, scratch: Path, quick: bool) -> None:
         self.scratch = scratch
-        self.warmup_steps, self.epochs = (2, 1.0) if quick else (60, 1.5)
+        self.warmup_steps, self.epochs = (2, 1.0) if quick else (100, 1.0)
         self.num_traces, self.num_problems = (40, 10) if quick else (600, 200)
 
     def traces(self, seed: int, count: int | None = None) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Study:
             "traces": self.traces(traces_seed),
             "num_validation": 0,
             "loss": {"kd_ratio": 0.0 if cache is None else 1.0},
-            "training": {"epochs": self.epochs, "max_steps": max_steps, "batch_size": 16, "seed": seed},
+            "training": {"epochs": self.epochs, "max_steps": max_steps, "batch_size": 8, "seed": seed},
             "optimizer": {"learning_rate": 1.5e-3, "beta2": 0.98},
             "schedule": {"warmup_fraction": 0.05},
         }
@@ -116,6 +116,7 @@ class Study:
     def measure(self, name: str, seeds: Sequence[int]) -> dict[str, Any]:
         """Scores of a tokenizer's students, and what its cache says of itself."""
         start = self.start(name)
+        before = self.score(start)
         cache = self.cache(name, start)
         scores: dict[str, list[float]] = {"KD": [], "CE": []}
         for seed in seeds:
@@ -125,7 +126,7 @@ class Study:
         metrics = Checkpoint(cache).metrics
         shares = {share: metrics.get(share) for share in SHARES}
         tokens = metrics["tokens_asked"] / self.num_traces
-        return {"start": self.score(start), **scores, "tokens_a_trace": tokens, **shares}
+        return {"start": before, **scores, "tokens_a_trace": tokens, **shares}
 
 
 def byte_level(texts: Sequence[str], num_merges: int) -> PreTrainedTokenizerFast:

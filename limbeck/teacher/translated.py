@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def score_translated(
     """Run the teacher over the `readings` of `members`, whose order is that of the shard, and write it at `path`."""
     records: list[bytes] = []
     flops_before = ledger.flops["teacher"]
-    tally: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
+    tally = dict.fromkeys(COUNTS, 0.0)
     asked = [
         Stored(reading.ids, reading.positions(member.positions))
         for member, reading in zip(members, readings, strict=True)
@@ -90,7 +89,7 @@ def _entries(
     reading: Reading,
     rows: _Rows,
     config: CacheConfig,
-    tally: Counter[str],
+    tally: dict[str, float],
 ) -> Entries:
     """What is stored of a sequence; adds to the sums."""
     parts = []
@@ -105,7 +104,8 @@ def _entries(
         found, kinds = vocabularies.project(passed, passage, config.min_probability * _FLOOR)
         entries = keep_found(found, config)
         parts.append(entries)
-        tally.update(kinds)
+        for kind, mass in kinds.items():
+            tally[kind] += mass
         tally["with_target"] += 1
         tally["same_start"] += passage.skipped == 0
         tally["over_several"] += len(passage.tokens) > 1
