@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.distill.config import DistillConfig
+from limbeck.distill.config import DistillConfig, teachers_of
 from limbeck.errors import PairError, TemplateError
 from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.load import load_tokenizer, vocabulary_size
@@ -30,7 +30,7 @@ def check_templates(config: DistillConfig, tokenizer: Any) -> None:
 
     Raises: PairError, naming the first place where they differ.
     """
-    teachers = (config.teacher, *config.teacher.others)
+    teachers = teachers_of(config)
     names = [one.model for one in teachers if one.model is not None and not one.is_translated]
     if not names:
         return

@@ -24,6 +24,8 @@ from limbeck.report.collect import Evidence, Source, collect, flatten
 from limbeck.report.compression import HOW_TO_READ, compression_findings, compression_table, layer_plots
 from limbeck.report.drawing import darken, render
 from limbeck.report.findings import findings
+from limbeck.report.forgetting import HOW_TO_READ as HOW_TO_READ_SOURCES
+from limbeck.report.forgetting import source_table
 from limbeck.report.groups import Group, group_rows
 from limbeck.report.pipeline import HOW_TO_READ as HOW_TO_READ_PIPELINE
 from limbeck.report.pipeline import model_table, pipeline_findings, pipeline_plots, stage_table
@@ -97,6 +99,8 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
         "bars": _bars(groups),
         "cuts": cut_table(groups),
         "stops": stop_table(groups, evidence.models),
+        "of_sources": source_table(evidence.rows),
+        "how_to_read_sources": HOW_TO_READ_SOURCES,
         "stores": _labelled(evidence.sources, "store"),
         "trace_stats": _labelled(evidence.sources, "trace_stats"),
         "sources": list(map(_origin, evidence.sources)),

@@ -61,6 +61,8 @@ class CutAdviceConfig:
             raise ConfigError("traces advise looks at an existing student; set distill.student.model")
         if self.distill.teacher.model is None:
             raise ConfigError("traces advise reads with the teacher's model; set distill.teacher.model")
+        if self.distill.sources:
+            raise ConfigError("traces advise looks at one source at a time; leave distill.sources out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

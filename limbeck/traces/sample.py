@@ -30,6 +30,10 @@ class Sample:
     """`Trace.key` of its origin."""
     source: str = ""
     """`Trace.source` of its origin."""
+    origin: int = 0
+    """Number of the source that it was read from, where a run has several."""
+    weight: float = 1.0
+    """What it counts in a step's loss beside the other samples, >= 0."""
 
     def __len__(self) -> int:
         return len(self.input_ids)

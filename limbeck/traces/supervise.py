@@ -11,6 +11,7 @@ import numpy as np
 from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.sample import Sample
+from limbeck.traces.sample_weight import SampleWeightConfig
 
 Preset = Literal["prompt+cot+answer", "cot+answer", "prompt+cot", "cot", "answer", "prompt+answer"]
 
@@ -109,6 +110,8 @@ class SupervisionConfig:
     """Distil only the positions that matter most; null distils all."""
     borders: BorderConfig | None = None
     """Take CE from where the teacher may stop, so that a cut trace does not teach to go on; null leaves it."""
+    sample_weight: SampleWeightConfig | None = None
+    """Weigh every trace by a column of its record, such as the rate at which its problem is solved; null: alike."""
 
     def __post_init__(self) -> None:
         if self.preset not in get_args(Preset):

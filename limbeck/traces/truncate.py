@@ -25,6 +25,7 @@ Source: arXiv 2512.21002, lead-span proportion. Differs: the fraction is exact (
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
@@ -191,14 +192,13 @@ def apply_cut(sample: Sample, cut: Cut) -> Sample:
     def moved(end: int | None) -> int | None:
         return int(np.searchsorted(kept, end)) if end is not None and end - 1 in kept else None
 
-    return Sample(
+    return replace(
+        sample,
         input_ids=sample.input_ids[kept],
         segment_ids=sample.segment_ids[kept],
         ending_start=ending,
         derivation_end=moved(sample.derivation_end),
         probed_end=moved(sample.probed_end),
-        trace_key=sample.trace_key,
-        source=sample.source,
     )
 
 
