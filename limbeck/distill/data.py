@@ -181,7 +181,12 @@ def _check_supervised(examples: Sequence[Example], kd_ratio: float) -> None:
 
 
 def _prompts(traces: Sequence[Trace], samples: Sequence[Sample], tokenizer: Any, config: RenderConfig) -> Prompts:
-    """The prompt of each sample, whatever the cut has left of it."""
+    """The prompt of each sample, whatever the cut has left of it.
+
+    Raises: ConfigError for traces of several turns or with tools.
+    """
+    if any(trace.has_turns for trace in traces):
+        raise ConfigError("on_policy writes one reply to a prompt; traces of several turns or with tools are not for it")
     messages = {trace.key: trace.messages for trace in traces}
     ids = [render_prompt(tokenizer, messages[sample.trace_key], config) for sample in samples]
     return Prompts(ids, float(np.mean([len(s) - len(p) for s, p in zip(samples, ids, strict=True)])))

@@ -20,7 +20,8 @@ from limbeck.models.load import load_tokenizer, vocabulary_size
 from limbeck.models.parts import text_config
 from limbeck.progress import console
 from limbeck.traces.batch import Example
-from limbeck.traces.render import RenderConfig, render, stop_ids
+from limbeck.traces.render import RenderConfig, stop_ids
+from limbeck.traces.render_turns import samples_of
 from limbeck.traces.sources import read_traces
 from limbeck.traces.trace import Trace
 
@@ -47,10 +48,10 @@ def compare_rendered(trace: Trace, name: str, teacher: Any, student: Any, config
     if config.chat_template is None and not teacher.chat_template:
         return
     try:
-        theirs = render(trace, teacher, config).input_ids
+        theirs = np.concatenate([sample.input_ids for sample in samples_of(trace, teacher, config)])
     except TemplateError as error:
         raise PairError(f"teacher {name}: cannot render the first trace ({error})") from error
-    ours = render(trace, student, config).input_ids
+    ours = np.concatenate([sample.input_ids for sample in samples_of(trace, student, config)])
     if np.array_equal(ours, theirs):
         return
     length = min(len(ours), len(theirs))

@@ -192,6 +192,8 @@ def _stop_control(config: DistillConfig, data: Data, tokenizer: Any) -> StopCont
         return None
     if not data.validation:
         raise ConfigError("stop_control asks held-out prompts, and none is held out; set num_validation.")
+    if any(example.sample.turns for example in data.validation):
+        raise ConfigError("stop_control lets the student answer prompts, which traces of several turns have not one of")
     share = config.truncation.whole_fraction if control.raises == "whole" else 0.0
     return StopControl(control, share, data.validation, stop_ids(tokenizer, config.render))
 

@@ -129,10 +129,12 @@ def token_weights(sample: Sample, allowed: np.ndarray, config: SupervisionConfig
     Args:
       sample: a (cut) sample of n tokens.
       allowed: bool or float32 [n], which tokens may carry loss and what they stand for (`Cut.loss_weight`).
-      config: the segments' weights.
+      config: the segments' weights; those of its turns are multiplied by them.
     Returns: two float32 [n]; the first token is never a target, so its weight is 0.
     """
-    allowed = allowed.astype(np.float32)
+    allowed = np.array(allowed, dtype=np.float32)
     allowed[:1] = 0.0
+    for turn in sample.turns:
+        allowed[turn.start : turn.stop] *= turn.weight
     ce, kd = config.weights()
     return ce.of(sample.segment_ids) * allowed, kd.of(sample.segment_ids) * allowed

@@ -14,7 +14,8 @@ A policy picks a span of a unit (the whole sequence, the response, or the though
 
 with floor in exact rational arithmetic and at least 1 token. What lies before the unit stays; what lies after it goes,
 unless `keep_ending` re-attaches the end marker, the answer and the end of turn. `mask_only` keeps every token in
-context and only takes the loss from those outside the span. A fraction of 1 is the uncut sample under every policy.
+context and only takes the loss from those outside the span. Of several trained turns each is cut (`unit` response or
+cot), with its ending or as a mask, since the next ones stand behind it. A fraction of 1 is the uncut sample under every policy.
 `whole_fraction` leaves a seeded share of the traces whole. What follows from all traces together is found once, by
 `traces.fit`; `traces.horizon` has the mathematics.
 
@@ -34,7 +35,7 @@ import numpy as np
 from limbeck.config import checked, only
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.horizon import DRAWS, horizon, horizon_weights
-from limbeck.traces.sample import ANSWER, PROMPT, Sample
+from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample, Turn
 
 Policy = Literal[
     "lead",
@@ -154,6 +155,8 @@ def truncate(sample: Sample, policy: TruncationConfig) -> Cut:
     Returns: kept indices, which of them may carry loss and what they stand for; everything when nothing is cut.
     """
     everything = np.arange(len(sample))
+    if sample.turns and policy.unit != "sequence":
+        return _cut_turns(sample, policy)
     start, stop = unit_bounds(sample, policy.unit)
     first, last = (start, stop) if is_whole(sample, policy) else _span(sample, policy, start, stop)
     if policy.policy == "random_horizon" and policy.budget_tokens is not None:
@@ -166,6 +169,29 @@ def truncate(sample: Sample, policy: TruncationConfig) -> Cut:
     if policy.mask_only:
         return Cut(everything, inside)
     kept = everything[inside]
+    return Cut(kept, np.ones(len(kept), dtype=bool))
+
+
+def _cut_turns(sample: Sample, policy: TruncationConfig) -> Cut:
+    """A sample of several turns, the unit cut in every one of them; all between the turns stays."""
+    inside = np.ones(len(sample), dtype=bool)
+    for turn in () if is_whole(sample, policy) else sample.turns:
+        stop = turn.stop
+        if policy.unit == "cot":
+            stop = turn.start + int(np.sum(sample.segment_ids[turn.start : turn.stop] == COT))
+        first, last = _span(sample, policy, turn.start, stop)
+        inside[turn.start : turn.stop] = False
+        inside[first:last] = True
+        if policy.keep_ending:
+            inside[turn.ending : turn.stop] = True
+    if inside.all() or policy.mask_only:
+        return Cut(np.arange(len(sample)), inside)
+    if not policy.keep_ending:
+        raise ConfigError(
+            "traces of several turns are cut inside of every turn, behind which the next ones stand: set "
+            "truncation.keep_ending or mask_only, or unit sequence"
+        )
+    kept = np.flatnonzero(inside)
     return Cut(kept, np.ones(len(kept), dtype=bool))
 
 
@@ -199,6 +225,9 @@ def apply_cut(sample: Sample, cut: Cut) -> Sample:
         ending_start=ending,
         derivation_end=moved(sample.derivation_end),
         probed_end=moved(sample.probed_end),
+        turns=tuple(
+            Turn(*(int(np.searchsorted(kept, place)) for place in turn[:3]), turn.weight) for turn in sample.turns
+        ),
     )
 
 
