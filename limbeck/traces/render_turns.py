@@ -35,6 +35,8 @@ from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample, Turn
 from limbeck.traces.trace import Trace
 
 Message = Mapping[str, Any]
+_THOUGHTS = ("reasoning_content", "thinking")
+"""Where templates look for a thought."""
 
 
 class _Written(NamedTuple):
@@ -132,7 +134,7 @@ def _reply(trace: Trace) -> dict[str, Any]:
 def _for_template(message: Message) -> dict[str, Any]:
     """A message with its thought under every key that templates read."""
     thought = message.get("reasoning_content")
-    return dict(message) if thought is None else {**message, "reasoning_content": thought, "thinking": thought}
+    return dict(message) if thought is None else {**message, **dict.fromkeys(_THOUGHTS, thought)}
 
 
 def _written(chat: _Chat, place: int, header: str) -> _Written:
@@ -142,7 +144,7 @@ def _written(chat: _Chat, place: int, header: str) -> _Written:
     base = header[: len(header) - len(prefill)]
     text = _as_last(chat, place, base)
     _check_turn(message, text, place)
-    text = _closed(chat, place, base, text)
+    text = _closed(chat, place, text)
     start, end = re.escape(config.start_marker), re.escape(config.end_marker)
     opened = re.match(rf"\s*(?:{start})?\s*", text)
     assert opened is not None
@@ -186,16 +188,18 @@ def _stays(chat: _Chat, place: int, base: str, empty: str) -> bool:
     return later.text(place + 2).startswith(base + empty)
 
 
-def _closed(chat: _Chat, place: int, base: str, text: str) -> str:
+def _closed(chat: _Chat, place: int, text: str) -> str:
     """The turn with its end: its own, or else the special token that the next header begins with, or EOS."""
     tokens = chat.tokenizer.added_tokens_decoder
     last = chat.tokenizer.encode(text, add_special_tokens=False)[-1:]
     if last and last[0] in tokens and tokens[last[0]].special:
         return text
     if place + 1 < len(chat.messages):
-        behind = chat.text(place + 2)
+        # Thoughts come and go with what follows, so both are written without any.
+        bare = chat._replace(messages=[{k: v for k, v in m.items() if k not in _THOUGHTS} for m in chat.messages])
+        before, behind = bare.text(place + 1).rstrip(), bare.text(place + 2)
         names = "|".join(re.escape(str(token)) for token in tokens.values() if token.special)
-        if behind.startswith(base + text) and (found := re.match(rf"\s*(?:{names})", behind[len(base + text) :])):
+        if behind.startswith(before) and (found := re.match(rf"\s*(?:{names})", behind[len(before) :])):
             return text + found.group()
     if not chat.tokenizer.eos_token:
         raise MessagesRefused(f"neither the chat template nor the tokenizer ends turn {place}; set eos_token")
