@@ -18,20 +18,23 @@ QWEN3 = (
     "{% if m.role in ('user', 'system') %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     "{% elif m.role == 'assistant' %}<|im_start|>assistant\n"
     "{% set thought = m.reasoning_content if m.reasoning_content is string else '' %}"
-    "{% if loop.index0 > ns.last and (loop.last or thought) %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}"
+    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n{% endif %}"
     "{{ m.content.lstrip('\n') }}"
     "{% for call in m.tool_calls or [] %}{% if not loop.first or m.content %}{{ '\n' }}{% endif %}<tool_call>\n"
-    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}"
     "<|im_end|>\n"
     "{% else %}{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
-    "\n<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{{ '\n' }}<tool_response>\n{{ m.content }}\n</tool_response>"
     "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Thoughts stay until the next question; the last turn has an empty one where it has none."""
 
 HARMONY = (
-    "{% if tools %}<|start|>developer<|message|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}"
+    "{% if tools %}<|start|>developer<|message|>"
+    "{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}"
     "{% set ns = namespace(name='') %}{% for m in messages %}{% set here = loop %}"
     "{% if m.role == 'assistant' %}{% set later = namespace(final=false) %}"
     "{% for after in messages[loop.index:] %}"
@@ -70,11 +73,13 @@ LLAMA3 = (
 DEEPSEEK = (
     "{% set ns = namespace(answered=false) %}<｜begin▁of▁sentence｜>{% for m in messages %}"
     "{% if m.role == 'user' %}{% set ns.answered = false %}<｜User｜>{{ m.content }}"
-    "{% elif m.role == 'tool' %}{% set ns.answered = true %}<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>{{ m.content }}"
+    "{% elif m.role == 'tool' %}{% set ns.answered = true %}<｜tool▁outputs▁begin｜>"
+    "<｜tool▁output▁begin｜>{{ m.content }}"
     "<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
     "{% elif m.role == 'assistant' %}{% if not ns.answered %}<｜Assistant｜>{% endif %}{% set ns.answered = false %}"
     "{{ m.content.split('</think>')[-1] }}"
-    "{% if m.tool_calls %}<｜tool▁calls▁begin｜>{% for call in m.tool_calls %}<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+    "{% if m.tool_calls %}<｜tool▁calls▁begin｜>{% for call in m.tool_calls %}"
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
     "{{ call.function.name }}\n```json\n{{ call.function.arguments | tojson }}\n```<｜tool▁call▁end｜>{% endfor %}"
     "<｜tool▁calls▁end｜>{% endif %}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
     "{% if add_generation_prompt and not ns.answered %}<｜Assistant｜><think>\n{% endif %}"
@@ -86,14 +91,14 @@ GLM = (
     + _LAST_USER
     + "{% for m in messages %}"
     "{% if m.role == 'assistant' %}<|assistant|>"
-    "{% if loop.index0 > ns.last and m.reasoning_content %}\n<think>{{ m.reasoning_content.strip() }}</think>"
-    "{% else %}\n<think></think>{% endif %}"
-    "{% if m.content.strip() %}\n{{ m.content.strip() }}{% endif %}"
-    "{% for call in m.tool_calls or [] %}\n<tool_call>{{ call.function.name }}\n"
+    "{% if loop.index0 > ns.last and m.reasoning_content %}{{ '\n' }}<think>{{ m.reasoning_content.strip() }}</think>"
+    "{% else %}{{ '\n' }}<think></think>{% endif %}"
+    "{% if m.content.strip() %}{{ '\n' }}{{ m.content.strip() }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ '\n' }}<tool_call>{{ call.function.name }}\n"
     "{% for key, value in call.function.arguments.items() %}<arg_key>{{ key }}</arg_key>\n"
     "<arg_value>{{ value }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
     "{% elif m.role == 'tool' %}{% if messages[loop.index0 - 1].role != 'tool' %}<|observation|>{% endif %}"
-    "\n<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{{ '\n' }}<tool_response>\n{{ m.content }}\n</tool_response>"
     "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -133,8 +138,10 @@ FAMILIES = {
     ),
     "deepseek": Family(
         DEEPSEEK,
-        ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-        + ("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜end▁of▁sentence｜>"),
+        (
+            *("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+            *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"),
+        ),
         "<｜end▁of▁sentence｜>",
     ),
     "glm": Family(

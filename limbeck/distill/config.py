@@ -438,17 +438,22 @@ class DistillConfig:
         """Shares leave something for the others; what is weighed or taught by its source is given, not written."""
         shares = [source.share for source in self.sources if source.share is not None]
         if sum(shares) >= 1:
-            raise ConfigError(f"sources: shares of {sum(shares):g} in all leave nothing for traces; make them less than 1")
+            raise ConfigError(
+                f"sources: shares of {sum(shares):g} in all leave nothing for traces; make them less than 1"
+            )
         if self.sources and self.training.parallel.shard_head:
             raise ConfigError("sources: the loss of each is told, which parallel.shard_head mixes; set it false")
-        if any(source.weight != 1 for source in self.sources) or self.supervision.sample_weight is not None:
-            if self.on_policy is not None:
-                raise ConfigError("on_policy writes traces that no source weighs; leave weight and sample_weight out")
+        weighs = any(source.weight != 1 for source in self.sources) or self.supervision.sample_weight is not None
+        if weighs and self.on_policy is not None:
+            raise ConfigError("on_policy writes traces that no source weighs; leave weight and sample_weight out")
         if not any(self.teacher_numbers):
             return
         if not self.teacher.is_named:
             raise ConfigError("sources with a teacher need one for traces too; set teacher.model, cache or server")
-        if self.on_policy is not None or "shard" in (self.training.parallel.strategy, self.training.parallel.of_teacher):
+        if self.on_policy is not None or "shard" in (
+            self.training.parallel.strategy,
+            self.training.parallel.of_teacher,
+        ):
             raise ConfigError("a source's own teacher needs given traces and parallel.strategy replicate")
 
     def _check_sizes(self) -> None:

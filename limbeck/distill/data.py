@@ -186,7 +186,9 @@ def _prompts(traces: Sequence[Trace], samples: Sequence[Sample], tokenizer: Any,
     Raises: ConfigError for traces of several turns or with tools.
     """
     if any(trace.has_turns for trace in traces):
-        raise ConfigError("on_policy writes one reply to a prompt; traces of several turns or with tools are not for it")
+        raise ConfigError(
+            "on_policy writes one reply to a prompt; traces of several turns or with tools are not for it"
+        )
     messages = {trace.key: trace.messages for trace in traces}
     ids = [render_prompt(tokenizer, messages[sample.trace_key], config) for sample in samples]
     return Prompts(ids, float(np.mean([len(s) - len(p) for s, p in zip(samples, ids, strict=True)])))

@@ -13,8 +13,8 @@ from limbeck.distill.by_source import TeachersBySource, load_teachers
 from limbeck.distill.config import DistillConfig, LoopConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.microbatch import Borders, MicroBatch, Objective, StepLoss, Student, supervised_rows
-from limbeck.distill.objective import Distillation
 from limbeck.distill.mix import Mix
+from limbeck.distill.objective import Distillation
 from limbeck.distill.pair import check_pair, load_student, load_student_in_parts, products_of
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import PlannedStep, plan_steps

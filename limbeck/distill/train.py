@@ -20,9 +20,9 @@ from torch import Tensor
 
 from limbeck.checkpoint import Checkpoint, write_manifest
 from limbeck.distill.config import DistillConfig
+from limbeck.distill.forgetting import source_lines, source_rows
 from limbeck.distill.job import training_job
 from limbeck.distill.numbers import Pending
-from limbeck.distill.forgetting import source_lines, source_rows
 from limbeck.distill.output import costs_of_traces, inputs_of, metrics_of, write_model
 from limbeck.distill.parallel import clip_gradients, skip_unless_finite, sum_gradients, throughput, total_cost, wait
 from limbeck.distill.preflight import report

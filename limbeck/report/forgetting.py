@@ -24,7 +24,9 @@ def source_table(rows: Sequence[Row]) -> Table:
         return Table((), ())
     return Table.of(
         {
-            "source": [source["source"] if len(names) == 1 else f"{name}: {source['source']}" for name, source in lines],
+            "source": [
+                source["source"] if len(names) == 1 else f"{name}: {source['source']}" for name, source in lines
+            ],
             "sequences": [f"{source['sequences']:,}" for _, source in lines],
             scale.unit: list(map(scale.write, tokens)),
             **{

@@ -1,6 +1,6 @@
 """Calls of tools in chat turns, and the tools that a chat may use, in the form that chat templates read.
 
-    {"type": "function", "id": "...", "function": {"name": "f", "arguments": {"x": 1}}}
+{"type": "function", "id": "...", "function": {"name": "f", "arguments": {"x": 1}}}
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def tools_in(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     found = as_list(record[name])
     if not isinstance(found, list | tuple) or not all(isinstance(tool, Mapping) for tool in found):
         raise TraceFormatError(f"{name} is not a list of objects")
-    tools = [tool if isinstance(tool.get("function"), Mapping) else {"type": "function", "function": tool} for tool in found]
+    tools = [
+        tool if isinstance(tool.get("function"), Mapping) else {"type": "function", "function": tool} for tool in found
+    ]
     if not all(isinstance(tool["function"].get("name"), str) for tool in tools):
         raise TraceFormatError(f"{name}: a tool has no name")
     return tuple(tools)
@@ -57,7 +59,7 @@ def _call(call: Any) -> dict[str, Any]:
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise TraceFormatError(f"tool call without a name: found {str(call)[:40]!r}")
-    arguments = next((inner[key] for key in ("arguments", "parameters") if inner.get(key) is not None), {})
+    arguments: Any = next((inner[key] for key in ("arguments", "parameters") if inner.get(key) is not None), {})
     if isinstance(arguments, str):
         arguments = _json(arguments, f"the arguments of {inner['name']}") if arguments.strip() else {}
     if not isinstance(arguments, Mapping):

@@ -186,7 +186,7 @@ def _read(turn: Mapping[str, Any]) -> _Turn:
     role = _role(turn)
     value = next((turn[key] for key in CONTENT_KEYS if key in turn), None)
     if role == "tool":
-        more = {key: str(turn[key]) for key in ("name", "tool_call_id") if key in turn}
+        more: dict[str, str] = {key: str(turn[key]) for key in ("name", "tool_call_id") if key in turn}
         return _Turn(role, _answered(value), None, 0.0, more=more)
     if str(_role_name(turn)).lower() in CALL_ROLES:
         return _Turn(role, None, None, _weight(turn), calls_as_text(text_of(value, "a turn that calls a tool")))

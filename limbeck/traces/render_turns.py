@@ -2,9 +2,9 @@
 
 1. The header of a turn is the chat template over all messages before it, with the generation prompt: what the model was
    given when it wrote the turn.
-2. The turn is what the template writes for it as the last message: thought, text, calls of tools, end of turn. A thought
-   that the template drops is written in front of the rest, between the markers. An end of turn that the template leaves
-   to the next header (GLM) is the special token that this begins with.
+2. The turn is what the template writes for it as the last message: thought, text, calls of tools, end of turn. A
+   thought that the template drops is written in front of the rest, between the markers. An end of turn that the
+   template leaves to the next header (GLM) is the special token that this begins with.
 3. A turn whose header begins with all of the sequence so far extends it: one sequence holds many turns. Where the
    template writes the past otherwise than it was generated (it drops earlier thoughts), another sequence begins, so no
    turn is trained without its thought, or behind a past that it has not seen.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,7 +155,8 @@ def _written(chat: _Chat, place: int, header: str) -> _Written:
         before_end = opened.end() + len(thought)
         ending = before_end + ended.group().index(config.end_marker)
         return _Written(text, prefill, opened.end(), ending, before_end + ended.end())
-    if thought and thought in text[: opened.end() + len(thought) + len(config.start_marker)]:
+    given = message["content"] + json.dumps(message.get("tool_calls", []), ensure_ascii=False)
+    if thought and text.count(thought) > given.count(thought):
         raise MessagesRefused(
             f"the thought of turn {place} stands between no {config.start_marker!r} and {config.end_marker!r}; set "
             "render.start_marker and end_marker to what the template writes around it"
@@ -229,9 +230,7 @@ def _check_context(chat: _Chat, place: int, header: str) -> None:
             raise MessagesRefused(f"the chat template drops message {number}, of the {message['role']}")
 
 
-def _sample(
-    trace: Trace, sequence: _Sequence, has_reply: bool, tokenizer: Tokenizer, config: RenderConfig
-) -> Sample:
+def _sample(trace: Trace, sequence: _Sequence, has_reply: bool, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
     """A sequence as tokens; the one that ends in the reply has the derivation of its answer."""
     encoded = encode_pieces(sequence.pieces, tokenizer)
     segments = np.full(len(encoded.input_ids), PROMPT, dtype=np.int8)

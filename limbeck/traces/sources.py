@@ -59,8 +59,8 @@ class TraceConfig:
     split: str | None = None
     """Split to read; null takes train, or the only one, and no file for tests beside others."""
     turns: Turns = "auto"
-    """Which turns of the assistant are trained: the last, all that are not marked otherwise, or auto: all of a chat that
-    uses tools, the last of any other."""
+    """Which turns of the assistant are trained: the last, all that are not marked otherwise, or auto: all of a chat
+    that uses tools, the last of any other."""
     on_bad: Literal["error", "skip", "keep"] = "error"
     """What to do with a bad record: stop, skip it, or keep it if only thought or end marker is missing."""
     num_traces: int | None = None

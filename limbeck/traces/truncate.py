@@ -15,9 +15,9 @@ A policy picks a span of a unit (the whole sequence, the response, or the though
 with floor in exact rational arithmetic and at least 1 token. What lies before the unit stays; what lies after it goes,
 unless `keep_ending` re-attaches the end marker, the answer and the end of turn. `mask_only` keeps every token in
 context and only takes the loss from those outside the span. Of several trained turns each is cut (`unit` response or
-cot), with its ending or as a mask, since the next ones stand behind it. A fraction of 1 is the uncut sample under every policy.
-`whole_fraction` leaves a seeded share of the traces whole. What follows from all traces together is found once, by
-`traces.fit`; `traces.horizon` has the mathematics.
+cot), with its ending or as a mask, since the next ones stand behind it. A fraction of 1 is the uncut sample under every
+policy. `whole_fraction` leaves a seeded share of the traces whole. What follows from all traces together is found once,
+by `traces.fit`; `traces.horizon` has the mathematics.
 
 Source: arXiv 2512.21002, lead-span proportion. Differs: the fraction is exact (0.7 of 10 is 7), a fraction outside
 (0, 1] is an error, and prompt and ending can be protected. A cut at a common length is not in the paper.
@@ -35,7 +35,7 @@ import numpy as np
 from limbeck.config import checked, only
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.horizon import DRAWS, horizon, horizon_weights
-from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample, Turn
+from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample
 
 Policy = Literal[
     "lead",
@@ -213,20 +213,23 @@ def _cut_at_horizon(sample: Sample, policy: TruncationConfig, start: int, stop: 
 def apply_cut(sample: Sample, cut: Cut) -> Sample:
     """The sample with only the kept tokens; landmarks move along."""
     kept = cut.kept
-    ending = int(np.searchsorted(kept, sample.ending_start))
+
+    def place(index: int) -> int:
+        return int(np.searchsorted(kept, index))
 
     def moved(end: int | None) -> int | None:
-        return int(np.searchsorted(kept, end)) if end is not None and end - 1 in kept else None
+        return place(end) if end is not None and end - 1 in kept else None
 
     return replace(
         sample,
         input_ids=sample.input_ids[kept],
         segment_ids=sample.segment_ids[kept],
-        ending_start=ending,
+        ending_start=place(sample.ending_start),
         derivation_end=moved(sample.derivation_end),
         probed_end=moved(sample.probed_end),
         turns=tuple(
-            Turn(*(int(np.searchsorted(kept, place)) for place in turn[:3]), turn.weight) for turn in sample.turns
+            turn._replace(start=place(turn.start), ending=place(turn.ending), stop=place(turn.stop))
+            for turn in sample.turns
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Agents' traces: what the model wrote and nothing else is trained, behind what it was given, in five templates' forms."""
+"""Agents' traces: what the model wrote and no more is trained, behind what it was given, in five templates' forms."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ DEEPSEEK_CALL = (
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
     '{"city": "Oslo"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
 )
-GLM_CALL = (
-    "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call><|observation|>"
-)
+GLM_CALL = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call><|observation|>"
 ANALYSIS = "<|channel|>analysis<|message|>{}<|end|>".format
 FINAL = "<|start|>assistant<|channel|>final<|message|>{}<|return|>".format
 WRITTEN = {
@@ -117,9 +115,7 @@ def test_what_the_model_wrote_is_trained_as_it_wrote_it(tmp_path, name):
     samples, tokenizer, config, trace = rendered(tmp_path, name)
     assert [turns_of(sample, tokenizer) for sample in samples] == WRITTEN[name]
     headers = [
-        prompt_text(
-            [{**m, "thinking": m.get("reasoning_content")} for m in messages], tokenizer, config, trace.tools
-        )
+        prompt_text([{**m, "thinking": m.get("reasoning_content")} for m in messages], tokenizer, config, trace.tools)
         for messages in (trace.messages[:1], trace.messages[:3], trace.messages)
     ]
     for sample in samples:
@@ -171,7 +167,8 @@ def test_a_turn_weighs_what_it_is_marked_with(tmp_path):
     none = json.loads(json.dumps(RECORD))
     none["messages"][1]["weight"] = 0
     assert [turns_of(s, tokenizer) for s in rendered(tmp_path, "qwen3", none)[0]] == [
-        [WRITTEN["qwen3"][0][1]], WRITTEN["qwen3"][1]
+        [WRITTEN["qwen3"][0][1]],
+        WRITTEN["qwen3"][1],
     ]
 
 
@@ -179,19 +176,23 @@ def test_a_turn_weighs_what_it_is_marked_with(tmp_path):
 @given(st.sampled_from(["1/4", "1/2", "3/4"]), st.sampled_from(["lead", "tail", "middle"]), st.booleans())
 def test_every_turn_is_cut(tmp_path_factory, fraction, policy, mask_only):
     sample = rendered(tmp_path_factory.mktemp("t"), "qwen3")[0][0]
-    config = TruncationConfig(
-        policy=policy, lead_fraction=fraction, unit="cot", keep_ending=True, mask_only=mask_only
-    )
+    config = TruncationConfig(policy=policy, lead_fraction=fraction, unit="cot", keep_ending=True, mask_only=mask_only)
     cut = truncate(sample, config)
     trained = np.zeros(len(sample), dtype=bool)
     trained[cut.kept[cut.supervised]] = True
-    assert (len(cut.kept) == len(sample)) == mask_only
+    assert len(cut.kept) == len(sample) or not mask_only
     for turn in sample.turns:
         cot = turn.start + np.flatnonzero(sample.segment_ids[turn.start : turn.stop] == COT)
         own = trained[cot]
-        alone = truncate(sample.__class__(  # the same thought as a trace of its own
-            input_ids=sample.input_ids[cot], segment_ids=np.full(len(cot), COT, dtype=np.int8),
-            ending_start=turn.ending - turn.start, trace_key=sample.trace_key), config)
+        alone = truncate(
+            sample.__class__(  # the same thought as a trace of its own
+                input_ids=sample.input_ids[cot],
+                segment_ids=np.full(len(cot), COT, dtype=np.int8),
+                ending_start=turn.ending - turn.start,
+                trace_key=sample.trace_key,
+            ),
+            config,
+        )
         expected = np.zeros(len(cot), dtype=bool)
         expected[alone.kept[alone.supervised]] = True
         assert np.array_equal(own, expected)
@@ -199,7 +200,9 @@ def test_every_turn_is_cut(tmp_path_factory, fraction, policy, mask_only):
     assert trained[sample.segment_ids != COT].all()
     left = apply_cut(sample, cut)
     for before, after in zip(sample.turns, left.turns, strict=True):
-        assert left.input_ids[after.ending : after.stop].tolist() == sample.input_ids[before.ending : before.stop].tolist()
+        assert (
+            left.input_ids[after.ending : after.stop].tolist() == sample.input_ids[before.ending : before.stop].tolist()
+        )
 
 
 def test_cuts_that_would_lose_turns_are_refused(tmp_path):
@@ -232,7 +235,10 @@ def test_calls_as_sharegpt_and_the_older_api_write_them(tmp_path):
 
 def test_several_calls_and_a_reply_that_only_calls(tmp_path):
     two = [{**CALL, "id": "c2"}, {"function": {"name": "weather", "arguments": {"city": "Rome"}}}]
-    record = {"tools": TOOLS, "messages": [RECORD["messages"][0], {"role": "assistant", "content": "", "tool_calls": two}]}
+    record = {
+        "tools": TOOLS,
+        "messages": [RECORD["messages"][0], {"role": "assistant", "content": "", "tool_calls": two}],
+    }
     samples, tokenizer, _, trace = rendered(tmp_path, "qwen3", record)
     assert trace.answer == "" and len(trace.tool_calls) == 2 and trace.turn_weights == ()
     ((cot, answer),) = turns_of(samples[0], tokenizer)
@@ -250,9 +256,13 @@ def test_a_trace_survives_its_file(tmp_path):
 
 REFUSED = {
     "drops the tool weather": ("deepseek", RECORD),
-    "drops the text of turn 1": ("llama3", {"messages": [{**m, "content": m["content"] or "Wait."} for m in RECORD["messages"]]}),
+    "drops the text of turn 1": (
+        "llama3",
+        {"messages": [{**m, "content": m["content"] or "Wait."} for m in RECORD["messages"]]},
+    ),
     "Cannot pass both content and thinking": (
-        "harmony", {"messages": [{**m, "content": m["content"] or "Wait."} for m in RECORD["messages"]]}
+        "harmony",
+        {"messages": [{**m, "content": m["content"] or "Wait."} for m in RECORD["messages"]]},
     ),
 }
 

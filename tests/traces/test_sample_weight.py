@@ -22,8 +22,10 @@ def trace_of(value):
 
 @pytest.mark.parametrize(
     ("formula", "rate", "expected"),
-    [("variance", 0.5, 1.0), ("variance", 0.25, 0.75), ("variance", 1.0, 0.0), ("one_minus", 0.2, 0.8)]
-    + [("value", 3.5, 3.5), ("value", 0, 0.0)],
+    [
+        *(("variance", 0.5, 1.0), ("variance", 0.25, 0.75), ("variance", 1.0, 0.0)),
+        *(("one_minus", 0.2, 0.8), ("value", 3.5, 3.5), ("value", 0, 0.0)),
+    ],
 )
 def test_formulas(formula, rate, expected):
     assert sample_weight(trace_of(rate), SampleWeightConfig(formula=formula)) == pytest.approx(expected)
