@@ -163,7 +163,7 @@ def prompt_text(
 def bare_header(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: RenderConfig) -> str:
     """`prompt_text` without the start marker with which some templates open the thought."""
     header = prompt_text(messages, tokenizer, config)
-    return header[: len(header) - len(_prefill(header, tokenizer, config))]
+    return header[: len(header) - len(prefill_of(header, tokenizer, config))]
 
 
 def lent_header(tokenizer: Tokenizer, config: RenderConfig) -> str:
