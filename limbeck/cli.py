@@ -92,7 +92,7 @@ def _run(command: Stage | View, config: Any, options: Options) -> int:
         return int(not getattr(answer, "is_sound", True))
     else:
         checkpoint = command.run(config, options.out, how=options.how)
-        _print_checkpoint(checkpoint, options)
+        _print_checkpoint(checkpoint, command, options)
         # What is written, but proved to be wrong elsewhere, must not pass in a script.
         return int(checkpoint.is_finished and checkpoint.metrics.get("is_clean") is False)
     return 0
@@ -194,9 +194,13 @@ def _dry_run(command: Stage | View, config: Any, options: Options) -> None:
     importlib.import_module("limbeck.scale.commands").tell(command, config, options.out, as_json=options.json)
 
 
-def _print_checkpoint(checkpoint: Checkpoint, options: Options) -> None:
+def _print_checkpoint(checkpoint: Checkpoint, command: Stage, options: Options) -> None:
     if launched().rank:
         return  # of processes that were started together one tells
+    if command.shows and not options.json and checkpoint.is_finished:
+        # What shows lies above what is shown.
+        module, _, name = command.shows.partition(":")
+        getattr(importlib.import_module(module), name)(checkpoint)
     manifest = checkpoint.manifest if checkpoint.is_finished else {"metrics": {}, "ledger": {}}
     seconds = {name: manifest["ledger"][name] for name in ("train_seconds",) if name in manifest["ledger"]}
     _print({"out": str(checkpoint.path), **manifest["metrics"], **seconds}, options.json)

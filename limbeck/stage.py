@@ -66,6 +66,8 @@ class Stage:
     """Fields that people change, for the first page of help; none: all."""
     refers: Mapping[str, str] = field(default_factory=dict)
     """Fields that hold the recipe of another command -> that command; help does not repeat its fields."""
+    shows: str = ""
+    """module:function(checkpoint) that prints its output for people, ahead of its metrics; empty: there is none."""
     loads: bool = True
     """Whether it computes with models, on a device and in a number format."""
 

@@ -49,9 +49,9 @@ PACKAGES = {
         build_optimizer jitter_ second_order
     """,
     "distill": """
-        DistillConfig DivergenceConfig FusedLoss LoraConfig LossConfig OnPolicyConfig ParallelConfig StudentConfig
-        TeacherConfig TrainingConfig combined_kl forward_kl fused_loss jsd plan_steps predict_distill reverse_kl
-        skew_kl skew_reverse_kl tvd
+        DistillConfig DivergenceConfig FusedLoss LoraConfig LossConfig OnPolicyConfig ParallelConfig SourceConfig
+        StudentConfig TeacherConfig TrainingConfig combined_kl forward_kl fused_loss jsd plan_steps predict_distill
+        reverse_kl skew_kl skew_reverse_kl tvd
     """,
     "evaluate": """
         AnswerChecker EvaluateConfig EvaluateStageConfig Interval Overlap PerplexityConfig Problem Task Verdict

@@ -16,7 +16,8 @@ from torch import Tensor
 from limbeck.config import checked
 from limbeck.errors import ConfigError
 from limbeck.models.load import BUILT_IN
-from limbeck.traces.render import RenderConfig, render
+from limbeck.traces.render import RenderConfig
+from limbeck.traces.render_turns import samples_of
 from limbeck.traces.sources import BUILTIN_CHAIN, BUILTIN_RECHECK, TraceConfig, read_traces
 from limbeck.traces.trained_on import made_of, trained_on
 
@@ -97,7 +98,8 @@ def split_rows(config: CalibrationConfig, tokenizer: Any, model: str, held_out: 
 
 
 def _rendered(config: CalibrationConfig, tokenizer: Any, source: TraceConfig) -> list[list[int]]:
-    found = [render(trace, tokenizer, config.render).input_ids for trace in read_traces(source)[0]]
+    traces, _ = read_traces(source)
+    found = [sample.input_ids for trace in traces for sample in samples_of(trace, tokenizer, config.render)]
     return [ids[: config.sequence_length_tokens].tolist() for ids in found if len(ids)]
 
 

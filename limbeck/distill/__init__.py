@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy(
         "LossConfig": "config",
         "OnPolicyConfig": "on_policy",
         "ParallelConfig": "parallel",
+        "SourceConfig": "config",
         "StudentConfig": "config",
         "TeacherConfig": "config",
         "TrainingConfig": "config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,6 +11,7 @@ from typing import Literal, Protocol
 from limbeck.client import ClientConfig, server_root
 from limbeck.config import checked
 from limbeck.distill.divergence import DivergenceConfig
+from limbeck.distill.mix import Portion
 from limbeck.distill.moving_cut import CutScheduleConfig, check_schedule
 from limbeck.distill.on_policy import OnPolicyConfig
 from limbeck.distill.parallel import ParallelConfig
@@ -22,7 +24,7 @@ from limbeck.optim.growing_batch import BatchGrowth
 from limbeck.optim.schedules import ScheduleConfig
 from limbeck.teacher.cache import Spec
 from limbeck.teacher.served import Dialect
-from limbeck.traces.batch import Layout
+from limbeck.traces.batch import Example, Layout
 from limbeck.traces.render import RenderConfig
 from limbeck.traces.select import SelectConfig
 from limbeck.traces.sources import TraceConfig
@@ -145,6 +147,37 @@ class LossConfig:
             raise ConfigError(f"temperature must be finite and greater than 0; found {self.temperature}")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ConfigError(f"chunk_bytes must be at least 1; found {self.chunk_bytes}")
+
+
+@checked
+class SourceConfig:
+    """More traces beside `traces`: how much of them is read, what they weigh and who teaches them."""
+
+    traces: TraceConfig
+    """Where they come from."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Which of them are used."""
+    epochs: float = 1.0
+    """Passes over them in an epoch of the run; 0.5 reads one half in the first epoch, the other in the second."""
+    share: float | None = None
+    """Share of an epoch's tokens that they get instead, 0 < x < 1, as in the replay of older traces."""
+    weight: float = 1.0
+    """Weight of their tokens' loss beside those of `traces`, > 0."""
+    teacher: TeacherConfig | None = None
+    """Who gives the targets on them; null: the teacher of the run."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epochs < math.inf and 0 < self.weight < math.inf):
+            raise ConfigError(f"epochs and weight must be above 0 and finite; found {self.epochs} and {self.weight}")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ConfigError(f"share must be above 0 and below 1; found {self.share}")
+        if self.share is not None and self.epochs != 1:
+            raise ConfigError("share says how often a source is read; leave epochs out")
+
+    @property
+    def portion(self) -> Portion:
+        """How much of it an epoch reads."""
+        return Portion(self.epochs, self.share)
 
 
 @checked
@@ -297,6 +330,12 @@ def kd_ratio_of(config: LoopConfig) -> float:
     return 0.5 if config.teacher.is_named else 0.0
 
 
+def teachers_of(config: LoopConfig) -> list[TeacherConfig]:
+    """Every teacher that a run asks: its own, and those of single sources."""
+    own = [source.teacher for source in config.sources if source.teacher] if isinstance(config, DistillConfig) else []
+    return [one for teacher in (config.teacher, *own) for one in (teacher, *teacher.others)]
+
+
 def check_loop(config: LoopConfig) -> None:
     """Refuse what no stage can train.
 
@@ -320,13 +359,15 @@ class DistillConfig:
     """The model that is trained."""
     traces: TraceConfig
     """Where the traces come from."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """More traces, each with an amount, a weight and, where it is set, a teacher of its own."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """Who gives soft targets."""
     select: SelectConfig = field(default_factory=SelectConfig)
-    """Which traces are used."""
+    """Which traces are used; each of `sources` has its own."""
     num_validation: int | None = None
-    """Traces held out, by hash of the prompt and before any cut, for the validation loss. 0 for none; null holds out a
-    tenth of them, at most 64."""
+    """Traces of each source held out, by hash of the prompt and before any cut, for the validation loss. 0 for none;
+    null holds out a tenth of them, at most 64."""
     split_seed: int = 0
     """Seed of the choice of held-out traces; apart from training.seed, so that runs with other seeds share them."""
     max_trace_tokens: int | None = None
@@ -357,13 +398,14 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_loop(self)
         if self.on_policy is not None and not all(
-            teacher.is_named and teacher.cache is None for teacher in (self.teacher, *self.teacher.others)
+            teacher.is_named and teacher.cache is None for teacher in teachers_of(self)
         ):
             raise ConfigError(
                 "on_policy needs teachers that can score new text: set teacher.model or teacher.server and no "
                 "teacher.cache, which knows given traces only"
             )
         self._check_parallel()
+        self._check_sources()
         self._check_sizes()
         self._check_moving()
         if self.supervision.borders is not None and not 0 < self.kd_ratio < 1:
@@ -392,6 +434,28 @@ class DistillConfig:
         if self.training.parallel.strategy == "shard":
             raise ConfigError("stop_control needs parallel.strategy replicate: a student in parts writes too slowly")
 
+    def _check_sources(self) -> None:
+        """Shares leave something for the others; what is weighed or taught by its source is given, not written."""
+        shares = [source.share for source in self.sources if source.share is not None]
+        if sum(shares) >= 1:
+            raise ConfigError(
+                f"sources: shares of {sum(shares):g} in all leave nothing for traces; make them less than 1"
+            )
+        if self.sources and self.training.parallel.shard_head:
+            raise ConfigError("sources: the loss of each is told, which parallel.shard_head mixes; set it false")
+        weighs = any(source.weight != 1 for source in self.sources) or self.supervision.sample_weight is not None
+        if weighs and self.on_policy is not None:
+            raise ConfigError("on_policy writes traces that no source weighs; leave weight and sample_weight out")
+        if not any(self.teacher_numbers):
+            return
+        if not self.teacher.is_named:
+            raise ConfigError("sources with a teacher need one for traces too; set teacher.model, cache or server")
+        if self.on_policy is not None or "shard" in (
+            self.training.parallel.strategy,
+            self.training.parallel.of_teacher,
+        ):
+            raise ConfigError("a source's own teacher needs given traces and parallel.strategy replicate")
+
     def _check_sizes(self) -> None:
         if self.training.keep_best is not None and self.num_validation == 0:
             raise ConfigError("training.keep_best needs held-out traces; set num_validation")
@@ -410,6 +474,22 @@ class DistillConfig:
             raise ConfigError("supervision.select reads whole rows of logits; set parallel.shard_head false")
         if parallel.tensor_parallel_size > 1 and self.lora is not None:
             raise ConfigError("parallel.tensor_parallel_size above 1 splits plain linear layers; leave lora out")
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """`traces` and `sources` alike, in this order, by which sources are numbered."""
+        return (SourceConfig(traces=self.traces, select=self.select), *self.sources)
+
+    @property
+    def teacher_numbers(self) -> tuple[int, ...]:
+        """Which teacher each source has: 0 is that of the run, 1 the first of a source's own, and so on."""
+        own = [source.teacher is not None for source in self.sources]
+        return (0, *(sum(own[: number + 1]) * is_own for number, is_own in enumerate(own)))
+
+    def teachers_by(self, examples: Sequence[Example]) -> list[int] | None:
+        """The number of the teacher of each example; None where all have that of the run."""
+        numbers = self.teacher_numbers
+        return [numbers[example.sample.origin] for example in examples] if any(numbers) else None
 
     @property
     def moves_cut(self) -> bool:

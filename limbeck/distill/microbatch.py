@@ -53,7 +53,7 @@ class Totals(NamedTuple):
     """Denominators of a step."""
 
     ce: float
-    """Sum of CE weights (token_mean), or number of sequences with any (sequence_mean)."""
+    """Sum of CE weights (token_mean), or number of sequences with any (sequence_mean), each times its sample's."""
     kd: float
     """The same of KD weights."""
 
@@ -63,7 +63,8 @@ def step_totals(examples: Sequence[Example], normalization: str) -> Totals:
     sums = np.array([example.weight_sums for example in examples]).reshape(-1, 2)
     if normalization == "sequence_mean":
         sums = (sums > 0).astype(np.float64)
-    ce, kd = sums.sum(axis=0)
+    weights = np.array([example.sample.weight for example in examples]).reshape(-1, 1)
+    ce, kd = (sums * weights).sum(axis=0)
     return Totals(float(ce), float(kd))
 
 
@@ -180,6 +181,9 @@ def supervised_rows(batch: Batch, loss: StepLoss) -> SupervisedRows:
     rows, weights = batch.target_rows(), [batch.ce_weight.flatten(), batch.kd_weight.flatten()]
     if config.normalization == "sequence_mean":
         weights = [_per_sequence(batch, weight) for weight in weights]
+    if batch.sequence_weights:
+        scale = weights[0].new_tensor(batch.sequence_weights)[_owner(batch)]
+        weights = [weight * scale for weight in weights]
     ce_scale = (1 - kd_ratio) / totals.ce if totals.ce else 0.0
     kd_scale = kd_ratio / totals.kd if totals.kd else 0.0
     return SupervisedRows(rows, weights[0][rows] * ce_scale, weights[1][rows] * kd_scale, None)

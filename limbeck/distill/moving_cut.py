@@ -80,7 +80,7 @@ class MovingCut(NamedTuple):
     ) -> MovingCut:
         """The cut of some traces, with what is looked up for every step."""
         whole = np.array([is_whole(sample, truncation) for sample in samples])
-        return cls(samples, truncation, supervision, schedule, raised, unit_lengths(samples, truncation.unit), whole)
+        return cls(samples, truncation, supervision, schedule, raised, unit_lengths(samples, truncation), whole)
 
     def at(self, step: int, steps: int) -> TruncationConfig:
         """The cut of step `step` of `steps`, fitted to all traces."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from limbeck.checkpoint import Checkpoint, hash_path
-from limbeck.distill.config import DistillConfig, LoopConfig
+from limbeck.distill.config import DistillConfig, LoopConfig, teachers_of
 from limbeck.distill.setup import Run
 from limbeck.errors import CheckpointError
 from limbeck.models.anatomy import causal_lm_of
@@ -39,7 +39,7 @@ def inputs_of(config: DistillConfig) -> dict[str, str]:
     """What a run reads, by role, as hashes of the files: student, teachers or their caches, traces."""
     names = {"student": config.student.model}
     found = {}
-    for number, teacher in enumerate((config.teacher, *config.teacher.others), 1):
+    for number, teacher in enumerate(teachers_of(config), 1):
         role = "teacher" if number == 1 else f"teacher_{number}"
         names[role] = teacher.model
         if teacher.cache is not None:
@@ -48,16 +48,19 @@ def inputs_of(config: DistillConfig) -> dict[str, str]:
         if teacher.server is not None:
             found[f"{role}_server"] = f"{teacher.server} {teacher.server_model or 'its only model'}"
     found |= {role: model_hash(name) for role, name in names.items() if name is not None}
-    traces = path_of(config.traces.source)
-    return found | ({"traces": hash_path(traces)} if traces.exists() else {})
+    for number, source in enumerate(config.all_sources, 1):
+        traces = path_of(source.traces.source)
+        if traces.exists():
+            found["traces" if number == 1 else f"traces_{number}"] = hash_path(traces)
+    return found
 
 
-def cost_of_traces(config: DistillConfig) -> Mapping[str, Any] | None:
-    """The ledger of `limbeck traces complete` where the traces are its own: a student wrote them for this run."""
-    source = path_of(config.traces.source)
-    made = Checkpoint(source if source.is_dir() else source.parent)
-    is_completed = source.exists() and made.is_finished and made.manifest["stage"] == "traces complete"
-    return made.cost if is_completed else None
+def costs_of_traces(config: DistillConfig) -> Iterator[Mapping[str, Any]]:
+    """The ledgers of `limbeck traces complete` where traces are its own: a student wrote them for this run."""
+    for source in dict.fromkeys(path_of(source.traces.source) for source in config.all_sources):
+        made = Checkpoint(source if source.is_dir() else source.parent)
+        if source.exists() and made.is_finished and made.manifest["stage"] == "traces complete":
+            yield made.cost
 
 
 def keep_lines(path: Path, count: int) -> None:

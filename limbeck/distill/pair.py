@@ -9,7 +9,7 @@ import peft
 import torch
 
 from limbeck.client import Client, api_key
-from limbeck.distill.config import LoopConfig, TeacherConfig
+from limbeck.distill.config import LoopConfig, TeacherConfig, teachers_of
 from limbeck.distill.parallel import Ranks, make_mesh
 from limbeck.errors import ConfigError, PairError
 from limbeck.models.anatomy import Head, head_of
@@ -219,7 +219,7 @@ def check_pair(config: LoopConfig, student: Any, tokenizer: Any) -> None:
     Raises: PairError.
     """
     _check_vocabulary("student", student, tokenizer)
-    for teacher in (config.teacher, *config.teacher.others):
+    for teacher in teachers_of(config):
         _check_teacher(teacher, tokenizer)
         if teacher.cache is not None:
             _check_projected(teacher.cache, config, student)

@@ -2,10 +2,11 @@
 
 1. Examples are shuffled, seeded by (seed, epoch).
 2. Within windows of `bucket_batches` batches they are sorted by length, so that a batch holds like with like.
+   Of several sources an epoch reads what `mix` says instead of all examples.
 3. Windows are cut into batches of `batch_size` sequences, or under `batch_tokens` tokens; the batches are shuffled.
    Batches that grow are cut, in order and without the sorting, from an endless row of shuffled epochs instead.
 4. A batch is dealt to the ranks, longest first to the emptiest, and each rank's share is cut into micro-batches under
-   `microbatch_tokens` tokens. Micro-batches bound the memory; they do not change the gradient.
+   `microbatch_tokens` tokens, each for one teacher. Micro-batches bound the memory; they do not change the gradient.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from limbeck.distill.mix import Mix
 from limbeck.errors import ConfigError
 from limbeck.optim.growing_batch import BatchGrowth
 from limbeck.traces.batch import Layout
@@ -47,6 +49,8 @@ def plan_steps(
     max_tokens: int | None = None,
     world_size: int = 1,
     growth: BatchGrowth | None = None,
+    mix: Mix | None = None,
+    teachers: Sequence[int] | None = None,
 ) -> list[PlannedStep]:
     """All steps of a run.
 
@@ -60,20 +64,22 @@ def plan_steps(
       max_steps, max_tokens: stop after so many; when one is given, epochs repeat until it is reached.
       world_size: number of ranks.
       growth: size of the batch at each step, in sequences or tokens as the batch is; `bucket_batches` is not used.
+      mix: what an epoch reads of several sources; None: every example once.
+      teachers: number of the teacher of each example; None: all have one.
     Raises: ConfigError when there is no example.
     """
     if not lengths:
         raise ConfigError("no trace is left to train on.")
     if growth is None:
-        batches = _fixed_batches(lengths, batch_size, batch_tokens, bucket_batches, seed)
+        batches = _fixed_batches(lengths, mix, batch_size, batch_tokens, bucket_batches, seed)
     else:
-        batches = _growing_batches(lengths, growth, batch_tokens is not None, seed)
+        batches = _growing_batches(lengths, mix, growth, batch_tokens is not None, seed)
     if max_steps is None and max_tokens is None:
-        batches = _first_sequences(batches, max(1, round(epochs * len(lengths))))
+        batches = _first_sequences(batches, max(1, round(epochs * (mix.size if mix else len(lengths)))))
     if max_tokens is not None:
         batches = _first_tokens(batches, lengths, max_tokens)
     return [
-        split_step(batch, lengths, microbatch_tokens, layout, world_size)
+        split_step(batch, lengths, microbatch_tokens, layout, world_size, teachers)
         for batch in itertools.islice(batches, max_steps)
     ]
 
@@ -95,17 +101,30 @@ def _first_tokens(batches: Iterator[list[int]], lengths: Sequence[int], count: i
 
 
 def _fixed_batches(
-    lengths: Sequence[int], batch_size: int | None, batch_tokens: int | None, bucket_batches: int, seed: int
+    lengths: Sequence[int],
+    mix: Mix | None,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    bucket_batches: int,
+    seed: int,
 ) -> Iterator[list[int]]:
     for epoch in itertools.count():
-        yield from _epoch_batches(lengths, batch_size, batch_tokens, bucket_batches, seed, epoch)
+        rng = np.random.default_rng((seed, epoch))
+        order = _shuffled(lengths, mix, seed, epoch, rng)
+        yield from _epoch_batches(order, lengths, batch_size, batch_tokens, bucket_batches, rng)
+
+
+def _shuffled(lengths: Sequence[int], mix: Mix | None, seed: int, epoch: int, rng: np.random.Generator) -> list[int]:
+    """The examples of an epoch in its order."""
+    members = np.arange(len(lengths)) if mix is None else mix.epoch(epoch, seed)
+    return [int(i) for i in members[rng.permutation(len(members))]]
 
 
 def _growing_batches(
-    lengths: Sequence[int], growth: BatchGrowth, counts_tokens: bool, seed: int
+    lengths: Sequence[int], mix: Mix | None, growth: BatchGrowth, counts_tokens: bool, seed: int
 ) -> Iterator[list[int]]:
-    row = (
-        int(i) for epoch in itertools.count() for i in np.random.default_rng((seed, epoch)).permutation(len(lengths))
+    row = itertools.chain.from_iterable(
+        _shuffled(lengths, mix, seed, epoch, np.random.default_rng((seed, epoch))) for epoch in itertools.count()
     )
     pending = next(row)
     for step in itertools.count():
@@ -119,21 +138,19 @@ def _growing_batches(
 
 
 def _epoch_batches(
+    order: Sequence[int],
     lengths: Sequence[int],
     batch_size: int | None,
     batch_tokens: int | None,
     bucket_batches: int,
-    seed: int,
-    epoch: int,
+    rng: np.random.Generator,
 ) -> list[list[int]]:
-    rng = np.random.default_rng((seed, epoch))
-    order = [int(i) for i in rng.permutation(len(lengths))]
-    mean_length = max(1.0, float(np.mean(lengths)))
+    mean_length = max(1.0, float(np.mean([lengths[index] for index in order])))
     per_batch = batch_size if batch_size is not None else max(1, int((batch_tokens or 1) / mean_length))
     window = max(1, per_batch * bucket_batches)
     batches: list[list[int]] = []
     for start in range(0, len(order), window):
-        members = order[start : start + window]
+        members = list(order[start : start + window])
         if bucket_batches > 1:
             members.sort(key=lambda index: lengths[index])
         batches.extend(_cut_batches(members, lengths, batch_size, batch_tokens))
@@ -159,7 +176,12 @@ def _cut_batches(
 
 
 def split_step(
-    batch: Sequence[int], lengths: Sequence[int], microbatch_tokens: int, layout: Layout, world_size: int
+    batch: Sequence[int],
+    lengths: Sequence[int],
+    microbatch_tokens: int,
+    layout: Layout,
+    world_size: int,
+    teachers: Sequence[int] | None = None,
 ) -> PlannedStep:
     """Deal the examples of one batch to the ranks and cut each share into micro-batches; arguments as above."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
@@ -168,7 +190,25 @@ def split_step(
         rank = loads.index(min(loads))
         shares[rank].append(index)
         loads[rank] += lengths[index]
-    return PlannedStep(tuple(tuple(_cut_microbatches(share, lengths, microbatch_tokens, layout)) for share in shares))
+    return PlannedStep(
+        tuple(
+            tuple(
+                group
+                for taught in _by_teacher(share, teachers)
+                for group in _cut_microbatches(taught, lengths, microbatch_tokens, layout)
+            )
+            for share in shares
+        )
+    )
+
+
+def _by_teacher(share: Sequence[int], teachers: Sequence[int] | None) -> Iterator[list[int]]:
+    """The examples of each teacher, in their order."""
+    if teachers is None:
+        yield list(share)
+        return
+    for teacher in sorted({teachers[index] for index in share}):
+        yield [index for index in share if teachers[index] == teacher]
 
 
 def _cut_microbatches(

@@ -20,7 +20,7 @@ from limbeck.cost.hardware import Hardware, measure
 from limbeck.cost.memory import LiveTeacher, Loss, Pass, TrainedModel, Way, saved_bytes, states_of, training_memory
 from limbeck.cost.prediction import Prediction, flops_of
 from limbeck.cost.shapes import Dims, config_of, on_meta, scratch_shape
-from limbeck.distill.config import DistillConfig, TeacherConfig
+from limbeck.distill.config import DistillConfig, TeacherConfig, teachers_of
 from limbeck.distill.data import Data, cuts_of, prepare
 from limbeck.distill.fused import chunk_bytes_on
 from limbeck.distill.pair import student_tokenizer_name, trainable
@@ -59,6 +59,8 @@ class Setup(NamedTuple):
     """The live ones."""
     loss: Loss
     data: Data
+    asked: tuple[tuple[int, ...], ...] = ((),)
+    """Which of the live teachers are asked together, by the number of a source's teacher."""
 
 
 class Charge(NamedTuple):
@@ -100,6 +102,7 @@ def predict_distill(
     data = prepare(config, tokenizer) if samples is None else data_of(config, samples)
     setup = set_up(config, data, vocabulary_size(tokenizer), student, teacher, hardware.is_accelerator)
     notes = [] if samples is None else [f"{len(samples)} traces of assumed lengths"]
+    notes += ["nothing of sources, which are read with the traces"] if samples is not None and config.sources else []
     return predict_run(setup, hardware, world_size, notes)
 
 
@@ -148,13 +151,23 @@ def set_up(
 ) -> Setup:
     """The run that a config describes, its models on the meta device."""
     learner = student_of(config, student or _student_shape(config), vocab_size, is_accelerator)
-    named = [config.teacher, *config.teacher.others] if config.asks_teacher else []
+    named = teachers_of(config) if config.asks_teacher else []
     live = list(filter(_is_live, named))
     known = [] if teacher is None else [teacher][: len(live)]
     shapes = known + [config_of(str(given.model)) for given in live[len(known) :]]
     teachers = tuple(teacher_of(config, shape, vocab_size, is_accelerator) for shape in shapes)
     stored = [_stored(given) for given in named if not _is_live(given)]
-    return Setup(config, learner, teachers, _loss_of(config, learner, teachers, stored), data)
+    return Setup(config, learner, teachers, _loss_of(config, learner, teachers, stored), data, _asked(config))
+
+
+def _asked(config: DistillConfig) -> tuple[tuple[int, ...], ...]:
+    """The places among the live teachers of those of the run, and of those of each source that has its own."""
+    found, place = [], 0
+    for first in (config.teacher, *(source.teacher for source in config.sources if source.teacher)):
+        count = sum(map(_is_live, (first, *first.others))) if config.asks_teacher else 0
+        found.append(tuple(range(place, place + count)))
+        place += count
+    return tuple(found)
 
 
 def _loss_of(
@@ -329,7 +342,10 @@ def _charges(setup: Setup, steps: Sequence[PlannedStep], world_size: int) -> Ite
             examples, is_own = moving.examples(number, len(steps), step.indices, share), True
         if is_own:
             lengths = [len(example) for example in examples]
-            step = split_step(range(len(examples)), lengths, training.microbatch_tokens, training.layout, world_size)
+            teachers = setup.config.teachers_by(examples)
+            step = split_step(
+                range(len(examples)), lengths, training.microbatch_tokens, training.layout, world_size, teachers
+            )
         groups = [[examples[i] for i in group] for rank in step.microbatches for group in rank]
         yield [charge_of(setup, group, kd_ratio) for group in groups]
 
@@ -355,7 +371,12 @@ def charge_of(setup: Setup, examples: Sequence[Example], kd_ratio: float) -> Cha
     passes: tuple[Pass, ...] = ()
     teaching = 0
     if is_taught:
-        passes = tuple(_pass(teacher.way, batch, asked) for teacher in setup.teachers)
+        (number,) = {setup.config.teacher_numbers[example.sample.origin] for example in examples}
+        own = setup.asked[number]
+        passes = tuple(
+            _pass(teacher.way, batch, asked) if place in own else _NOTHING
+            for place, teacher in enumerate(setup.teachers)
+        )
         scored = len(asked) if select is None or select.reads_teacher else 0
         scored += len(asked) if setup.config.supervision.borders is not None and kd_ratio < 1 else 0
         teaching = _teaching(setup, passes, scored + (len(kept) if select is not None else 0))
@@ -367,6 +388,7 @@ def _teaching(setup: Setup, passes: Sequence[Pass], head_rows: int) -> int:
     return sum(
         backbone_forward_flops(teacher.sizes, taught.computed) + head_forward_flops(teacher.sizes, head_rows)
         for teacher, taught in zip(setup.teachers, passes, strict=True)
+        if taught is not _NOTHING
     )
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.distill.config import DistillConfig
+from limbeck.distill.config import DistillConfig, teachers_of
 from limbeck.errors import PairError, TemplateError
 from limbeck.models.anatomy import causal_lm_of
 from limbeck.models.load import load_tokenizer, vocabulary_size
 from limbeck.models.parts import text_config
 from limbeck.progress import console
 from limbeck.traces.batch import Example
-from limbeck.traces.render import RenderConfig, render, stop_ids
+from limbeck.traces.render import RenderConfig, stop_ids
+from limbeck.traces.render_turns import samples_of
 from limbeck.traces.sources import read_traces
 from limbeck.traces.trace import Trace
 
@@ -30,7 +31,7 @@ def check_templates(config: DistillConfig, tokenizer: Any) -> None:
 
     Raises: PairError, naming the first place where they differ.
     """
-    teachers = (config.teacher, *config.teacher.others)
+    teachers = teachers_of(config)
     names = [one.model for one in teachers if one.model is not None and not one.is_translated]
     if not names:
         return
@@ -47,10 +48,10 @@ def compare_rendered(trace: Trace, name: str, teacher: Any, student: Any, config
     if config.chat_template is None and not teacher.chat_template:
         return
     try:
-        theirs = render(trace, teacher, config).input_ids
+        theirs = np.concatenate([sample.input_ids for sample in samples_of(trace, teacher, config)])
     except TemplateError as error:
         raise PairError(f"teacher {name}: cannot render the first trace ({error})") from error
-    ours = render(trace, student, config).input_ids
+    ours = np.concatenate([sample.input_ids for sample in samples_of(trace, student, config)])
     if np.array_equal(ours, theirs):
         return
     length = min(len(ours), len(theirs))

@@ -41,10 +41,13 @@ class Records:
         if run.ranks.is_first:
             name, tree = directory.stem, to_dict(run.config)
             self._trackers = [open_tracker(kind, name, directory, tree) for kind in training.track]
+        self._start: dict[str, Any] = {}
+        if training.keep_best is not None or run.data.sources:
+            self._start = {"step": 0, **validate(run, with_kd=self._with_kd)}
         if training.keep_best is not None:
             column = f"validation_{training.keep_best}"
             self._guard = Guard(directory, column, training.patience, run.ranks.is_first)
-            self._guard.begin({"step": 0, **validate(run, with_kd=self._with_kd)}, run.student.model)
+            self._guard.begin(self._start, run.student.model)
 
     def __enter__(self) -> Records:
         return self
@@ -111,14 +114,18 @@ class Records:
         raise LimbeckError(f"asked to end (SIGTERM): saved behind step {step}; --resume goes on.")
 
     def end(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Give the model the weights that are kept: those of the last step, `row`, or the best; returns its metrics."""
+        """Give the model the weights that are kept: those of the last step, `row`, or the best; returns its metrics.
+
+        Of several sources `start_ce_of` has the held-out CE of each before the first step.
+        """
         for tracker in self._trackers:
             tracker.close()
-        if self._guard is None:
-            return row
-        wait(self._run.ranks)
-        self._guard.load_best(self._run.student.model)
-        return row if self._guard.best is None else self._guard.best
+        kept = row
+        if self._guard is not None:
+            wait(self._run.ranks)
+            self._guard.load_best(self._run.student.model)
+            kept = self._guard.best or row
+        return {**kept, "start_ce_of": self._start["validation_ce_of"]} if self._run.data.sources else kept
 
     def _save(self, step: int, goes_on: bool) -> None:
         """Save behind a step; whether training `goes_on` meanwhile."""

@@ -12,7 +12,7 @@ import numpy as np
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import Data
 from limbeck.distill.on_policy import OnPolicyConfig
-from limbeck.distill.output import cost_of_traces
+from limbeck.distill.output import costs_of_traces
 from limbeck.distill.plan import PlannedStep
 from limbeck.distill.rollouts import Prompts
 from limbeck.distill.stop_control import prompts_of
@@ -27,9 +27,8 @@ Written = tuple[int, int]
 
 def sampling_of(config: DistillConfig, data: Data, sizes: Sizes, steps: Sequence[PlannedStep]) -> Written:
     """All that a student writes for a run."""
-    cost = cost_of_traces(config)
-    completions = (0, 0) if cost is None else (cost["flops"]["sampling"], cost["rollout_tokens"])
-    parts = [completions, _looks(config, data, sizes, steps)]
+    completions = [(cost["flops"]["sampling"], cost["rollout_tokens"]) for cost in costs_of_traces(config)]
+    parts = [*completions, _looks(config, data, sizes, steps)]
     if config.on_policy is not None and data.prompts is not None:
         parts.append(_rollouts(config.on_policy, data.prompts, sizes, steps))
     return sum(flops for flops, _ in parts), sum(tokens for _, tokens in parts)

@@ -7,6 +7,7 @@ tokens can be left out) is known to the host when it lays a batch out, so that n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -53,14 +54,8 @@ class Laid(NamedTuple):
         tensors += [] if given.cuts is None else [given.cuts.starts]
         tensors += [] if plan is None else [plan.plan.kept, plan.plan.rows, plan.cuts.starts]
         there = iter(copied(tensors, device))
-        moved = Batch(
-            input_ids=next(there),
-            positions=next(there),
-            ce_weight=next(there),
-            kd_weight=next(there),
-            segment_ids=batch.segment_ids,
-            sequence_lengths=batch.sequence_lengths,
-            layout=batch.layout,
+        moved = replace(
+            batch, input_ids=next(there), positions=next(there), ce_weight=next(there), kd_weight=next(there)
         )
         supervised = SupervisedRows(next(there), next(there), next(there), None)
         cuts = None if given.cuts is None else Cuts(next(there), given.cuts.longest)

@@ -9,11 +9,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from limbeck.distill.borders import borders_of
+from limbeck.distill.by_source import TeachersBySource, load_teachers
 from limbeck.distill.config import DistillConfig, LoopConfig
 from limbeck.distill.data import Data, prepare
 from limbeck.distill.microbatch import Borders, MicroBatch, Objective, StepLoss, Student, supervised_rows
+from limbeck.distill.mix import Mix
 from limbeck.distill.objective import Distillation
-from limbeck.distill.pair import check_pair, load_student, load_student_in_parts, load_teacher, products_of
+from limbeck.distill.pair import check_pair, load_student, load_student_in_parts, products_of
 from limbeck.distill.parallel import Ranks
 from limbeck.distill.plan import PlannedStep, plan_steps
 from limbeck.distill.preflight import carry, check_templates
@@ -37,7 +39,7 @@ class Run(NamedTuple):
 
     config: LoopConfig
     student: Student
-    teacher: Teacher | None
+    teacher: Teacher | TeachersBySource | None
     data: Data
     steps: list[PlannedStep]
     optimizer: torch.optim.Optimizer
@@ -83,14 +85,18 @@ class Run(NamedTuple):
         batch = collate(examples, layout, pad_id) if examples else idle(layout, pad_id)
         if self.ranks.device.type == "cpu":
             return batch
-        teacher = self.teacher if loss.kd_ratio else None
-        return lay_out(batch, supervised_rows(batch, loss), examples, teacher)
+        return lay_out(batch, supervised_rows(batch, loss), examples, self._teacher_of(examples, loss))
 
     def sent(self, laid: Laid | Batch, examples: Sequence[Example], loss: StepLoss) -> MicroBatch:
         """What was laid out, on the device."""
         batch, known = laid.send(self.ranks.device) if isinstance(laid, Laid) else (laid, None)
-        teacher = self.teacher if loss.kd_ratio else None
-        return MicroBatch(self.student, teacher, batch, examples, loss, self.ledger, known)
+        return MicroBatch(self.student, self._teacher_of(examples, loss), batch, examples, loss, self.ledger, known)
+
+    def _teacher_of(self, examples: Sequence[Example], loss: StepLoss) -> Teacher | None:
+        """Who is asked about a micro-batch."""
+        if not loss.kd_ratio:
+            return None
+        return self.teacher.of(examples) if isinstance(self.teacher, TeachersBySource) else self.teacher
 
     def autocast(self) -> torch.autocast:
         """The precision of the products."""
@@ -110,7 +116,7 @@ def set_up(config: DistillConfig, ranks: Ranks) -> Run:
     else:
         (model, tokenizer), empty = load_student(config), None
         model.to(ranks.device)
-    teacher = load_teacher(config, ranks)
+    teacher = load_teachers(config, ranks)
     check_pair(config, model, tokenizer)
     check_templates(config, tokenizer)
     for student in (model, empty):
@@ -154,7 +160,24 @@ def planned_steps(config: DistillConfig, data: Data, readers: int = 1) -> list[P
         max_tokens=training.max_tokens,
         world_size=readers,
         growth=training.growing_batch(),
+        mix=mix_of(config, data),
+        teachers=config.teachers_by(data.train),
     )
+
+
+def mix_of(config: DistillConfig, data: Data) -> Mix | None:
+    """What an epoch reads of several sources; None where there is one."""
+    if not data.sources:
+        return None
+    lengths = [len(example) for example in data.train]
+    origins = [example.sample.origin for example in data.train]
+    return Mix.of(lengths, origins, [source.portion for source in config.all_sources])
+
+
+def epoch_tokens(config: DistillConfig, data: Data) -> float:
+    """Tokens that an epoch reads, in the mean over epochs."""
+    lengths, mix = [len(example) for example in data.train], mix_of(config, data)
+    return float(sum(lengths)) if mix is None else mix.tokens(lengths)
 
 
 def _rollouts(config: DistillConfig, steps: Sequence[PlannedStep], data: Data, tokenizer: Any) -> Rollouts | None:
@@ -169,6 +192,8 @@ def _stop_control(config: DistillConfig, data: Data, tokenizer: Any) -> StopCont
         return None
     if not data.validation:
         raise ConfigError("stop_control asks held-out prompts, and none is held out; set num_validation.")
+    if any(example.sample.turns for example in data.validation):
+        raise ConfigError("stop_control lets the student answer prompts, which traces of several turns have not one of")
     share = config.truncation.whole_fraction if control.raises == "whole" else 0.0
     return StopControl(control, share, data.validation, stop_ids(tokenizer, config.render))
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from limbeck.distill.config import DistillConfig
 from limbeck.distill.microbatch import MicroBatch, StepLoss, step_totals
 from limbeck.distill.plan import PlannedStep, split_step
 from limbeck.distill.rollouts import Rollouts
@@ -110,7 +111,10 @@ def _selection(run: Run, number: int) -> TokenSelection | None:
 def _dealt(run: Run, examples: Sequence[Example]) -> PlannedStep:
     """A step of these examples, dealt by their lengths."""
     lengths, training = [len(example) for example in examples], run.config.training
-    return split_step(range(len(examples)), lengths, training.microbatch_tokens, training.layout, run.ranks.readers)
+    teachers = run.config.teachers_by(examples) if isinstance(run.config, DistillConfig) else None
+    return split_step(
+        range(len(examples)), lengths, training.microbatch_tokens, training.layout, run.ranks.readers, teachers
+    )
 
 
 def _microbatches(run: Run, examples: Sequence[Example], step: PlannedStep) -> list[list[Example]]:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from limbeck.checkpoint import Checkpoint, write_manifest
 from limbeck.distill.config import DistillConfig
+from limbeck.distill.forgetting import source_lines, source_rows
 from limbeck.distill.job import training_job
 from limbeck.distill.numbers import Pending
-from limbeck.distill.output import cost_of_traces, inputs_of, metrics_of, write_model
+from limbeck.distill.output import costs_of_traces, inputs_of, metrics_of, write_model
 from limbeck.distill.parallel import clip_gradients, skip_unless_finite, sum_gradients, throughput, total_cost, wait
 from limbeck.distill.preflight import report
 from limbeck.distill.records import Records
@@ -67,18 +68,21 @@ def run(
         setup = setup.whole()
         if ranks.is_first:
             write_model(setup, working)
-        if ranks.is_first and (written := cost_of_traces(config)) is not None:
-            setup.ledger.restore(written)
+        rows = source_rows(setup, kept) if setup.data.sources else []
+        if ranks.is_first:
+            for written in costs_of_traces(config):
+                setup.ledger.restore(written)
         cost = total_cost(setup.ledger, ranks)
         cost["throughput"] = throughput(cost, ranks, setup.precision)
         if ranks.is_first:
+            tell(source_lines(rows))
             write_manifest(
                 working,
                 stage="distill",
                 config=config,
                 inputs=inputs_of(config),
                 ledger=cost,
-                metrics=metrics_of(config, kept),
+                metrics=metrics_of(config, kept) | ({"sources": rows} if rows else {}),
                 counts=setup.data.counts,
             )
     return Checkpoint(out)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from limbeck.distill.config import DistillConfig, StudentConfig
@@ -13,7 +16,7 @@ from limbeck.distill.setup import Run, set_up
 from limbeck.traces.batch import Example
 
 
-def measure(config: DistillConfig, model: str) -> dict[str, float | None]:
+def measure(config: DistillConfig, model: str) -> dict[str, Any]:
     """The held-out losses (`validate`, with the divergence) of a model as it is.
 
     Args:
@@ -24,17 +27,17 @@ def measure(config: DistillConfig, model: str) -> dict[str, float | None]:
     return validate(set_up(replace(config, student=StudentConfig(model=model)), ranks), with_kd=True)
 
 
-def validate(setup: Run, *, with_kd: bool = False) -> dict[str, float | None]:
+def validate(setup: Run, *, with_kd: bool = False) -> dict[str, Any]:
     """Mean losses in nats a token over thought and answer of the uncut held-out sequences.
 
     Returns: `validation_ce` and, with_kd, `validation_kd`, the divergence from the teacher as the loss takes it; None
-    where nothing is held out.
+    where nothing is held out. Of several sources `validation_ce_of` has the CE of each by its name.
     """
     names = ("validation_ce", "validation_kd") if with_kd else ("validation_ce",)
     kd_ratio = 0.5 if with_kd else 0.0
     # Sums, not means: where the vocabulary is shared out, rows of other processes are among these.
     loss = StepLoss(replace(setup.config.loss, normalization="token_mean"), kd_ratio, Totals(1.0, 1.0))
-    ce, kd, ce_weight, kd_weight = 0.0, 0.0, 0.0, 0.0
+    sums = np.zeros((max(1, len(setup.data.sources)), 4))
     model, flops = setup.student.model, dict(setup.ledger.flops)
     was_training = model.training
     model.eval()
@@ -44,14 +47,19 @@ def validate(setup: Run, *, with_kd: bool = False) -> dict[str, float | None]:
             given = setup.microbatch(group, loss)
             with setup.autocast():
                 found = setup.objective(given)
-            ce += 0.0 if found is None else found.ce_sum.item() / (1 - kd_ratio)
-            kd += 0.0 if found is None or not with_kd else found.kd_sum.item() / kd_ratio
-            ce_weight, kd_weight = ce_weight + totals.ce, kd_weight + totals.kd
+            ce = 0.0 if found is None else found.ce_sum.item() / (1 - kd_ratio)
+            kd = 0.0 if found is None or not with_kd else found.kd_sum.item() / kd_ratio
+            sums[group[0].sample.origin if group else 0] += (ce, kd, totals.ce, totals.kd)
     model.train(was_training)
     setup.ledger.flops = flops  # a live teacher charges its own; validation is no part of the training's cost
-    ce, kd, ce_weight, kd_weight = sum_numbers([ce, kd, ce_weight, kd_weight], setup.ranks)
+    sums = np.array(sum_numbers(sums.ravel().tolist(), setup.ranks)).reshape(sums.shape)
+    ce, kd, ce_weight, kd_weight = sums.sum(axis=0).tolist()
     means = (ce / ce_weight if ce_weight else None, kd / kd_weight if kd_weight else None)
-    return dict(zip(names, means, strict=False))
+    result: dict[str, Any] = dict(zip(names, means, strict=False))
+    if setup.data.sources:
+        pairs = zip(setup.data.sources, sums.tolist(), strict=True)
+        result["validation_ce_of"] = {name: row[0] / row[2] if row[2] else None for name, row in pairs}
+    return result
 
 
 def _groups(setup: Run) -> list[list[Example]]:
@@ -69,11 +77,23 @@ def _groups(setup: Run) -> list[list[Example]]:
 def _share(setup: Run, share: slice) -> list[list[Example]]:
     if setup.data.validation_groups is not None:
         return setup.data.validation_groups[share]
+    own = setup.data.validation[share]
+    limit = setup.config.training.microbatch_tokens
+    origins = sorted({example.sample.origin for example in own})
+    return [
+        group
+        for origin in origins
+        for group in _by_length([example for example in own if example.sample.origin == origin], limit)
+    ]
+
+
+def _by_length(examples: Sequence[Example], limit: int) -> list[list[Example]]:
+    """Groups of like length, which `limit` tokens hold with their padding."""
     groups: list[list[Example]] = []
     longest = 0
-    for example in sorted(setup.data.validation[share], key=len):
+    for example in sorted(examples, key=len):
         longest = max(longest, len(example))
-        if not groups or longest * (len(groups[-1]) + 1) > setup.config.training.microbatch_tokens:
+        if not groups or longest * (len(groups[-1]) + 1) > limit:
             groups.append([])
             longest = len(example)
         groups[-1].append(example)

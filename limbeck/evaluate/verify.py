@@ -31,7 +31,8 @@ from limbeck.stage import How, Place
 from limbeck.traces.counts import tell
 from limbeck.traces.generation import SKIPPED_FILE, TRACES_FILE, read_prompts
 from limbeck.traces.record import REFERENCE_COLUMNS
-from limbeck.traces.render import RenderConfig, render
+from limbeck.traces.render import RenderConfig
+from limbeck.traces.render_turns import samples_of
 from limbeck.traces.sources import TraceConfig, path_of, read_traces
 from limbeck.traces.trace import Trace, write_jsonl
 
@@ -199,7 +200,7 @@ def reasons_against(
             return "too short"
         if config.max_chars is not None and chars > config.max_chars:
             return "too long in characters"
-        if tokenizer is not None and len(render(trace, tokenizer, config.render)) > (config.max_tokens or 0):
+        if tokenizer is not None and _longest(trace, tokenizer, config) > (config.max_tokens or 0):
             return "too long in tokens"
         if config.keep != "all" and (trace.correct is False or (trace.correct is None and config.keep == "right")):
             return "wrong answer" if trace.correct is False else "unknown answer"
@@ -220,6 +221,11 @@ def _unusable(source: Path) -> Counter[str]:
         return Counter(str(record["prompt"]) for record in json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({error!r}); generate the traces again.") from error
+
+
+def _longest(trace: Trace, tokenizer: Any, config: VerifyConfig) -> int:
+    """Tokens of the longest sequence of a trace."""
+    return max(map(len, samples_of(trace, tokenizer, config.render)))
 
 
 def _with_rate(trace: Trace, rates: Mapping[str, Mapping[str, Any]]) -> Trace:

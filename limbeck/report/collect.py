@@ -19,6 +19,7 @@ from limbeck.report.advised import STAGE as ADVICE
 from limbeck.report.advised import Advised, read_advice
 from limbeck.report.compressed import EVALUATION, STAGES, Compressed, read_compressed
 from limbeck.report.files import object_in, read_object
+from limbeck.report.logs import read_curves
 from limbeck.report.pipelined import STAGE as PIPELINE
 from limbeck.report.pipelined import Along, StageRow, read_models, read_steps, shown_by
 from limbeck.report.ranked import EVALUATION as RANK_EVALUATION
@@ -146,7 +147,11 @@ def _read_sweep(path: Path, label: str) -> tuple[Source, list[Row]]:
         models=tuple(models),
         **parts,
     )
-    return source, rows_of(runs, axes, str(file), label)
+    logged = [
+        {**run, "curves": read_curves(path / "runs" / str(run.get("name")))} if isinstance(run, dict) else run
+        for run in runs
+    ]
+    return source, rows_of(logged, axes, str(file), label)
 
 
 def _runs_and_axes(tree: Mapping[str, Any], file: Path) -> tuple[list[Any], list[str]]:
@@ -201,6 +206,7 @@ def _run_as_row(path: Path, source: Source, config: Mapping[str, Any]) -> dict[s
         **metrics,
         **(read_object(evaluation) if evaluation.exists() else {}),
         "problem_scores": problem_scores(evaluation.parent),
+        "curves": read_curves(path),
         "name": source.label,
         "lead_fraction": config.get("truncation.lead_fraction"),
         "keep_ending": config.get("truncation.keep_ending", False),

@@ -22,8 +22,11 @@ from limbeck.report.advice import HOW_TO_READ as HOW_TO_READ_ADVICE
 from limbeck.report.advice import advice_findings, advice_plots, advice_table
 from limbeck.report.collect import Evidence, Source, collect, flatten
 from limbeck.report.compression import HOW_TO_READ, compression_findings, compression_table, layer_plots
+from limbeck.report.curves import curve_plots
 from limbeck.report.drawing import darken, render
 from limbeck.report.findings import findings
+from limbeck.report.forgetting import HOW_TO_READ as HOW_TO_READ_SOURCES
+from limbeck.report.forgetting import source_table
 from limbeck.report.groups import Group, group_rows
 from limbeck.report.pipeline import HOW_TO_READ as HOW_TO_READ_PIPELINE
 from limbeck.report.pipeline import model_table, pipeline_findings, pipeline_plots, stage_table
@@ -53,7 +56,7 @@ def write_report(paths: Sequence[Path], out: Path, title: str | None = None, top
     evidence = collect(paths)
     groups = group_rows(evidence.rows)
     content = _content(evidence, groups, title) | {"top": top}
-    files, figures = _draw(plots_of(groups, evidence.models))
+    files, figures = _draw([*plots_of(groups, evidence.models), *curve_plots(groups)])
     layer_files, layer_figures = _draw(layer_plots(evidence.compressed))
     ranking_files, ranking_figures = _draw(ranking_plots(evidence.ranking))
     pipeline_files, pipeline_figures = _draw(pipeline_plots(evidence.steps))
@@ -97,6 +100,8 @@ def _content(evidence: Evidence, groups: Sequence[Group], title: str | None) -> 
         "bars": _bars(groups),
         "cuts": cut_table(groups),
         "stops": stop_table(groups, evidence.models),
+        "of_sources": source_table(evidence.rows),
+        "how_to_read_sources": HOW_TO_READ_SOURCES,
         "stores": _labelled(evidence.sources, "store"),
         "trace_stats": _labelled(evidence.sources, "trace_stats"),
         "sources": list(map(_origin, evidence.sources)),

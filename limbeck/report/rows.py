@@ -36,6 +36,10 @@ PLACED_AXES = (
 """Axes with a place of their own in a row, by short name and by path."""
 
 
+Curve = tuple[tuple[float, float], ...]
+"""Tokens read and a value, point after point."""
+
+
 class Estimate(NamedTuple):
     """A value and its interval; the ends are None where no interval was computed."""
 
@@ -64,6 +68,8 @@ class Row:
     """What was measured, by the names of NUMBERS."""
     problem_scores: Mapping[str, float] = field(default_factory=dict)
     """The score of every problem by its key; none where they were not kept."""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """What was logged over the tokens read, by its name; none where the log is not there."""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """Everything that the run reported, as it stands in its file."""
 
@@ -107,7 +113,8 @@ def row_of(tree: Any, axes: Sequence[str], where: str, label: str) -> Row:
         settings=settings,
         numbers={name: value for name in NUMBERS if (value := _number(tree, name, where)) is not None},
         problem_scores=dict(tree.get("problem_scores") or {}),
-        raw={name: value for name, value in tree.items() if name != "problem_scores"},
+        curves=dict(tree.get("curves") or {}),
+        raw={name: value for name, value in tree.items() if name not in ("problem_scores", "curves")},
     )
 
 

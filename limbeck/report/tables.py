@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from rich import box
+from rich.console import Console
 from rich.table import Table as ConsoleTable
 from rich.text import Text
 
-from limbeck.report.collect import flatten
+from limbeck.checkpoint import Checkpoint
+from limbeck.report.collect import SUMMARY, flatten
+from limbeck.report.files import read_object
 from limbeck.report.groups import Group, frontier, group_rows, namer, uncut_of
 from limbeck.report.rows import FLOP_PARTS, Row, rows_of
 from limbeck.report.units import MISSING, Kind, interval, scale_of, share
@@ -64,6 +67,15 @@ def console_table(runs: Sequence[Mapping[str, Any]], axes: Sequence[str] = ()) -
     Raises: CheckpointError when a run is malformed.
     """
     return for_console(score_table(group_rows(rows_of(runs, axes, "summary")), (), is_brief=True))
+
+
+def show_sweep(checkpoint: Checkpoint) -> None:
+    """Print the table of a finished sweep.
+
+    Raises: CheckpointError when its summary is malformed.
+    """
+    summary = read_object(checkpoint.path / SUMMARY)
+    Console().print(console_table(summary["runs"], summary["axes"]))
 
 
 def for_console(content: Table) -> ConsoleTable:

@@ -96,6 +96,7 @@ SWEEP = Stage(
         "evaluate_teacher",
     ),
     refers={"distill": "distill"},
+    shows="limbeck.report.tables:show_sweep",
 )
 ADVISE_CUT = Stage(
     name="traces advise",

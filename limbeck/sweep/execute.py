@@ -25,6 +25,7 @@ from limbeck.distill import train
 from limbeck.distill.commands import DISTILL
 from limbeck.distill.config import DistillConfig
 from limbeck.distill.data import UNCUT, prepare
+from limbeck.distill.setup import epoch_tokens
 from limbeck.errors import ConfigError, LimbeckError
 from limbeck.evaluate.commands import EVALUATE
 from limbeck.evaluate.stage import EvaluateStageConfig
@@ -133,8 +134,8 @@ def _announced(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path) -> Ite
 
 def _refuse_leaks(sweep: SweepConfig) -> None:
     problems, _ = read_problems(sweep.problems)
-    training, _ = read_traces(sweep.distill.traces)
-    shared = {trace.prompt_key for trace in problems} & {trace.prompt_key for trace in training}
+    training = {trace.prompt_key for source in sweep.distill.all_sources for trace in read_traces(source.traces)[0]}
+    shared = {trace.prompt_key for trace in problems} & training
     if shared:
         raise ConfigError(
             f"problems: {len(shared)} of {len(problems)} are also training prompts, so the score is not held out; "
@@ -160,7 +161,7 @@ def match_tokens(sweep: SweepConfig, runs: list[PlannedRun]) -> list[PlannedRun]
     for planned in runs:
         tokenizer = load_tokenizer(tokenizer_name(planned.config))
         uncut = dataclasses.replace(planned.config, truncation=UNCUT)
-        tokens = round(prepare(uncut, tokenizer).counts["tokens_before_cut"] * planned.config.training.epochs)
+        tokens = round(epoch_tokens(uncut, prepare(uncut, tokenizer)) * planned.config.training.epochs)
         training = dataclasses.replace(planned.config.training, max_tokens=tokens)
         matched.append(planned._replace(config=dataclasses.replace(planned.config, training=training)))
     return matched
@@ -210,7 +211,9 @@ def _taught(planned: PlannedRun, tokenizer: Any) -> list[Example]:
     """
     with naming(planned):
         data = prepare(planned.config, tokenizer)
-    return data.train + (data.validation if planned.config.training.keep_best == "kd" else [])
+    asked = data.train + (data.validation if planned.config.training.keep_best == "kd" else [])
+    numbers = planned.config.teacher_numbers
+    return [example for example in asked if not numbers[example.sample.origin]]
 
 
 def _score_models(sweep: SweepConfig, runs: Sequence[PlannedRun], out: Path, on: Place) -> dict[Path, dict[str, Any]]:

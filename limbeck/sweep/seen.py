@@ -61,6 +61,8 @@ class CutAdviceConfig:
             raise ConfigError("traces advise looks at an existing student; set distill.student.model")
         if self.distill.teacher.model is None:
             raise ConfigError("traces advise reads with the teacher's model; set distill.teacher.model")
+        if self.distill.sources:
+            raise ConfigError("traces advise looks at one source at a time; leave distill.sources out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +132,8 @@ def _traces(config: CutAdviceConfig, tokenizer: Any) -> tuple[int, list[Trace], 
     rendered = render_traces(chosen, tokenizer, distill.render, distill.max_trace_tokens, distill.traces.on_bad)
     by_key = {trace.key: trace for trace in chosen}
     samples = [sample for sample in rendered.samples if np.sum(sample.segment_ids != PROMPT) > 1]
+    if any(sample.turns for sample in samples):
+        raise ConfigError(f"{distill.traces.source}: a cut is judged on one response a trace; set traces.turns last.")
     if len(samples) < 2:
         raise ConfigError(
             f"{distill.traces.source}: {len(samples)} of {len(chosen)} traces have a response; a cut is judged on "

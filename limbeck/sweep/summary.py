@@ -39,7 +39,7 @@ def summarise(
     """
     first = runs[0].config
     tokenizer = load_tokenizer(tokenizer_name(first))
-    traces, _ = read_traces(first.traces)
+    traces = [trace for source in first.all_sources for trace in read_traces(source.traces)[0]]
     samples = render_traces(traces, tokenizer, first.render, first.max_trace_tokens, first.traces.on_bad).samples
     teacher, base = models.get(out / "teacher"), models.get(out / "base")
     bases = {place: model for place, model in models.items() if place != out / "teacher"}
@@ -125,6 +125,7 @@ def _row(planned: PlannedRun, reference: PlannedRun | None, base: Path, out: Pat
         "peak_bytes_parts": ledger["peak_bytes"],
         "validation_ce": manifest["metrics"]["validation_ce"],
         "rollout_mismatch_nats": manifest["metrics"].get("rollout_mismatch_nats"),
+        "sources": manifest["metrics"].get("sources"),
         "lost_end_marker_fraction": manifest["counts"]["lost_end_marker_fraction"],
         "lost_first_derivation_fraction": manifest["counts"]["lost_first_derivation_fraction"],
         "flops_audit": ledger["flops_audit"],

@@ -8,7 +8,7 @@ padded on the right; causal attention alone keeps padding out, whatever the padd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -62,6 +62,8 @@ class Batch:
     sequence_lengths: tuple[int, ...]
     """Tokens of each sequence, in order: one row of them when packed, one a row when padded."""
     layout: Layout
+    sequence_weights: tuple[float, ...] = ()
+    """What each sequence counts in the loss; empty where all count 1."""
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +80,7 @@ class Batch:
             name: getattr(self, name).to(device)
             for name in ("input_ids", "segment_ids", "positions", "ce_weight", "kd_weight")
         }
-        return Batch(**moved, sequence_lengths=self.sequence_lengths, layout=self.layout)
+        return replace(self, **moved)
 
 
 def make_example(sample: Sample, truncation: TruncationConfig, supervision: SupervisionConfig) -> Example:
@@ -115,7 +117,7 @@ def collate(examples: Sequence[Example], layout: Layout, pad_id: int) -> Batch:
       layout: packed (B = 1, T = sum of lengths) or padded (B = number of examples, T = longest).
       pad_id: token id that fills padding; any id will do, also the end-of-turn token.
     """
-    lengths = [len(example) for example in examples]
+    lengths, weights = [len(example) for example in examples], tuple(example.sample.weight for example in examples)
     if layout == "packed":
         shape, starts = (1, sum(lengths)), np.concatenate([[0], np.cumsum(lengths)[:-1]])
     else:
@@ -140,4 +142,5 @@ def collate(examples: Sequence[Example], layout: Layout, pad_id: int) -> Batch:
         kd_weight=torch.from_numpy(kd_weight),
         sequence_lengths=tuple(lengths),
         layout=layout,
+        sequence_weights=weights if any(weight != 1 for weight in weights) else (),
     )

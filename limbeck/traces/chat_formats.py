@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from limbeck.errors import TraceFormatError
+from limbeck.traces.calls import TOOL_COLUMNS, tools_in
 from limbeck.traces.chat import Reply, split_chat, user_turns
 from limbeck.traces.content import are_parts, as_list
 from limbeck.traces.record import (
@@ -95,14 +97,19 @@ def _parse_turns(
     parsed = parsed_trace(
         chat.messages, thought, reference_in(record, names), verdict_in(record, VERDICT_COLUMNS), notes
     )
-    return with_metadata(parsed, record, (*used, *_OTHER_COLUMNS))
+    assert parsed.trace is not None
+    trace = replace(parsed.trace, tool_calls=chat.reply.calls, tools=tools_in(record))
+    return with_metadata(
+        parsed._replace(trace=trace, weights=chat.weights), record, (*used, *_OTHER_COLUMNS, *TOOL_COLUMNS)
+    )
 
 
 def _thought(reply: Reply, markers: Markers | None) -> Thought:
+    has_calls = bool(reply.calls)
     if reply.reasoning is None:
-        return split_thought(reply.text or "", markers)
+        return split_thought(reply.text or "", markers, has_calls=has_calls)
     if reply.text is None:
         return unclosed_thought(reply.reasoning, "missing end marker: a thought without content")
     if reply.text.lstrip().startswith((markers or THINK).start):
         raise TraceFormatError("two thoughts: one under a key of its own, another in the content")
-    return join_thought(reply.reasoning, reply.text, markers or THINK)
+    return join_thought(reply.reasoning, reply.text, markers or THINK, has_calls=has_calls)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +34,24 @@ def encode_parts(header: str, response: str, tokenizer: Tokenizer) -> tuple[Enco
     tail = _encode_inner(response, tokenizer)
     parts = zip(head, tail._replace(starts=tail.starts + len(header), ends=tail.ends + len(header)), strict=True)
     return Encoded(*(np.concatenate(pair) for pair in parts)), count
+
+
+def encode_pieces(pieces: Sequence[str], tokenizer: Tokenizer) -> Encoded:
+    """Tokens of pieces behind one another: what is given (the even ones) has its own tokens, whatever follows it.
+
+    Args:
+      pieces: a header, what is written behind it, the next header, and so on.
+    """
+    whole = encode("".join(pieces), tokenizer)
+    alone = [encode(pieces[0], tokenizer), *(_encode_inner(piece, tokenizer) for piece in pieces[1:])]
+    borders = np.cumsum([0, *map(len, pieces)])
+    places = np.searchsorted(whole.ends, borders, side="right")
+    slices = [whole.input_ids[low:high] for low, high in pairwise(places.tolist())]
+    given = zip(slices[::2], alone[::2], strict=True)
+    if set(borders[1:]) <= set(whole.ends) and all(np.array_equal(own, one.input_ids) for own, one in given):
+        return whole
+    moved = [(ids, starts + at, ends + at) for (ids, starts, ends), at in zip(alone, borders, strict=False)]
+    return Encoded(*(np.concatenate(parts) for parts in zip(*moved, strict=True)))
 
 
 def _encode_inner(text: str, tokenizer: Tokenizer) -> Encoded:

@@ -10,7 +10,7 @@ import numpy as np
 from limbeck.errors import ConfigError
 from limbeck.traces.horizon import common_length, horizon_scale
 from limbeck.traces.sample import Sample
-from limbeck.traces.truncate import ACROSS_TRACES, TruncationConfig, Unit, exact_fraction, is_whole, unit_bounds
+from limbeck.traces.truncate import ACROSS_TRACES, TruncationConfig, exact_fraction, is_whole, unit_bounds
 
 
 def fit(policy: TruncationConfig, samples: Sequence[Sample]) -> TruncationConfig:
@@ -22,7 +22,8 @@ def fit(policy: TruncationConfig, samples: Sequence[Sample]) -> TruncationConfig
     Returns: common_length as policy budget, random_horizon with its `budget_tokens`.
     Raises: ConfigError where the traces that stay whole have more than the share of the tokens.
     """
-    return fit_lengths(policy, unit_lengths(samples, policy.unit), np.array([is_whole(s, policy) for s in samples]))
+    whole = np.array([is_whole(sample, policy) for sample in samples])
+    return fit_lengths(policy, unit_lengths(samples, policy), whole)
 
 
 def fit_lengths(policy: TruncationConfig, lengths: np.ndarray, whole: np.ndarray) -> TruncationConfig:
@@ -42,7 +43,15 @@ def fit_lengths(policy: TruncationConfig, lengths: np.ndarray, whole: np.ndarray
     return replace(policy, policy="budget", lead_fraction=1.0, budget_tokens=tokens)
 
 
-def unit_lengths(samples: Sequence[Sample], unit: Unit) -> np.ndarray:
-    """Tokens of the unit in each sample: int64 [n]."""
-    bounds = [unit_bounds(sample, unit) for sample in samples]
+def unit_lengths(samples: Sequence[Sample], policy: TruncationConfig) -> np.ndarray:
+    """Tokens of the unit in each sample: int64 [n].
+
+    Raises: ConfigError where one length is looked for, and samples have several turns of their own lengths.
+    """
+    if policy.policy in ACROSS_TRACES and policy.unit != "sequence" and any(sample.turns for sample in samples):
+        raise ConfigError(
+            f"policy {policy.policy} looks for one length of a {policy.unit}, and these traces have several turns; set "
+            "truncation.unit sequence"
+        )
+    bounds = [unit_bounds(sample, policy.unit) for sample in samples]
     return np.array([stop - start for start, stop in bounds], dtype=np.int64)

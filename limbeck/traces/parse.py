@@ -6,6 +6,7 @@ A message begins with a short fixed reason, then a colon and the details: the re
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any
@@ -47,6 +48,9 @@ _LIMBECK_TYPES: dict[str, tuple[type, ...]] = {
     "reference": (str, NoneType),
     "correct": (bool, NoneType),
     "metadata": (dict,),
+    "tool_calls": (list,),
+    "tools": (list,),
+    "turn_weights": (list,),
 }
 
 
@@ -104,12 +108,12 @@ def parse_limbeck(record: Record, markers: Markers | None) -> list[Parsed]:
             thought = Thought(None, None, cot_closed=False, problem=f"{NO_REPLY}: cot and answer are null")
         else:
             thought = unclosed_thought(cot, "missing end marker: cot_closed is false")
-    elif answer is None or not answer.strip():
+    elif not record.get("tool_calls") and (answer is None or not answer.strip()):
         raise TraceFormatError("empty answer")
     elif cot is None:
         thought = Thought(None, answer, problem="no thought: cot is null")
     else:
-        thought = join_thought(cot, answer)
+        thought = join_thought(cot, answer or "", has_calls=bool(record.get("tool_calls")))
     return [Parsed(from_json({**record, "messages": messages, "cot": cot, "answer": answer}), thought.problem)]
 
 
@@ -188,6 +192,7 @@ def _refuse_surrogates(parsed: Parsed) -> Parsed:
 
 def _texts(trace: Trace) -> Iterator[str]:
     for message in trace.messages:
-        yield from message.values()
+        yield from (value for value in message.values() if isinstance(value, str))
+    yield json.dumps([trace.tools, trace.tool_calls, [m.get("tool_calls") for m in trace.messages]], ensure_ascii=False)
     yield from (text for text in (trace.cot, trace.answer, trace.reference) if text)
     yield from (value for value in trace.metadata.values() if isinstance(value, str))

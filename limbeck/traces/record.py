@@ -46,6 +46,8 @@ class Parsed(NamedTuple):
     """What was joined, taken off or passed over, to be counted; a note without trace and problem says why it goes."""
     unread: tuple[str, ...] = ()
     """Columns that are no part of the prompt, the reply, the reference or the verdict."""
+    weights: tuple[float, ...] = ()
+    """What each assistant turn of a chat weighs as it is marked, the reply last."""
 
 
 def parsed_trace(

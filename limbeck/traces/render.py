@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -104,11 +104,13 @@ def render(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> Sample:
 
 def render_located(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> LocatedSample:
     """As `render`, with the places of the tokens in the thought."""
+    if trace.has_turns:
+        raise TemplateError(f"{trace.source}: several turns or tools; this reads a prompt and one reply. Leave it out.")
     try:
         header = prompt_text(trace.messages, tokenizer, config)
     except MessagesRefused as error:
         raise MessagesRefused(f"{trace.source}: {error}" if trace.source else str(error)) from error
-    prefill = _prefill(header, tokenizer, config)
+    prefill = prefill_of(header, tokenizer, config)
     response = _response(trace, prefill, turn_end(tokenizer, config), config)
     encoded, num_header = encode_parts(header, response.text, tokenizer)
     origin = len(header)
@@ -123,7 +125,7 @@ def render_located(trace: Trace, tokenizer: Tokenizer, config: RenderConfig) -> 
         segment_ids=segments,
         ending_start=ending_start,
         probed_end=None if chars is None else min(tokens_until(ends, int(chars)), ending_start),
-        derivation_end=_derivation_end(trace, config, origin + response.thought_start, encoded),
+        derivation_end=derivation_end(trace, config, origin + response.thought_start, encoded),
         trace_key=trace.key,
         source=trace.source,
     )
@@ -135,18 +137,23 @@ def tokens_until(ends: np.ndarray, chars: int) -> int:
     return int(np.searchsorted(ends, chars, side="left")) + 1
 
 
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], config: RenderConfig) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], config: RenderConfig) -> list[int]:
     """Token ids of the prompt with the generation prompt: what a model is given to answer."""
     return encode(prompt_text(messages, tokenizer, config), tokenizer).input_ids.tolist()
 
 
-def prompt_text(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: RenderConfig) -> str:
-    """The chat template over `messages`, ending in the assistant's header.
+def prompt_text(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    config: RenderConfig,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The chat template over `messages` and the tools that they offer, ending in the assistant's header.
 
     A thought that the template closes in there, before the model wrote a word, is taken out: the trace has the thought.
     """
-    header = _apply(tokenizer, messages, config, generation_prompt=True)
-    if header == _apply(tokenizer, messages, config, generation_prompt=False):
+    header = apply_template(tokenizer, messages, config, True, tools)
+    if header == apply_template(tokenizer, messages, config, False, tools):
         header += lent_header(tokenizer, config)
     start, end = re.escape(config.start_marker), re.escape(config.end_marker)
     closed = re.search(rf"(?:{start}\s*)?{end}\s*$", _generation_prompt(header, tokenizer, config))
@@ -156,17 +163,17 @@ def prompt_text(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, con
 def bare_header(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: RenderConfig) -> str:
     """`prompt_text` without the start marker with which some templates open the thought."""
     header = prompt_text(messages, tokenizer, config)
-    return header[: len(header) - len(_prefill(header, tokenizer, config))]
+    return header[: len(header) - len(prefill_of(header, tokenizer, config))]
 
 
 def lent_header(tokenizer: Tokenizer, config: RenderConfig) -> str:
     """The assistant's header as the template writes it in a whole chat, where it has no generation prompt; else ""."""
     asked = [{"role": "user", "content": _SENTINEL}]
-    open_chat = _apply(tokenizer, asked, config, generation_prompt=False)
-    if open_chat != _apply(tokenizer, asked, config, generation_prompt=True):
+    open_chat = apply_template(tokenizer, asked, config, generation_prompt=False)
+    if open_chat != apply_template(tokenizer, asked, config, generation_prompt=True):
         return ""
     answered = [*asked, {"role": "assistant", "content": _SENTINEL + "2"}]
-    whole = _apply(tokenizer, answered, config, generation_prompt=False)
+    whole = apply_template(tokenizer, answered, config, generation_prompt=False)
     if not whole.startswith(open_chat) or _SENTINEL + "2" not in whole:
         return ""
     return whole[len(open_chat) : whole.index(_SENTINEL + "2")]
@@ -175,7 +182,7 @@ def lent_header(tokenizer: Tokenizer, config: RenderConfig) -> str:
 def turn_end(tokenizer: Tokenizer, config: RenderConfig) -> str:
     """What the template writes after an assistant's last word, up to and with the end-of-turn token."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
-    text = _apply(tokenizer, messages, config, generation_prompt=False)
+    text = apply_template(tokenizer, messages, config, generation_prompt=False)
     if _SENTINEL not in text:
         raise TemplateError(
             "the chat template drops the assistant's content; give another one as render.chat_template."
@@ -222,7 +229,7 @@ def _thought(trace: Trace) -> str:
     return (trace.cot or "").strip("\n")
 
 
-def _prefill(header: str, tokenizer: Tokenizer, config: RenderConfig) -> str:
+def prefill_of(header: str, tokenizer: Tokenizer, config: RenderConfig) -> str:
     """The start marker that the template wrote at the end of the header, with the space after it; "" without one."""
     opened = re.search(re.escape(config.start_marker) + r"\s*$", _generation_prompt(header, tokenizer, config))
     return opened.group() if opened else ""
@@ -230,12 +237,13 @@ def _prefill(header: str, tokenizer: Tokenizer, config: RenderConfig) -> str:
 
 def _generation_prompt(header: str, tokenizer: Tokenizer, config: RenderConfig) -> str:
     """The part of the header that follows the user's last word, so that words of the user are never taken for it."""
-    text = _apply(tokenizer, [{"role": "user", "content": _SENTINEL}], config, generation_prompt=True)
+    text = apply_template(tokenizer, [{"role": "user", "content": _SENTINEL}], config, generation_prompt=True)
     suffix = text.rpartition(_SENTINEL)[2]
     return suffix if header.endswith(suffix) else ""
 
 
-def _derivation_end(trace: Trace, config: RenderConfig, thought_start: int, encoded: Encoded) -> int | None:
+def derivation_end(trace: Trace, config: RenderConfig, thought_start: int, encoded: Encoded) -> int | None:
+    """One past the token that completes the first derivation of the answer; the thought begins at a character."""
     answer = (_short_answer(trace.answer) if trace.reference is None else trace.reference) or ""
     if not answer.strip():
         return None
@@ -252,9 +260,17 @@ def _short_answer(answer: str | None) -> str | None:
     return answer if box is None else box.content
 
 
-def _apply(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], config: RenderConfig, generation_prompt: bool
+def apply_template(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    config: RenderConfig,
+    generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
+    """The chat template over `messages`, with the assistant's header behind them where asked.
+
+    Raises: TemplateError without a template; MessagesRefused when it refuses these messages.
+    """
     template = None
     if config.chat_template is not None:
         if not config.chat_template.is_file():
@@ -268,6 +284,7 @@ def _apply(
             chat_template=template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
+            tools=list(tools) or None,
             **_WITH_THOUGHT,
         )
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:

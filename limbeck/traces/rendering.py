@@ -12,7 +12,8 @@ import transformers
 from limbeck.errors import ConfigError, TemplateError
 from limbeck.models.load import load_tokenizer, locate, quiet
 from limbeck.progress import track
-from limbeck.traces.render import MessagesRefused, RenderConfig, lent_header, render, render_prompt
+from limbeck.traces.render import MessagesRefused, RenderConfig, lent_header, render_prompt
+from limbeck.traces.render_turns import samples_of
 from limbeck.traces.sample import Sample
 from limbeck.traces.trace import Trace
 
@@ -52,22 +53,30 @@ def render_traces(
     samples: list[Sample] = []
     dropped: Counter[str] = Counter()
     shortest = None
+    num_split = num_extra = 0
     for trace in track(traces, "rendering"):
         try:
-            sample = render(trace, tokenizer, config)
+            found = samples_of(trace, tokenizer, config)
         except MessagesRefused as error:
             if on_bad == "error":
                 raise TemplateError(f"{error} Mend it, or set on_bad to skip.") from error
             dropped["messages that the chat template refuses"] += 1
             continue
-        if max_tokens is not None and len(sample) > max_tokens:
-            shortest = min(len(sample), shortest or len(sample))
+        longest = max(map(len, found))
+        if max_tokens is not None and longest > max_tokens:
+            shortest = min(longest, shortest or longest)
             dropped[f"longer than {max_tokens} tokens"] += 1
             continue
-        samples.append(sample)
+        samples += found
+        num_split, num_extra = num_split + (len(found) > 1), num_extra + len(found) - 1
     if traces and not samples:
         raise _none_left(len(traces), max_tokens, shortest)
     notes = [f"{count} of {len(traces)} traces are left out: {reason}" for reason, count in dropped.items()]
+    if num_split:
+        notes.append(
+            f"{num_split} of {len(traces)} traces are several sequences ({num_extra} more), because the chat template "
+            "writes their earlier turns otherwise later on; every turn is trained behind what the model was given"
+        )
     return Rendered(samples, dict(dropped), [*notes, *notes_on(traces, tokenizer, config)])
 
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 PROMPT, COT, ANSWER, PADDING = 0, 1, 2, -1
 SEGMENT_NAMES = ("prompt", "cot", "answer")
+
+
+class Turn(NamedTuple):
+    """One trained turn of a sample that has several: thought and answer, or answer alone."""
+
+    start: int
+    """Index of its first token."""
+    ending: int
+    """Index of the first token of its end marker, or of its answer when it has no thought."""
+    stop: int
+    """One past its last token."""
+    weight: float = 1.0
+    """What its tokens weigh in the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +31,7 @@ class Sample:
     input_ids: np.ndarray
     """int32 [T]."""
     segment_ids: np.ndarray
-    """int8 [T]: PROMPT, COT or ANSWER for each token, never decreasing."""
+    """int8 [T]: PROMPT, COT or ANSWER for each token, never decreasing within a turn and the prompt before it."""
     ending_start: int
     """Index of the first token of the end marker, or of the answer when there is no thought; T when the thought stays
     open. End marker, answer and end of turn are `[ending_start:]`."""
@@ -30,6 +44,12 @@ class Sample:
     """`Trace.key` of its origin."""
     source: str = ""
     """`Trace.source` of its origin."""
+    origin: int = 0
+    """Number of the source that it was read from, where a run has several."""
+    weight: float = 1.0
+    """What it counts in a step's loss beside the other samples, >= 0."""
+    turns: tuple[Turn, ...] = ()
+    """Its trained turns, where they are several or weigh something; empty: one, behind the prompt."""
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from limbeck.config import checked
 from limbeck.errors import ConfigError
@@ -24,6 +24,8 @@ class SelectConfig:
     """Shortest thought in characters; above 0, traces without a thought are left out."""
     max_cot_chars: int | None = None
     """Longest thought in characters; null sets no limit."""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """Use only traces whose record has these values in these columns, such as domain: math."""
 
     def __post_init__(self) -> None:
         if self.min_cot_chars < 0:
@@ -139,6 +141,9 @@ def split_traces(
 def _reason_against(trace: Trace, config: SelectConfig) -> str | None:
     if config.require_correct and trace.correct is not True:
         return "not verified" if trace.correct is None else "wrong answer"
+    for column, wanted in config.where.items():
+        if str(trace.metadata.get(column)) != wanted:
+            return f"{column} is not {wanted}"
     length = 0 if trace.cot is None else len(trace.cot)
     if length < config.min_cot_chars:
         return "thought too short"

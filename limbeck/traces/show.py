@@ -21,7 +21,8 @@ from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
 from limbeck.traces.counts import tell
 from limbeck.traces.fit import fit
-from limbeck.traces.render import RenderConfig, render
+from limbeck.traces.render import RenderConfig
+from limbeck.traces.render_turns import samples_of
 from limbeck.traces.rendering import notes_on
 from limbeck.traces.sample import SEGMENT_NAMES, Sample
 from limbeck.traces.sources import TraceConfig, read_traces
@@ -92,10 +93,16 @@ def run(config: ShowConfig) -> None:
     tell([*read.lines(), *notes_on(traces[config.start :], tokenizer, config.render)])
     console, cut = Console(), config.truncation
     if not is_alone:
-        cut = fit(cut, [render(trace, tokenizer, config.render) for trace in traces])
-    for index, trace in enumerate(traces[config.start : limit], start=config.start):
-        view = view_cut(render(trace, tokenizer, config.render), cut, config.supervision)
-        console.print(_heading(trace, index), soft_wrap=True)
+        cut = fit(cut, [sample for trace in traces for sample in samples_of(trace, tokenizer, config.render)])
+    shown = [
+        (trace, f"trace {index}" if len(found) == 1 else f"trace {index}, sequence {number} of {len(found)}", sample)
+        for index, trace in enumerate(traces[config.start : limit], start=config.start)
+        for found in [samples_of(trace, tokenizer, config.render)]
+        for number, sample in enumerate(found, 1)
+    ]
+    for trace, name, sample in shown:
+        view = view_cut(sample, cut, config.supervision)
+        console.print(_heading(trace, name), soft_wrap=True)
         console.print(trace_text(view, tokenizer), soft_wrap=True)
         console.print()
         console.print(segment_table(view, config.supervision))
@@ -163,6 +170,9 @@ def landmarks(view: CutView) -> Text:
     lines.append(f"first derivation: {'not found' if end is None else _place(end - 1, view)}")
     name = "end marker" if sample.has_end_marker else "answer" if sample.ending_start < length else "ending"
     lines.append(f"{name}: {_place(sample.ending_start, view) if sample.ending_start < length else 'missing'}")
+    for number, turn in enumerate(sample.turns, 1):
+        weight = f", weight {turn.weight:g}" if turn.weight != 1 else ""
+        lines.append(f"turn {number}: tokens {turn.start} to {turn.stop - 1}, answer from {turn.ending}{weight}")
     return Text("\n".join(lines))
 
 
@@ -185,9 +195,9 @@ def token_table(view: CutView, tokenizer: Any) -> Table:
     return table
 
 
-def _heading(trace: Trace, index: int) -> Text:
+def _heading(trace: Trace, name: str) -> Text:
     verdict = {True: "right", False: "wrong", None: "not verified"}[trace.correct]
-    parts = [f"trace {index}", trace.source, f"key {trace.key}", verdict]
+    parts = [name, trace.source, f"key {trace.key}", verdict]
     if trace.reference is not None:
         parts.append(f"reference {trace.reference}")
     return Text(_printable(" · ".join(part for part in parts if part)), style="bold")

@@ -28,6 +28,7 @@ from limbeck.traces.record import Parsed
 from limbeck.traces.synthetic import OPERATORS, generate
 from limbeck.traces.thought import Markers
 from limbeck.traces.trace import Trace
+from limbeck.traces.turns import Turns, choose_turns
 from limbeck.traces.unwrap import Inner, inner_records
 
 GYM_PREFIX = "reasoning-gym:"
@@ -57,6 +58,9 @@ class TraceConfig:
     """Configuration of a hub data set, or folder of a directory, where it has several."""
     split: str | None = None
     """Split to read; null takes train, or the only one, and no file for tests beside others."""
+    turns: Turns = "auto"
+    """Which turns of the assistant are trained: the last, all that are not marked otherwise, or auto: all of a chat
+    that uses tools, the last of any other."""
     on_bad: Literal["error", "skip", "keep"] = "error"
     """What to do with a bad record: stop, skip it, or keep it if only thought or end marker is missing."""
     num_traces: int | None = None
@@ -192,7 +196,8 @@ def _parse(config: TraceConfig, record: Any) -> list[Parsed]:
         name = config.format if config.format != "auto" else detect(record)
     except TraceFormatError as error:
         return [Parsed(None, str(error))]
-    return parse_record(record, name, Markers(*config.markers) if config.markers else None)
+    markers = Markers(*config.markers) if config.markers else None
+    return [choose_turns(parsed, config.turns, markers) for parsed in parse_record(record, name, markers)]
 
 
 def _parse_problem(config: TraceConfig, record: Any) -> list[Parsed]:
@@ -207,6 +212,8 @@ def _parse_problem(config: TraceConfig, record: Any) -> list[Parsed]:
             (good,) = prompt_alone(renamed)
         except TraceFormatError:
             return found[:1]
+    if good.trace is not None and good.trace.uses_tools:
+        return [Parsed(None, "tools: prompts with tools or their answers are trained on, not answered here")]
     return [good._replace(problem=None, notes=())]
 
 

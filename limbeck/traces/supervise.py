@@ -11,6 +11,7 @@ import numpy as np
 from limbeck.config import checked
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.sample import Sample
+from limbeck.traces.sample_weight import SampleWeightConfig
 
 Preset = Literal["prompt+cot+answer", "cot+answer", "prompt+cot", "cot", "answer", "prompt+answer"]
 
@@ -109,6 +110,8 @@ class SupervisionConfig:
     """Distil only the positions that matter most; null distils all."""
     borders: BorderConfig | None = None
     """Take CE from where the teacher may stop, so that a cut trace does not teach to go on; null leaves it."""
+    sample_weight: SampleWeightConfig | None = None
+    """Weigh every trace by a column of its record, such as the rate at which its problem is solved; null: alike."""
 
     def __post_init__(self) -> None:
         if self.preset not in get_args(Preset):
@@ -126,10 +129,12 @@ def token_weights(sample: Sample, allowed: np.ndarray, config: SupervisionConfig
     Args:
       sample: a (cut) sample of n tokens.
       allowed: bool or float32 [n], which tokens may carry loss and what they stand for (`Cut.loss_weight`).
-      config: the segments' weights.
+      config: the segments' weights; those of its turns are multiplied by them.
     Returns: two float32 [n]; the first token is never a target, so its weight is 0.
     """
-    allowed = allowed.astype(np.float32)
+    allowed = np.array(allowed, dtype=np.float32)
     allowed[:1] = 0.0
+    for turn in sample.turns:
+        allowed[turn.start : turn.stop] *= turn.weight
     ce, kd = config.weights()
     return ce.of(sample.segment_ids) * allowed, kd.of(sample.segment_ids) * allowed

@@ -49,18 +49,19 @@ def _check_markers(reply: str, before: str, pair: Markers) -> None:
         raise TraceFormatError(f"text before the thought: the reply must begin with {pair.start!r}")
 
 
-def split_thought(reply: str, markers: Markers | None = None) -> Thought:
+def split_thought(reply: str, markers: Markers | None = None, *, has_calls: bool = False) -> Thought:
     """Split `reply` at its markers; the start marker may be missing, as it is where the template prefills it.
 
     Args:
         reply: the text of the last assistant turn.
         markers: the pair to look for; None finds think tags or Sky-T1 tags.
+        has_calls: whether the turn calls tools, so that it need not say anything.
 
     Raises: TraceFormatError for text before the thought, repeated or exchanged markers, or an empty answer.
     """
     pair = markers or _find_pair(reply)
     if pair is None or (pair.start not in reply and pair.end not in reply):
-        return _without_thought(reply, pair)
+        return Thought(None, "") if has_calls and not reply.strip() else _without_thought(reply, pair)
     before, start, rest = reply.rpartition(pair.start)
     _check_markers(reply, before, pair)
     cot, end, answer = rest.partition(pair.end)
@@ -69,10 +70,13 @@ def split_thought(reply: str, markers: Markers | None = None) -> Thought:
     problem = None
     if pair == SKY_T1:
         answer, problem = _strip_solution(answer)
-    return join_thought(cot, answer, pair, problem)._replace(notes=(QUOTED_END,) if pair.end in answer else ())
+    joined = join_thought(cot, answer, pair, problem, has_calls=has_calls)
+    return joined._replace(notes=(QUOTED_END,) if pair.end in answer else ())
 
 
-def join_thought(cot: str, answer: str, markers: Markers = THINK, problem: str | None = None) -> Thought:
+def join_thought(
+    cot: str, answer: str, markers: Markers = THINK, problem: str | None = None, *, has_calls: bool = False
+) -> Thought:
     """Thought and answer that came apart already, stripped and checked.
 
     Raises: TraceFormatError for an empty answer, or a marker inside the thought (templates split there).
@@ -81,7 +85,7 @@ def join_thought(cot: str, answer: str, markers: Markers = THINK, problem: str |
     for marker in (*THINK, *markers):
         if marker in cot:
             raise TraceFormatError(f"marker inside the thought: {marker!r}")
-    if not answer:
+    if not answer and not has_calls:
         raise TraceFormatError("empty answer")
     return Thought(cot, answer, problem=problem if cot else "empty thought")
 

@@ -19,8 +19,9 @@ class Trace:
     adds the markers and the template.
     """
 
-    messages: tuple[Mapping[str, str], ...]
-    """The prompt: messages with `role` and `content`, the last from the user; earlier assistant turns belong to it."""
+    messages: tuple[Mapping[str, Any], ...]
+    """The prompt: messages with `role` and `content`, the last from the user or a tool. Earlier assistant turns belong
+    to it, perhaps with `reasoning_content` and `tool_calls`."""
     cot: str | None
     """Chain of thought without its markers; None when the trace has no thought at all (no markers are rendered)."""
     answer: str | None
@@ -35,16 +36,49 @@ class Trace:
     """Whether the answer was checked: True right, False wrong, None unknown."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Anything else, JSON-ready."""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """The tools that the reply calls behind its answer, which may then be empty (`traces.calls`)."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of the tools that the prompt offers."""
+    turn_weights: tuple[float, ...] = ()
+    """What each assistant turn weighs in the loss, the reply last; empty: the reply alone, with 1."""
 
     @property
     def prompt_key(self) -> str:
-        """Sixteen hex digits of the prompt alone: equal prompts are duplicates and stay in one split."""
-        return _digest([dict(message) for message in self.messages])
+        """Sixteen hex digits of the prompt alone: equal prompts are duplicates and stay in one split.
+
+        Of a trace with several trained turns it is what stands before the first of them.
+        """
+        return _digest([dict(message) for message in self.opening])
+
+    @property
+    def opening(self) -> tuple[Mapping[str, Any], ...]:
+        """The messages before the first turn that is trained."""
+        places = [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+        trained = [place for place, weight in zip(places, self.turn_weights, strict=False) if weight]
+        return self.messages[: trained[0]] if trained else self.messages
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools are offered, called or answer in it."""
+        of_messages = (message["role"] == "tool" or "tool_calls" in message for message in self.messages)
+        return bool(self.tools or self.tool_calls) or any(of_messages)
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether it is more than a prompt and a reply in words: several trained turns, weights, or tools."""
+        return bool(self.turn_weights) or self.uses_tools
 
     @property
     def key(self) -> str:
         """Sixteen hex digits of the whole text."""
-        return _digest([[dict(message) for message in self.messages], self.cot, self.answer, self.cot_closed])
+        text = [[dict(message) for message in self.messages], self.cot, self.answer, self.cot_closed]
+        more = [list(part) for part in (self.tool_calls, self.tools, self.turn_weights)]
+        return _digest(text + more if any(more) else text)
+
+
+_TURN_FIELDS = ("tool_calls", "tools", "turn_weights")
+"""Fields that only traces of several turns or with tools have."""
 
 
 def to_json(trace: Trace) -> str:
@@ -52,6 +86,7 @@ def to_json(trace: Trace) -> str:
     tree = {f.name: getattr(trace, f.name) for f in dataclasses.fields(trace)}
     tree["messages"] = [dict(message) for message in trace.messages]
     tree["metadata"] = dict(trace.metadata)
+    tree = {name: value for name, value in tree.items() if value or name not in _TURN_FIELDS}
     return json.dumps({"limbeck_trace": 1, **tree}, ensure_ascii=False)
 
 
@@ -59,7 +94,7 @@ def from_json(record: Mapping[str, Any]) -> Trace:
     """The trace in one decoded line of limbeck's own format."""
     names = {f.name for f in dataclasses.fields(Trace)}
     values = {name: value for name, value in record.items() if name in names}
-    values["messages"] = tuple(record["messages"])
+    values |= {name: tuple(record[name]) for name in ("messages", *_TURN_FIELDS) if name in record}
     return Trace(**values)
 
 

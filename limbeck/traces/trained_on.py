@@ -19,7 +19,8 @@ def trained_on(model: str) -> Iterator[TraceConfig]:
     """The traces of a model, those of the model that it was made of, and so on, as far as manifests go."""
     for name in made_of(model):
         for group in _TRAINED:
-            if traces := _at(_config(name), f"{group}traces"):
+            others = [source["traces"] for source in _at(_config(name), f"{group}sources") or []]
+            for traces in filter(None, [_at(_config(name), f"{group}traces"), *others]):
                 source = Checkpoint(Path(name)).path_of(traces["source"])
                 yield build(TraceConfig, {**traces, "source": source}, f"{Path(name) / MANIFEST}: traces")
 

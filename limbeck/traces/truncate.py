@@ -14,9 +14,10 @@ A policy picks a span of a unit (the whole sequence, the response, or the though
 
 with floor in exact rational arithmetic and at least 1 token. What lies before the unit stays; what lies after it goes,
 unless `keep_ending` re-attaches the end marker, the answer and the end of turn. `mask_only` keeps every token in
-context and only takes the loss from those outside the span. A fraction of 1 is the uncut sample under every policy.
-`whole_fraction` leaves a seeded share of the traces whole. What follows from all traces together is found once, by
-`traces.fit`; `traces.horizon` has the mathematics.
+context and only takes the loss from those outside the span. Of several trained turns each is cut (`unit` response or
+cot), with its ending or as a mask, since the next ones stand behind it. A fraction of 1 is the uncut sample under every
+policy. `whole_fraction` leaves a seeded share of the traces whole. What follows from all traces together is found once,
+by `traces.fit`; `traces.horizon` has the mathematics.
 
 Source: arXiv 2512.21002, lead-span proportion. Differs: the fraction is exact (0.7 of 10 is 7), a fraction outside
 (0, 1] is an error, and prompt and ending can be protected. A cut at a common length is not in the paper.
@@ -25,6 +26,7 @@ Source: arXiv 2512.21002, lead-span proportion. Differs: the fraction is exact (
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
@@ -33,7 +35,7 @@ import numpy as np
 from limbeck.config import checked, only
 from limbeck.errors import ConfigError, nearest
 from limbeck.traces.horizon import DRAWS, horizon, horizon_weights
-from limbeck.traces.sample import ANSWER, PROMPT, Sample
+from limbeck.traces.sample import ANSWER, COT, PROMPT, Sample
 
 Policy = Literal[
     "lead",
@@ -153,6 +155,8 @@ def truncate(sample: Sample, policy: TruncationConfig) -> Cut:
     Returns: kept indices, which of them may carry loss and what they stand for; everything when nothing is cut.
     """
     everything = np.arange(len(sample))
+    if sample.turns and policy.unit != "sequence":
+        return _cut_turns(sample, policy)
     start, stop = unit_bounds(sample, policy.unit)
     first, last = (start, stop) if is_whole(sample, policy) else _span(sample, policy, start, stop)
     if policy.policy == "random_horizon" and policy.budget_tokens is not None:
@@ -165,6 +169,29 @@ def truncate(sample: Sample, policy: TruncationConfig) -> Cut:
     if policy.mask_only:
         return Cut(everything, inside)
     kept = everything[inside]
+    return Cut(kept, np.ones(len(kept), dtype=bool))
+
+
+def _cut_turns(sample: Sample, policy: TruncationConfig) -> Cut:
+    """A sample of several turns, the unit cut in every one of them; all between the turns stays."""
+    inside = np.ones(len(sample), dtype=bool)
+    for turn in () if is_whole(sample, policy) else sample.turns:
+        stop = turn.stop
+        if policy.unit == "cot":
+            stop = turn.start + int(np.sum(sample.segment_ids[turn.start : turn.stop] == COT))
+        first, last = _span(sample, policy, turn.start, stop)
+        inside[turn.start : turn.stop] = False
+        inside[first:last] = True
+        if policy.keep_ending:
+            inside[turn.ending : turn.stop] = True
+    if inside.all() or policy.mask_only:
+        return Cut(np.arange(len(sample)), inside)
+    if not policy.keep_ending:
+        raise ConfigError(
+            "traces of several turns are cut inside of every turn, behind which the next ones stand: set "
+            "truncation.keep_ending or mask_only, or unit sequence"
+        )
+    kept = np.flatnonzero(inside)
     return Cut(kept, np.ones(len(kept), dtype=bool))
 
 
@@ -186,19 +213,24 @@ def _cut_at_horizon(sample: Sample, policy: TruncationConfig, start: int, stop: 
 def apply_cut(sample: Sample, cut: Cut) -> Sample:
     """The sample with only the kept tokens; landmarks move along."""
     kept = cut.kept
-    ending = int(np.searchsorted(kept, sample.ending_start))
+
+    def place(index: int) -> int:
+        return int(np.searchsorted(kept, index))
 
     def moved(end: int | None) -> int | None:
-        return int(np.searchsorted(kept, end)) if end is not None and end - 1 in kept else None
+        return place(end) if end is not None and end - 1 in kept else None
 
-    return Sample(
+    return replace(
+        sample,
         input_ids=sample.input_ids[kept],
         segment_ids=sample.segment_ids[kept],
-        ending_start=ending,
+        ending_start=place(sample.ending_start),
         derivation_end=moved(sample.derivation_end),
         probed_end=moved(sample.probed_end),
-        trace_key=sample.trace_key,
-        source=sample.source,
+        turns=tuple(
+            turn._replace(start=place(turn.start), ending=place(turn.ending), stop=place(turn.stop))
+            for turn in sample.turns
+        ),
     )
 
 

@@ -165,7 +165,7 @@ def test_what_needs_all_traces_is_refused_without_them():
     with pytest.raises(ConfigError, match="all traces together"):
         truncate(traces([10])[0], TruncationConfig(policy="common_length", lead_fraction=0.5))
     assert fit(TruncationConfig(policy="common_length"), traces([10])).policy == "common_length"
-    assert unit_lengths(traces([3, 9], prompt=2), "sequence").tolist() == [5, 11]
+    assert unit_lengths(traces([3, 9], prompt=2), TruncationConfig(unit="sequence")).tolist() == [5, 11]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_custom_markers_replace_the_known_ones() -> None:
         ([{"role": "system", "content": "s"}, {"role": "assistant", "content": GOOD}], "no user turn"),
         ([USER, {"role": "assistant", "content": GOOD}, USER], "last turn not from the assistant"),
         ([USER, {"role": "judge", "content": "x"}, {"role": "assistant", "content": GOOD}], "unknown role"),
-        ([USER, {"role": "tool", "content": "x"}, {"role": "assistant", "content": GOOD}], "tool turns"),
+        ([USER, {"role": "tool", "content": "x"}, {"role": "assistant", "content": GOOD}], "tool answer without"),
         ([USER, {"content": GOOD}], "unknown role"),
         ([USER, {"role": 3, "content": GOOD}], "unknown role"),
         ([{"role": "user", "content": " "}, {"role": "assistant", "content": GOOD}], "empty prompt"),
@@ -135,7 +135,7 @@ def test_custom_markers_replace_the_known_ones() -> None:
             [USER, {"role": "assistant", "content": "a", "reasoning_content": ["c"]}],
             "reasoning_content is not text",
         ),
-        ([USER, {"role": "assistant", "content": "a", "tool_calls": [{"id": 1}]}], "tool calls"),
+        ([USER, {"role": "assistant", "content": "a", "tool_calls": [{"id": 1}]}], "tool call without"),
     ],
 )
 def test_split_chat_refuses(turns: Any, reason: str) -> None:

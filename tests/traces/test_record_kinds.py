@@ -159,9 +159,9 @@ def test_developer_is_the_system(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "different thoughts": (turn(content="Five.", thinking="a", reasoning="b"), "two thoughts: a turn holds different"),
     "thought of another type": (turn(content="Five.", thinking=["a"]), "thinking is not text: found list"),
-    "half a weight": (turn(content=REPLY, weight=0.5), "weight of a turn is '0.5', accepted are 0 and 1"),
-    "tool turn": ({"messages": [ASK, {"role": "observation", "content": "x"}]}, "tool turns: only text turns"),
-    "tool call": (turn(content=None, tool_calls=[{"id": 1}]), "tool calls: only text turns"),
+    "less than no weight": (turn(content=REPLY, weight=-1), "weight of a turn is '-1', accepted are numbers of"),
+    "tool turn": ({"messages": [ASK, {"role": "observation", "content": "x"}]}, "no assistant turn"),
+    "tool call": (turn(content=None, tool_calls=[{"id": 1}]), "tool call without a name"),
     "no role": ({"messages": [{"content": "x"}, {"role": "assistant", "content": REPLY}]}, "unknown role: none among"),
     "image": (parts({"type": "image_url", "image_url": "x"}), "content is not text"),
     "two thoughts": (parts(text(REPLY), {"type": "thinking", "thinking": "x"}), "two thoughts: one under a key"),

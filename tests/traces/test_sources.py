@@ -76,7 +76,7 @@ BROKEN_LINES: dict[str, tuple[Any, str]] = {
     "no user": ({"messages": record()["messages"][1:]}, "no user turn"),
     "user last": ({"messages": record()["messages"][::-1]}, "no reply"),
     "unknown role": ({"messages": [{"role": "judge", "content": "x"}]}, "unknown role: 'judge'"),
-    "tool": ({"messages": [{"role": "tool", "content": "x"}]}, "tool turns: only text turns can be distilled"),
+    "tool": ({"messages": [{"role": "tool", "content": "x"}]}, "no assistant turn"),
     "content null": (messages_with(content=None), "no content"),
     "content a number": (messages_with(content=1), "content is not text"),
     "image": (messages_with(content=[{"type": "image_url"}]), "content is not text"),
