@@ -67,9 +67,16 @@ class CacheStageConfig:
     def translated(
         self, samples: Sequence[Sample], asked: Sequence[Stored], traces: Sequence[Trace]
     ) -> Translation | None:
-        """What the teacher reads in place of the samples of the traces; None where it reads them themselves."""
+        """What the teacher reads in place of the samples of the traces; None where it reads them themselves.
+
+        Raises: ConfigError for traces of several turns or with tools.
+        """
         if not self.cache.tokenizer:
             return None
+        if any(trace.has_turns for trace in traces):
+            raise ConfigError(
+                "cache.tokenizer translates one reply to a prompt; traces of several turns or with tools are not for it"
+            )
         return translate(self.teacher, self.tokenizer, samples, asked, traces, self.render)
 
 
