@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.config import checked
 from limbeck.distill.data import UNCUT
+from limbeck.distill.privileged import check_privileged, privileged
 from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
 from limbeck.stage import How
@@ -16,7 +18,7 @@ from limbeck.teacher.build import write_cache
 from limbeck.teacher.cache import CacheConfig
 from limbeck.teacher.reading import Translation, translate
 from limbeck.teacher.shard import Stored
-from limbeck.traces.batch import make_example
+from limbeck.traces.batch import Example, make_example
 from limbeck.traces.counts import tell
 from limbeck.traces.fit import fit
 from limbeck.traces.render import RenderConfig
@@ -53,6 +55,8 @@ class CacheStageConfig:
     """What is kept at a position."""
 
     def __post_init__(self) -> None:
+        if self.cache.privileged:
+            check_privileged(self.cache.privileged)
         if self.cache.tokenizer and "prompt" in self.segments:
             raise ConfigError(
                 f"segments {self.segments}: with cache.tokenizer the teacher reads the prompt in its own template, so "
@@ -63,6 +67,16 @@ class CacheStageConfig:
     def tokenizer(self) -> str:
         """The model whose tokenizer renders the traces."""
         return self.cache.tokenizer or self.teacher
+
+    def asked(self, examples: Sequence[Example], traces: Sequence[Trace], tokenizer: Any) -> list[Stored]:
+        """The sequences and positions that the teacher is asked about, and what it is shown beside them.
+
+        Raises: as `privileged`.
+        """
+        if not self.cache.privileged:
+            return [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
+        by_key = {trace.key: trace for trace in traces}
+        return privileged(examples, by_key, tokenizer, self.render, self.cache.privileged)
 
     def translated(
         self, samples: Sequence[Sample], asked: Sequence[Stored], traces: Sequence[Trace]
@@ -87,14 +101,13 @@ def run(config: CacheStageConfig, out: Path, *, how: How = How()) -> Checkpoint:
     """
     traces, read = read_traces(config.traces)
     traces, selected = select_traces(traces, config.select)
-    samples, _, notes = render_traces(
-        traces, load_tokenizer(config.tokenizer), config.render, config.max_trace_tokens, config.traces.on_bad
-    )
+    tokenizer = load_tokenizer(config.tokenizer)
+    samples, _, notes = render_traces(traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad)
     tell([*read.lines(), *selected.lines(), *notes])
     segments = SupervisionConfig(preset=config.segments)
     cut = fit(config.truncation, samples)
     examples = [make_example(sample, cut, segments) for sample in samples]
-    asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
+    asked = config.asked(examples, traces, tokenizer)
     translation = config.translated([example.sample for example in examples], asked, traces)
     write_cache(config.teacher, config.cache, asked, out, config, how.on, translation)
     return Checkpoint(out)

@@ -39,7 +39,7 @@ def predict_cache(config: CacheStageConfig, *, hardware: Hardware | None = None)
     samples = render_traces(traces, tokenizer, config.render, config.max_trace_tokens, config.traces.on_bad).samples
     supervision = SupervisionConfig(preset=config.segments)
     examples = [make_example(sample, config.truncation, supervision) for sample in samples]
-    asked = [Stored(example.sample.input_ids, example.kd_weight > 0) for example in examples]
+    asked = config.asked(examples, traces, tokenizer)
     vocab_size = vocabulary_size(tokenizer)
     translation = config.translated([example.sample for example in examples], asked, traces)
     if translation is not None:
@@ -63,6 +63,7 @@ def predict_stored(
     way = Way(is_lean, False, False, False, not hardware.is_accelerator)
     flops, tokens, largest = 0, 0, 0
     for group in (group for shard in cut_shards(share_prefixes(asked)) for group in forward_groups(shard)):
+        group = [member.as_read() for member in group]
         computed, rows = _computed(group, is_lean)
         flops += backbone_forward_flops(sizes, computed) + (not is_hidden) * head_forward_flops(sizes, rows)
         flops += 2 * rows * sizes.vocab_size * projected_width

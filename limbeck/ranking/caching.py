@@ -7,6 +7,7 @@ from pathlib import Path
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.config import completed_by
+from limbeck.errors import ConfigError
 from limbeck.models.load import load_tokenizer
 from limbeck.ranking.data import RankingDataConfig, read_requests
 from limbeck.ranking.examples import pair_examples
@@ -30,6 +31,10 @@ class RankCacheConfig:
     """How requests become text; runs that read the cache must write them in the same way."""
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(mode="hidden"))
     """What is kept at a position: hidden states, or entries that have to hold both labels."""
+
+    def __post_init__(self) -> None:
+        if self.cache.privileged:
+            raise ConfigError("cache.privileged shows solutions of traces, and candidates have none; leave it out")
 
 
 def run(config: RankCacheConfig, out: Path, *, how: How = How()) -> Checkpoint:

@@ -233,6 +233,8 @@ def plan_shards(
     digest = hashlib.sha256(spec.identity.encode())
     for root in roots:
         digest.update(len(root.ids).to_bytes(8) + root.ids.astype(">u4").tobytes() + root.positions.tobytes())
+        if root.given is not None:
+            digest.update(root.given.tobytes())
     plan = digest.hexdigest()[:12]
     held = open_shards(out, spec, lambda path: not path.name.startswith(f"shard-{plan}-"))
     for shard in held:
@@ -256,20 +258,31 @@ def cut_shards(roots: Sequence[Stored], shard_positions: int = SHARD_POSITIONS) 
 
 
 def share_prefixes(sequences: Sequence[Stored]) -> list[Stored]:
-    """The sequences that begin no other one, sorted by their tokens; each has the positions of those that begin it."""
+    """The sequences that begin no other one, sorted by their tokens; each has the positions of those that begin it.
+
+    Raises: PairError where one text would be stored twice, with a teacher that was given different prompts.
+    """
     merged: dict[bytes, np.ndarray] = {}
-    for ids, positions in sequences:
+    given: dict[bytes, tuple[np.ndarray | None, int]] = {}
+    for ids, positions, prompt, replaced in sequences:
         key = ids.astype(">u4").tobytes()
+        _check_given(given.setdefault(key, (prompt, replaced))[0], prompt)
         merged[key] = merged[key] | positions if key in merged else positions.copy()
     roots: list[Stored] = []
     keys = sorted(merged)
     for number, key in enumerate(keys):
         follower = keys[number + 1] if number + 1 < len(keys) else b""
         if follower.startswith(key):
+            _check_given(given[key][0], given[follower][0])
             merged[follower][: len(merged[key])] |= merged[key]
         else:
-            roots.append(Stored(np.frombuffer(key, ">u4").astype(np.int32), merged[key]))
+            roots.append(Stored(np.frombuffer(key, ">u4").astype(np.int32), merged[key], *given[key]))
     return roots
+
+
+def _check_given(one: np.ndarray | None, other: np.ndarray | None) -> None:
+    if one is not other and (one is None or other is None or not np.array_equal(one, other)):
+        raise PairError("a text is to be stored for two different privileged prompts; use one trace a prompt.")
 
 
 def fidelity(shards: Sequence[Shard]) -> dict[str, Any]:

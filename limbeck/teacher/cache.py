@@ -67,8 +67,13 @@ class CacheConfig:
     """Softmax temperature of the KD term, > 0."""
     precision: Precision = only("mode", "projected", default="bf16")
     """Of the stored numbers: float32, bf16, or int8 with one scale a position."""
+    privileged: str = ""
+    """What the teacher is asked instead of the prompt, as "{prompt} A right answer is {reference}.": it may hold
+    {prompt}, {reference}, {thought} and {answer}. Empty: what the student is asked."""
 
     def __post_init__(self) -> None:
+        if self.privileged and self.tokenizer:
+            raise ConfigError("privileged is for a teacher with the student's tokenizer; leave tokenizer out")
         if self.mode not in MODES:
             raise ConfigError(f"mode: unknown {self.mode!r}; {nearest(str(self.mode), MODES)}")
         if not 1 <= self.top_k <= MOST_ENTRIES:
@@ -122,6 +127,8 @@ class Spec(NamedTuple):
             del tree["config"]["tokenizer"]
             for name in _TRANSLATED_FIELDS:
                 del tree[name]
+        if not self.config.privileged:
+            del tree["config"]["privileged"]
         return tree
 
     @property

@@ -138,7 +138,7 @@ def translate(
     """
     reader, messages = Reader(teacher, student, config), {trace.key: trace.messages for trace in traces}
     vocabularies, readings = VocabularyMap(reader.teacher, reader.student), {}
-    for sample, (ids, positions) in zip(samples, asked, strict=True):
+    for sample, (ids, positions, *_) in zip(samples, asked, strict=True):
         if key_of(ids) in readings:
             continue
         reading = readings[key_of(ids)] = reader.read(sample, messages[sample.trace_key])

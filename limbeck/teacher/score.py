@@ -39,7 +39,7 @@ def score_shard(model: Any, spec: Spec, members: Sequence[Stored], path: Path, l
     }
     for group in forward_groups(members):
         with ledger.phase("teacher"):
-            hidden = hidden_before(model, spec, group, ledger)
+            hidden = hidden_before(model, spec, [member.as_read() for member in group], ledger)
             sizes = [int(member.positions.sum()) for member in group]
             for member, rows in zip(group, hidden.split(sizes), strict=True):
                 records.append(_record(model, spec, member, rows, sample))
@@ -51,7 +51,7 @@ def forward_groups(members: Sequence[Stored]) -> Iterator[list[Stored]]:
     """The sequences of a shard that go through the teacher together."""
     group: list[Stored] = []
     for member in members:
-        if group and sum(len(m.ids) for m in group) + len(member.ids) > _BATCH_TOKENS:
+        if group and sum(len(m.as_read().ids) for m in (*group, member)) > _BATCH_TOKENS:
             yield group
             group = []
         group.append(member)

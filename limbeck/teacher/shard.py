@@ -34,6 +34,19 @@ class Stored(NamedTuple):
     """int32 [T]."""
     positions: np.ndarray
     """bool [T]: whether there are targets for predicting token t from those before it."""
+    given: np.ndarray | None = None
+    """int32: what the teacher reads instead of the first `replaced` tokens, which have no targets; None: the same."""
+    replaced: int = 0
+
+    def as_read(self) -> Stored:
+        """The sequence that the teacher reads, with the positions at which it is asked."""
+        if self.given is None:
+            return self
+        before = np.zeros(len(self.given), dtype=bool)
+        return Stored(
+            np.concatenate([self.given, self.ids[self.replaced :]]),
+            np.concatenate([before, self.positions[self.replaced :]]),
+        )
 
 
 def id_type(vocab_size: int) -> str:
