@@ -49,6 +49,7 @@ from limbeck.engine.complete import complete
 from limbeck.engine.sampling import SamplingConfig
 from limbeck.models.load import GGUF_ALIASES, load_model, load_tokenizer
 from limbeck.models.placement import here
+from limbeck.stage import How
 from limbeck.teacher.dense import DenseTargets
 
 Result = dict[str, Any]
@@ -113,7 +114,8 @@ def tests(check: Check) -> Iterator[Result]:
         found = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         code, text = found.returncode, found.stdout[-4000:]
     except subprocess.TimeoutExpired as error:
-        code, text = 124, str(error.stdout)[-4000:]
+        cut = error.stdout or b""  # bytes, whatever was asked for
+        code, text = 124, (cut if isinstance(cut, str) else cut.decode("utf-8", "replace"))[-4000:]
     (check.out / "tests.txt").write_text(text, encoding="utf-8")
     yield {"name": "pytest -m gpu", "code": code, "last line": text.strip().splitlines()[-1:]}
 
@@ -392,7 +394,8 @@ def sweep(check: Check) -> Iterator[Result]:
                 try:
                     yield {"name": task, "seed": seed, "lead fraction": fraction} | _arm(check, source, fraction, seed)
                 except Exception as error:  # as above
-                    yield {"name": task, "seed": seed, "failed": f"{type(error).__name__}: {error}"[:300]}
+                    told = f"{type(error).__name__}: {error}"[:300]
+                    yield {"name": task, "seed": seed, "lead fraction": fraction, "failed": told}
                 longest = max(longest, time.monotonic() - start)
 
 
@@ -411,9 +414,13 @@ def _arm(check: Check, source: str, fraction: float, seed: int) -> Result:
         training=training,
         teacher={},
     )
-    done = train.run(config, out)
+    done = train.run(config, out, how=How(overwrite=True))
     scored = limbeck.evaluate(
-        str(out), problems=problems, max_new_tokens=32 if check.is_dry else 512, out=out.with_suffix(".scored")
+        str(out),
+        problems=problems,
+        max_new_tokens=32 if check.is_dry else 512,
+        out=out.with_name(f"{out.name}.scored"),
+        overwrite=True,
     )
     kept = ("accuracy", "accuracy_low", "accuracy_high", "mean_tokens")
     return {"train_seconds": done.cost["train_seconds"]} | {name: scored.metrics.get(name) for name in kept}
