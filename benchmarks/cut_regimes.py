@@ -23,9 +23,10 @@ import torch
 from _cells import Cell, Regime, key_of, read_cells, train_cell, train_cells
 from _process import conditions, markdown, publish
 from cut_methods import ARMS, REGIMES
+from matplotlib.ticker import MultipleLocator
 
 from limbeck.config import build, to_dict
-from limbeck.report.drawing import LIGHT, render
+from limbeck.report.drawing import LIGHT, panels, render
 
 WHOLE, HALF, FEWER = "whole", "common length 0.5", "whole at the cost of the half"
 SHOWN = (WHOLE, HALF, "share 0.5", FEWER)
@@ -68,7 +69,10 @@ def name_of(regime: Regime) -> str:
     """What a regime differs in from the capable one."""
     plain, own = to_dict(Regime()), to_dict(regime)
     parts = [f"{field} {value}" for field, value in own.items() if value != plain[field]]
-    return ", ".join(parts).replace("student tiny-student", "novice") or "capable"
+    return _SAID.get(", ".join(parts), ", ".join(parts))
+
+
+_SAID = {"": "capable", "student tiny-student": "novice", "spread 0.0": "equal lengths"}
 
 
 def rows_of(arms: Mapping[str, Sequence[Mapping[str, Any]]], regime: str) -> list[dict[str, Any]]:
@@ -124,29 +128,26 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Gain kept against cost, a panel a regime."""
-    from limbeck.report.drawing import panels, style
-
+    """Gain kept with its interval, a line an arm and its cost, a panel a regime."""
     known = [row for row in rows if row.get("gain") and row["arm"] != WHOLE]
     titles = list(dict.fromkeys(row["regime"] for row in known))
+    figure, axes = panels(titles, share_x=True)
     arms = list(dict.fromkeys(row["arm"] for row in known))
-    figure, axes = panels([f"{title}" for title in titles], share_x=True)
-    figure.set_size_inches(7.5, 2.6 * (-(-len(titles) // 2)) + 0.8)
+    figure.set_size_inches(7.5, 0.34 * len(arms) + 1.1)
     for title, place in zip(titles, axes, strict=True):
-        place.axhline(1, color=LIGHT.muted, linewidth=1)
-        place.axhline(0, color=LIGHT.muted, linewidth=1, linestyle=(0, (4, 3)))
+        place.axvline(1, color=LIGHT.muted, linewidth=1)
         for row in (row for row in known if row["regime"] == title):
-            value, low, high = (max(-0.5, min(1.5, number)) for number in row["gain"])
-            marks = style(arms.index(row["arm"])) | {"linestyle": "none"}
-            place.plot(row["cost"], value, label=row["arm"], **marks)
-            place.vlines(row["cost"], low, high, color=marks["color"], linewidth=1.4)
-        place.set_xlim(0, 1.02)
-        place.set_ylim(-0.55, 1.55)
-        place.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        place.set_xlabel("FLOPs over those of whole traces")
-        place.set_ylabel("gain kept")
-    names = {label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)}
-    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+            value, low, high = row["gain"]
+            line, colour = arms.index(row["arm"]), LIGHT.lines[1 if row["arm"] == FEWER else 0]
+            place.plot(value, line, marker="o", color=colour)
+            place.hlines(line, low, high, color=colour, linewidth=1.6)
+            place.annotate(f"{row['cost']:.2f}", (high, line), (5, -3), textcoords="offset points", fontsize=8)
+        place.set_yticks(range(len(arms)), arms)
+        place.set_ylim(len(arms) - 0.5, -0.5)
+        place.xaxis.set_major_locator(MultipleLocator(0.2))
+        place.set_xlim(0.4, 1.15)
+        place.set_xlabel("gain kept, and FLOPs (whole traces: 1)")
+        place.xaxis.label.set_fontsize(8)
     file.write_bytes(render(figure, "png"))
 
 
