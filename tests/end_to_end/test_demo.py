@@ -16,6 +16,7 @@ from limbeck.config import build
 from limbeck.sweep.plan import SweepConfig, plan_runs
 from limbeck.yaml_values import read_recipe
 
+pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
 RUN_KEYS = {
     "lead_fraction",
@@ -47,7 +48,7 @@ WHOLE = CUT.format("lead", 1.0)
 def limbeck(*arguments, cwd):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     command = [sys.executable, "-m", "limbeck", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=290)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=590)
 
 
 @pytest.fixture(scope="module")
