@@ -85,6 +85,28 @@ def save_model(
     return str(directory)
 
 
+class PulledPlug(BaseException):
+    """Stands for a kill between two steps."""
+
+
+def pull_plug(monkeypatch: Any, config: DistillConfig, out: Path, number: int) -> None:
+    """Train, and break off within step `number`, counted from 0."""
+    whole_step = train._step
+
+    def step(setup: Any, now: int) -> Any:
+        if now == number:
+            raise PulledPlug
+        return whole_step(setup, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", step)
+        try:
+            train.run(config, out)
+        except PulledPlug:
+            return
+    raise AssertionError(f"training ended before step {number}")
+
+
 @dataclass
 class Stepped:
     """One step's outcome."""

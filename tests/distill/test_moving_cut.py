@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import assert_same_bits, metrics_of, run_config, save_model
+from tiny_runs import assert_same_bits, metrics_of, pull_plug, run_config, save_model
 
 from limbeck.checkpoint import Checkpoint
 from limbeck.cost.hardware import Hardware
@@ -31,23 +31,6 @@ from limbeck.traces.truncate import exact_fraction
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SCHEDULE = {"truncation.lead_fraction": 0.3, "cut_schedule": {"final_fraction": 0.9}, "training.max_steps": 5}
-
-
-class PulledPlug(BaseException):
-    """Stands for a kill between two steps."""
-
-
-def interrupted(monkeypatch, config, out, steps):
-    whole_step = train._step
-
-    def step(setup, number):
-        if number == steps:
-            raise PulledPlug
-        return whole_step(setup, number)
-
-    with monkeypatch.context() as patch, pytest.raises(PulledPlug):
-        patch.setattr(train, "_step", step)
-        train.run(config, out)
 
 
 @given(st.fractions(0, 1), st.fractions(0, 1), st.integers(1, 400))
@@ -83,7 +66,7 @@ def test_every_step_has_the_share_that_the_schedule_says(policy):
 def test_a_schedule_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     config = run_config({**SCHEDULE, "truncation.policy": "common_length", "training.save_every_steps": 1})
     train.run(config, tmp_path / "whole")
-    interrupted(monkeypatch, config, tmp_path / "out", 3)
+    pull_plug(monkeypatch, config, tmp_path / "out", 3)
     train.run(config, tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
     ledgers = [Checkpoint(tmp_path / name).cost for name in ("out", "whole")]
@@ -117,7 +100,7 @@ def test_a_student_that_does_not_stop_gets_more_whole_traces(tmp_path, monkeypat
     assert 0 < sum(ends) < len(ends)
     is_whole = [len(e) == len(sample) for e, sample in pairs]
     assert is_whole == (ends if raises == "whole" else [False] * len(ends))
-    interrupted(monkeypatch, config, tmp_path / "out", 3)
+    pull_plug(monkeypatch, config, tmp_path / "out", 3)
     train.run(config, tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
 

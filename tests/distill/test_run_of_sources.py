@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_runs import assert_same_bits, metrics_of, run_config, save_model
+from tiny_runs import assert_same_bits, metrics_of, pull_plug, run_config, save_model
 
 from limbeck.config import build, to_dict
 from limbeck.cost.hardware import Hardware
@@ -35,10 +35,6 @@ def config(**changes):
     return run_config({"sources": REPLAY, "num_validation": 2, **changes})
 
 
-class PulledPlug(BaseException):
-    """Stands for a kill between two steps."""
-
-
 def test_a_replay_is_planned_resumed_and_told(tmp_path, monkeypatch, teachers):
     own = [{**REPLAY[0], "teacher": {"model": teachers[1]}}]
     run = config(sources=own, **{"teacher.model": teachers[0], "training.save_every_steps": 1})
@@ -46,16 +42,7 @@ def test_a_replay_is_planned_resumed_and_told(tmp_path, monkeypatch, teachers):
     predicted = predict_distill(run, hardware=HARDWARE)
     assert sum(predicted.flops.values()) == whole.cost["flops"]["total"] and predicted.tokens == whole.cost["tokens"]
 
-    step = train._step
-    with monkeypatch.context() as patch, pytest.raises(PulledPlug):
-
-        def interrupted(setup, number):
-            if number == 2:
-                raise PulledPlug
-            return step(setup, number)
-
-        patch.setattr(train, "_step", interrupted)
-        train.run(run, tmp_path / "out")
+    pull_plug(monkeypatch, run, tmp_path / "out", 2)
     resumed = train.run(run, tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", tmp_path / "whole")
     assert resumed.metrics == whole.metrics

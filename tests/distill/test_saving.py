@@ -7,7 +7,7 @@ import pytest
 import torch
 from parallel_runs import on_ranks
 from safetensors.torch import load_file
-from tiny_runs import assert_same_bits, metrics_of, run_config
+from tiny_runs import PulledPlug, assert_same_bits, metrics_of, pull_plug, run_config
 
 from limbeck.config import build, to_dict
 from limbeck.distill import saving, train
@@ -19,26 +19,8 @@ from limbeck.stage import How
 WAIT_SECONDS = 60.0
 
 
-class PulledPlug(BaseException):
-    """Stands for a kill between two steps."""
-
-
 def config(**changes):
     return run_config({"training.max_steps": 6, "training.save_every_steps": 2, **changes})
-
-
-def stopped(run, out, monkeypatch, steps):
-    """Train, and break off within step `steps`, counted from 0."""
-    whole_step = train._step
-
-    def step(setup, number):
-        if number == steps:
-            raise PulledPlug
-        return whole_step(setup, number)
-
-    with monkeypatch.context() as patch, pytest.raises(PulledPlug):
-        patch.setattr(train, "_step", step)
-        train.run(run, out)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +61,7 @@ def test_training_goes_on_while_a_state_is_written_and_the_state_is_that_of_its_
 def test_the_last_states_stay_and_a_damaged_one_is_passed_over(tmp_path, monkeypatch, capsys):
     run = config(**{"training.save_every_steps": 1, "training.keep_states": 2})
     train.run(run, tmp_path / "whole")
-    stopped(run, tmp_path / "out", monkeypatch, 4)
+    pull_plug(monkeypatch, run, tmp_path / "out", 4)
     states = states_in(tmp_path / "out.partial")
     assert [path.name for path in states] == ["state-00000003", "state-00000004"]
     (states[-1] / "weights.safetensors").write_bytes(b"torn")
@@ -90,7 +72,7 @@ def test_the_last_states_stay_and_a_damaged_one_is_passed_over(tmp_path, monkeyp
 
 
 def test_how_many_states_stay_does_not_bind_a_resumed_run(tmp_path, monkeypatch, uninterrupted):
-    stopped(config(), tmp_path / "out", monkeypatch, 3)
+    pull_plug(monkeypatch, config(), tmp_path / "out", 3)
     train.run(config(**{"training.keep_states": 3}), tmp_path / "out", how=How(resume=True))
     assert_same_bits(tmp_path / "out", uninterrupted)
 
@@ -109,7 +91,7 @@ def test_a_state_that_cannot_be_written_is_told_and_the_run_goes_on(tmp_path, mo
         "the state behind step 4 could not be written ([Errno 28] No space left on device)" in capsys.readouterr().err
     )
     assert_same_bits(tmp_path / "out", uninterrupted)
-    stopped(config(), tmp_path / "again", monkeypatch, 5)
+    pull_plug(monkeypatch, config(), tmp_path / "again", 5)
     assert [path.name for path in states_in(tmp_path / "again.partial")] == ["state-00000002"]
     monkeypatch.undo()
     train.run(config(), tmp_path / "again", how=How(resume=True))
