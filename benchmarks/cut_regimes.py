@@ -138,14 +138,14 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         place.axvline(1, color=LIGHT.muted, linewidth=1)
         for row in (row for row in known if row["regime"] == title):
             value, low, high = row["gain"]
-            line, colour = arms.index(row["arm"]), LIGHT.lines[1 if row["arm"] == FEWER else 0]
+            line, colour = arms.index(row["arm"]), LIGHT.lines[1 if row["arm"].startswith("whole at") else 0]
             place.plot(value, line, marker="o", color=colour)
             place.hlines(line, low, high, color=colour, linewidth=1.6)
             place.annotate(f"{row['cost']:.2f}", (high, line), (5, -3), textcoords="offset points", fontsize=8)
         place.set_yticks(range(len(arms)), arms)
         place.set_ylim(len(arms) - 0.5, -0.5)
         place.xaxis.set_major_locator(MultipleLocator(0.2))
-        place.set_xlim(0.4, 1.15)
+        place.set_xlim(0, 1.2)
         place.set_xlabel("gain kept, and FLOPs (whole traces: 1)")
         place.xaxis.label.set_fontsize(8)
     file.write_bytes(render(figure, "png"))
